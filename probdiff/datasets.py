@@ -1,0 +1,288 @@
+"""Data by name or from a file, split into training, validation and test.
+
+``digits`` are scikit-learn's 8×8 images. The two-dimensional sets are those of FFJORD (Grathwohl et al. 2019,
+arXiv:1810.01367), drawn independently, and come with their density: their entropy is computed by quadrature, not
+copied. A user's own file is an array of shape ``(datum, dim)``; floats are continuous data, integers are levels of a
+grid.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from scipy.special import logsumexp
+
+from probdiff.checks import require, require_finite
+from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
+
+SIZES = {"train": 100_000, "validation": 5_000, "test": 50_000}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Data in three splits, with what is known about them.
+
+    Attributes:
+        name: Name of the set, or stem of the file.
+        train, validation, test: Arrays of shape ``(datum, dim)``: floats, or integers for data on a grid.
+        levels: Number of levels of data on a grid; None for continuous data.
+        log_prob: True log-density in nats of points of shape ``(datum, 2)``, where it is known; otherwise None.
+        image_shape: Shape of a datum seen as an image; None if it is not one.
+    """
+
+    name: str
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    levels: int | None = None
+    log_prob: Callable | None = None
+    image_shape: tuple | None = None
+
+    @property
+    def dim(self):
+        """Number of dimensions of a datum."""
+        return self.train.shape[1]
+
+    def likelihood(self):
+        """The likelihood for these data: discretised for a grid, else standardised by the training split."""
+        if self.levels is not None:
+            return DiscretizedNormalLikelihood(self.levels)
+        return NormalLikelihood.standardized(self.train)
+
+    def entropy(self):
+        """Differential entropy in nats, by quadrature, and an estimate of its numerical error.
+
+        Raises:
+            ValueError: If the density is not known.
+        """
+        require(self.log_prob is not None, "dataset", "a data set with a known density", self.name)
+        fine, coarse = (_entropy_on_grid(self.log_prob, cells) for cells in (300, 240))
+        return fine, abs(fine - coarse)
+
+    def independent_levels(self):
+        """Mean test log-likelihood in nats, and its standard error, when every dimension is coded by itself.
+
+        One categorical distribution per dimension, fitted to the training split with one added count per level.
+
+        Raises:
+            ValueError: If the data are not on a grid.
+        """
+        require(self.levels is not None, "dataset", "data on a grid", self.name)
+        counts = 1 + np.array([np.bincount(column, minlength=self.levels) for column in self.train.T])
+        log_p = np.log(counts / counts.sum(1, keepdims=True))
+        per_datum = log_p[np.arange(self.dim), self.test].sum(1)
+        return per_datum.mean(), per_datum.std(ddof=1) / np.sqrt(len(per_datum))
+
+
+def load(name, seed=0):
+    """A data set by name, or from a ``.npy``, ``.npz`` or ``.csv`` file.
+
+    Args:
+        name: One of :data:`NAMES`, or the path of a file.
+        seed: Seed of the draws of the two-dimensional sets, and of the shuffle before a file is split
+            (80 % training, 10 % validation, 10 % test).
+
+    Raises:
+        ValueError: If the name is unknown, or the file's array is not usable; FileNotFoundError if there is no
+            such file; TypeError if its dtype is neither floating nor integer.
+    """
+    name = str(name)
+    if name == "digits":
+        return _digits()
+    if name in PLANAR:
+        return _planar(name, seed)
+    suffix = Path(name).suffix
+    require(
+        suffix in READERS, "data", f"one of {', '.join(NAMES)}, or a file ending in {', '.join(READERS)}", repr(name)
+    )
+    return _from_file(Path(name), seed)
+
+
+def _digits():
+    from sklearn.datasets import load_digits
+
+    images = load_digits().data.astype(np.int32)
+    return Dataset("digits", images[:1000], images[1000:1350], images[1350:], levels=17, image_shape=(8, 8))
+
+
+# Two-dimensional sets: (points from a NumPy generator, log-density of points).
+
+
+def _mixture_log_prob(x, centres, log_weights, sd):
+    """Log-density of a mixture of isotropic planar normals, a few thousand points at a time."""
+    out = np.empty(len(x))
+    for start in range(0, len(x), 2000):
+        part = x[start : start + 2000]
+        square = (part**2).sum(1)[:, None] - 2 * part @ centres.T + (centres**2).sum(1)
+        out[start : start + 2000] = logsumexp(log_weights - square / (2 * sd**2), axis=1)
+    return out - np.log(2 * np.pi * sd**2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Curves:
+    """Points on curves c(t), t uniform on [0, 1], one of the curves at random, plus isotropic noise.
+
+    A point is a one-curve set with a constant c. The density integrates over t by Gauss-Legendre quadrature.
+    """
+
+    curves: tuple
+    sd: float
+    nodes: int
+
+    def sample(self, rng, size):
+        t, which = rng.random(size), rng.integers(len(self.curves), size=size)
+        points = np.stack([curve(t) for curve in self.curves])[which, np.arange(size)]
+        return points + self.sd * rng.standard_normal((size, 2))
+
+    def log_prob(self, x):
+        node, weight = np.polynomial.legendre.leggauss(self.nodes)
+        centres = np.concatenate([curve((node + 1) / 2) for curve in self.curves])
+        log_weights = np.tile(np.log(weight / 2), len(self.curves)) - np.log(len(self.curves))
+        return _mixture_log_prob(np.asarray(x, np.float64), centres, log_weights, self.sd)
+
+
+def _plane(x, y):
+    return np.stack(np.broadcast_arrays(x, y), -1)
+
+
+def _circle(radius):
+    return lambda t: radius * _plane(np.cos(2 * np.pi * t), np.sin(2 * np.pi * t))
+
+
+def _point(angle):
+    return lambda t: 4 / 1.414 * _plane(np.cos(angle) + 0 * t, np.sin(angle))
+
+
+def _upper_moon(t):
+    return 2 * _plane(np.cos(np.pi * t), np.sin(np.pi * t)) + [-1, -0.2]
+
+
+def _lower_moon(t):
+    return 2 * _plane(1 - np.cos(np.pi * t), 0.5 - np.sin(np.pi * t)) + [-1, -0.2]
+
+
+def _roll(t):
+    angle = 1.5 * np.pi * (1 + 2 * t)
+    return angle[..., None] * _plane(np.cos(angle), np.sin(angle)) / 5
+
+
+class _Checkerboard:
+    """Uniform on the eight black squares, of side 2, of a board on [−4, 4]²."""
+
+    def sample(self, rng, size):
+        x = rng.random(size) * 4 - 2
+        y = rng.random(size) - 2 * rng.integers(2, size=size) + np.floor(x) % 2
+        return 2 * _plane(x, y)
+
+    def log_prob(self, x):
+        column, row = np.floor(np.asarray(x, np.float64) / 2).T
+        inside = (np.abs(x) < 4).all(1) & ((column + row) % 2 == 0)
+        return np.where(inside, -np.log(32), -np.inf)
+
+
+PLANAR = {
+    "checkerboard": _Checkerboard(),
+    "circles": _Curves((_circle(3.0), _circle(1.5)), 0.24, 300),
+    "moons": _Curves((_upper_moon, _lower_moon), 0.2, 150),
+    "8gaussians": _Curves(tuple(_point(k * np.pi / 4) for k in range(8)), 0.5 / 1.414, 1),
+    "swissroll": _Curves((_roll,), 0.2, 400),
+}
+NAMES = ("digits", *PLANAR)
+
+
+def _planar(name, seed):
+    rng = np.random.default_rng([seed, *name.encode()])
+    splits = {split: PLANAR[name].sample(rng, size).astype(np.float32) for split, size in SIZES.items()}
+    return Dataset(name, **splits, log_prob=PLANAR[name].log_prob)
+
+
+def _entropy_on_grid(log_prob, cells):
+    """−∫ p log p over [−6, 6]² by the midpoint rule."""
+    centre = (np.arange(cells) + 0.5) * (12 / cells) - 6
+    log_p = log_prob(np.stack(np.meshgrid(centre, centre), -1).reshape(-1, 2))
+    p = np.exp(log_p)
+    return -np.sum(p * np.where(p > 0, log_p, 0)) * (12 / cells) ** 2
+
+
+# A user's own file.
+
+
+def _read_npz(path):
+    with np.load(path, allow_pickle=False) as arrays:
+        require(len(arrays.files) == 1, str(path), "one array", f"{len(arrays.files)}: {', '.join(arrays.files)}")
+        return arrays[arrays.files[0]]
+
+
+def _read_csv(path):
+    with open(path, encoding="utf-8") as file:
+        first = file.readline().strip()
+    cells = [cell.strip() for cell in first.split(",")]
+    header = not all(map(_is_number, cells))
+    require(first != "", str(path), "rows of numbers", "an empty file or an empty first line")
+    try:
+        return np.loadtxt(path, np.int64, delimiter=",", skiprows=header, ndmin=2)
+    except ValueError:
+        return np.loadtxt(path, np.float64, delimiter=",", skiprows=header, ndmin=2)
+
+
+def _is_number(cell):
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+READERS = {".npy": functools.partial(np.load, allow_pickle=False), ".npz": _read_npz, ".csv": _read_csv}
+
+
+def _from_file(path, seed):
+    require(path.is_file(), "data", "an existing file", f"{path}, which is not there", FileNotFoundError)
+    require(path.stat().st_size > 0, str(path), "an array", "an empty file")
+    try:
+        array = READERS[path.suffix](path)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: Expected a readable {path.suffix} file; got: {error}") from None
+    array = check_array(array, str(path))
+    grid = np.issubdtype(array.dtype, np.integer)
+    levels = None
+    if grid:
+        require(array.min() >= 0, str(path), "integer levels 0, 1, 2, …", f"a negative integer, {array.min()}")
+        require(array.max() >= 1, str(path), "integers of at least two levels", "zeros only")
+        levels = int(array.max()) + 1
+    else:
+        constant = np.flatnonzero(np.ptp(array, 0) == 0)
+        require(constant.size == 0, str(path), "columns that vary", f"a constant column {constant[:1]}")
+        require(
+            not np.all(array == np.round(array)),
+            str(path),
+            "floats for continuous data, or an integer dtype for data on a grid",
+            "whole numbers stored as floats: data on a grid has no density; save x.astype(int)",
+        )
+    order = np.random.default_rng(seed).permutation(len(array))
+    held_out = max(1, len(array) // 10)
+    array = array[order].astype(np.int32 if grid else np.float32)
+    train, validation, test = np.split(array, [len(array) - 2 * held_out, len(array) - held_out])
+    return Dataset(path.stem, train, validation, test, levels=levels)
+
+
+def check_array(array, name="data"):
+    """The array, if it can be data: finite real numbers of shape ``(datum, dim)``, at least 10 rows.
+
+    Raises:
+        ValueError: For a wrong rank, too few rows, NaN or infinity; TypeError for a wrong dtype.
+    """
+    array = np.asarray(array)
+    real = np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)
+    require(real, name, "floats or integers", f"dtype {array.dtype}", TypeError)
+    hint = ""
+    if array.ndim > 2:
+        hint = "; flatten each datum first: x.reshape(len(x), -1)"
+    elif array.ndim < 2:
+        hint = "; one number per datum is x.reshape(-1, 1)"
+    require(array.ndim == 2, name, "shape (datum, dim)", f"shape {array.shape}{hint}")
+    require(len(array) >= 10 and array.shape[1] > 0, name, "at least 10 rows, for three splits", f"shape {array.shape}")
+    require_finite(name, array)
+    return array

@@ -1,0 +1,199 @@
+r"""Likelihoods :math:`p_\theta(x | z_1)`: from the last reverse step to the data as the user has it.
+
+The last reverse step is a Gaussian over :math:`x_0`, N(loc, scale²). A likelihood says how :math:`x_0` and x are
+related: ``encode`` maps data to the chain, and calling the likelihood with loc and scale gives the distribution of
+x, so that every figure is in the user's own units. Each refuses the other's data: a density over data that live on a
+grid can be made as large as one likes, and means nothing.
+"""
+
+import dataclasses
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax.scipy.special import log_ndtr, ndtr
+from numpyro.distributions import constraints
+from numpyro.distributions.util import promote_shapes
+
+from probdiff.checks import is_concrete, require, require_finite
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalLikelihood:
+    r"""Continuous data, :math:`x = loc + scale \cdot x_0`, with a normal density.
+
+    Args:
+        loc: Shift of the data, a number or one per dimension.
+        scale: Positive scale of the data, a number or one per dimension. The Jacobian is part of the density.
+
+    Use :meth:`standardized` to take both from data.
+    """
+
+    loc: tuple | float = 0.0
+    scale: tuple | float = 1.0
+
+    def __post_init__(self):
+        for name in ("loc", "scale"):
+            value = np.asarray(getattr(self, name), np.float64)
+            require(value.ndim <= 1, name, "a number or one number per dimension", f"shape {value.shape}")
+            require_finite(name, value)
+            object.__setattr__(self, name, tuple(value.tolist()) if value.ndim else float(value))
+        require(np.all(np.asarray(self.scale) > 0), "scale", "positive numbers", self.scale)
+
+    @classmethod
+    def standardized(cls, x):
+        """The likelihood whose ``encode`` gives this data mean 0 and standard deviation 1 in every dimension.
+
+        Args:
+            x: Data, shape ``(datum, dim)``, floats.
+
+        Raises:
+            ValueError: If a column is constant, or the data are not finite; TypeError if they are not floats.
+        """
+        cls().check(x)
+        x = np.asarray(x, np.float64)
+        scale = x.std(0)
+        constant = np.flatnonzero(~(scale > 1e-12 * np.abs(x).max(0)))
+        if constant.size:
+            require(False, "x", "columns that vary", f"a constant column {constant[0]} ({len(x)} rows)")
+        return cls(x.mean(0), scale)
+
+    def check(self, x):
+        """Refuse data that this likelihood does not take: anything but finite floats."""
+        dtype = np.dtype(x.dtype)
+        require(
+            jnp.issubdtype(dtype, jnp.floating),
+            "x",
+            "floats for NormalLikelihood (for integers on a grid use DiscretizedNormalLikelihood)",
+            f"dtype {dtype}",
+            TypeError,
+        )
+        require_finite("x", x)
+        for name in ("loc", "scale"):
+            size = np.size(getattr(self, name))
+            require(
+                np.ndim(getattr(self, name)) == 0 or size == x.shape[-1],
+                "x",
+                f"{size} dimensions, as the likelihood's {name} has",
+                f"shape {tuple(x.shape)}",
+            )
+
+    def encode(self, x):
+        r"""Data to the chain, :math:`x_0 = (x - loc) / scale`, shape ``(*batch, dim)``."""
+        self.check(x)
+        x = jnp.asarray(x)
+        return (x - jnp.asarray(self.loc, x.dtype)) / jnp.asarray(self.scale, x.dtype)
+
+    def __call__(self, loc, scale):
+        r"""Distribution of x when :math:`x_0` is N(loc, scale²), independent over the last axis."""
+        own_scale = jnp.asarray(self.scale, loc.dtype)
+        return dist.Normal(jnp.asarray(self.loc, loc.dtype) + own_scale * loc, own_scale * scale).to_event(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscretizedNormalLikelihood:
+    r"""Integers 0 … ``levels`` − 1 on a grid in [−1, 1], with the probabilities of a normal's bins.
+
+    :math:`x_0 = 2x/(L-1) - 1`; each bin has half-width 1/(L−1) and the edge bins take the tails.
+    Source: Ho et al. (2020), arXiv:2006.11239, eq. 13.
+
+    Args:
+        levels: Number of levels L, at least 2.
+    """
+
+    levels: int
+
+    def __post_init__(self):
+        try:
+            object.__setattr__(self, "levels", operator.index(self.levels))
+        except TypeError:
+            raise TypeError(f"levels: Expected an integer; got {self.levels!r}") from None
+        require(self.levels >= 2, "levels", "at least 2", self.levels)
+
+    def check(self, x):
+        """Refuse data that this likelihood does not take: anything but integers 0 … levels − 1."""
+        dtype = np.dtype(x.dtype)
+        require(
+            jnp.issubdtype(dtype, jnp.integer),
+            "x",
+            "integers for DiscretizedNormalLikelihood (for floats use NormalLikelihood)",
+            f"dtype {dtype}",
+            TypeError,
+        )
+        if is_concrete(x):
+            values = np.asarray(x)
+            bad = np.argwhere((values < 0) | (values >= self.levels))
+            if bad.size:
+                first = tuple(int(i) for i in bad[0])
+                require(False, "x", f"levels 0 … {self.levels - 1}", f"{values[first]} at index {list(first)}")
+
+    def encode(self, x):
+        r"""Levels to the chain, :math:`x_0 = 2x/(L-1) - 1`, shape ``(*batch, dim)``."""
+        self.check(x)
+        x = jnp.asarray(x)
+        return x.astype(jnp.zeros(()).dtype) * (2 / (self.levels - 1)) - 1
+
+    def __call__(self, loc, scale):
+        r"""Distribution of x when :math:`x_0` is N(loc, scale²), independent over the last axis."""
+        return DiscretizedNormal(loc, scale, self.levels).to_event(1)
+
+
+class DiscretizedNormal(dist.Distribution):
+    """A normal on [−1, 1] rounded to one of ``levels`` equidistant points; the edge bins take the tails.
+
+    Args:
+        loc: Location of the normal, on the scale of [−1, 1].
+        scale: Its standard deviation.
+        levels: Number of points.
+    """
+
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+    pytree_data_fields = ("loc", "scale")
+    pytree_aux_fields = ("levels",)
+
+    def __init__(self, loc, scale, levels, *, validate_args=None):
+        self.levels = levels
+        self.loc, self.scale = promote_shapes(loc, scale)
+        super().__init__(jnp.broadcast_shapes(jnp.shape(loc), jnp.shape(scale)), validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self):
+        """The integers 0 … levels − 1."""
+        return constraints.integer_interval(0, self.levels - 1)
+
+    def sample(self, key, sample_shape=()):
+        """Draw the normal, then round it to its level."""
+        shape = sample_shape + self.batch_shape
+        value = self.loc + self.scale * jax.random.normal(key, shape, jnp.result_type(self.loc))
+        level = jnp.round((value + 1) * ((self.levels - 1) / 2))
+        return jnp.clip(level, 0, self.levels - 1).astype(jnp.int32)
+
+    def log_prob(self, value):
+        """Log of the probability of a level, in nats; finite for any loc and scale."""
+        half_width = 1 / (self.levels - 1)
+        centre = value.astype(self.loc.dtype) * (2 * half_width) - 1
+        # Mirror the axis where needed, so that the bin's centre lies at or below the mean: log Φ is accurate there.
+        offset = centre - self.loc
+        sign = jnp.where(offset > 0, -1, 1).astype(offset.dtype)
+        lower_tail = value == jnp.where(sign > 0, 0, self.levels - 1)
+        upper_tail = value == jnp.where(sign > 0, self.levels - 1, 0)
+        upper = (sign * offset + half_width) / self.scale
+        width = 2 * half_width / self.scale
+        lower = upper - width
+        interval = jnp.where(
+            upper_tail, jnp.log1p(-ndtr(jnp.minimum(lower, 0))), log_ndtr(upper) + _log_fraction(upper, width)
+        )
+        return jnp.where(lower_tail, log_ndtr(upper), interval)
+
+
+def _log_fraction(upper, width):
+    r"""The log of (Φ(upper) − Φ(upper − width)) / Φ(upper), for a bin whose centre is at or below 0.
+
+    The log-ratio of the two Φ is at most :math:`-\text{width} \cdot |\text{centre}|`, because the hazard φ/Φ is at
+    least −x; far in the tail, where the difference of two log Φ is all rounding, that bound is the ratio itself.
+    """
+    bound = width * (upper - width / 2)
+    log_ratio = log_ndtr(upper - width) - log_ndtr(upper)
+    return jnp.log(-jnp.expm1(jnp.minimum(jnp.minimum(log_ratio, bound), -jnp.finfo(upper.dtype).tiny)))

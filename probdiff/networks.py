@@ -1,0 +1,148 @@
+r"""ε-networks: what predicts the noise in :math:`z_n`.
+
+An ε-network is any callable ``network(z, n) -> eps_hat`` with ``z`` of shape ``(*batch, dim)``, ``n`` int32 of shape
+``batch`` and the result shaped like ``z``: an equinox module, whose floating-point JAX arrays are trained, or a plain
+function. Three things are optional:
+
+* ``network(z, n, key=…)``: a network that takes ``key=`` is given one while training (dropout), never in evaluation;
+* ``network.dim``: the dimension of the data, needed to generate;
+* ``network.on_schedule(schedule)``: returns the network for that schedule; called once, by ``Diffusion``.
+
+NumPy arrays in a module are constants: no optimiser and no weight decay moves them.
+"""
+
+import inspect
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff.checks import require
+from probdiff.schedules import NoiseSchedule, at_step
+
+TIME_HARMONICS = 16
+EMBEDDING = 64
+
+
+def is_trainable(leaf):
+    """Whether a leaf of a module is a parameter: a floating-point JAX array. (NumPy arrays are constants.)"""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def takes_key(network):
+    """Whether the network accepts ``key=``, by name or through ``**kwargs``."""
+    try:
+        parameters = inspect.signature(network).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.name == "key" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def predict_noise(network, z, n, key=None):
+    """Call an ε-network and check what comes back.
+
+    Args:
+        network: The ε-network.
+        z: Latents, shape ``(*batch, dim)``.
+        n: Step, an integer or an integer array that broadcasts to ``batch``.
+        key: Passed on if given; give one only while training.
+
+    Raises:
+        ValueError: If the result is not shaped like ``z``.
+    """
+    n = jnp.broadcast_to(jnp.asarray(n, jnp.int32), z.shape[:-1])
+    eps_hat = network(z, n) if key is None else network(z, n, key=key)
+    got = getattr(eps_hat, "shape", type(eps_hat).__name__)
+    require(got == z.shape, "network(z, n)", f"shape {z.shape}, the shape of z", got)
+    return eps_hat.astype(z.dtype)
+
+
+class MLP(eqx.Module):
+    r"""Residual multilayer perceptron, told the step by a sinusoidal embedding of its log-SNR.
+
+    Each block adds two linear layers, the first one shifted and scaled by the embedding. The output has a learned,
+    step-dependent multiple of z added to it: where z is nearly all noise, z is nearly its own noise.
+    Before ``Diffusion`` has told it the schedule, −2 log n stands in for the log-SNR.
+
+    Args:
+        dim: Dimension of the data.
+        key: JAX key for the initial weights.
+        hidden: Width of the hidden layers.
+        num_blocks: Number of residual blocks.
+        dropout: Probability of dropping a hidden unit while training.
+        num_harmonics: Number of sine and cosine pairs of each input that the network is also given; the k-th has
+            angular frequency :math:`\pi 2^k`. They resolve structure as fine as the grid of discretised data.
+            Source: Kingma et al. (2021), arXiv:2107.00630, appendix C.
+    """
+
+    dim: int
+    embed: eqx.nn.MLP
+    read: eqx.nn.Linear
+    blocks: list
+    write: eqx.nn.Linear
+    skip: eqx.nn.Linear
+    dropout: eqx.nn.Dropout
+    num_harmonics: int
+    schedule: NoiseSchedule | None
+
+    def __init__(self, dim, *, key, hidden=128, num_blocks=3, dropout=0.0, num_harmonics=0):
+        for name, value in (("dim", dim), ("hidden", hidden), ("num_blocks", num_blocks)):
+            require(isinstance(value, int | np.integer) and value >= 1, name, "a positive integer", repr(value))
+        keys = jax.random.split(key, 4 + num_blocks)
+        self.dim = int(dim)
+        self.num_harmonics = num_harmonics
+        self.schedule = None
+        self.embed = eqx.nn.MLP(2 * TIME_HARMONICS, EMBEDDING, EMBEDDING, 1, jax.nn.silu, jax.nn.silu, key=keys[0])
+        self.read = eqx.nn.Linear(dim * (1 + 2 * num_harmonics), hidden, key=keys[1])
+        self.blocks = [_Block(hidden, key) for key in keys[4:]]
+        self.write = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(hidden, dim, key=keys[2]))
+        self.skip = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(EMBEDDING, 1, key=keys[3]))
+        self.dropout = eqx.nn.Dropout(dropout)
+
+    def on_schedule(self, schedule):
+        """This network, embedding the log-SNR of ``schedule``."""
+        return eqx.tree_at(lambda mlp: mlp.schedule, self, schedule, is_leaf=lambda leaf: leaf is None)
+
+    def __call__(self, z, n, *, key=None):
+        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+        log_snr = (
+            -2 * jnp.log(n.astype(z.dtype)) if self.schedule is None else at_step(self.schedule.log_snr, n, z.dtype)
+        )
+        embedding = _batched(self.embed, _sinusoids(log_snr[..., None], np.geomspace(0.05, 5, TIME_HARMONICS)))
+        harmonics = _sinusoids(z, np.pi * 2.0 ** np.arange(self.num_harmonics))
+        h = _batched(self.read, jnp.concatenate([z, harmonics], -1))
+        keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
+        for block, block_key in zip(self.blocks, keys):
+            h = block(h, embedding, self.dropout, block_key)
+        return _batched(self.write, jax.nn.silu(h)) + _batched(self.skip, embedding) * z
+
+
+class _Block(eqx.Module):
+    norm: eqx.nn.LayerNorm
+    modulate: eqx.nn.Linear
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+
+    def __init__(self, hidden, key):
+        keys = jax.random.split(key, 3)
+        self.norm = eqx.nn.LayerNorm(hidden)
+        self.modulate = eqx.nn.Linear(EMBEDDING, 2 * hidden, key=keys[0])
+        self.up = eqx.nn.Linear(hidden, hidden, key=keys[1])
+        self.down = eqx.nn.Linear(hidden, hidden, key=keys[2])
+
+    def __call__(self, h, embedding, dropout, key):
+        scale, shift = jnp.split(_batched(self.modulate, embedding), 2, -1)
+        inner = jax.nn.silu(_batched(self.up, _batched(self.norm, h)) * (1 + scale) + shift)
+        return h + _batched(self.down, dropout(inner, key=key, inference=key is None))
+
+
+def _batched(layer, x):
+    """Apply an equinox layer, which takes one vector, along the last axis of ``x``."""
+    return jnp.vectorize(layer, signature="(i)->(o)")(x)
+
+
+def _sinusoids(x, frequencies):
+    """Sine and cosine of ``x`` at each frequency, side by side on the last axis."""
+    angles = (x[..., None] * jnp.asarray(frequencies, x.dtype)).reshape(*x.shape[:-1], -1)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)

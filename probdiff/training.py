@@ -1,0 +1,240 @@
+"""Fitting a diffusion by SVI: the loop around NumPyro's ``svi.init`` and ``svi.update``. It knows no files.
+
+One network evaluation a datum and update (:class:`~probdiff.AnalyticELBO` with ``steps="uniform"``), minibatches drawn
+with replacement, an exponential moving average of the parameters, and the choice of the averaged parameters that did
+best on validation data. Everything that decides the future of a fit is in its :class:`FitState`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpyro import handlers
+from numpyro.infer import SVI
+from tqdm import tqdm
+
+from probdiff.checks import require
+from probdiff.elbo import AnalyticELBO, bits_per_dim
+from probdiff.programs import PARAMS, Diffusion
+
+CHUNK = 100
+VALIDATION_ROWS = 2**17
+WARM_UP = 200
+
+
+class EMAState(NamedTuple):
+    """State of :func:`parameter_ema`: the number of updates and the averaged parameters."""
+
+    count: jax.Array
+    ema_params: optax.Params
+
+
+def parameter_ema(decay):
+    """Exponential moving average of the *parameters*; put it last in ``optax.chain``. Updates pass unchanged.
+
+    The decay rises from 0.1 to ``decay`` as (1 + t) / (10 + t), so that the initial weights are soon forgotten.
+    """
+
+    def init(params):
+        return EMAState(jnp.zeros((), jnp.int32), params)
+
+    def update(updates, state, params):
+        count = state.count + 1
+        rate = 1 - jnp.minimum(decay, (1 + count) / (10 + count))
+        new = optax.apply_updates(params, updates)
+        ema = jax.tree.map(lambda old, p: old + (rate * (p - old)).astype(p.dtype), state.ema_params, new)
+        return updates, EMAState(count, ema)
+
+    return optax.GradientTransformation(init, update)
+
+
+class FitState(NamedTuple):
+    """All that decides the future of a fit.
+
+    Attributes:
+        svi: NumPyro's ``SVIState``: parameters, optimiser, average and key.
+        best: The averaged parameters that did best in validation so far.
+        best_bound: Their bound on the validation data, nats per datum (−inf before the first validation).
+        losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``.
+        validation: Rows of (iteration, bound on the validation data in nats per datum).
+    """
+
+    svi: tuple
+    best: dict
+    best_bound: jax.Array
+    losses: np.ndarray
+    validation: np.ndarray
+
+
+class Fit(NamedTuple):
+    """A finished fit.
+
+    Attributes:
+        diffusion: The trained Diffusion: the averaged parameters; with validation data, the best of them.
+        losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``.
+        validation: Rows of (iteration, bound on the validation data in nats per datum).
+        state: The :class:`FitState`, from which the fit can go on.
+    """
+
+    diffusion: Diffusion
+    losses: np.ndarray
+    validation: np.ndarray
+    state: FitState
+
+
+def fit(
+    diffusion,
+    data,
+    *,
+    iterations=10_000,
+    batch_size=128,
+    learning_rate=1e-3,
+    key=None,
+    validation=None,
+    validate_every=1_000,
+    elbo=None,
+    ema_decay=0.999,
+    checkpoint=None,
+    progress=True,
+):
+    """Fit a diffusion by SVI.
+
+    Args:
+        diffusion: The model; it is not changed.
+        data: Training data as the user has it, shape ``(datum, dim)``.
+        iterations: Number of SVI updates in all, those of a resumed fit included.
+        batch_size: Data per update, drawn with replacement.
+        learning_rate: Of Adam, after a linear warm-up; or an optax optimiser in its place.
+        key: JAX key; ``jax.random.key(0)`` if not given.
+        validation: Held-out data. If given, the averaged parameters that do best on it are the result.
+        validate_every: Iterations between validations.
+        elbo: A NumPyro ELBO; ``AnalyticELBO(diffusion, steps="uniform")`` if not given.
+        ema_decay: Decay of the parameter average.
+        checkpoint: An object with ``load(template) -> FitState or None`` and ``save(state)``, such as
+            :class:`~probdiff.Checkpoint`; the fit begins where it left off and saves every ``validate_every``
+            iterations, at the end and on Ctrl-C.
+        progress: Show a progress bar with the running bound.
+
+    Returns:
+        A :class:`Fit`.
+
+    Raises:
+        ValueError, TypeError: If the data do not suit the model, an argument is out of range, or the model has
+            nothing to train.
+        FloatingPointError: If the loss is no longer finite; what the checkpoint holds stays good.
+    """
+    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    for name, value in (("iterations", iterations), ("batch_size", batch_size), ("validate_every", validate_every)):
+        require(isinstance(value, int | np.integer) and value >= 1, name, "a positive integer", repr(value))
+    require(0 <= ema_decay < 1, "ema_decay", "0 <= ema_decay < 1", ema_decay)
+    for split in (data,) if validation is None else (data, validation):
+        diffusion.check(split)
+    require(
+        jax.tree.leaves(diffusion.trainable()),
+        "diffusion",
+        "something to train (an equinox module with JAX arrays)",
+        "a model without parameters",
+    )
+    loop = _Loop(diffusion, jnp.asarray(data), batch_size, _optimiser(learning_rate, ema_decay), elbo)
+    init_key, data_key, validation_key = jax.random.split(jax.random.key(0) if key is None else key, 3)
+    state = loop.init(init_key)
+    state = (checkpoint and checkpoint.load(state)) or state
+    require(
+        len(state.losses) <= iterations,
+        "iterations",
+        f"at least the {len(state.losses)} that the checkpoint has done",
+        iterations,
+    )
+    validation = None if validation is None else jnp.asarray(validation)
+    saved = len(state.losses)
+    with tqdm(total=iterations, initial=saved, unit="it", disable=not progress, mininterval=0.5) as bar:
+        try:
+            while (done := len(state.losses)) < iterations:
+                stop = min(iterations, done + CHUNK, (done // validate_every + 1) * validate_every)
+                state = loop.advance(state, stop - done, data_key)
+                if stop % validate_every == 0 or stop == iterations:
+                    state = state if validation is None else loop.validate(state, validation, validation_key)
+                    if checkpoint is not None:
+                        checkpoint.save(state)
+                        saved = stop
+                bar.set_postfix_str(_describe(diffusion, state), refresh=False)
+                bar.update(stop - done)
+        except KeyboardInterrupt:
+            if checkpoint is not None and len(state.losses) > saved:
+                checkpoint.save(state)
+            raise
+    best = state.best if len(state.validation) else loop.averaged(state.svi)
+    return Fit(diffusion.bind(best), state.losses, state.validation, state)
+
+
+def _optimiser(learning_rate, ema_decay):
+    if not isinstance(learning_rate, optax.GradientTransformation):
+        require(np.isfinite(learning_rate) and learning_rate > 0, "learning_rate", "a positive number", learning_rate)
+        learning_rate = optax.adam(optax.linear_schedule(0.0, learning_rate, WARM_UP))
+    return optax.chain(learning_rate, parameter_ema(ema_decay))
+
+
+def _describe(diffusion, state):
+    bounds = {"bound": -state.losses[-CHUNK:].mean()}
+    if len(state.validation):
+        bounds["validation"] = state.validation[-1, 1]
+    parts = [f"{name} {_figure(diffusion, value)}" for name, value in bounds.items()]
+    return ", ".join(parts)
+
+
+def _figure(diffusion, nats):
+    levels = hasattr(diffusion.likelihood, "levels") and diffusion.dim
+    return f"{nats:.2f} nats" + (f" ({bits_per_dim(nats, diffusion.dim):.3f} bits/dim)" if levels else "")
+
+
+class _Loop:
+    """The compiled parts of a fit."""
+
+    def __init__(self, diffusion, data, batch_size, optimiser, elbo):
+        self.diffusion, self.data, self.batch_size = diffusion, data, batch_size
+        elbo = AnalyticELBO(diffusion, steps="uniform") if elbo is None else elbo
+        model, guide = (
+            handlers.scale(program, scale=1 / batch_size) for program in (diffusion.model, diffusion.posterior_guide)
+        )
+        self.svi = SVI(model, guide, optimiser, elbo)
+        self._advance = jax.jit(self._scan, static_argnames="count")
+        self._bound = jax.jit(self._validation_bound)
+
+    def init(self, key):
+        svi = self.svi.init(key, self.data[: self.batch_size])
+        best_bound = jnp.full((), -jnp.inf, jnp.zeros(()).dtype)
+        return FitState(svi, self.averaged(svi), best_bound, np.zeros(0, np.float32), np.zeros((0, 2)))
+
+    def averaged(self, svi_state):
+        return {PARAMS: optax.tree_utils.tree_get(svi_state.optim_state[1][1], "ema_params")[PARAMS]}
+
+    def _scan(self, svi_state, data, key, start, count):
+        def body(svi_state, iteration):
+            index = jax.random.randint(jax.random.fold_in(key, iteration), (self.batch_size,), 0, len(data))
+            return self.svi.update(svi_state, data[index])
+
+        return jax.lax.scan(body, svi_state, start + jnp.arange(count))
+
+    def advance(self, state, count, key):
+        start = len(state.losses)
+        svi_state, losses = self._advance(state.svi, self.data, key, start, count)
+        losses = np.asarray(losses, np.float32)
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if bad.size:
+            raise FloatingPointError(f"The loss is {losses[bad[0]]} at iteration {start + bad[0] + 1}")
+        return state._replace(svi=svi_state, losses=np.concatenate([state.losses, losses]))
+
+    def _validation_bound(self, params, x, key):
+        trained = self.diffusion.bind(params)
+        particles = -(-VALIDATION_ROWS // len(x))
+        elbo = AnalyticELBO(trained, "uniform", num_particles=particles, vectorize_particles=False)
+        return -elbo.loss(key, {}, trained.model, trained.guide, x) / len(x)
+
+    def validate(self, state, x, key):
+        params = self.averaged(state.svi)
+        bound = self._bound(params, x, key)
+        row = np.array([[len(state.losses), float(bound)]])
+        state = state._replace(validation=np.concatenate([state.validation, row]))
+        return state._replace(best=params, best_bound=bound) if bound > state.best_bound else state

@@ -1,0 +1,27 @@
+"""Shared fixtures: float64, and the check that every Monte Carlo test uses."""
+
+import jax
+import numpy as np
+import pytest
+
+Z_MAX = 4.9
+
+
+@pytest.fixture
+def float64():
+    """Run the test in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+def assert_mean(draws, expected, power=None):
+    """Assert that the mean over axis 0 is within 4.9 standard errors of ``expected``.
+
+    ``power``: the discrepancy that the test exists to catch; 9.7 standard errors must be smaller.
+    """
+    draws = np.asarray(draws, np.float64)
+    error = draws.std(0, ddof=1) / np.sqrt(len(draws))
+    z = np.abs(draws.mean(0) - expected) / error
+    assert np.all(z <= Z_MAX), f"z = {z.max():.2f}"
+    if power is not None:
+        assert np.all(9.7 * error < power), f"9.7 standard errors are {9.7 * error.max():.3g}, not below {power}"
