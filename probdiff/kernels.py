@@ -80,6 +80,10 @@ class GaussianKernel:
             ValueError: If n is outside [2, N]; TypeError if it is not an integer.
         """
         require_step(n, 2, schedule.num_steps)
+        return self.step_kl_unchecked(schedule, eps, eps_hat, n)
+
+    def step_kl_unchecked(self, schedule, eps, eps_hat, n):
+        """:meth:`step_kl` without its check of n: at n = 1, where there is no KL, a finite value of no meaning."""
         variance = self.variance(schedule)
         weight = schedule.beta**2 / (2 * variance * schedule.alpha * schedule.one_minus_alpha_bar)
         ratio = schedule.posterior_variance / variance

@@ -21,8 +21,8 @@ import numpy as np
 from probdiff.checks import require
 from probdiff.schedules import NoiseSchedule, at_step
 
-TIME_HARMONICS = 16
-EMBEDDING = 64
+TIME_HARMONICS = 8
+EMBEDDING = 32
 
 
 def is_trainable(leaf):
@@ -61,8 +61,9 @@ def predict_noise(network, z, n, key=None):
 class MLP(eqx.Module):
     r"""Residual multilayer perceptron, told the step by a sinusoidal embedding of its log-SNR.
 
-    Each block adds two linear layers, the first one shifted and scaled by the embedding. The output has a learned,
-    step-dependent multiple of z added to it: where z is nearly all noise, z is nearly its own noise.
+    In each block the embedding shifts and scales the hidden layer. Beside the blocks there is a short cut: the output
+    has a step-dependent combination of z and its harmonics added to it, dimension by dimension. Where z is nearly all
+    noise it is nearly its own noise; where the noise is finer than the grid of the data, the nearest level tells it.
     Before ``Diffusion`` has told it the schedule, −2 log n stands in for the log-SNR.
 
     Args:
@@ -72,8 +73,7 @@ class MLP(eqx.Module):
         num_blocks: Number of residual blocks.
         dropout: Probability of dropping a hidden unit while training.
         num_harmonics: Number of sine and cosine pairs of each input that the network is also given; the k-th has
-            angular frequency :math:`\pi 2^k`. They resolve structure as fine as the grid of discretised data.
-            Source: Kingma et al. (2021), arXiv:2107.00630, appendix C.
+            angular frequency :math:`\pi 2^k`. Source: Kingma et al. (2021), arXiv:2107.00630, appendix C.
     """
 
     dim: int
@@ -83,6 +83,7 @@ class MLP(eqx.Module):
     write: eqx.nn.Linear
     skip: eqx.nn.Linear
     dropout: eqx.nn.Dropout
+    hidden: int
     num_harmonics: int
     schedule: NoiseSchedule | None
 
@@ -91,14 +92,26 @@ class MLP(eqx.Module):
             require(isinstance(value, int | np.integer) and value >= 1, name, "a positive integer", repr(value))
         keys = jax.random.split(key, 4 + num_blocks)
         self.dim = int(dim)
+        self.hidden = int(hidden)
         self.num_harmonics = num_harmonics
         self.schedule = None
         self.embed = eqx.nn.MLP(2 * TIME_HARMONICS, EMBEDDING, EMBEDDING, 1, jax.nn.silu, jax.nn.silu, key=keys[0])
         self.read = eqx.nn.Linear(dim * (1 + 2 * num_harmonics), hidden, key=keys[1])
         self.blocks = [_Block(hidden, key) for key in keys[4:]]
         self.write = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(hidden, dim, key=keys[2]))
-        self.skip = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(EMBEDDING, 1, key=keys[3]))
+        self.skip = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(EMBEDDING, dim * (1 + 2 * num_harmonics), key=keys[3]))
         self.dropout = eqx.nn.Dropout(dropout)
+
+    @property
+    def arguments(self):
+        """The arguments that this network was made with, without the key."""
+        return {
+            "dim": self.dim,
+            "hidden": self.hidden,
+            "num_blocks": len(self.blocks),
+            "dropout": self.dropout.p,
+            "num_harmonics": self.num_harmonics,
+        }
 
     def on_schedule(self, schedule):
         """This network, embedding the log-SNR of ``schedule``."""
@@ -109,13 +122,14 @@ class MLP(eqx.Module):
         log_snr = (
             -2 * jnp.log(n.astype(z.dtype)) if self.schedule is None else at_step(self.schedule.log_snr, n, z.dtype)
         )
-        embedding = _batched(self.embed, _sinusoids(log_snr[..., None], np.geomspace(0.05, 5, TIME_HARMONICS)))
-        harmonics = _sinusoids(z, np.pi * 2.0 ** np.arange(self.num_harmonics))
-        h = _batched(self.read, jnp.concatenate([z, harmonics], -1))
+        embedding = _batched(self.embed, _sinusoids(log_snr, np.geomspace(0.05, 5, TIME_HARMONICS)))
+        inputs = jnp.concatenate([z[..., None], _sinusoids(z, np.pi * 2.0 ** np.arange(self.num_harmonics))], -1)
+        h = _batched(self.read, inputs.reshape(*z.shape[:-1], -1))
         keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
         for block, block_key in zip(self.blocks, keys):
             h = block(h, embedding, self.dropout, block_key)
-        return _batched(self.write, jax.nn.silu(h)) + _batched(self.skip, embedding) * z
+        short_cut = jnp.sum(inputs * _batched(self.skip, embedding).reshape(inputs.shape), -1)
+        return _batched(self.write, jax.nn.silu(h)) + short_cut
 
 
 class _Block(eqx.Module):
@@ -143,6 +157,6 @@ def _batched(layer, x):
 
 
 def _sinusoids(x, frequencies):
-    """Sine and cosine of ``x`` at each frequency, side by side on the last axis."""
-    angles = (x[..., None] * jnp.asarray(frequencies, x.dtype)).reshape(*x.shape[:-1], -1)
+    """Sines and cosines of ``x`` at each frequency, on a new last axis."""
+    angles = x[..., None] * jnp.asarray(frequencies, x.dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)

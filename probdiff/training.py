@@ -16,11 +16,11 @@ from numpyro.infer import SVI
 from tqdm import tqdm
 
 from probdiff.checks import require
-from probdiff.elbo import AnalyticELBO, bits_per_dim
+from probdiff.elbo import AnalyticELBO, bits_per_dim, elbo_terms
 from probdiff.programs import PARAMS, Diffusion
 
 CHUNK = 100
-VALIDATION_ROWS = 2**17
+VALIDATION_ROWS = 2**18
 WARM_UP = 200
 
 
@@ -106,9 +106,11 @@ def fit(
         data: Training data as the user has it, shape ``(datum, dim)``.
         iterations: Number of SVI updates in all, those of a resumed fit included.
         batch_size: Data per update, drawn with replacement.
-        learning_rate: Of Adam, after a linear warm-up; or an optax optimiser in its place.
+        learning_rate: Peak of Adam's, after a linear warm-up and before a cosine decay to 0 at ``iterations``; or an
+            optax optimiser in its place.
         key: JAX key; ``jax.random.key(0)`` if not given.
-        validation: Held-out data. If given, the averaged parameters that do best on it are the result.
+        validation: Held-out data, of which the first 2¹⁸/N are used (32 at least). If given, the averaged
+            parameters that do best on them are the result.
         validate_every: Iterations between validations.
         elbo: A NumPyro ELBO; ``AnalyticELBO(diffusion, steps="uniform")`` if not given.
         ema_decay: Decay of the parameter average.
@@ -137,7 +139,8 @@ def fit(
         "something to train (an equinox module with JAX arrays)",
         "a model without parameters",
     )
-    loop = _Loop(diffusion, jnp.asarray(data), batch_size, _optimiser(learning_rate, ema_decay), elbo)
+    optimiser = _optimiser(learning_rate, iterations, ema_decay)
+    loop = _Loop(diffusion, jnp.asarray(data), batch_size, optimiser, elbo)
     init_key, data_key, validation_key = jax.random.split(jax.random.key(0) if key is None else key, 3)
     state = loop.init(init_key)
     state = (checkpoint and checkpoint.load(state)) or state
@@ -147,7 +150,8 @@ def fit(
         f"at least the {len(state.losses)} that the checkpoint has done",
         iterations,
     )
-    validation = None if validation is None else jnp.asarray(validation)
+    if validation is not None:
+        validation = validation[: max(32, VALIDATION_ROWS // diffusion.schedule.num_steps)]
     saved = len(state.losses)
     with tqdm(total=iterations, initial=saved, unit="it", disable=not progress, mininterval=0.5) as bar:
         try:
@@ -169,10 +173,11 @@ def fit(
     return Fit(diffusion.bind(best), state.losses, state.validation, state)
 
 
-def _optimiser(learning_rate, ema_decay):
+def _optimiser(learning_rate, iterations, ema_decay):
     if not isinstance(learning_rate, optax.GradientTransformation):
         require(np.isfinite(learning_rate) and learning_rate > 0, "learning_rate", "a positive number", learning_rate)
-        learning_rate = optax.adam(optax.linear_schedule(0.0, learning_rate, WARM_UP))
+        warm_up = min(WARM_UP, max(1, iterations // 10))
+        learning_rate = optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm_up, iterations))
     return optax.chain(learning_rate, parameter_ema(ema_decay))
 
 
@@ -200,7 +205,6 @@ class _Loop:
         )
         self.svi = SVI(model, guide, optimiser, elbo)
         self._advance = jax.jit(self._scan, static_argnames="count")
-        self._bound = jax.jit(self._validation_bound)
 
     def init(self, key):
         svi = self.svi.init(key, self.data[: self.batch_size])
@@ -226,15 +230,9 @@ class _Loop:
             raise FloatingPointError(f"The loss is {losses[bad[0]]} at iteration {start + bad[0] + 1}")
         return state._replace(svi=svi_state, losses=np.concatenate([state.losses, losses]))
 
-    def _validation_bound(self, params, x, key):
-        trained = self.diffusion.bind(params)
-        particles = -(-VALIDATION_ROWS // len(x))
-        elbo = AnalyticELBO(trained, "uniform", num_particles=particles, vectorize_particles=False)
-        return -elbo.loss(key, {}, trained.model, trained.guide, x) / len(x)
-
     def validate(self, state, x, key):
         params = self.averaged(state.svi)
-        bound = self._bound(params, x, key)
+        bound = elbo_terms(self.diffusion, params, x, key=key).elbo.mean()
         row = np.array([[len(state.losses), float(bound)]])
         state = state._replace(validation=np.concatenate([state.validation, row]))
         return state._replace(best=params, best_bound=bound) if bound > state.best_bound else state

@@ -1,0 +1,209 @@
+"""The commands ``probdiff fit`` and ``probdiff inspect``.
+
+Exit codes: 0, done; 1, the fit failed; 2, something given was not usable (one line says what); 130, interrupted.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+OPTIONS = ("num_steps", "iterations", "batch_size", "learning_rate", "seed")
+SAMPLES = {"image": 64, "points": 2000}
+
+
+class UsageError(Exception):
+    """Something that the user gave cannot be used."""
+
+
+def main(argv=None):
+    """Run a command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except UsageError as error:
+        print(f"probdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nprobdiff: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="probdiff", description="Diffusion models as NumPyro programs.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    fit = commands.add_parser("fit", help="fit a diffusion model and compute its bound two ways")
+    fit.set_defaults(command=_fit)
+    fit.add_argument(
+        "--data",
+        metavar="NAME|FILE",
+        help="digits (default), checkerboard, circles, moons, 8gaussians, "
+        "swissroll, or a .npy, .npz or .csv file of shape (datum, dim)",
+    )
+    fit.add_argument("--out", metavar="DIR", help="run folder (default: the next free runs/NAME-k)")
+    fit.add_argument("--num-steps", type=int, metavar="N", help="steps of the chain")
+    fit.add_argument("--iterations", type=int, metavar="K", help="SVI updates")
+    fit.add_argument("--batch-size", type=int, metavar="B", help="data per update")
+    fit.add_argument("--learning-rate", type=float, metavar="R", help="peak learning rate of Adam")
+    fit.add_argument("--seed", type=int, metavar="S", help="seed of everything random (default 0)")
+    fit.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    fit.add_argument("--json", action="store_true", help="print the result as one JSON document")
+    inspect = commands.add_parser("inspect", help="where a fitted model spends its nats, step by step")
+    inspect.set_defaults(command=_inspect)
+    inspect.add_argument("run", metavar="RUN", help="run folder")
+    inspect.add_argument("--json", action="store_true", help="print the result as one JSON document")
+    return parser
+
+
+def _usage(function, *arguments, **keywords):
+    """Call a function that checks what the user gave; its errors become one line and exit code 2."""
+    try:
+        return function(*arguments, **keywords)
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(error) from None
+
+
+def _fit(arguments):
+    given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
+    _usage(_check_options, given, arguments)
+    run, dataset, options = _usage(_prepare, given, arguments)
+    out = sys.stderr if arguments.json else sys.stdout
+    diffusion = run.untrained
+    print(
+        f"probdiff: {dataset.name}, {len(dataset.train)} training items of {dataset.dim} dimensions, "
+        f"N = {options['num_steps']} steps, {options['iterations']} iterations, in {run.path}",
+        file=out,
+        flush=True,
+    )
+
+    import jax
+
+    import probdiff
+
+    fit_key, report_key = jax.random.split(jax.random.key(options["seed"]))
+    start = time.monotonic()
+    try:
+        fit = probdiff.fit(
+            diffusion,
+            dataset.train,
+            iterations=options["iterations"],
+            batch_size=options["batch_size"],
+            learning_rate=options["learning_rate"],
+            key=fit_key,
+            validation=dataset.validation,
+            checkpoint=run.checkpoint,
+        )
+    except KeyboardInterrupt:
+        print(f"\nprobdiff: interrupted; go on with: probdiff fit --out {run.path} --resume", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        print(f"probdiff: error: {error}; the last good state is in {run.path}", file=sys.stderr)
+        return 1
+    seconds = {"fit": time.monotonic() - start}
+    run.save(fit=fit)
+
+    from probdiff.report import evaluate, format_table
+
+    start = time.monotonic()
+    both, results = evaluate(fit.diffusion, dataset, key=report_key, progress=True)
+    seconds["evaluation"] = time.monotonic() - start
+    results |= {"run": str(run.path), "seconds": {name: round(value, 1) for name, value in seconds.items()}}
+    run.save(terms=both.terms, results=results)
+    _draw_figures(run, fit.diffusion, dataset)
+    if arguments.json:
+        print(json.dumps(results))
+    else:
+        print(f"\n{format_table(results)}\n")
+        print(f"fitted in {seconds['fit']:.0f} s, evaluated in {seconds['evaluation']:.0f} s; figures in {run.figures}")
+        print(f"next: probdiff inspect {run.path}")
+    return 0
+
+
+def _check_options(given, arguments):
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
+        lowest = 0 if name == "seed" else 1
+        good = 0 < value < float("inf") if name == "learning_rate" else value >= lowest
+        expected = "a positive number" if name == "learning_rate" else f"an integer of at least {lowest}"
+        if not good:
+            raise ValueError(f"{flag}: Expected {expected}; got {value}")
+    if arguments.resume and arguments.out is None:
+        raise ValueError("--resume: Expected --out DIR, the run to go on with; got none")
+
+
+def _prepare(given, arguments):
+    """The run folder, the data and the options; nothing is compiled before this has passed."""
+    from probdiff import datasets, presets, runs
+
+    if arguments.resume:
+        run = runs.open_run(arguments.out)
+        options = run.config
+        asked = given | ({"data": _data_name(arguments.data)} if arguments.data else {})
+        for name, value in asked.items():
+            if value != options[name]:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: Expected {options[name]}, as in the run to resume; got {value}"
+                )
+        return run, run.data, options
+    if arguments.out is not None:
+        runs.check_free(arguments.out)
+    name = _data_name(arguments.data or "digits")
+    dataset = datasets.load(name, given.get("seed", 0))
+    options = {"data": name} | presets.default_options(dataset) | given
+    diffusion = presets.default_diffusion(dataset, options["num_steps"], options["seed"])
+    for split in (dataset.train, dataset.validation, dataset.test):
+        diffusion.check(split)
+    path = arguments.out or runs.next_free(dataset.name)
+    return runs.create_run(path, diffusion, options), dataset, options
+
+
+def _data_name(name):
+    """Files by their absolute path, so that a run can be opened from anywhere."""
+    from probdiff import datasets
+
+    return name if name in datasets.NAMES or not Path(name).exists() else str(Path(name).resolve())
+
+
+def _draw_figures(run, diffusion, dataset):
+    import jax
+    from numpyro.infer import Predictive
+
+    from probdiff import plots
+
+    title = f"{dataset.name}, N = {diffusion.schedule.num_steps}"
+    count = SAMPLES["points" if dataset.image_shape is None else "image"]
+    samples = Predictive(diffusion.model, num_samples=1)(jax.random.key(0), None, num_data=count)["x"][0]
+    figures = {
+        "loss": plots.plot_loss(run.losses, run.validation, title),
+        "step_kl": plots.plot_step_kl(run.datatree, diffusion.schedule, title),
+        "samples": plots.plot_samples(samples, dataset.test[:count], dataset.image_shape, title),
+    }
+    paths = [run.figures / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values()):
+        figure.savefig(path)
+    return paths
+
+
+def _inspect(arguments):
+    import probdiff
+    from probdiff.inspection import inspect_terms
+    from probdiff.report import format_table
+
+    run = _usage(probdiff.open_run, arguments.run)
+    diffusion, dataset, results = (_usage(getattr, run, name) for name in ("diffusion", "data", "results"))
+    tree = _usage(getattr, run, "datatree")
+    found = inspect_terms(tree, dataset.dim if dataset.levels is not None else None)
+    paths = _draw_figures(run, diffusion, dataset)
+    if arguments.json:
+        summary = json.loads(found["summary"].to_json(orient="index"))
+        print(json.dumps(results | {"inspection": found | {"summary": summary}, "figures": [str(p) for p in paths]}))
+        return 0
+    print(f"{format_table(results)}\n")
+    print(found["text"])
+    print("figures: " + ", ".join(str(path) for path in paths))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Figures: loss, KL against step, samples beside data. matplotlib is imported when a figure is drawn.
+
+Each function draws on a new figure and returns it; nothing global is changed.
+"""
+
+import numpy as np
+
+
+def _figure(columns=1, width=7.0, height=4.2):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def plot_loss(losses, validation, title=""):
+    """The bound against iteration: each minibatch (light), its running mean, and the validation data.
+
+    Args:
+        losses: Negative bound of each iteration, nats per datum, shape ``(iteration,)``.
+        validation: Rows of (iteration, bound in nats per datum); may be empty.
+        title: Title of the figure.
+    """
+    figure, (axes,) = _figure()
+    iteration = np.arange(1, len(losses) + 1)
+    bound = -np.asarray(losses, np.float64)
+    axes.plot(iteration, bound, lw=0.4, alpha=0.3, color="C0", label="minibatch, one step per datum")
+    window = max(1, min(500, len(bound) // 10))
+    running = np.convolve(bound, np.ones(window) / window, "valid")
+    axes.plot(iteration[window - 1 :], running, color="C0", label=f"mean of {window} iterations")
+    settled = bound[len(bound) // 10 :]
+    low, high = np.quantile(settled, [0.01, 0.99])
+    if len(validation):
+        axes.plot(validation[:, 0], validation[:, 1], "o-", ms=3, color="C1", label="validation, averaged parameters")
+        low, high = min(low, np.quantile(validation[:, 1], 0.1)), max(high, validation[:, 1].max())
+    axes.set(xlabel="iteration", ylabel="ELBO, nats per datum", title=title)
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.15 * (high - low))
+    axes.legend(loc="lower right", fontsize="small")
+    return figure
+
+
+def plot_step_kl(tree, schedule, title=""):
+    """The KL of each step: mean over draws and data, and bands over data.
+
+    Args:
+        tree: The DataTree of :func:`~probdiff.to_datatree`.
+        schedule: The noise schedule, for the second axis.
+        title: Title of the figure.
+    """
+    figure, (axes,) = _figure()
+    step_kl = tree["posterior"]["step_kl"]
+    step = step_kl["step"].values
+    if len(step) == 0:
+        axes.text(0.5, 0.5, "N = 1: there are no step KLs", ha="center", transform=axes.transAxes)
+        return figure
+    per_datum = step_kl.mean(("chain", "draw")).values
+    num_draws = step_kl.sizes["draw"]
+    for mass, alpha in ((0.9, 0.2), (0.5, 0.35)):
+        low, high = np.quantile(per_datum, [(1 - mass) / 2, (1 + mass) / 2], axis=1)
+        axes.fill_between(step, low, high, color="C0", alpha=alpha, lw=0, label=f"{mass:.0%} of test data")
+    axes.plot(step, per_datum.mean(1), color="C0", lw=1.5, label="mean")
+    axes.set(xlabel="step n", ylabel=f"KL of step n, nats (mean of {num_draws} draws)", title=title, ylim=(0, None))
+    axes.set_xlim(1, schedule.num_steps)
+    axes.legend(fontsize="small")
+    snr = axes.secondary_xaxis("top")
+    ticks = np.unique(np.linspace(1, schedule.num_steps, 7).round().astype(int))
+    snr.set_xticks(ticks, [f"{schedule.log_snr[n - 1]:.1f}" for n in ticks])
+    snr.set_xlabel("log-SNR")
+    return figure
+
+
+def plot_samples(samples, data, image_shape=None, title=""):
+    """Samples beside data: as images, as points of a plane, or as the histogram of one dimension.
+
+    Args:
+        samples: Draws from the model, shape ``(sample, dim)``.
+        data: Data, shape ``(datum, dim)``.
+        image_shape: Shape of a datum as an image; None for points. Of more than two dimensions the first two are shown.
+        title: Title of the figure.
+    """
+    figure, axes = _figure(2, width=8.0)
+    figure.suptitle(title)
+    panels = (("data", np.asarray(data)), ("samples from the model", np.asarray(samples)))
+    low, high = panels[0][1].min(0), panels[0][1].max(0)
+    margin = 0.1 * (high - low)
+    for ax, (name, points) in zip(axes, panels):
+        ax.set_title(f"{name} (n = {len(points)})", fontsize="medium")
+        if image_shape is not None:
+            side = int(np.sqrt(len(points)))
+            grid = points[: side**2].reshape(side, side, *image_shape).transpose(0, 2, 1, 3)
+            ax.imshow(grid.reshape(side * image_shape[0], -1), cmap="gray", vmin=low.min(), vmax=high.max())
+            for k in range(1, side):
+                ax.axhline(k * image_shape[0] - 0.5, color="C0", lw=0.4)
+                ax.axvline(k * image_shape[1] - 0.5, color="C0", lw=0.4)
+            ax.set_axis_off()
+        elif points.shape[1] == 1:
+            ax.hist(points[:, 0], bins=np.linspace(low[0] - margin[0], high[0] + margin[0], 61), density=True)
+            ax.set(xlabel="x", ylabel="density")
+        else:
+            ax.scatter(points[:, 0], points[:, 1], s=2, alpha=0.4, lw=0)
+            ax.set(xlabel="x[0]", ylabel="x[1]", xlim=(low[0] - margin[0], high[0] + margin[0]))
+            ax.set_ylim(low[1] - margin[1], high[1] + margin[1])
+            ax.set_aspect("equal")
+    return figure

@@ -1,0 +1,316 @@
+"""The run folder: what a fit leaves on disk, and how to read it back. The only code that knows its layout.
+
+config.json      what was asked for, and the description of the model
+schedule.npy     the variances beta_n, float64
+checkpoint.npz   the state of the fit, to resume from
+parameters.npz   the trained parameters
+losses.csv       the loss of every iteration; validation.csv, the bound on the validation data
+elbo.nc          the terms of the bound on test data, a DataTree
+results.json     the final table
+figures/         loss, KL against step, samples
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff import datasets
+from probdiff.checks import require
+from probdiff.export import from_datatree, to_datatree
+from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
+from probdiff.networks import MLP
+from probdiff.programs import PARAMS, Diffusion
+from probdiff.schedules import NoiseSchedule
+
+LIKELIHOODS = {kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood)}
+
+
+def _replace(path, write):
+    """Write a file under another name, make sure it is on disk, then give it its name: all of it or none."""
+    temporary = path.with_name(f".{path.name}.partial")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _save_arrays(path, arrays):
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+
+    _replace(path, write)
+
+
+def _load_arrays(path):
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy each have their own errors for a damaged file
+        raise ValueError(f"{path}: Expected an intact .npz file; got: {error}") from None
+
+
+def _write_json(path, document):
+    _replace(path, lambda temporary: temporary.write_text(json.dumps(document, indent=2) + "\n"))
+
+
+def _is_key(leaf):
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _leaves(tree):
+    leaves = jax.tree.leaves(tree)
+    return {f"leaf_{i:04}": jax.random.key_data(leaf) if _is_key(leaf) else leaf for i, leaf in enumerate(leaves)}
+
+
+def _restore(tree, arrays, path):
+    """``tree`` with its leaves taken from ``arrays``, which must have the same shapes and dtypes."""
+    expected, structure = jax.tree.flatten(tree)
+    found = [arrays[name] for name in sorted(arrays) if name.startswith("leaf_")]
+    template = _leaves(tree).values()
+    fits = len(found) == len(expected) and all(
+        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(found, template)
+    )
+    require(fits, str(path), "the arrays of this model and optimiser", "those of another configuration")
+    leaves = [
+        jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else jnp.asarray(new)
+        for new, old in zip(found, expected)
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
+class Checkpoint:
+    """A file that :func:`~probdiff.fit` saves its state in and resumes from.
+
+    Args:
+        path: Path of an ``.npz`` file. It is replaced as a whole, never written in place.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def save(self, state):
+        """Save a :class:`~probdiff.training.FitState`."""
+        histories = {"losses": state.losses, "validation": state.validation}
+        _save_arrays(self.path, histories | _leaves(state[:3]))
+
+    def load(self, template):
+        """The saved state, or None if there is none yet.
+
+        Raises:
+            ValueError: If the file is damaged, or the state is not of the kind of ``template``.
+        """
+        if not self.path.exists():
+            return None
+        arrays = _load_arrays(self.path)
+        restored = _restore(tuple(template[:3]), arrays, self.path)
+        return type(template)(*restored, arrays["losses"], arrays["validation"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        path: Path of the folder.
+        like: A Diffusion, or a network, of the structure of the run's, where it is not one of probdiff's own.
+    """
+
+    path: Path
+    like: object = None
+
+    @property
+    def config(self):
+        """What was asked for, a dict; ``config["model"]`` describes the model."""
+        return json.loads((self.path / "config.json").read_text())
+
+    @property
+    def checkpoint(self):
+        """The :class:`Checkpoint` of the fit."""
+        return Checkpoint(self.path / "checkpoint.npz")
+
+    @property
+    def data(self):
+        """The :class:`~probdiff.datasets.Dataset` that was fitted.
+
+        Raises:
+            ValueError: If the run does not say which.
+        """
+        config = self.config
+        require("data" in config, str(self.path), "a run that names its data", "a configuration without 'data'")
+        return datasets.load(config["data"], config.get("seed", 0))
+
+    @property
+    def untrained(self):
+        """The Diffusion with its initial parameters."""
+        if isinstance(self.like, Diffusion):
+            return self.like
+        model = self.config["model"]
+        network = self.like
+        if network is None:
+            require(
+                model["network"]["name"] == "MLP",
+                "like",
+                "a network or a Diffusion of the run's structure",
+                f"nothing, for a run with the custom network {model['network']['name']}",
+            )
+            network = MLP(**model["network"]["arguments"], key=jax.random.key(self.config.get("seed", 0)))
+        schedule = NoiseSchedule.from_betas(np.load(self.path / "schedule.npy", allow_pickle=False))
+        likelihood = LIKELIHOODS[model["likelihood"]["name"]](**model["likelihood"]["arguments"])
+        return Diffusion(schedule, network, likelihood, model["reverse_variance"], dim=model["dim"])
+
+    @property
+    def diffusion(self):
+        """The trained Diffusion.
+
+        Raises:
+            FileNotFoundError: If the fit has not ended.
+        """
+        path = self.path / "parameters.npz"
+        require(
+            path.exists(),
+            str(self.path),
+            "a finished run",
+            "one without parameters.npz; go on with probdiff fit --resume",
+            FileNotFoundError,
+        )
+        diffusion = self.untrained
+        own = diffusion.trainable()
+        return diffusion.bind({PARAMS: _restore(own, _load_arrays(path), path)} if jax.tree.leaves(own) else {})
+
+    @property
+    def losses(self):
+        """Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``."""
+        return self._table("losses.csv")[:, 1]
+
+    @property
+    def validation(self):
+        """Rows of (iteration, bound on the validation data in nats per datum)."""
+        return self._table("validation.csv")
+
+    @property
+    def terms(self):
+        """The :class:`~probdiff.ELBOTerms` of the test data in ``elbo.nc``."""
+        return from_datatree(self.datatree)
+
+    @property
+    def datatree(self):
+        """The DataTree in ``elbo.nc``."""
+        import xarray as xr
+
+        with xr.open_datatree(self.path / "elbo.nc", engine="h5netcdf") as tree:
+            return tree.load()
+
+    @property
+    def results(self):
+        """The final table, a dict."""
+        return json.loads((self.path / "results.json").read_text())
+
+    @property
+    def figures(self):
+        """The folder of the figures; it is made when first asked for."""
+        folder = self.path / "figures"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def save(self, fit=None, terms=None, results=None):
+        """Write what is given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.ELBOTerms`, a dict of results."""
+        if fit is not None:
+            _save_arrays(self.path / "parameters.npz", _leaves(fit.diffusion.trainable()))
+            losses = np.column_stack([np.arange(1, len(fit.losses) + 1), fit.losses])
+            for name, table in (("losses", losses), ("validation", fit.validation)):
+                header = "iteration," + ("negative_bound_nats" if name == "losses" else "bound_nats")
+                write = _csv_writer(table, header)
+                _replace(self.path / f"{name}.csv", write)
+        if terms is not None:
+            _replace(self.path / "elbo.nc", lambda path: to_datatree(terms).to_netcdf(path, engine="h5netcdf"))
+        if results is not None:
+            _write_json(self.path / "results.json", results)
+
+    def _table(self, name):
+        return np.loadtxt(self.path / name, delimiter=",", skiprows=1, ndmin=2).reshape(-1, 2)
+
+
+def _csv_writer(table, header):
+    return lambda path: np.savetxt(path, table, ["%d", "%.9g"], ",", header=header, comments="")
+
+
+def describe(diffusion):
+    """The model in words that JSON can hold; the schedule's variances and the parameters are kept apart."""
+    network = diffusion.network
+    known = type(network) is MLP
+    return {
+        "network": {
+            "name": type(network).__name__,
+            "arguments": network.arguments if known else None,
+        },
+        "likelihood": {
+            "name": type(diffusion.likelihood).__name__,
+            "arguments": dataclasses.asdict(diffusion.likelihood),
+        },
+        "reverse_variance": diffusion.kernel.reverse_variance,
+        "num_steps": diffusion.schedule.num_steps,
+        "dim": diffusion.dim,
+    }
+
+
+def create_run(path, diffusion, config=None):
+    """Make a run folder for a model that is to be fitted.
+
+    Args:
+        path: Path of a folder that does not exist yet, or is empty.
+        diffusion: The Diffusion.
+        config: What else to record, a dict for JSON; ``data`` and ``seed`` are what :attr:`Run.data` loads.
+
+    Raises:
+        FileExistsError: If the folder exists and is not empty.
+    """
+    path = Path(path)
+    check_free(path)
+    path.mkdir(parents=True, exist_ok=True)
+    np.save(path / "schedule.npy", diffusion.schedule.beta)
+    _write_json(path / "config.json", {**(config or {}), "model": describe(diffusion)})
+    return Run(path)
+
+
+def check_free(path):
+    """Refuse a path that already holds something."""
+    taken = Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir()))
+    require(
+        not taken, "out", "a new folder (or --resume, to go on with a run)", f"{path}, which exists", FileExistsError
+    )
+
+
+def open_run(path, like=None):
+    """Open a run folder.
+
+    Args:
+        path: Path of the folder.
+        like: For a run with a custom network: an untrained Diffusion, or network, of the same structure.
+
+    Returns:
+        A :class:`Run`, with ``.diffusion``, ``.config``, ``.data`` and ``.terms``.
+
+    Raises:
+        FileNotFoundError: If there is no run in that folder.
+    """
+    path = Path(path)
+    require(
+        (path / "config.json").is_file(), "run", "a run folder", f"{path}, which has no config.json", FileNotFoundError
+    )
+    return Run(path, like)
+
+
+def next_free(name, parent="runs"):
+    """The first of ``parent``/``name``-1, -2, … that does not exist."""
+    k = 1
+    while (path := Path(parent) / f"{name}-{k}").exists():
+        k += 1
+    return path
