@@ -17,7 +17,7 @@ from scipy.special import logsumexp
 from probdiff.checks import require, require_finite
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
 
-SIZES = {"train": 100_000, "validation": 5_000, "test": 50_000}
+SIZES = {"train": 100_000, "validation": 5_000, "test": 20_000}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,8 @@ only the marginal q(z_n | x_0), so that every step has noise of its own and step
 in chunks of about ``ROWS`` network inputs, which bounds the working memory whatever N and the number of draws are.
 """
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -286,14 +288,28 @@ def all_steps(diffusion, x, x0, key, network_key):
     return reconstruction - total
 
 
-def uniform_step(diffusion, x, x0, key, network_key):
-    """One step for each datum, uniform on 1 … N, n = 1 being the reconstruction: one network evaluation each.
+def uniform_n(key, size, num_steps):
+    """Steps drawn independently, uniform on 1 … N."""
+    return jax.random.randint(key, (size,), 1, num_steps + 1)
 
-    The term is multiplied by N; its expectation is the sum over all steps.
+
+def stratified_n(key, size, num_steps):
+    """Steps each uniform on 1 … N and together evenly spread: a lattice of ``size`` points with a random shift.
+
+    Source: Kingma et al. (2021), arXiv:2107.00630, appendix I.1.
+    """
+    points = (jax.random.uniform(key) + jnp.arange(size) / size) % 1
+    return jnp.clip(jnp.floor(num_steps * points).astype(jnp.int32) + 1, 1, num_steps)
+
+
+def one_step(draw_n, diffusion, x, x0, key, network_key):
+    """One step for each datum, n = 1 being the reconstruction: one network evaluation each.
+
+    The term is multiplied by N; as n is uniform, its expectation is the sum over all steps.
     """
     num_steps = diffusion.schedule.num_steps
     step_key, noise_key = jax.random.split(key)
-    n = jax.random.randint(step_key, x0.shape[:-1], 1, num_steps + 1)
+    n = draw_n(step_key, len(x), num_steps)
     eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
     z, eps_hat = _noisy(diffusion, x0, n, eps, network_key)
     kl = diffusion.kernel.step_kl_unchecked(diffusion.schedule, eps, eps_hat, n)
@@ -303,7 +319,11 @@ def uniform_step(diffusion, x, x0, key, network_key):
     return num_steps * term
 
 
-STEPS = {"all": all_steps, "uniform": uniform_step}
+STEPS = {
+    "all": all_steps,
+    "uniform": functools.partial(one_step, uniform_n),
+    "stratified": functools.partial(one_step, stratified_n),
+}
 
 
 def _fold_in(key, data):
@@ -320,7 +340,8 @@ class AnalyticELBO(ELBO):
         diffusion: The model. ``SVI`` must be given this model's ``model``, and its ``guide`` or
             ``posterior_guide``; ``handlers.scale`` may be wrapped around both alike.
         steps: ``"all"``: every step, N network evaluations a datum; ``"uniform"``: one step a datum, uniform on
-            1 … N, times N: an unbiased estimate with one network evaluation.
+            1 … N, times N: an unbiased estimate with one network evaluation; ``"stratified"``: the same with steps
+            spread evenly over the data of the batch.
         num_particles: Independent estimates to average, as in NumPyro.
         vectorize_particles: As in NumPyro.
 

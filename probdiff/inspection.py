@@ -45,7 +45,7 @@ def inspect_terms(tree, dim=None):
     text = [
         f"The {len(summary)} steps of largest KL, nats per datum; mean, spread over {elbo.shape[1]} items × {len(elbo)} draws",
         summary.to_string(),
-        f"step {first} dominates, with {share[0]:.2%} of Σ step KL; {half} of {len(per_step)} steps make up half of it",
+        f"step {first} dominates: {share[0]:.2%} of Σ step KL; the {half} largest of {len(per_step)} steps make up half of it",
         worst_text,
     ]
     return {

@@ -28,14 +28,15 @@ def plot_loss(losses, validation, title=""):
     window = max(1, min(500, len(bound) // 10))
     running = np.convolve(bound, np.ones(window) / window, "valid")
     axes.plot(iteration[window - 1 :], running, color="C0", label=f"mean of {window} iterations")
-    settled = bound[len(bound) // 10 :]
-    low, high = np.quantile(settled, [0.01, 0.99])
+    shown = running[len(running) // 10 :]
     if len(validation):
         axes.plot(validation[:, 0], validation[:, 1], "o-", ms=3, color="C1", label="validation, averaged parameters")
-        low, high = min(low, np.quantile(validation[:, 1], 0.1)), max(high, validation[:, 1].max())
+        shown = np.concatenate([shown, validation[len(validation) // 10 :, 1]])
+    low, high = shown.min(), shown.max()
     axes.set(xlabel="iteration", ylabel="ELBO, nats per datum", title=title)
-    axes.set_ylim(low - 0.1 * (high - low), high + 0.15 * (high - low))
-    axes.legend(loc="lower right", fontsize="small")
+    margin = max(0.25 * (high - low), 1e-3)
+    axes.set_ylim(low - margin, high + margin)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 
@@ -78,11 +79,12 @@ def plot_samples(samples, data, image_shape=None, title=""):
         image_shape: Shape of a datum as an image; None for points. Of more than two dimensions the first two are shown.
         title: Title of the figure.
     """
-    figure, axes = _figure(2, width=8.0)
-    figure.suptitle(title)
     panels = (("data", np.asarray(data)), ("samples from the model", np.asarray(samples)))
     low, high = panels[0][1].min(0), panels[0][1].max(0)
     margin = 0.1 * (high - low)
+    planar = image_shape is None and samples.shape[1] > 1
+    figure, axes = _figure(2, width=8.0, height=1.1 + 3.6 * (high[1] - low[1]) / (high[0] - low[0]) if planar else 4.6)
+    figure.suptitle(title)
     for ax, (name, points) in zip(axes, panels):
         ax.set_title(f"{name} (n = {len(points)})", fontsize="medium")
         if image_shape is not None:

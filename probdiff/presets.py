@@ -11,8 +11,8 @@ from probdiff.schedules import log_snr_schedule
 def default_options(dataset):
     """Number of steps, iterations, batch size and peak learning rate for a data set, as a dict."""
     if dataset.levels is not None:
-        return {"num_steps": 1000, "iterations": 12_000, "batch_size": 128, "learning_rate": 1e-3, "seed": 0}
-    return {"num_steps": 500, "iterations": 15_000, "batch_size": 512, "learning_rate": 2e-3, "seed": 0}
+        return {"num_steps": 1000, "iterations": 5_000, "batch_size": 128, "learning_rate": 1e-3, "seed": 0}
+    return {"num_steps": 500, "iterations": 6_000, "batch_size": 512, "learning_rate": 2e-3, "seed": 0}
 
 
 def default_diffusion(dataset, num_steps, seed=0):
@@ -33,7 +33,7 @@ def default_diffusion(dataset, num_steps, seed=0):
         width = dataset.levels - 1
         schedule = log_snr_schedule(num_steps, 2 * float(np.log(3.4 * width)), -6.0)
         harmonics = int(np.ceil(np.log2(width))) + 1
-        network = MLP(dataset.dim, key=key, hidden=256, num_blocks=3, dropout=0.1, num_harmonics=harmonics)
+        network = MLP(dataset.dim, key=key, hidden=256, num_blocks=2, dropout=0.1, num_harmonics=harmonics)
         return Diffusion(schedule, network, dataset.likelihood(), "posterior")
     schedule = log_snr_schedule(num_steps, 13.0, -8.0)
     network = MLP(dataset.dim, key=key, hidden=128, num_blocks=3, num_harmonics=3)

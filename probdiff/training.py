@@ -1,7 +1,7 @@
 """Fitting a diffusion by SVI: the loop around NumPyro's ``svi.init`` and ``svi.update``. It knows no files.
 
-One network evaluation a datum and update (:class:`~probdiff.AnalyticELBO` with ``steps="uniform"``), minibatches drawn
-with replacement, an exponential moving average of the parameters, and the choice of the averaged parameters that did
+One network evaluation a datum and update (:class:`~probdiff.AnalyticELBO` with ``steps="stratified"``), minibatches
+drawn with replacement, an exponential moving average of the parameters, and the choice of the averaged parameters that did
 best on validation data. Everything that decides the future of a fit is in its :class:`FitState`.
 """
 
@@ -93,7 +93,7 @@ def fit(
     learning_rate=1e-3,
     key=None,
     validation=None,
-    validate_every=1_000,
+    validate_every=500,
     elbo=None,
     ema_decay=0.999,
     checkpoint=None,
@@ -112,7 +112,7 @@ def fit(
         validation: Held-out data, of which the first 2¹⁸/N are used (32 at least). If given, the averaged
             parameters that do best on them are the result.
         validate_every: Iterations between validations.
-        elbo: A NumPyro ELBO; ``AnalyticELBO(diffusion, steps="uniform")`` if not given.
+        elbo: A NumPyro ELBO; ``AnalyticELBO(diffusion, steps="stratified")`` if not given.
         ema_decay: Decay of the parameter average.
         checkpoint: An object with ``load(template) -> FitState or None`` and ``save(state)``, such as
             :class:`~probdiff.Checkpoint`; the fit begins where it left off and saves every ``validate_every``
@@ -199,7 +199,7 @@ class _Loop:
 
     def __init__(self, diffusion, data, batch_size, optimiser, elbo):
         self.diffusion, self.data, self.batch_size = diffusion, data, batch_size
-        elbo = AnalyticELBO(diffusion, steps="uniform") if elbo is None else elbo
+        elbo = AnalyticELBO(diffusion, steps="stratified") if elbo is None else elbo
         model, guide = (
             handlers.scale(program, scale=1 / batch_size) for program in (diffusion.model, diffusion.posterior_guide)
         )

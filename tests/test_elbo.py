@@ -7,6 +7,7 @@ import numpy as np
 import numpyro
 import optax
 import pytest
+import scipy.stats
 from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
 
@@ -121,7 +122,7 @@ def test_float32_against_float64(schedule, num_steps, gate):
     assert np.abs(low - high).sum() < gate
 
 
-@pytest.mark.parametrize("steps", ["all", "uniform"])
+@pytest.mark.parametrize("steps", ["all", "uniform", "stratified"])
 def test_num_particles_averages_independent_estimates(steps):
     diffusion = make()
     one, many = (probdiff.AnalyticELBO(diffusion, steps=steps, num_particles=k) for k in (1, 50))
@@ -134,27 +135,39 @@ def test_num_particles_averages_independent_estimates(steps):
     assert 35 < variance(one) / variance(many) < 70
 
 
-def test_uniform_steps_enumerated(float64):
+def test_one_step_estimators_enumerated(float64):
     """Over every n with its probability 1/N, on fixed noise, the estimator's own output is the all-steps value."""
     diffusion = make(5)
     x = jnp.asarray(X[:1], jnp.float64)
     noise = jax.random.normal(jax.random.key(2), (1, 5, 1, 2))
 
     def forced(n):
-        def randint(key, shape, low, high):
-            assert (low, high) == (1, 6)
-            return jnp.full(shape, n)
-
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax.random, "randint", randint)
             patch.setattr(jax.random, "normal", lambda key, shape, dtype: noise[0, n - 1])
-            return -probdiff.AnalyticELBO(diffusion, steps="uniform").loss(
-                jax.random.key(0), {}, diffusion.model, diffusion.guide, x
-            )
+            key = jax.random.key(0)
+            terms = elbo_module.one_step(lambda key, size, num_steps: jnp.full(size, n), diffusion, x, x, key, None)
+        return terms.sum() - elbo_module.prior_kl(diffusion.schedule, x).sum()
 
     total = sum(forced(n) for n in range(1, 6)) / 5
     expected = probdiff.elbo_terms(diffusion, {}, x, noise=noise).elbo.sum()
     np.testing.assert_allclose(total, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("draw", [elbo_module.uniform_n, elbo_module.stratified_n])
+@pytest.mark.parametrize("size, num_steps", [(1, 1), (4, 3), (7, 10)])
+def test_steps_are_uniform_at_every_place_of_the_batch(draw, size, num_steps):
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    n = np.asarray(jax.vmap(lambda key: draw(key, size, num_steps))(keys))
+    for place in range(size):
+        counts = np.bincount(n[:, place], minlength=num_steps + 1)
+        assert counts[0] == 0 and len(counts) == num_steps + 1
+        assert num_steps == 1 or scipy.stats.chisquare(counts[1:]).pvalue > 1e-6
+
+
+def test_stratified_steps_cover_the_chain_evenly():
+    keys = jax.random.split(jax.random.key(0), 200)
+    n = np.asarray(jax.vmap(lambda key: elbo_module.stratified_n(key, 40, 20))(keys))
+    assert all(np.bincount(row, minlength=21)[1:].min() >= 1 and np.bincount(row).max() <= 3 for row in n)
 
 
 def test_the_bound_is_a_program():
@@ -169,9 +182,9 @@ def test_the_bound_is_a_program():
     assert trace["elbo"]["scale"] == 10
 
 
-@pytest.mark.parametrize("steps", ["stratified", "importance", "everything", None, 3])
+@pytest.mark.parametrize("steps", ["importance", "everything", None, 3])
 def test_steps_that_are_not_there_are_refused(steps):
-    with pytest.raises(ValueError, match=r"steps: Expected one of \['all', 'uniform'\]; got"):
+    with pytest.raises(ValueError, match=r"steps: Expected one of \['all', 'uniform', 'stratified'\]; got"):
         probdiff.AnalyticELBO(make(), steps=steps)
 
 
@@ -209,7 +222,7 @@ def test_gradients_agree_with_trace_elbo(float64):
 
     diffusion = probdiff.Diffusion(probdiff.log_snr_schedule(5, 3.0, -2.0), Scaled(jnp.array(0.6)))
     x = jnp.asarray(X[:2], jnp.float64)
-    objectives = [Trace_ELBO(), probdiff.AnalyticELBO(diffusion), probdiff.AnalyticELBO(diffusion, steps="uniform")]
+    objectives = [Trace_ELBO(), *(probdiff.AnalyticELBO(diffusion, steps=s) for s in ("all", "uniform", "stratified"))]
     keys = jax.random.split(jax.random.key(0), 40_000)
     means, errors = [], []
     for objective in objectives:
@@ -224,7 +237,7 @@ def test_gradients_agree_with_trace_elbo(float64):
         gradients = np.asarray(jax.jit(jax.vmap(gradient))(keys))
         means.append(gradients.mean())
         errors.append(gradients.std() / np.sqrt(len(keys)))
-    for i in (1, 2):
+    for i in (1, 2, 3):
         assert abs(means[0] - means[i]) <= 4.9 * np.hypot(errors[0], errors[i])
     assert 9.7 * max(errors) < 0.15 * abs(means[0])
 

@@ -120,7 +120,7 @@ def test_each_step_kl_is_seen_by_the_test_above(reverse_variance, scale, float64
     assert np.all(9.7 * error < np.maximum(0.1 * exact, 0.005))
 
 
-@pytest.mark.parametrize("steps", ["all", "uniform"])
+@pytest.mark.parametrize("steps", ["all", "uniform", "stratified"])
 @pytest.mark.parametrize("reverse_variance, scale", [("posterior", 0.9), ("forward", 1.0)])
 def test_analytic_elbo(steps, reverse_variance, scale, float64):
     diffusion = make(reverse_variance, scale)
