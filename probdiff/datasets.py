@@ -64,13 +64,14 @@ class Dataset:
     def independent_levels(self):
         """Mean test log-likelihood in nats, and its standard error, when every dimension is coded by itself.
 
-        One categorical distribution per dimension, fitted to the training split with one added count per level.
+        One categorical distribution per dimension, fitted to the training split with half a count added to each
+        level (Jeffreys' prior).
 
         Raises:
             ValueError: If the data are not on a grid.
         """
         require(self.levels is not None, "dataset", "data on a grid", self.name)
-        counts = 1 + np.array([np.bincount(column, minlength=self.levels) for column in self.train.T])
+        counts = 0.5 + np.array([np.bincount(column, minlength=self.levels) for column in self.train.T])
         log_p = np.log(counts / counts.sum(1, keepdims=True))
         per_datum = log_p[np.arange(self.dim), self.test].sum(1)
         return per_datum.mean(), per_datum.std(ddof=1) / np.sqrt(len(per_datum))
@@ -218,8 +219,7 @@ def _read_npz(path):
 def _read_csv(path):
     with open(path, encoding="utf-8") as file:
         first = file.readline().strip()
-    cells = [cell.strip() for cell in first.split(",")]
-    header = not all(map(_is_number, cells))
+    header = int(not all(_is_number(cell) for cell in first.split(",")))
     require(first != "", str(path), "rows of numbers", "an empty file or an empty first line")
     try:
         return np.loadtxt(path, np.int64, delimiter=",", skiprows=header, ndmin=2)

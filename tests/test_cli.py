@@ -1,0 +1,204 @@
+"""The command line, as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from numpyro.infer import SVI
+
+import probdiff
+from probdiff import cli, datasets
+
+SMALL = ["--num-steps", "8", "--iterations", "20", "--batch-size", "16"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small finished run of the digits, and the JSON document that the fit printed."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "probdiff.cli", "fit", "--out", path, "--json", *SMALL],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return path, json.loads(done.stdout), done.stderr
+
+
+def test_fit(run):
+    path, results, stderr = run
+    assert "bits/dim" in stderr and "20/20" in stderr
+    test, both = results["test"], results["two_ways"]
+    elbo = test["reconstruction"]["nats"] - test["step_kl"]["nats"] - test["prior_kl"]["nats"]
+    assert test["elbo"]["nats"] == pytest.approx(elbo, rel=1e-6) and test["num_items"] == 447
+    assert test["elbo"]["bits_per_dim"] == pytest.approx(-elbo / 64 / np.log(2), rel=1e-6)
+    parts = sum(test[name]["bits_per_dim"] for name in ("prior_kl", "step_kl", "reconstruction"))
+    assert parts == pytest.approx(test["elbo"]["bits_per_dim"], rel=1e-6)
+    assert both["agree"] is True and abs(both["z"]) < 4.9
+    assert results["reference"]["independent_dimensions"]["bits_per_dim"] == pytest.approx(2.398, abs=0.002)
+    names = {"config.json", "checkpoint.npz", "parameters.npz", "losses.csv", "elbo.nc", "results.json", "figures"}
+    assert names <= {file.name for file in path.iterdir()}
+    assert {file.name for file in (path / "figures").iterdir()} == {"loss.png", "step_kl.png", "samples.png"}
+    opened = probdiff.open_run(path)
+    terms = probdiff.elbo_terms(opened.diffusion, {}, opened.data.test, key=jax.random.key(0))
+    assert terms.elbo.mean() == pytest.approx(elbo, rel=0.02)
+    np.testing.assert_allclose(opened.terms.elbo.mean(), elbo, rtol=1e-5)
+
+
+def test_inspect(run, capsys):
+    path, _, _ = run
+    for file in (path / "figures").iterdir():
+        file.unlink()
+    assert cli.main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    terms = probdiff.open_run(path).terms
+    largest = int(np.argmax(terms.step_kl.mean((0, 2)))) + 2
+    worst = int(np.argmin(terms.elbo.mean(0)))
+    assert f"step {largest} dominates" in text and f"test item {worst}," in text
+    assert text.index(f"step_kl[{largest}]") < text.index("mean") + 200  # the first row of the table
+    assert (path / "figures" / "step_kl.png").exists()
+    assert cli.main(["inspect", str(path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["inspection"]["dominant_step"] == largest and document["inspection"]["worst_item"] == worst
+    row = document["inspection"]["summary"][f"step_kl[{largest}]"]
+    assert float(row["mean"]) == pytest.approx(float(terms.step_kl[:, largest - 2].mean()), abs=1e-3)
+
+
+def test_continuous_data_of_ones_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("mine.npy", np.random.default_rng(0).normal([5, -2, 0], [3, 0.1, 1], (400, 3)))
+    assert cli.main(["fit", "--data", "mine.npy", *SMALL]) == 0
+    text = capsys.readouterr().out
+    assert "bits/dim" not in text and "they agree" in text and "runs/mine-1" in text
+    monkeypatch.chdir("/")
+    assert probdiff.open_run(tmp_path / "runs" / "mine-1").data.train.shape == (320, 3)
+
+
+def test_known_entropy_and_one_step(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(datasets.SIZES, "test", 2000)
+    arguments = ["fit", "--data", "8gaussians", "--out", str(tmp_path / "r"), "--json", *SMALL, "--num-steps", "1"]
+    assert cli.main(arguments) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["reference"]["entropy"]["nats"] == pytest.approx(2.832, abs=1e-3)
+    assert results["reference"]["gap"]["nats"] > 0 and results["test"]["step_kl"]["nats"] == 0
+
+
+def test_resume(run, tmp_path, capsys):
+    path, _, _ = run
+    before = (path / "parameters.npz").read_bytes()
+    for option in (["--iterations", "30"], ["--data", "moons"], ["--seed", "1"]):
+        assert cli.main(["fit", "--out", str(path), "--resume", *option]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and option[0] in error and f"got {option[1]}" in error
+    assert cli.main(["fit", "--out", str(path), "--resume", *SMALL]) == 0
+    assert (path / "parameters.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT])
+def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(kind, tmp_path):
+    arguments = [
+        sys.executable,
+        "-m",
+        "probdiff.cli",
+        "fit",
+        "--data",
+        "moons",
+        "--num-steps",
+        "5",
+        "--batch-size",
+        "64",
+        "--iterations",
+        "2500",
+        "--out",
+    ]
+    process = subprocess.Popen([*arguments, tmp_path / "a"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "a" / "checkpoint.npz").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(kind)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.strip().splitlines()[-1].endswith("--resume")
+    # Only the state of the fit is compared: the evaluation would take the most time.
+    states = []
+    for resume in (True, False):
+        run = probdiff.open_run(tmp_path / "a")
+        options = run.config
+        key, _ = jax.random.split(jax.random.key(options["seed"]))
+        fit = probdiff.fit(
+            run.untrained,
+            run.data.train,
+            iterations=2500,
+            batch_size=64,
+            learning_rate=options["learning_rate"],
+            key=key,
+            validation=run.data.validation,
+            checkpoint=run.checkpoint if resume else None,
+            progress=False,
+        )
+        states.append(fit)
+    np.testing.assert_array_equal(states[0].losses, states[1].losses)
+
+
+BAD = {
+    "zero steps": (["--num-steps", "0"], "--num-steps: Expected an integer of at least 1; got 0"),
+    "negative iterations": (["--iterations", "-5"], "--iterations: Expected an integer of at least 1; got -5"),
+    "empty batch": (["--batch-size", "0"], "--batch-size: Expected"),
+    "learning rate": (["--learning-rate", "nan"], "--learning-rate: Expected a positive number; got nan"),
+    "negative seed": (["--seed", "-1"], "--seed: Expected"),
+    "unknown data": (["--data", "digit"], "data: Expected one of digits, checkerboard"),
+    "no such file": (["--data", "none.npy"], "none.npy, which is not there"),
+    "empty file": (["--data", "{tmp}/empty.npy"], "an empty file"),
+    "nan": (["--data", "{tmp}/nan.npy"], "Expected finite values; got nan at index [3, 1]"),
+    "images": (["--data", "{tmp}/images.npy"], "x.reshape(len(x), -1)"),
+    "taken": (["--out", "{tmp}/taken"], "Expected a new folder"),
+    "resume nothing": (["--resume"], "--resume: Expected --out DIR"),
+    "resume no run": (["--out", "{tmp}/taken", "--resume"], "has no config.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bad")
+    (path / "empty.npy").write_bytes(b"")
+    nan = np.random.default_rng(0).normal(size=(20, 2))
+    nan[3, 1] = np.nan
+    np.save(path / "nan.npy", nan)
+    np.save(path / "images.npy", np.zeros((20, 8, 8), int))
+    (path / "taken").mkdir()
+    (path / "taken" / "notes.txt").write_text("mine")
+    return path
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2_before_anything_is_compiled(case, bad_files, capsys, monkeypatch):
+    monkeypatch.setattr(SVI, "__init__", lambda *args, **kwargs: pytest.fail("the fit was started"))
+    monkeypatch.setattr(jax, "jit", lambda *args, **kwargs: pytest.fail("something was compiled"))
+    arguments, message = BAD[case]
+    assert cli.main(["fit", *(a.format(tmp=bad_files) for a in arguments)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["fit", "--steps", "3"], ["fit", "--num-steps", "many"], ["train"], []])
+def test_unknown_options(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+def test_inspect_of_no_run(tmp_path, capsys):
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_importing_the_command_line_is_light():
+    code = "import sys, probdiff.cli; print([m for m in ('arviz', 'matplotlib', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.strip() == "[]"

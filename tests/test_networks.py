@@ -1,0 +1,56 @@
+"""ε-networks: shapes, the step they are told, dropout, and what takes a key."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import probdiff
+from probdiff.networks import is_trainable, takes_key
+
+
+def awake(network):
+    """A network whose zero-initialised output is not zero."""
+    return jax.tree.map(lambda a: a + 0.1 if is_trainable(a) else a, network)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (3, 4)])
+@pytest.mark.parametrize("harmonics", [0, 3])
+def test_any_batch_shape(batch, harmonics):
+    network = awake(probdiff.MLP(3, key=jax.random.key(0), hidden=8, num_harmonics=harmonics))
+    z = jax.random.normal(jax.random.key(1), (*batch, 3))
+    n = jnp.full(batch, 2, jnp.int32)
+    out = network(z, n)
+    assert out.shape == z.shape
+    np.testing.assert_allclose(out.reshape(-1, 3)[0], network(z.reshape(-1, 3)[0], jnp.int32(2)), rtol=1e-4)
+
+
+def test_it_is_told_the_log_snr_of_the_schedule():
+    network, z = awake(probdiff.MLP(2, key=jax.random.key(0), hidden=8)), jnp.ones(2)
+    a = probdiff.NoiseSchedule.from_betas([0.1, 0.2, 0.3])
+    b = probdiff.NoiseSchedule.from_betas([0.28, 0.3, 0.5])  # step 1 of b is as noisy as step 2 of a
+    on_a, on_b = (probdiff.Diffusion(s, network).network for s in (a, b))
+    np.testing.assert_allclose(on_a(z, jnp.int32(2)), on_b(z, jnp.int32(1)), rtol=1e-5)
+    assert np.abs(on_a(z, jnp.int32(2)) - on_b(z, jnp.int32(2))).max() > 1e-4
+    assert np.abs(network(z, jnp.int32(2)) - network(z, jnp.int32(9))).max() > 1e-4
+
+
+def test_dropout_needs_the_key():
+    network, z, n = awake(probdiff.MLP(2, key=jax.random.key(0), dropout=0.5)), jnp.ones((6, 2)), jnp.ones(6, int)
+    np.testing.assert_array_equal(network(z, n), network(z, n))
+    assert np.any(network(z, n, key=jax.random.key(1)) != network(z, n, key=jax.random.key(2)))
+
+
+def test_everything_in_the_mlp_is_a_weight_or_a_constant_that_stays():
+    network = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0))).network
+    trained = eqx.filter(network, is_trainable)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(trained))
+    assert trained.schedule is None and trained.dropout.p is None
+    assert probdiff.MLP(**network.arguments, key=jax.random.key(0)).arguments == network.arguments
+
+
+def test_takes_key():
+    assert takes_key(probdiff.MLP(2, key=jax.random.key(0)))
+    assert takes_key(lambda z, n, *, key=None: z) and takes_key(lambda z, n, **kwargs: z)
+    assert not takes_key(lambda z, n: z)

@@ -1,0 +1,149 @@
+"""Run folders and exports: what was saved comes back bitwise; nothing is overwritten; damage is named."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import probdiff
+from probdiff import runs
+from probdiff.export import from_datatree
+
+X = np.random.default_rng(0).normal(3, 2, (300, 2)).astype(np.float32)
+
+
+class Custom(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, z, n):
+        return z * self.weight
+
+
+def make(network=None, num_steps=6):
+    network = network or probdiff.MLP(2, key=jax.random.key(4), hidden=8, num_blocks=1, dropout=0.1)
+    likelihood = probdiff.NormalLikelihood.standardized(X)
+    return probdiff.Diffusion(probdiff.log_snr_schedule(num_steps), network, likelihood, "forward", dim=2)
+
+
+def fitted_run(path, diffusion, **config):
+    run = probdiff.create_run(path, diffusion, config)
+    fit = probdiff.fit(diffusion, X, iterations=20, batch_size=16, checkpoint=run.checkpoint, progress=False)
+    terms = probdiff.elbo_terms(fit.diffusion, {}, X[:9], key=jax.random.key(0), num_draws=3)
+    run.save(fit=fit, terms=terms)
+    return fit, terms
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert np.array_equal(x, y) and np.asarray(x).dtype == np.asarray(y).dtype
+
+
+@pytest.mark.parametrize("num_steps", [1, 6])
+def test_a_run_comes_back(tmp_path, num_steps):
+    diffusion = make(num_steps=num_steps)
+    fit, terms = fitted_run(tmp_path / "run", diffusion, data="moons", seed=5)
+    run = probdiff.open_run(tmp_path / "run")
+    assert_same(run.diffusion.trainable(), fit.diffusion.trainable())
+    assert run.diffusion.schedule == diffusion.schedule and run.diffusion.likelihood == diffusion.likelihood
+    assert run.diffusion.kernel == diffusion.kernel and run.diffusion.training is False
+    assert_same(run.terms, terms)
+    np.testing.assert_allclose(run.losses, fit.losses, rtol=1e-6)
+    assert run.data.name == "moons" and run.config["seed"] == 5
+    key = jax.random.key(1)
+    assert_same(*(probdiff.elbo_terms(d, {}, X[:4], key=key) for d in (run.diffusion, fit.diffusion)))
+
+
+def test_discretised_run_comes_back(tmp_path):
+    diffusion = probdiff.Diffusion(
+        probdiff.cosine_schedule(4),
+        probdiff.MLP(2, key=jax.random.key(0), hidden=8),
+        probdiff.DiscretizedNormalLikelihood(levels=7),
+    )
+    run = probdiff.create_run(tmp_path / "run", diffusion)
+    assert probdiff.open_run(run.path).untrained.likelihood == diffusion.likelihood
+    with pytest.raises(FileNotFoundError, match="Expected a finished run"):
+        _ = run.diffusion
+    with pytest.raises(ValueError, match="without 'data'"):
+        _ = run.data
+
+
+@pytest.mark.parametrize("like", ["network", "diffusion"])
+def test_a_custom_network_needs_like(tmp_path, like):
+    network = Custom(jnp.array([0.1, 0.2]))
+    fit, _ = fitted_run(tmp_path / "run", make(network))
+    with pytest.raises(ValueError, match="like: Expected .* custom network Custom"):
+        _ = probdiff.open_run(tmp_path / "run").diffusion
+    structure = network if like == "network" else make(network)
+    assert_same(probdiff.open_run(tmp_path / "run", like=structure).diffusion.trainable(), fit.diffusion.trainable())
+    with pytest.raises(ValueError, match="another configuration"):
+        _ = probdiff.open_run(tmp_path / "run", like=Custom(jnp.zeros(3))).diffusion
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="out: Expected a new folder"):
+        probdiff.create_run(tmp_path / "run", make())
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="out: Expected a new folder"):
+        probdiff.create_run(tmp_path / "file", make())
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    (tmp_path / "moons-1").mkdir()
+    assert runs.next_free("moons", tmp_path) == tmp_path / "moons-2"
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "foreign"])
+def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
+    fitted_run(tmp_path / "run", make())
+    path = tmp_path / "run" / "checkpoint.npz"
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 4
+    if damage == "foreign":
+        np.savez(path, leaf_0000=np.zeros(3))
+    else:
+        path.write_bytes(b"" if damage == "empty" else bytes(content))
+    with pytest.raises(ValueError, match="checkpoint.npz: Expected"):
+        probdiff.fit(make(), X, iterations=40, batch_size=16, checkpoint=runs.Checkpoint(path), progress=False)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    fitted_run(tmp_path / "run", make())
+    other = make(probdiff.MLP(2, key=jax.random.key(4), hidden=9, num_blocks=1))
+    with pytest.raises(ValueError, match="another configuration"):
+        probdiff.fit(other, X, iterations=40, checkpoint=probdiff.Checkpoint(tmp_path / "run" / "checkpoint.npz"))
+
+
+def test_equal_runs_leave_equal_files(tmp_path):
+    for name in "ab":
+        fitted_run(tmp_path / name, make())
+    for file in ("checkpoint.npz", "parameters.npz", "config.json", "losses.csv", "schedule.npy"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    assert not list((tmp_path / "a").glob(".*"))
+
+
+def test_datatree():
+    terms = probdiff.elbo_terms(make(), {}, X[:9], key=jax.random.key(0), num_draws=3)
+    tree = probdiff.to_datatree(terms)
+    step_kl = tree["posterior"]["step_kl"]
+    assert step_kl.dims == ("chain", "draw", "step", "datum") and step_kl.attrs["units"] == "nats"
+    assert step_kl["step"].values.tolist() == [2, 3, 4, 5, 6]
+    assert tree["posterior"]["reconstruction"].dims == ("chain", "draw", "datum")
+    prior_kl = tree["constant_data"]["prior_kl"]
+    assert prior_kl.dims == ("datum",)
+    total = tree["posterior"]["reconstruction"] - step_kl.sum("step") - prior_kl
+    np.testing.assert_allclose(total, tree["posterior"]["elbo"], rtol=1e-5)
+    np.testing.assert_allclose(total[0], terms.elbo, rtol=1e-5)
+    assert_same(from_datatree(tree), terms)
+
+
+def test_arviz_reads_the_tree():
+    import arviz as az
+
+    terms = probdiff.elbo_terms(make(), {}, X[:9], key=jax.random.key(0), num_draws=50)
+    summary = az.summary(probdiff.to_datatree(terms), var_names=["elbo"], kind="stats", round_to=6)
+    np.testing.assert_allclose(summary["mean"].to_numpy(float), terms.elbo.mean(0), rtol=1e-4)
