@@ -23,7 +23,7 @@ from numpyro.primitives import Messenger
 from tqdm import tqdm
 
 from probdiff.checks import require
-from probdiff.networks import predict_noise
+from probdiff.networks import is_trainable, predict_noise
 from probdiff.programs import Diffusion, _minibatch
 from probdiff.schedules import at_step
 
@@ -124,12 +124,17 @@ def _noise(key, draw, n, like):
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, draw), n), like.shape, like.dtype)
 
 
+def _even_chunk(size, largest):
+    """The size of the fewest chunks, none larger than ``largest`` (or 1), that ``size`` can be cut in evenly."""
+    return -(-size // max(1, -(-size // max(1, largest))))
+
+
 def _filled(function, size, chunk, out):
     """``out`` with ``function(i)`` at row i, for ``size`` rows, ``chunk`` rows at a time, in place.
 
     The last chunk is moved back to end with the last row, so nothing is padded.
     """
-    chunk = max(1, min(chunk, size))
+    chunk = _even_chunk(size, chunk)
 
     def body(k, out):
         start = jnp.minimum(k * chunk, size - chunk)
@@ -260,32 +265,63 @@ def _no_draws(diffusion, x):
 
 
 def all_steps(diffusion, x, x0, key, network_key):
-    """Every step, each with noise of its own: N network evaluations for each datum.
-
-    Steps are taken in chunks, recomputed for the gradient where there are several, so that memory does not grow
-    with N.
-    """
-    num_steps = diffusion.schedule.num_steps
-    reconstruction = _reconstruction(diffusion, x, x0, _noise(key, 0, 1, x0), _fold_in(network_key, 0))
-    chunk = max(1, min(ROWS // len(x), num_steps - 1))
-    num_chunks = -(-(num_steps - 1) // chunk)
-
-    def add_chunk(total, first):
-        n = first + jnp.arange(chunk)
-        valid = n <= num_steps
-        n = jnp.minimum(n, num_steps)
-        eps = jax.vmap(_noise, (None, None, 0, None))(key, 0, n, x0)
-        kl = _step_kl(diffusion, x0, n[:, None], eps, _fold_in(network_key, first))
-        return total + jnp.where(valid[:, None], kl, 0).sum(0), None
-
-    total = jnp.zeros_like(reconstruction)
-    if num_chunks == 1:
-        total, _ = add_chunk(total, 2)
-    elif num_chunks > 1:
-        total, _ = jax.lax.scan(jax.checkpoint(add_chunk), total, 2 + chunk * jnp.arange(num_chunks))
-    numpyro.deterministic("step_kl", total)
+    """Every step, each with noise of its own: N network evaluations for each datum."""
+    reconstruction = _reconstruction(diffusion, x, x0, _noise(key, 0, 1, x0), _fold_in(network_key, 0)).sum()
+    num_kls = diffusion.schedule.num_steps - 1
+    chunk = _even_chunk(num_kls, ROWS // len(x))
+    step_kl = _sum_of_kls(diffusion, x0, key, network_key, chunk) if num_kls else jnp.zeros_like(reconstruction)
+    numpyro.deterministic("step_kl", step_kl)
     numpyro.deterministic("reconstruction", reconstruction)
-    return reconstruction - total
+    return reconstruction - step_kl
+
+
+@eqx.filter_custom_vjp
+def _sum_of_kls(diffusion, x0, key, network_key, chunk):
+    """Σ step KL over steps and data, ``chunk`` steps at a time.
+
+    Where it is differentiated, each chunk's gradient is taken along with its value and added up: the cost is that of
+    one pass back and forth, and memory does not grow with N.
+    """
+    return _over_chunks(_kl_of_chunk, diffusion, x0, key, network_key, chunk)
+
+
+@_sum_of_kls.def_fwd
+def _sum_of_kls_forward(perturbed, diffusion, x0, key, network_key, chunk):
+    def value_and_gradient(diffusion, *arguments):
+        params, constants = eqx.partition(diffusion, is_trainable)
+
+        def value(params):
+            return _kl_of_chunk(eqx.combine(params, constants), *arguments)
+
+        return jax.value_and_grad(value)(params)
+
+    return _over_chunks(value_and_gradient, diffusion, x0, key, network_key, chunk)
+
+
+@_sum_of_kls.def_bwd
+def _sum_of_kls_backward(gradient, cotangent, perturbed, diffusion, *arguments):
+    return jax.tree.map(lambda g: cotangent * g, gradient)
+
+
+def _over_chunks(function, diffusion, x0, key, network_key, chunk):
+    """The sum of ``function`` over chunks of steps from n = 2 on."""
+
+    def value(first):
+        return function(diffusion, x0, key, network_key, first + jnp.arange(chunk))
+
+    def add(total, first):
+        return jax.tree.map(jnp.add, total, value(first)), None
+
+    first = jnp.arange(2, diffusion.schedule.num_steps + 1, chunk)
+    return jax.lax.scan(add, value(first[0]), first[1:])[0]
+
+
+def _kl_of_chunk(diffusion, x0, key, network_key, n):
+    """Σ step KL over the steps ``n``, of which those past N do not count, and over the data."""
+    inside = jnp.minimum(n, diffusion.schedule.num_steps)
+    eps = jax.vmap(_noise, (None, None, 0, None))(key, 0, inside, x0)
+    kl = _step_kl(diffusion, x0, inside[:, None], eps, _fold_in(network_key, n[0]))
+    return jnp.where(inside == n, kl.sum(1), 0).sum()
 
 
 def uniform_n(key, size, num_steps):
@@ -316,7 +352,7 @@ def one_step(draw_n, diffusion, x, x0, key, network_key):
     term = jnp.where(n == 1, _log_likelihood(diffusion, x, z, n, eps_hat), -kl)
     numpyro.deterministic("n", n)
     numpyro.deterministic("term", term)
-    return num_steps * term
+    return num_steps * term.sum()
 
 
 STEPS = {
@@ -333,12 +369,12 @@ def _fold_in(key, data):
 class AnalyticELBO(ELBO):
     """The analytic bound as an objective for ``SVI``, in the place of ``Trace_ELBO``.
 
-    The bound is itself a NumPyro program, :meth:`program`: its only log density is one ``factor`` per datum, and its
-    terms are ``deterministic`` sites. The loss is ``Trace_ELBO`` on that program and an empty guide.
+    The bound is itself a NumPyro program, :meth:`program`: its only log density is one ``factor``, and its terms are
+    ``deterministic`` sites. The loss is ``Trace_ELBO`` on that program and an empty guide.
 
     Args:
         diffusion: The model. ``SVI`` must be given this model's ``model``, and its ``guide`` or
-            ``posterior_guide``; ``handlers.scale`` may be wrapped around both alike.
+            ``posterior_guide``; ``handlers.scale`` by a number may be wrapped around both alike.
         steps: ``"all"``: every step, N network evaluations a datum; ``"uniform"``: one step a datum, uniform on
             1 … N, times N: an unbiased estimate with one network evaluation; ``"stratified"``: the same with steps
             spread evenly over the data of the batch.
@@ -369,8 +405,8 @@ class AnalyticELBO(ELBO):
         x0 = diffusion.likelihood.encode(x)
         prior = numpyro.deterministic("prior_kl", prior_kl(diffusion.schedule, x0))
         terms = self._steps(diffusion, x, x0, numpyro.prng_key(), diffusion.training_key(x))
-        with _minibatch(x, num_data), numpyro.plate("data", len(x)):
-            numpyro.factor("elbo", terms - prior)
+        with _minibatch(x, num_data):
+            numpyro.factor("elbo", terms - prior.sum())
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         """Minus the bound, summed over the data; called by ``SVI``."""
@@ -407,6 +443,7 @@ def _scales_around(program, name, own):
             "no handler but handlers.scale around it",
             f"handlers.{type(program).__name__}",
         )
+        require(jnp.ndim(program.scale) == 0, name, "handlers.scale by a number", f"shape {jnp.shape(program.scale)}")
         scales.append(program.scale)
         program = program.fn
     mine = any(

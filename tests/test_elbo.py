@@ -93,7 +93,7 @@ def test_working_memory_does_not_grow_with_steps_or_draws():
         return compiled.compiled.memory_analysis().temp_size_in_bytes
 
     base = working_memory(1000, 10)
-    assert working_memory(10_000, 10) <= 1.05 * base and working_memory(1000, 100) <= 1.05 * base
+    assert working_memory(10_000, 10) <= 1.15 * base and working_memory(1000, 100) <= 1.15 * base
 
 
 def test_working_memory_of_an_update_does_not_grow_with_steps():
@@ -146,7 +146,7 @@ def test_one_step_estimators_enumerated(float64):
             patch.setattr(jax.random, "normal", lambda key, shape, dtype: noise[0, n - 1])
             key = jax.random.key(0)
             terms = elbo_module.one_step(lambda key, size, num_steps: jnp.full(size, n), diffusion, x, x, key, None)
-        return terms.sum() - elbo_module.prior_kl(diffusion.schedule, x).sum()
+        return terms - elbo_module.prior_kl(diffusion.schedule, x).sum()
 
     total = sum(forced(n) for n in range(1, 6)) / 5
     expected = probdiff.elbo_terms(diffusion, {}, x, noise=noise).elbo.sum()
@@ -174,10 +174,10 @@ def test_the_bound_is_a_program():
     diffusion = make()
     trace = handlers.trace(handlers.seed(probdiff.AnalyticELBO(diffusion).program, 0)).get_trace(X, num_data=70)
     kinds = {name: site["type"] for name, site in trace.items()}
-    assert kinds.pop("elbo") == "sample" and kinds.pop("data") == "plate" and kinds.pop("diffusion$params") == "param"
+    assert kinds.pop("elbo") == "sample" and kinds.pop("diffusion$params") == "param"
     assert kinds == {"prior_kl": "deterministic", "step_kl": "deterministic", "reconstruction": "deterministic"}
     value = {name: trace[name]["value"] for name in kinds}
-    expected = value["reconstruction"] - value["step_kl"] - value["prior_kl"]
+    expected = value["reconstruction"] - value["step_kl"] - value["prior_kl"].sum()
     np.testing.assert_allclose(trace["elbo"]["fn"].log_prob(None), expected, rtol=1e-5)
     assert trace["elbo"]["scale"] == 10
 
@@ -205,6 +205,7 @@ def test_a_model_or_guide_of_another_diffusion_is_refused():
         (handlers.mask(diffusion.model, mask=True), diffusion.guide, "no handler but handlers.scale"),
         (scaled, diffusion.guide, "the same handlers.scale"),
         (scaled, handlers.scale(diffusion.guide, scale=0.3), "the same handlers.scale"),
+        (handlers.scale(diffusion.model, scale=jnp.ones(7)), diffusion.guide, "by a number"),
     ]:
         with pytest.raises(ValueError, match=message):
             loss(model, guide)
