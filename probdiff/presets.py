@@ -11,7 +11,7 @@ from probdiff.schedules import log_snr_schedule
 def default_options(dataset):
     """Number of steps, iterations, batch size and peak learning rate for a data set, as a dict."""
     if dataset.levels is not None:
-        return {"num_steps": 1000, "iterations": 5_000, "batch_size": 128, "learning_rate": 1e-3, "seed": 0}
+        return {"num_steps": 1000, "iterations": 4_000, "batch_size": 128, "learning_rate": 1e-3, "seed": 0}
     return {"num_steps": 500, "iterations": 6_000, "batch_size": 512, "learning_rate": 2e-3, "seed": 0}
 
 

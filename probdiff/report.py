@@ -7,7 +7,7 @@ from probdiff.comparison import Estimate, compute_both_ways
 from probdiff.elbo import bits_per_dim, elbo_terms
 
 ITEMS = 512
-DRAWS = 8
+DRAWS = 4
 ELEMENTS = 2**22
 
 

@@ -1,0 +1,166 @@
+"""The table of bad inputs: each is refused with a typed error that names what was expected and what came."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpyro.infer import SVI, Trace_ELBO
+
+import probdiff
+
+SCHEDULE = probdiff.cosine_schedule(5)
+NETWORK = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1)
+NORMAL = probdiff.Diffusion(SCHEDULE, NETWORK)
+GRID = probdiff.Diffusion(SCHEDULE, NETWORK, probdiff.DiscretizedNormalLikelihood(5))
+X = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+NAN = np.where(np.arange(12).reshape(6, 2) == 5, np.nan, X).astype(np.float32)
+
+DATA = {
+    "nan": (NORMAL, NAN, ValueError, r"x: Expected finite values; got nan at index \[2, 1\]"),
+    "infinity": (NORMAL, np.where(np.isnan(NAN), np.inf, X), ValueError, r"got inf at index \[2, 1\]"),
+    "integers for a density": (NORMAL, np.ones((6, 2), int), TypeError, "floats for NormalLikelihood.*got dtype int"),
+    "complex": (NORMAL, X + 1j, TypeError, "got dtype complex"),
+    "objects": (NORMAL, X.astype(object), TypeError, "got dtype object"),
+    "strings": (NORMAL, X.astype(str), TypeError, "got dtype <U"),
+    "booleans": (NORMAL, X > 0, TypeError, "got dtype bool"),
+    "a list": (NORMAL, [[1.0, 2.0]], TypeError, "x: Expected an array; got list"),
+    "one axis": (NORMAL, X[:, 0], ValueError, r"x: Expected shape \(datum, 2\); got shape \(6,\)"),
+    "three axes": (NORMAL, X[None], ValueError, r"got shape \(1, 6, 2\)"),
+    "another dimension": (NORMAL, X[:, :1], ValueError, r"x: Expected shape \(datum, 2\); got shape \(6, 1\)"),
+    "empty": (NORMAL, X[:0], ValueError, "at least one datum"),
+    "floats for a grid": (GRID, X, TypeError, "integers for DiscretizedNormalLikelihood.*got dtype float32"),
+    "a level too many": (GRID, np.array([[0, 5]]), ValueError, r"x: Expected levels 0 … 4; got 5 at index \[0, 1\]"),
+    "a negative level": (GRID, np.array([[0, 1], [-1, 2]]), ValueError, r"got -1 at index \[1, 0\]"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+@pytest.mark.parametrize("use", ["elbo_terms", "fit", "svi", "analytic"])
+def test_data(case, use, monkeypatch):
+    diffusion, x, error, message = DATA[case]
+    monkeypatch.setattr(jax, "jit", lambda *args, **kwargs: pytest.fail("something was compiled"))
+    with pytest.raises(error, match=message):
+        if use == "elbo_terms":
+            probdiff.elbo_terms(diffusion, {}, x, key=jax.random.key(0))
+        elif use == "fit":
+            probdiff.fit(diffusion, x, iterations=2, progress=False)
+        else:
+            elbo = Trace_ELBO() if use == "svi" else probdiff.AnalyticELBO(diffusion)
+            SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), elbo).init(jax.random.key(0), x)
+
+
+CALLS = {
+    "beta of 0": (lambda: probdiff.NoiseSchedule.from_betas([0.1, 0.0]), ValueError, "got 0.0 at step n = 2"),
+    "beta of 1": (
+        lambda: probdiff.NoiseSchedule.from_betas([1.0]),
+        ValueError,
+        "0 < beta < 1 .* got 1.0 at step n = 1",
+    ),
+    "negative beta": (lambda: probdiff.NoiseSchedule.from_betas([-0.1]), ValueError, "got -0.1"),
+    "nan in beta": (lambda: probdiff.NoiseSchedule.from_betas([0.1, np.nan]), ValueError, "got nan at step n = 2"),
+    "no beta": (lambda: probdiff.NoiseSchedule.from_betas([]), ValueError, "non-empty 1-D array"),
+    "beta of rank 2": (lambda: probdiff.NoiseSchedule.from_betas([[0.1]]), ValueError, r"got shape \(1, 1\)"),
+    "no steps": (lambda: probdiff.cosine_schedule(0), ValueError, "num_steps: Expected at least 1; got 0"),
+    "negative steps": (lambda: probdiff.linear_schedule(-3), ValueError, "num_steps: Expected at least 1; got -3"),
+    "half a step": (lambda: probdiff.log_snr_schedule(2.5), TypeError, "num_steps: Expected an integer; got 2.5"),
+    "log-SNR upside down": (lambda: probdiff.log_snr_schedule(5, -3.0, 3.0), ValueError, "log_snr_min < log_snr_max"),
+    "beta_max of 2": (lambda: probdiff.linear_schedule(5, 1e-4, 2.0), ValueError, "beta_max < 1"),
+    "no schedule": (lambda: probdiff.Diffusion(100, NETWORK), TypeError, "schedule: Expected a NoiseSchedule; got int"),
+    "no network": (lambda: probdiff.Diffusion(SCHEDULE, None), TypeError, "network: Expected a callable"),
+    "no likelihood": (lambda: probdiff.Diffusion(SCHEDULE, NETWORK, "normal"), TypeError, "likelihood: Expected"),
+    "a class for a likelihood": (
+        lambda: probdiff.Diffusion(SCHEDULE, NETWORK, probdiff.NormalLikelihood),
+        TypeError,
+        "likelihood: Expected an instance",
+    ),
+    "reverse variance": (
+        lambda: probdiff.Diffusion(SCHEDULE, NETWORK, reverse_variance="beta"),
+        ValueError,
+        r"reverse_variance: Expected one of \['forward', 'posterior'\]; got 'beta'",
+    ),
+    "two dimensions": (lambda: probdiff.Diffusion(SCHEDULE, NETWORK, dim=3), ValueError, "dim: Expected 2"),
+    "one level": (lambda: probdiff.DiscretizedNormalLikelihood(1), ValueError, "levels: Expected at least 2; got 1"),
+    "half a level": (lambda: probdiff.DiscretizedNormalLikelihood(2.5), TypeError, "levels: Expected an integer"),
+    "negative scale": (lambda: probdiff.NormalLikelihood(scale=-1.0), ValueError, "scale: Expected positive numbers"),
+    "nan in loc": (lambda: probdiff.NormalLikelihood(loc=[0.0, np.nan]), ValueError, "loc: Expected finite values"),
+    "constant column": (
+        lambda: probdiff.NormalLikelihood.standardized(X * [1, 0] + 0.1),
+        ValueError,
+        "a constant column 1",
+    ),
+    "one row to standardise": (lambda: probdiff.NormalLikelihood.standardized(X[:1]), ValueError, "1 rows"),
+    "scales for other data": (
+        lambda: probdiff.NormalLikelihood(scale=[1.0, 2.0, 3.0]).encode(X),
+        ValueError,
+        "3 dimensions, as the likelihood's scale has",
+    ),
+    "no draws": (
+        lambda: probdiff.elbo_terms(NORMAL, {}, X, key=jax.random.key(0), num_draws=0),
+        ValueError,
+        "num_draws: Expected a positive integer; got 0",
+    ),
+    "neither key nor noise": (
+        lambda: probdiff.elbo_terms(NORMAL, {}, X),
+        ValueError,
+        "exactly one of the two; got neither",
+    ),
+    "noise of another shape": (
+        lambda: probdiff.elbo_terms(NORMAL, {}, X, noise=np.zeros((3, 4, 6, 2))),
+        ValueError,
+        r"noise: Expected shape .* \(3, 5, 6, 2\); got \(3, 4, 6, 2\)",
+    ),
+    "a model for a diffusion": (
+        lambda: probdiff.elbo_terms(NORMAL.model, {}, X, key=jax.random.key(0)),
+        TypeError,
+        "diffusion: Expected a Diffusion",
+    ),
+    "parameters of another": (
+        lambda: probdiff.elbo_terms(NORMAL, {"w": 1}, X, key=jax.random.key(0)),
+        ValueError,
+        r"params: Expected only the site 'diffusion\$params'",
+    ),
+    "no iterations": (
+        lambda: probdiff.fit(NORMAL, X, iterations=0),
+        ValueError,
+        "iterations: Expected a positive integer",
+    ),
+    "no batch": (lambda: probdiff.fit(NORMAL, X, batch_size=0), ValueError, "batch_size: Expected a positive integer"),
+    "no learning": (
+        lambda: probdiff.fit(NORMAL, X, learning_rate=0.0),
+        ValueError,
+        "learning_rate: Expected a positive",
+    ),
+    "a decay of 1": (
+        lambda: probdiff.fit(NORMAL, X, ema_decay=1),
+        ValueError,
+        "ema_decay: Expected 0 <= ema_decay < 1",
+    ),
+    "validation data": (lambda: probdiff.fit(NORMAL, X, validation=NAN), ValueError, "got nan"),
+    "nothing to train": (
+        lambda: probdiff.fit(probdiff.Diffusion(SCHEDULE, lambda z, n: z), X),
+        ValueError,
+        "something to train",
+    ),
+    "no run": (lambda: probdiff.open_run("nowhere"), FileNotFoundError, "nowhere, which has no config.json"),
+    "hidden": (
+        lambda: probdiff.MLP(2, key=jax.random.key(0), hidden=0),
+        ValueError,
+        "hidden: Expected a positive integer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_calls(case):
+    call, error, message = CALLS[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_jax_arrays_and_other_dtypes_that_fit_are_taken():
+    for x in (jnp.asarray(X), X.astype(np.float64), X.astype(np.float16)):
+        assert np.all(np.isfinite(probdiff.elbo_terms(NORMAL, {}, x, key=jax.random.key(0)).elbo))
+    for dtype in (np.uint8, np.int16, np.int64):
+        levels = np.array([[0, 4], [2, 3]], dtype)
+        assert np.all(np.isfinite(probdiff.elbo_terms(GRID, {}, levels, key=jax.random.key(0)).elbo))

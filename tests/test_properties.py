@@ -1,0 +1,73 @@
+"""Properties that hold for any schedule, size and data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import probdiff
+from probdiff.oracles import LinearNetwork, exact_log_prob, exact_terms
+
+betas = st.lists(st.floats(1e-6, 0.999), min_size=1, max_size=64)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def linear_case(beta, dim, seed, reverse_variance):
+    rng = np.random.default_rng(seed)
+    schedule = probdiff.NoiseSchedule.from_betas(beta)
+    weight = rng.normal(0, 0.5, (len(beta), dim, dim))
+    network = LinearNetwork(weight, rng.normal(0, 0.5, (len(beta), dim)))
+    return probdiff.Diffusion(schedule, network, reverse_variance=reverse_variance), rng.normal(0, 2, (3, dim))
+
+
+@settings(max_examples=25, deadline=None)
+@given(betas, st.integers(1, 8), seeds, st.sampled_from(["posterior", "forward"]))
+def test_bound_and_terms(beta, dim, seed, reverse_variance):
+    """Any linear network: no NaN, every KL at least 0, and the bound below log p(x)."""
+    diffusion, x = linear_case(beta, dim, seed, reverse_variance)
+    exact = exact_terms(diffusion, x)
+    assert all(np.all(np.isfinite(value)) for value in exact.values())
+    assert np.all(exact["prior_kl"] >= -1e-12) and np.all(exact["step_kl"] >= -1e-12)
+    log_prob = exact_log_prob(diffusion, x)
+    assert np.all(exact["elbo"] <= log_prob + 1e-9 * np.maximum(1, np.abs(exact["elbo"])))
+    with jax.enable_x64(True):
+        terms = probdiff.elbo_terms(diffusion, {}, x, key=jax.random.key(seed))
+        assert np.all(np.isfinite(terms.elbo)) and np.all(terms.step_kl >= -1e-12)
+        np.testing.assert_allclose(terms.prior_kl, exact["prior_kl"], rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 5), seeds)
+def test_terms_follow_a_permutation_of_the_data(num_steps, dim, seed):
+    rng = np.random.default_rng(seed)
+    diffusion, _ = linear_case(rng.uniform(0.01, 0.9, num_steps), dim, seed, "forward")
+    x, noise = rng.normal(size=(6, dim)), rng.normal(size=(2, num_steps, 6, dim))
+    order = rng.permutation(6)
+    with jax.enable_x64(True):
+        straight = probdiff.elbo_terms(diffusion, {}, x, noise=noise)
+        permuted = probdiff.elbo_terms(diffusion, {}, x[order], noise=noise[:, :, order])
+    for name in ("prior_kl", "step_kl", "reconstruction", "elbo"):
+        np.testing.assert_allclose(getattr(permuted, name), getattr(straight, name)[..., order], rtol=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(betas)
+def test_schedules(beta):
+    schedule = probdiff.NoiseSchedule.from_betas(beta)
+    n = np.arange(1, len(beta) + 1)
+    assert np.all(np.diff(schedule.log_snr) < 0) and np.all(schedule.posterior_variance <= schedule.beta)
+    assert np.all((schedule.one_minus_alpha_bar > 0) & (schedule.one_minus_alpha_bar <= 1))
+    with jax.enable_x64(True):
+        marginal = probdiff.forward_marginal(schedule, jnp.ones((len(beta), 1)), n)
+        np.testing.assert_allclose(marginal.mean[:, 0] ** 2 + marginal.variance[:, 0], 1, rtol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from([2, 3, 17, 256]), st.floats(-1e3, 1e3), st.floats(1e-3, 1e3), seeds)
+def test_discretised_probabilities(levels, loc, scale, seed):
+    likelihood = probdiff.DiscretizedNormalLikelihood(levels)
+    loc, scale = jnp.float32(loc), jnp.float32(scale)
+    log_p = likelihood(loc[None], scale[None]).log_prob(jnp.arange(levels)[:, None])
+    assert np.all(np.isfinite(log_p)) and np.all(log_p <= 1e-6)
+    np.testing.assert_allclose(np.exp(np.asarray(log_p, np.float64)).sum(), 1, atol=1e-4)

@@ -1,0 +1,40 @@
+"""The README's example runs as it stands there; its commands are the ones that CI runs; the scripts run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_as_it_stands():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    terms, result = names["terms"], names["result"]
+    assert terms.step_kl.shape == (100, 99, 64) and terms.elbo.shape == (100, 64)
+    assert names["drawn"].shape == (500, 2)
+    assert result.losses[-50:].mean() < 0.2 * result.losses[:10].mean()
+    np.testing.assert_allclose(terms.elbo.mean(), -result.losses[-50:].mean() / 64, rtol=0.2)
+
+
+def test_each_command_is_one_line_of_a_code_block():
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    assert len(blocks) == 2 and all(block.count("\n") == 1 for block in blocks)
+    assert all(block.startswith("python3 -m venv .venv && ") for block in blocks)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "analyses").glob("*.py")), ids=lambda path: path.name)
+def test_analyses_run_at_toy_size(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, script, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nan" not in done.stdout
+    listed = (ROOT / "analyses" / "README.md").read_text()
+    assert f"[{script.name}]" in listed
