@@ -23,7 +23,7 @@ parser = argparse.ArgumentParser(description="What does a probabilistic program 
 parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
 quick = parser.parse_args().quick
 
-REPETITIONS = 3 if quick else 31
+REPETITIONS = 3 if quick else 15
 OPTIMISER = optax.adam(1e-3)
 
 
@@ -125,7 +125,6 @@ def make(num_steps, dim, hidden):
 
 def first_call(num_steps, elbo):
     """Seconds from the untraced update to its first result, less one run: tracing and compilation."""
-    jax.clear_caches()
     update, state, x = by_program(elbo, make(num_steps, 2, 128), jnp.ones((4, 2)))
     cold = seconds(update, state, x)
     return cold - min(seconds(update, state, x) for _ in range(3))
@@ -167,7 +166,7 @@ for name, (elbo, loss) in objectives.items():
 
 print("\nCompile time of an update at N = 1000 against N = 10; median [range] of pairwise ratios")
 for name, (elbo, _) in objectives.items():
-    pairs = np.array([[first_call(n, elbo) for n in (1000, 10)] for _ in range(1 if quick else 7)])
+    pairs = np.array([[first_call(n, elbo) for n in (1000, 10)] for _ in range(1 if quick else 5)])
     ratio = pairs[:, 0] / pairs[:, 1]
     print(
         f"{name:26}{np.median(pairs[:, 0]):8.2f}s{np.median(pairs[:, 1]):8.2f}s   {np.median(ratio):.2f} "

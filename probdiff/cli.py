@@ -68,8 +68,9 @@ def _fit(arguments):
     given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
     _usage(_check_options, given, arguments)
     run, dataset, options = _usage(_prepare, given, arguments)
+    diffusion = _usage(getattr, run, "untrained")
+    _usage(run.checkpoint.read)
     out = sys.stderr if arguments.json else sys.stdout
-    diffusion = run.untrained
     print(
         f"probdiff: {dataset.name}, {len(dataset.train)} training items of {dataset.dim} dimensions, "
         f"N = {options['num_steps']} steps, {options['iterations']} iterations, in {run.path}",
@@ -98,7 +99,8 @@ def _fit(arguments):
         print(f"\nprobdiff: interrupted; go on with: probdiff fit --out {run.path} --resume", file=sys.stderr)
         return 130
     except FloatingPointError as error:
-        print(f"probdiff: error: {error}; the last good state is in {run.path}", file=sys.stderr)
+        kept = f"the last good state is in {run.path}" if run.checkpoint.path.exists() else "nothing was saved yet"
+        print(f"probdiff: error: {error}; {kept}", file=sys.stderr)
         return 1
     seconds = {"fit": time.monotonic() - start}
     run.save(fit=fit)
@@ -124,7 +126,7 @@ def _check_options(given, arguments):
     for name, value in given.items():
         flag = "--" + name.replace("_", "-")
         lowest = 0 if name == "seed" else 1
-        good = 0 < value < float("inf") if name == "learning_rate" else value >= lowest
+        good = 0 < value < float("inf") if name == "learning_rate" else lowest <= value < 2**32
         expected = "a positive number" if name == "learning_rate" else f"an integer of at least {lowest}"
         if not good:
             raise ValueError(f"{flag}: Expected {expected}; got {value}")

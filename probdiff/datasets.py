@@ -217,14 +217,14 @@ def _read_npz(path):
 
 
 def _read_csv(path):
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         first = file.readline().strip()
-    header = int(not all(_is_number(cell) for cell in first.split(",")))
+    header = int(not any(_is_number(cell) for cell in first.split(",")))
     require(first != "", str(path), "rows of numbers", "an empty file or an empty first line")
     try:
-        return np.loadtxt(path, np.int64, delimiter=",", skiprows=header, ndmin=2)
+        return np.loadtxt(path, np.int64, delimiter=",", skiprows=header, ndmin=2, encoding="utf-8-sig")
     except ValueError:
-        return np.loadtxt(path, np.float64, delimiter=",", skiprows=header, ndmin=2)
+        return np.loadtxt(path, np.float64, delimiter=",", skiprows=header, ndmin=2, encoding="utf-8-sig")
 
 
 def _is_number(cell):
@@ -255,6 +255,13 @@ def _from_file(path, seed):
     else:
         constant = np.flatnonzero(np.ptp(array, 0) == 0)
         require(constant.size == 0, str(path), "columns that vary", f"a constant column {constant[:1]}")
+        coarse = np.flatnonzero(array.std(0) < 1e3 * np.spacing(np.abs(array).max(0).astype(np.float32)))
+        require(
+            coarse.size == 0,
+            str(path),
+            "columns whose spread float32 resolves",
+            f"column {coarse[:1]}: subtract its mean",
+        )
         require(
             not np.all(array == np.round(array)),
             str(path),
@@ -262,7 +269,7 @@ def _from_file(path, seed):
             "whole numbers stored as floats: data on a grid has no density; save x.astype(int)",
         )
     order = np.random.default_rng(seed).permutation(len(array))
-    held_out = max(1, len(array) // 10)
+    held_out = max(2, len(array) // 10)
     array = array[order].astype(np.int32 if grid else np.float32)
     train, validation, test = np.split(array, [len(array) - 2 * held_out, len(array) - held_out])
     return Dataset(path.stem, train, validation, test, levels=levels)

@@ -152,7 +152,7 @@ def _evaluate(diffusion, x, key, draws, noise):
 
     def eps(index, n):
         if noise is not None:
-            return noise[index, n - 1]
+            return noise[index, n - 1].astype(x0.dtype)
         return jax.vmap(_noise, (None, 0, 0, None))(key, draws[index], n, x0)
 
     def step_kl(i):
@@ -300,7 +300,7 @@ def _sum_of_kls_forward(perturbed, diffusion, x0, key, network_key, chunk):
 
 @_sum_of_kls.def_bwd
 def _sum_of_kls_backward(gradient, cotangent, perturbed, diffusion, *arguments):
-    return jax.tree.map(lambda g: cotangent * g, gradient)
+    return jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradient)
 
 
 def _over_chunks(function, diffusion, x0, key, network_key, chunk):
@@ -396,6 +396,8 @@ class AnalyticELBO(ELBO):
 
     def program(self, x, num_data=None):
         """The bound on ``x`` as a NumPyro program; arguments as for :meth:`Diffusion.model`.
+
+        With all steps it can be differentiated with respect to the parameters, not the data.
 
         Sites: ``param`` of the model; ``deterministic`` ``prior_kl`` and the terms of the steps; ``factor`` ``elbo``.
         """

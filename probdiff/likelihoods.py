@@ -83,7 +83,7 @@ class NormalLikelihood:
     def encode(self, x):
         r"""Data to the chain, :math:`x_0 = (x - loc) / scale`, shape ``(*batch, dim)``."""
         self.check(x)
-        x = jnp.asarray(x)
+        x = jnp.asarray(x, jnp.zeros(()).dtype)
         return (x - jnp.asarray(self.loc, x.dtype)) / jnp.asarray(self.scale, x.dtype)
 
     def __call__(self, loc, scale):

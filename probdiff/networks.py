@@ -5,6 +5,7 @@ An ε-network is any callable ``network(z, n) -> eps_hat`` with ``z`` of shape `
 function. Three things are optional:
 
 * ``network(z, n, key=…)``: a network that takes ``key=`` is given one while training (dropout), never in evaluation;
+  one key for the whole batch, so ``jax.vmap`` inside the network, not around it;
 * ``network.dim``: the dimension of the data, needed to generate;
 * ``network.on_schedule(schedule)``: returns the network for that schedule; called once, by ``Diffusion``.
 
@@ -52,7 +53,7 @@ def predict_noise(network, z, n, key=None):
         ValueError: If the result is not shaped like ``z``.
     """
     n = jnp.broadcast_to(jnp.asarray(n, jnp.int32), z.shape[:-1])
-    eps_hat = network(z, n) if key is None else network(z, n, key=key)
+    eps_hat = eqx.nn.inference_mode(network)(z, n) if key is None else network(z, n, key=key)
     got = getattr(eps_hat, "shape", type(eps_hat).__name__)
     require(got == z.shape, "network(z, n)", f"shape {z.shape}, the shape of z", got)
     return eps_hat.astype(z.dtype)

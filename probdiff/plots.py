@@ -81,9 +81,10 @@ def plot_samples(samples, data, image_shape=None, title=""):
     """
     panels = (("data", np.asarray(data)), ("samples from the model", np.asarray(samples)))
     low, high = panels[0][1].min(0), panels[0][1].max(0)
-    margin = 0.1 * (high - low)
+    span = np.where(high > low, high - low, 1)
+    margin = 0.1 * span
     planar = image_shape is None and samples.shape[1] > 1
-    figure, axes = _figure(2, width=8.0, height=1.1 + 3.6 * (high[1] - low[1]) / (high[0] - low[0]) if planar else 4.6)
+    figure, axes = _figure(2, width=8.0, height=1.1 + np.clip(3.6 * span[1] / span[0], 1.2, 7.2) if planar else 4.6)
     figure.suptitle(title)
     for ax, (name, points) in zip(axes, panels):
         ax.set_title(f"{name} (n = {len(points)})", fontsize="medium")
@@ -102,5 +103,5 @@ def plot_samples(samples, data, image_shape=None, title=""):
             ax.scatter(points[:, 0], points[:, 1], s=2, alpha=0.4, lw=0)
             ax.set(xlabel="x[0]", ylabel="x[1]", xlim=(low[0] - margin[0], high[0] + margin[0]))
             ax.set_ylim(low[1] - margin[1], high[1] + margin[1])
-            ax.set_aspect("equal")
+            ax.set_aspect("equal" if 1 / 3 < span[1] / span[0] < 2 else "auto")
     return figure

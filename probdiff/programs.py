@@ -23,7 +23,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.distributions.kl import kl_divergence
 from numpyro.primitives import Messenger
 
-from probdiff.checks import require
+from probdiff.checks import is_concrete, require
 from probdiff.gaussians import forward_marginal, forward_posterior, forward_step, isotropic_normal
 from probdiff.kernels import GaussianKernel
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
@@ -43,6 +43,9 @@ class Diffusion(eqx.Module):
         likelihood: :math:`p_\theta(x | z_1)`; ``NormalLikelihood()`` if not given.
         reverse_variance: ``"posterior"`` (:math:`v_n = \tilde\beta_n`) or ``"forward"`` (:math:`v_n = \beta_n`).
         dim: Dimension of the data; ``network.dim`` if not given. Needed only to generate.
+
+    Until it is bound (:meth:`bind`), a model that is given data is taken to be training: its network gets ``key=``, also in
+    ``svi.evaluate``, which NumPyro does not tell apart. Evaluate the bound model.
     """
 
     schedule: NoiseSchedule
@@ -206,7 +209,12 @@ class Diffusion(eqx.Module):
 def _minibatch(x, num_data):
     if x is None or num_data is None:
         return numpyro.handlers.scale(scale=1.0)
-    require(num_data >= len(x), "num_data", f"at least {len(x)}, the size of the minibatch", num_data)
+    require(
+        not is_concrete(num_data) or num_data >= len(x),
+        "num_data",
+        f"at least {len(x)}, the size of the minibatch",
+        num_data,
+    )
     return numpyro.handlers.scale(scale=num_data / len(x))
 
 
@@ -223,13 +231,24 @@ def _refuse_forward_kl(p, q):
     )
 
 
+def _gives_z(given):
+    """Whether a substitution, a mapping or a function of a site, has a value for ``z`` (if in doubt, yes)."""
+    if not callable(given):
+        return "z" in given
+    site = {"type": "sample", "name": "z", "value": None, "is_observed": False, "infer": {}, "kwargs": {}}
+    try:
+        return given(site) is not None
+    except Exception:
+        return True
+
+
 class _NoGivenPath(Messenger):
     """Refuses values given to ``z`` of the forward guide, where NumPyro's ``scan`` would pair them with wrong steps."""
 
     def postprocess_message(self, msg):
         if msg["type"] == "control_flow":
             for kind, given in msg["kwargs"]["substitute_stack"]:
-                if callable(given) or "z" in given:
+                if _gives_z(given):
                     raise ValueError(
                         f"The forward guide cannot take given values for 'z' (here by {kind}): scan runs its steps "
                         "upwards in time and would pair them with the wrong ones. Use diffusion.posterior_guide: it "

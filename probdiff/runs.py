@@ -101,15 +101,19 @@ class Checkpoint:
         histories = {"losses": state.losses, "validation": state.validation}
         _save_arrays(self.path, histories | _leaves(state[:3]))
 
+    def read(self):
+        """The arrays of the file by name, or None if there is no file; ValueError if it is damaged."""
+        return _load_arrays(self.path) if self.path.exists() else None
+
     def load(self, template):
         """The saved state, or None if there is none yet.
 
         Raises:
             ValueError: If the file is damaged, or the state is not of the kind of ``template``.
         """
-        if not self.path.exists():
+        arrays = self.read()
+        if arrays is None:
             return None
-        arrays = _load_arrays(self.path)
         restored = _restore(tuple(template[:3]), arrays, self.path)
         return type(template)(*restored, arrays["losses"], arrays["validation"])
 

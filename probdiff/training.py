@@ -156,12 +156,12 @@ def fit(
         try:
             while (done := len(state.losses)) < iterations:
                 stop = min(iterations, done + CHUNK, (done // validate_every + 1) * validate_every)
-                state = loop.advance(state, stop - done, data_key)
-                if stop % validate_every == 0 or stop == iterations:
-                    state = state if validation is None else loop.validate(state, validation, validation_key)
-                    if checkpoint is not None:
-                        checkpoint.save(state)
-                        saved = stop
+                new = loop.advance(state, stop - done, data_key)
+                due = stop % validate_every == 0 or stop == iterations
+                state = loop.validate(new, validation, validation_key) if due and validation is not None else new
+                if due and checkpoint is not None:
+                    checkpoint.save(state)
+                    saved = stop
                 bar.set_postfix_str(_describe(diffusion, state), refresh=False)
                 bar.update(stop - done)
         except KeyboardInterrupt:
@@ -232,7 +232,7 @@ class _Loop:
 
     def _validation_bound(self, params, x, key):
         trained = self.diffusion.bind(params)
-        particles = -(-VALIDATION_ROWS // len(x))
+        particles = min(1024, -(-VALIDATION_ROWS // len(x)))
         elbo = AnalyticELBO(trained, "stratified", num_particles=particles, vectorize_particles=False)
         return -elbo.loss(key, {}, trained.model, trained.guide, x) / len(x)
 

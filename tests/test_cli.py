@@ -152,6 +152,7 @@ BAD = {
     "empty batch": (["--batch-size", "0"], "--batch-size: Expected"),
     "learning rate": (["--learning-rate", "nan"], "--learning-rate: Expected a positive number; got nan"),
     "negative seed": (["--seed", "-1"], "--seed: Expected"),
+    "huge seed": (["--seed", "99999999999999999999"], "--seed: Expected"),
     "unknown data": (["--data", "digit"], "data: Expected one of digits, checkerboard"),
     "no such file": (["--data", "none.npy"], "none.npy, which is not there"),
     "empty file": (["--data", "{tmp}/empty.npy"], "an empty file"),
@@ -202,3 +203,16 @@ def test_importing_the_command_line_is_light():
     code = "import sys, probdiff.cli; print([m for m in ('arviz', 'matplotlib', 'sklearn') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == "[]"
+
+
+def test_ten_rows_with_a_constant_first_pixel_to_the_end(tmp_path, capsys):
+    array = np.random.default_rng(0).integers(0, 5, (10, 3)).astype(np.int8)
+    array[:, 0] = 4
+    np.save(tmp_path / "ten.npy", array)
+    options = ["--num-steps", "2", "--iterations", "3", "--batch-size", "4", "--json", "--out", str(tmp_path / "r")]
+    assert cli.main(["fit", "--data", str(tmp_path / "ten.npy"), *options]) == 0
+    json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
+    damaged = (tmp_path / "r" / "checkpoint.npz").read_bytes()[:500]
+    (tmp_path / "r" / "checkpoint.npz").write_bytes(damaged)
+    assert cli.main(["fit", "--out", str(tmp_path / "r"), "--resume"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

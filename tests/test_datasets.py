@@ -89,6 +89,7 @@ BAD_FILES = {
     "no columns": (FLOATS[:, :0], ValueError, r"got shape \(20, 0\)"),
     "constant column": (FLOATS * [1, 0] + 0.5, ValueError, "constant column"),
     "whole numbers as floats": (np.round(10 * FLOATS), ValueError, r"x.astype\(int\)"),
+    "float32 does not resolve it": (1e7 + FLOATS, ValueError, "subtract its mean"),
     "negative counts": (np.arange(-3, 37).reshape(20, 2), ValueError, "a negative integer, -3"),
     "zeros": (np.zeros((20, 2), int), ValueError, "zeros only"),
     "complex": (FLOATS + 1j, TypeError, "dtype complex128"),
@@ -113,6 +114,7 @@ def test_bad_arrays_in_files(case, tmp_path):
     ("noise.npy", b"not an array", ValueError, "a readable .npy file"),
     ("noise.npz", b"not an archive", ValueError, "a readable .npz file"),
     ("words.csv", b"a,b\n1,2\nthree,4\n", ValueError, "a readable .csv file"),
+    ("missing.csv", b"1.5,NA\n" + b"1.5,2.5\n" * 20, ValueError, "a readable .csv file"),
     ("ragged.csv", b"1,2\n3\n", ValueError, "a readable .csv file"),
     ("data.txt", b"1,2\n", ValueError, "Expected one of digits, checkerboard"),
     ("moon", None, ValueError, "Expected one of digits, checkerboard"),
@@ -129,3 +131,11 @@ def test_an_archive_of_two_arrays_is_refused(tmp_path):
     np.savez(tmp_path / "two.npz", x=FLOATS, y=FLOATS)
     with pytest.raises(ValueError, match="one array; got 2: x, y"):
         datasets.load(tmp_path / "two.npz")
+
+
+def test_a_byte_order_mark_is_not_a_header(tmp_path):
+    (tmp_path / "mark.csv").write_bytes(
+        b"\xef\xbb\xbf" + b"".join(b"%d,1.5\n" % k for k in range(20)).replace(b"3,1.5", b"3,2.5")
+    )
+    data = datasets.load(tmp_path / "mark.csv")
+    assert sum(len(split) for split in (data.train, data.validation, data.test)) == 20

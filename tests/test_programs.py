@@ -239,3 +239,31 @@ def test_a_network_of_the_wrong_shape_is_refused(network, x):
     diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), network)
     with pytest.raises(ValueError, match=r"network\(z, n\): Expected shape"):
         Trace_ELBO().loss(jax.random.key(0), {}, diffusion.model, diffusion.guide, x)
+
+
+def test_predictive_of_every_program(x):
+    diffusion = make()
+    for guide in (diffusion.guide, diffusion.posterior_guide):
+        assert Predictive(guide, num_samples=3)(jax.random.key(0), x)["z"].shape == (3, 5, 4, 2)
+        drawn = Predictive(diffusion.model, guide=guide, params={}, num_samples=3)(jax.random.key(0), x)
+        assert drawn["x"].shape == (3, 4, 2)
+    with pytest.raises(ValueError, match="posterior_guide"):
+        Predictive(diffusion.guide, posterior_samples={"z": jnp.zeros((3, 5, 4, 2))})(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("objective", ["trace", "all", "uniform"])
+def test_float64_with_parameters_or_data_in_float32(objective, x, float64):
+    for data in (x, jnp.asarray(x, jnp.float64)):
+        diffusion = make(40)
+        single = jax.tree.map(lambda a: a.astype(jnp.float32) if eqx.is_inexact_array(a) else a, diffusion.network)
+        diffusion = probdiff.Diffusion(diffusion.schedule, single)
+        elbo = Trace_ELBO() if objective == "trace" else probdiff.AnalyticELBO(diffusion, steps=objective)
+        svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), elbo)
+        assert np.all(np.isfinite(svi.run(jax.random.key(0), 2, data, progress_bar=False).losses))
+
+
+def test_num_data_may_be_traced(x):
+    diffusion = make()
+    svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), Trace_ELBO())
+    state = svi.init(jax.random.key(0), x)
+    np.testing.assert_allclose(jax.jit(svi.update)(state, x, 40)[1], svi.update(state, x, 40)[1], rtol=1e-4)

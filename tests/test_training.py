@@ -14,6 +14,11 @@ from probdiff.oracles import GaussianOracle, exact_terms
 ORACLE = GaussianOracle([1.0, -2.0], [[2.0, 0.8], [0.8, 0.5]])
 
 
+@pytest.fixture(autouse=True)
+def short_validation(monkeypatch):
+    monkeypatch.setattr(training, "VALIDATION_ROWS", 2**12)
+
+
 def make(num_steps=20, **kwargs):
     network = probdiff.MLP(2, key=jax.random.key(0), hidden=32, num_blocks=1, **kwargs)
     schedule = probdiff.log_snr_schedule(num_steps, 5.0, -5.0)
@@ -168,3 +173,23 @@ def test_a_loss_that_is_not_finite_stops_the_fit_and_is_not_saved():
         )
     assert len(checkpoint.state.losses) == 100
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(checkpoint.state.svi.optim_state))
+
+
+def test_ctrl_c_during_validation_loses_no_validation(monkeypatch):
+    arguments = dict(iterations=40, batch_size=32, validation=X[:50], validate_every=20, progress=False)
+    whole, calls = probdiff.fit(make(5), X, **arguments), []
+    validate = training._Loop.validate
+
+    def interrupted(self, *given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return validate(self, *given)
+
+    monkeypatch.setattr(training._Loop, "validate", interrupted)
+    checkpoint = Interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        probdiff.fit(make(5), X, checkpoint=checkpoint, **arguments)
+    resumed = probdiff.fit(make(5), X, checkpoint=checkpoint, **arguments)
+    np.testing.assert_array_equal(whole.validation, resumed.validation)
+    assert same(whole.diffusion, resumed.diffusion)
