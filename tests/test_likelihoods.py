@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 import probdiff
-from probdiff.likelihoods import DiscretizedNormal
+from probdiff.likelihoods import DiscretizedNormal, _log_fraction
 
 
 def all_log_probs(levels, loc, scale, dtype):
@@ -81,3 +81,9 @@ def test_normal_density_is_in_the_users_units(float64):
     loc, scale = jnp.array([0.3, -0.1]), jnp.array(0.2)
     expected = scipy.stats.norm(x.mean(0) + x.std(0) * loc, x.std(0) * 0.2).logpdf(x[:3]).sum(1)
     np.testing.assert_allclose(likelihood(loc, scale).log_prob(x[:3]), expected, rtol=1e-10)
+
+
+def test_a_narrow_bin_far_in_the_tail_in_float32():
+    """A bin too narrow for float32 to tell its edges apart: its share of the tail is 1 − exp(−width · distance)."""
+    share = _log_fraction(jnp.float32(-1e3), jnp.float32(7.8e-6))
+    np.testing.assert_allclose(share, np.log(-np.expm1(-7.8e-3)), rtol=1e-4)
