@@ -1,16 +1,33 @@
 r"""Cases in which everything is known: what the programs and the estimators are held against.
 
+An oracle is a distribution of data of which everything is known: its density, its entropy in nats, draws, and the
+best ε-network there is, :math:`E[\epsilon | z_n] = -\sqrt{1-\bar\alpha_n}\, \nabla \log q(z_n)`. No network's expected
+error :math:`E \|\epsilon - \hat\epsilon\|^2` is smaller, at any step. ``standardized`` gives the oracle of the encoded
+data of a :class:`~probdiff.NormalLikelihood`. Three have this interface: :class:`GaussianOracle`,
+:class:`GaussianMixture` and :class:`UniformBoxes`.
+
 For Gaussian data the best ε-network is linear, :math:`\hat\epsilon = A_n z + b_n`. With *any* linear network the
 reverse chain is linear-Gaussian, so that every term of the bound and :math:`\log p_\theta(x)` have closed forms. They
 are computed here in float64 NumPy, from means and covariances: no sampling, and no code shared with the programs.
 """
 
+import functools
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from probdiff.checks import require, require_finite
 from probdiff.likelihoods import NormalLikelihood
+from probdiff.schedules import NoiseSchedule, at_step
+
+GRID_POINTS = 1_000_000
+NODES = 40  # of the quadrature over a truncated normal,
+REACH = 8.5  # which leaves out what is below exp(-REACH²/2) of its largest density.
+
+# Accelerators round the factors of a product to fewer bits unless told not to.
+_einsum = functools.partial(jnp.einsum, precision="highest")
 
 
 class LinearNetwork(eqx.Module):
@@ -32,7 +49,7 @@ class LinearNetwork(eqx.Module):
     def __call__(self, z, n):
         """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
         weight, bias = jnp.asarray(self.weight, z.dtype)[n - 1], jnp.asarray(self.bias, z.dtype)[n - 1]
-        return jnp.einsum("...ij,...j->...i", weight, z) + bias
+        return _einsum("...ij,...j->...i", weight, z) + bias
 
 
 class GaussianOracle:
@@ -54,26 +71,321 @@ class GaussianOracle:
             f"shape {2 * self.mean.shape}",
             f"shape {self.covariance.shape}",
         )
-        symmetric = np.allclose(self.covariance, self.covariance.T)
-        require(
-            symmetric and np.linalg.eigvalsh(self.covariance).min() > 0,
-            "covariance",
-            "a positive definite matrix",
-            self.covariance,
-        )
+        _require_positive_definite("covariance", self.covariance)
+
+    @property
+    def dim(self):
+        """Dimension of the data."""
+        return len(self.mean)
 
     def network(self, schedule, scale=1.0):
         r"""The network with the smallest expected error, :math:`E[\epsilon | z_n]`, times ``scale``."""
-        dim = len(self.mean)
         alpha_bar = schedule.alpha_bar[:, None, None]
         noise = schedule.one_minus_alpha_bar[:, None, None]
-        weight = np.sqrt(noise) * np.linalg.inv(alpha_bar * self.covariance + noise * np.eye(dim))
+        weight = np.sqrt(noise) * np.linalg.inv(alpha_bar * self.covariance + noise * np.eye(self.dim))
         bias = -weight @ self.mean * np.sqrt(schedule.alpha_bar)[:, None]
         return LinearNetwork(scale * weight, scale * bias)
 
     def sample(self, rng, size):
         """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``."""
         return rng.multivariate_normal(self.mean, self.covariance, size)
+
+    def log_prob(self, x):
+        """Log-density in nats of ``x`` of shape ``(*batch, dim)``, shape ``batch``."""
+        return _log_normal(np.asarray(x, np.float64), self.mean, self.covariance)
+
+    def entropy(self):
+        """Differential entropy in nats, and its error, 0: it has a closed form."""
+        return float(np.linalg.slogdet(2 * np.pi * np.e * self.covariance)[1] / 2), 0.0
+
+    def standardized(self, loc, scale):
+        """The oracle of (x − loc) / scale; each is a number or one per dimension, ``scale`` positive."""
+        loc, scale = _loc_and_scale(loc, scale, self.dim)
+        return GaussianOracle((self.mean - loc) / scale, self.covariance / np.outer(scale, scale))
+
+
+class GaussianMixture:
+    """Data from a mixture of K Gaussians.
+
+    Args:
+        weights: Probability of each component, shape ``(K,)``, positive, with sum 1.
+        means: Means, shape ``(K, dim)``.
+        covariances: Positive definite covariances, shape ``(K, dim, dim)``, or ``(dim, dim)`` for one that all
+            components share (kept as ``(1, dim, dim)``).
+
+    Raises:
+        ValueError: If a shape does not fit, a number is not finite, or the values are not such.
+    """
+
+    def __init__(self, weights, means, covariances):
+        self.weights, self.means, covariances = (np.asarray(a, np.float64) for a in (weights, means, covariances))
+        require_finite("weights", self.weights)
+        require_finite("means", self.means)
+        require(self.weights.ndim == 1, "weights", "shape (K,)", f"shape {self.weights.shape}")
+        require(
+            np.all(self.weights > 0) and abs(self.weights.sum() - 1) < 1e-6,
+            "weights",
+            "positive numbers that sum to 1",
+            f"{self.weights}, whose sum is {self.weights.sum()}",
+        )
+        self.weights = self.weights / self.weights.sum()
+        size = len(self.weights)
+        require(
+            self.means.ndim == 2 and len(self.means) == size and self.dim > 0,
+            "means",
+            f"shape (K, dim), K = {size}",
+            f"shape {self.means.shape}",
+        )
+        one = (self.dim, self.dim)
+        require(
+            covariances.shape in (one, (1, *one), (size, *one)),
+            "covariances",
+            f"shape {(size, *one)} or {one}",
+            f"shape {covariances.shape}",
+        )
+        self.covariances = covariances.reshape(-1, *one)
+        for k, covariance in enumerate(self.covariances):
+            _require_positive_definite(f"covariances[{k}]", covariance)
+
+    @property
+    def dim(self):
+        """Dimension of the data."""
+        return self.means.shape[1]
+
+    def network(self, schedule, scale=1.0):
+        r"""The network with the smallest expected error, :math:`E[\epsilon | z_n]`, times ``scale``."""
+        variances, axes = np.linalg.eigh(self.covariances)
+        means = np.einsum("ki,kij->kj", self.means, axes)
+        return MixtureNetwork(np.log(self.weights), means, variances, axes, schedule, scale)
+
+    def sample(self, rng, size):
+        """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``."""
+        counts = rng.multinomial(size, self.weights)
+        draws = [rng.multivariate_normal(mean, S, count) for (_, mean, S), count in zip(self._components(), counts)]
+        return rng.permutation(np.concatenate(draws))
+
+    def log_prob(self, x):
+        """Log-density in nats of ``x`` of shape ``(*batch, dim)``, shape ``batch``."""
+        x = np.asarray(x, np.float64)
+        joint = (np.log(weight) + _log_normal(x, mean, S) for weight, mean, S in self._components())
+        return functools.reduce(np.logaddexp, joint)
+
+    def entropy(self, rng=None, num_samples=100_000):
+        """Differential entropy in nats, and an estimate of its error.
+
+        By quadrature where a grid of a million points resolves the narrowest component (always so for few
+        components of similar width in one or two dimensions): the error is then numerical. Otherwise the mean of
+        −log p over draws, and its standard error.
+
+        Args:
+            rng: NumPy generator; not used by quadrature.
+            num_samples: Number of draws; not used by quadrature.
+
+        Raises:
+            ValueError: If draws are needed and ``rng`` was not given.
+        """
+        spread = 8 * np.sqrt(np.diagonal(self.covariances, axis1=1, axis2=2))
+        lower, upper = (self.means - spread).min(0), (self.means + spread).max(0)
+        narrowest = np.sqrt(np.linalg.eigvalsh(self.covariances).min())
+        cells = 4 * (upper - lower) / narrowest
+        if np.log(cells).sum() <= np.log(GRID_POINTS):
+            fine, coarse = (self._entropy_on_grid(lower, upper, np.ceil(part * cells)) for part in (1, 0.8))
+            return fine, abs(fine - coarse)
+        require(rng is not None, "rng", f"a NumPy generator, where {GRID_POINTS} points are no fine enough grid", None)
+        surprise = -self.log_prob(self.sample(rng, num_samples))
+        return float(surprise.mean()), float(surprise.std(ddof=1) / np.sqrt(num_samples))
+
+    def standardized(self, loc, scale):
+        """The oracle of (x − loc) / scale; each is a number or one per dimension, ``scale`` positive."""
+        loc, scale = _loc_and_scale(loc, scale, self.dim)
+        return GaussianMixture(self.weights, (self.means - loc) / scale, self.covariances / np.outer(scale, scale))
+
+    def _components(self):
+        return zip(self.weights, self.means, np.broadcast_to(self.covariances, (len(self.means), self.dim, self.dim)))
+
+    def _entropy_on_grid(self, lower, upper, cells):
+        """−∫ p log p over a box by the midpoint rule, ``cells`` per dimension."""
+        width = (upper - lower) / cells
+        centres = [low + w * (np.arange(count) + 0.5) for low, w, count in zip(lower, width, cells)]
+        log_p = self.log_prob(np.stack(np.meshgrid(*centres), -1))
+        return float(-np.sum(np.exp(log_p) * log_p) * width.prod())
+
+
+class MixtureNetwork(eqx.Module):
+    r""":math:`E[\epsilon | z_n]` of a mixture of Gaussians; constant, nothing in it is trained.
+
+    Component k of :math:`q(z_n)` is :math:`N(\sqrt{\bar\alpha_n} m_k, C_k)`, :math:`C_k = \bar\alpha_n S_k +
+    (1-\bar\alpha_n) I`. Given z and k, the mean of ε is :math:`\sqrt{1-\bar\alpha_n}\, C_k^{-1} (z -
+    \sqrt{\bar\alpha_n} m_k)`; it is averaged over k given z. In the axes of :math:`S_k` every :math:`C_k` is diagonal.
+
+    Args:
+        log_weights: Log-probability of each component, shape ``(K,)``.
+        means: :math:`m_k` in the axes of component k, shape ``(K, dim)``.
+        variances: Eigenvalues of :math:`S_k`, shape ``(K, dim)``, or ``(1, dim)`` if all are the same.
+        axes: Its eigenvectors, in columns, shape ``(K, dim, dim)``, or ``(1, dim, dim)``.
+        schedule: The noise schedule.
+        scale: Factor of the result.
+    """
+
+    log_weights: np.ndarray
+    means: np.ndarray
+    variances: np.ndarray
+    axes: np.ndarray
+    schedule: NoiseSchedule
+    scale: float
+
+    @property
+    def dim(self):
+        """Dimension of the data."""
+        return self.means.shape[-1]
+
+    def __call__(self, z, n):
+        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+        constants = (self.log_weights, self.means, self.variances, self.axes)
+        log_weights, means, variances, axes = (jnp.asarray(a, z.dtype) for a in constants)
+        signal, noise = _signal_and_noise(self.schedule, n, z.dtype)
+        precision = 1 / (signal**2 * variances + noise**2)
+        residual = _einsum("...i,kij->...kj", z, axes) - signal * means
+        eps = noise * precision * residual
+        log_joint = log_weights - jnp.sum(precision * residual**2 - jnp.log(precision), -1) / 2
+        return self.scale * _einsum("...kj,kij->...i", _given_z(log_joint) * eps, axes)
+
+
+class UniformBoxes:
+    """Data uniform on the union of K boxes that do not overlap.
+
+    Args:
+        lower: Lower ends of each box, shape ``(K, dim)``.
+        upper: Upper ends, shape ``(K, dim)``, above the lower ones.
+
+    Raises:
+        ValueError: If a shape does not fit, a number is not finite, a box is empty, or two overlap.
+    """
+
+    def __init__(self, lower, upper):
+        self.lower, self.upper = np.asarray(lower, np.float64), np.asarray(upper, np.float64)
+        require_finite("lower", self.lower)
+        require_finite("upper", self.upper)
+        require(self.lower.ndim == 2 and self.lower.size > 0, "lower", "shape (K, dim)", f"shape {self.lower.shape}")
+        require(self.upper.shape == self.lower.shape, "upper", f"shape {self.lower.shape}", f"shape {self.upper.shape}")
+        require(np.all(self.upper > self.lower), "upper", "numbers above lower", f"{self.upper}, lower {self.lower}")
+        overlap = np.all(np.minimum(self.upper[:, None], self.upper) > np.maximum(self.lower[:, None], self.lower), -1)
+        pairs = np.argwhere(np.triu(overlap, 1))
+        require(len(pairs) == 0, "lower, upper", "boxes that do not overlap", f"an overlap of boxes {pairs[:1]}")
+
+    @property
+    def dim(self):
+        """Dimension of the data."""
+        return self.lower.shape[1]
+
+    def network(self, schedule, scale=1.0):
+        r"""The network with the smallest expected error, :math:`E[\epsilon | z_n]`, times ``scale``."""
+        return BoxesNetwork((self.upper + self.lower) / 2, (self.upper - self.lower) / 2, schedule, scale)
+
+    def sample(self, rng, size):
+        """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``."""
+        volumes = np.prod(self.upper - self.lower, -1)
+        box = rng.choice(len(volumes), size, p=volumes / volumes.sum())
+        return rng.uniform(self.lower[box], self.upper[box])
+
+    def log_prob(self, x):
+        """Log-density in nats of ``x`` of shape ``(*batch, dim)``, shape ``batch``; edges count as inside."""
+        x = np.asarray(x, np.float64)[..., None, :]
+        inside = np.all((self.lower <= x) & (x <= self.upper), -1).any(-1)
+        return np.where(inside, -self.entropy()[0], -np.inf)
+
+    def entropy(self):
+        """Differential entropy in nats, the log of the volume, and its error, 0."""
+        return float(np.log(np.prod(self.upper - self.lower, -1).sum())), 0.0
+
+    def standardized(self, loc, scale):
+        """The oracle of (x − loc) / scale; each is a number or one per dimension, ``scale`` positive."""
+        loc, scale = _loc_and_scale(loc, scale, self.dim)
+        return UniformBoxes((self.lower - loc) / scale, (self.upper - loc) / scale)
+
+
+class BoxesNetwork(eqx.Module):
+    r""":math:`E[\epsilon | z_n]` of data uniform on boxes; constant, nothing in it is trained.
+
+    As :math:`\epsilon = (z - \sqrt{\bar\alpha_n} x_0) / \sqrt{1-\bar\alpha_n}`, ε given z and the box of :math:`x_0`
+    is a standard normal confined to a box; it is averaged over the boxes given z.
+
+    Args:
+        centre: Centre of each box, shape ``(K, dim)``.
+        half_width: Half of its width, shape ``(K, dim)``.
+        schedule: The noise schedule.
+        scale: Factor of the result.
+    """
+
+    centre: np.ndarray
+    half_width: np.ndarray
+    schedule: NoiseSchedule
+    scale: float
+
+    @property
+    def dim(self):
+        """Dimension of the data."""
+        return self.centre.shape[-1]
+
+    def __call__(self, z, n):
+        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+        centre, half_width = (jnp.asarray(a, z.dtype) for a in (self.centre, self.half_width))
+        signal, noise = _signal_and_noise(self.schedule, n, z.dtype)
+        log_mass, eps = _confined_normal((z[..., None, :] - signal * centre) / noise, signal * half_width / noise)
+        return self.scale * jnp.sum(_given_z(log_mass.sum(-1)) * eps, -2)
+
+
+def _confined_normal(centre, half_width):
+    r"""Log-probability, up to a constant, and mean of a standard normal confined to ``centre`` ± ``half_width``.
+
+    Both are integrals over the part of the interval where the density is not negligible. They are computed by
+    Gauss-Legendre quadrature, to about 1e-12, because :math:`(\phi(a)-\phi(b)) / (\Phi(b)-\Phi(a))` is all rounding
+    in a narrow interval and 0/0 in a tail.
+    """
+    node, weight = (jnp.asarray(a, centre.dtype) for a in np.polynomial.legendre.leggauss(NODES))
+    # Mirrored where needed, the interval starts at its end of largest density, or left of 0 if 0 is inside.
+    end = jnp.abs(centre) - half_width
+    start = jnp.maximum(end, -REACH)
+    peak = jnp.maximum(start, 0)
+    length = jnp.minimum(2 * half_width - (start - end), peak - start + REACH**2 / (peak + jnp.hypot(peak, REACH)))
+    step, start = length[..., None] * (node + 1) / 2, start[..., None]
+    density = weight * jnp.exp(-step * (start + step / 2))
+    mass = density.sum(-1)
+    mean = jnp.sum(density * (start + step), -1) / mass
+    return jnp.log(length * mass) - start[..., 0] ** 2 / 2, jnp.where(centre < 0, -mean, mean)
+
+
+def _given_z(log_joint):
+    """Probability of each component given z, shape ``(*batch, K, 1)``, from its log-weights up to a constant.
+
+    So far out that every square overflows, all components count the same.
+    """
+    return jax.nn.softmax(jnp.maximum(log_joint, jnp.finfo(log_joint.dtype).min), -1)[..., None]
+
+
+def _signal_and_noise(schedule, n, dtype):
+    """Square roots of alpha_bar and of 1 − alpha_bar at step n, with axes for component and dimension."""
+    tables = schedule.alpha_bar, schedule.one_minus_alpha_bar
+    return (at_step(np.sqrt(table), n, dtype)[..., None, None] for table in tables)
+
+
+def _log_normal(x, mean, covariance):
+    """Log-density in nats of N(mean, covariance) at ``x`` of shape ``(*batch, dim)``."""
+    white = (x - mean) @ np.linalg.inv(np.linalg.cholesky(covariance)).T
+    return -((white**2).sum(-1) + np.linalg.slogdet(2 * np.pi * covariance)[1]) / 2
+
+
+def _require_positive_definite(name, matrix):
+    require_finite(name, matrix)
+    definite = np.allclose(matrix, matrix.T) and np.linalg.eigvalsh(matrix).min() > 0
+    require(definite, name, "a positive definite matrix", matrix)
+
+
+def _loc_and_scale(loc, scale, dim):
+    """Both as arrays of shape ``(dim,)``, under the rules of the likelihood."""
+    likelihood = NormalLikelihood(loc, scale)
+    likelihood.check(np.zeros((1, dim)))
+    return np.broadcast_to(likelihood.loc, dim), np.broadcast_to(likelihood.scale, dim)
 
 
 def exact_terms(diffusion, x):
@@ -126,9 +438,7 @@ def exact_log_prob(diffusion, x):
         gain, offset = _reverse_mean(diffusion, n)
         mean = gain @ mean + offset
         covariance = gain @ covariance @ gain.T + _reverse_variance(diffusion, n) * np.eye(dim)
-    residual = x0 - mean
-    mahalanobis = (residual * np.linalg.solve(covariance, residual.T).T).sum(1)
-    return -(mahalanobis + np.linalg.slogdet(2 * np.pi * covariance)[1]) / 2 - log_jacobian
+    return _log_normal(x0, mean, covariance) - log_jacobian
 
 
 def _encoded(diffusion, x):
