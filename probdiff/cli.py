@@ -1,4 +1,4 @@
-"""The commands ``probdiff fit`` and ``probdiff inspect``.
+"""The commands ``probdiff fit``, ``probdiff inspect`` and ``probdiff compare``.
 
 Exit codes: 0, done; 1, the fit failed; 2, something given was not usable (one line says what); 130, interrupted.
 """
@@ -11,6 +11,9 @@ from pathlib import Path
 
 OPTIONS = ("num_steps", "iterations", "batch_size", "learning_rate", "seed")
 SAMPLES = {"image": 64, "points": 2000}
+ESTIMATOR_ROWS, ESTIMATOR_ITEMS = 2**13, (8, 128)
+MODEL_ROWS = 2**21
+LEDGER_ROWS = 2**20
 
 
 class UsageError(Exception):
@@ -53,6 +56,12 @@ def _parser():
     inspect.set_defaults(command=_inspect)
     inspect.add_argument("run", metavar="RUN", help="run folder")
     inspect.add_argument("--json", action="store_true", help="print the result as one JSON document")
+    compare = commands.add_parser("compare", help="compare all estimators of the bound on one run, or several runs")
+    compare.set_defaults(command=_compare)
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="run folder; with several, the models are compared")
+    compare.add_argument("--num-draws", type=int, metavar="S", help="draws of each estimator (48), of each model (4)")
+    compare.add_argument("--estimators", metavar="A,B,C", help="estimators to compare (default: all)")
+    compare.add_argument("--json", action="store_true", help="print the result as one JSON document")
     return parser
 
 
@@ -197,14 +206,92 @@ def _inspect(arguments):
     tree = _usage(getattr, run, "datatree")
     found = inspect_terms(tree, dataset.dim if dataset.levels is not None else None)
     paths = _draw_figures(run, diffusion, dataset)
+    account = None
+    if dataset.oracle is not None:
+        account = _account(run, diffusion, dataset)
+        paths.append(run.figures / "ledger.png")
     if arguments.json:
+        results |= {} if account is None else {"ledger": account.to_dict()}
         summary = json.loads(found["summary"].to_json(orient="index"))
         print(json.dumps(results | {"inspection": found | {"summary": summary}, "figures": [str(p) for p in paths]}))
         return 0
     print(f"{format_table(results)}\n")
     print(found["text"])
+    if account is not None:
+        print(f"\n{account}\n")
     print("figures: " + ", ".join(str(path) for path in paths))
     return 0
+
+
+def _account(run, diffusion, dataset):
+    """The ledger of some test data, and its figure in the run."""
+    import jax
+
+    import probdiff
+    from probdiff import plots
+
+    x = dataset.test[: max(100, LEDGER_ROWS // diffusion.schedule.num_steps)]
+    account = probdiff.ledger(diffusion, {}, dataset.oracle, x, key=jax.random.key(0), progress=True)
+    title = f"{dataset.name}, N = {diffusion.schedule.num_steps}, {len(x)} test data"
+    plots.plot_ledger(account, title).savefig(run.figures / "ledger.png")
+    return account
+
+
+def _compare(arguments):
+    import jax
+
+    import probdiff
+
+    several = len(arguments.runs) > 1
+    names = None if arguments.estimators is None else arguments.estimators.split(",")
+    _usage(_check_compare, arguments, several, names)
+    runs = [_usage(probdiff.open_run, path) for path in arguments.runs]
+    models = {path: _usage(getattr, run, "diffusion") for path, run in zip(arguments.runs, runs)}
+    datasets = [_usage(getattr, run, "data") for run in runs]
+    _usage(_check_same_data, arguments.runs, datasets)
+    test, diffusion = datasets[0].test, models[arguments.runs[0]]
+    key = jax.random.key(0)
+    if several:
+        largest = max(model.schedule.num_steps for model in models.values())
+        draws = arguments.num_draws or 4
+        items = test[: max(2, MODEL_ROWS // (largest * draws))]
+        result = _usage(probdiff.compare_models, models, items, key=key, num_draws=draws, progress=True)
+        print(json.dumps(result.to_dict()) if arguments.json else result)
+        return 0
+    items = test[: min(ESTIMATOR_ITEMS[1], max(ESTIMATOR_ITEMS[0], ESTIMATOR_ROWS // diffusion.schedule.num_steps))]
+    draws = arguments.num_draws or 48
+    print(f"probdiff: {len(items)} test items, N = {diffusion.schedule.num_steps}", file=sys.stderr, flush=True)
+    result = probdiff.compare_estimators(
+        diffusion, {}, items, key=key, num_draws=draws, estimators=names, progress=True
+    )
+    (run,) = runs
+    path = run.save_comparison(result)
+    print(json.dumps(result.to_dict() | {"figure": str(path)}) if arguments.json else f"{result}\nfigure: {path}")
+    return 0
+
+
+def _check_compare(arguments, several, names):
+    from probdiff.comparison import check_names
+
+    draws, lowest = arguments.num_draws, 1 if several else 2
+    if draws is not None and draws < lowest:
+        raise ValueError(f"--num-draws: Expected an integer of at least {lowest}; got {draws}")
+    if several and names is not None:
+        raise ValueError(f"--estimators: Expected one run; got {len(arguments.runs)}, which are compared as models")
+    if len(set(arguments.runs)) < len(arguments.runs):
+        raise ValueError(f"RUN: Expected different runs; got {' '.join(arguments.runs)}")
+    if names is not None:
+        check_names(names)
+
+
+def _check_same_data(paths, datasets):
+    import numpy as np
+
+    for path, dataset in zip(paths, datasets):
+        if not np.array_equal(dataset.test, datasets[0].test):
+            raise ValueError(
+                f"{path}: Expected the test data of {paths[0]} ({datasets[0].name}); got other data ({dataset.name})"
+            )
 
 
 if __name__ == "__main__":

@@ -9,22 +9,15 @@ only the marginal q(z_n | x_0), so that every step has noise of its own and step
 in chunks of about ``ROWS`` network inputs, which bounds the working memory whatever N and the number of draws are.
 """
 
-import functools
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-from numpyro import handlers
-from numpyro.infer import Trace_ELBO
-from numpyro.infer.elbo import ELBO
-from numpyro.primitives import Messenger
 from tqdm import tqdm
 
 from probdiff.checks import require
-from probdiff.networks import is_trainable, predict_noise
-from probdiff.programs import Diffusion, _minibatch
+from probdiff.networks import predict_noise
+from probdiff.programs import Diffusion
 from probdiff.schedules import at_step
 
 ROWS = 4096
@@ -92,7 +85,7 @@ def prior_kl(schedule, x0):
     return (jnp.asarray(alpha_bar, x0.dtype) * jnp.square(x0).sum(-1) + x0.shape[-1] * constant) / 2
 
 
-def _noisy(diffusion, x0, n, eps, key=None):
+def predict(diffusion, x0, n, eps, key=None):
     """z_n made from x_0 and eps, and the network's prediction of eps."""
     signal = at_step(np.sqrt(diffusion.schedule.alpha_bar), n, x0.dtype)
     noise = at_step(np.sqrt(diffusion.schedule.one_minus_alpha_bar), n, x0.dtype)
@@ -100,23 +93,23 @@ def _noisy(diffusion, x0, n, eps, key=None):
     return z, predict_noise(diffusion.network, z, n, key)
 
 
-def _step_kl(diffusion, x0, n, eps, key=None):
+def _step_kl(diffusion, x0, n, eps):
     """KL of step n at z_n made from ``eps``, shape ``batch``."""
-    _, eps_hat = _noisy(diffusion, x0, n, eps, key)
+    _, eps_hat = predict(diffusion, x0, n, eps)
     return diffusion.kernel.step_kl(diffusion.schedule, eps, eps_hat, n)
 
 
-def _log_likelihood(diffusion, x, z, n, eps_hat):
+def log_likelihood(diffusion, x, z, n, eps_hat):
     """log p(x | z_1), shape ``batch``; n is 1, or what a masked-out entry has there."""
     last = diffusion.kernel(diffusion.schedule, z, eps_hat, n).base_dist
     return diffusion.likelihood(last.loc, last.scale).log_prob(x)
 
 
-def _reconstruction(diffusion, x, x0, eps, key=None):
+def _reconstruction(diffusion, x, x0, eps):
     """log p(x | z_1) at z_1 made from ``eps``, shape ``batch``."""
     n = jnp.ones((), jnp.int32)
-    z, eps_hat = _noisy(diffusion, x0, n, eps, key)
-    return _log_likelihood(diffusion, x, z, n, eps_hat)
+    z, eps_hat = predict(diffusion, x0, n, eps)
+    return log_likelihood(diffusion, x, z, n, eps_hat)
 
 
 def _noise(key, draw, n, like):
@@ -124,7 +117,7 @@ def _noise(key, draw, n, like):
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, draw), n), like.shape, like.dtype)
 
 
-def _even_chunk(size, largest):
+def even_chunk(size, largest):
     """The size of the fewest chunks, none larger than ``largest`` (or 1), that ``size`` can be cut in evenly."""
     return -(-size // max(1, -(-size // max(1, largest))))
 
@@ -134,7 +127,7 @@ def _filled(function, size, chunk, out):
 
     The last chunk is moved back to end with the last row, so nothing is padded.
     """
-    chunk = _even_chunk(size, chunk)
+    chunk = even_chunk(size, chunk)
 
     def body(k, out):
         start = jnp.minimum(k * chunk, size - chunk)
@@ -166,8 +159,8 @@ def _evaluate(diffusion, x, key, draws, noise):
     kls = jnp.zeros((step_rows, len(x)), x0.dtype)
     if step_rows:
         kls = _filled(step_kl, step_rows, chunk, kls)
-    log_likelihood = _filled(reconstruction, num_draws, chunk, jnp.zeros((num_draws, len(x)), x0.dtype))
-    return ELBOTerms(prior_kl(diffusion.schedule, x0), kls.reshape(num_draws, num_steps - 1, len(x)), log_likelihood)
+    log_lik = _filled(reconstruction, num_draws, chunk, jnp.zeros((num_draws, len(x)), x0.dtype))
+    return ELBOTerms(prior_kl(diffusion.schedule, x0), kls.reshape(num_draws, num_steps - 1, len(x)), log_lik)
 
 
 @eqx.filter_jit
@@ -262,196 +255,3 @@ def _no_draws(diffusion, x):
     per_datum = jnp.zeros(len(x), diffusion.likelihood.encode(x[:1]).dtype)
     zeros = (jnp.zeros((diffusion.schedule.num_steps - 1, len(x)), per_datum.dtype), per_datum, per_datum)
     return jnp.zeros((), per_datum.dtype), zeros, zeros
-
-
-def all_steps(diffusion, x, x0, key, network_key):
-    """Every step, each with noise of its own: N network evaluations for each datum."""
-    reconstruction = _reconstruction(diffusion, x, x0, _noise(key, 0, 1, x0), _fold_in(network_key, 0)).sum()
-    num_kls = diffusion.schedule.num_steps - 1
-    chunk = _even_chunk(num_kls, ROWS // len(x))
-    step_kl = _sum_of_kls(diffusion, x0, key, network_key, chunk) if num_kls else jnp.zeros_like(reconstruction)
-    numpyro.deterministic("step_kl", step_kl)
-    numpyro.deterministic("reconstruction", reconstruction)
-    return reconstruction - step_kl
-
-
-@eqx.filter_custom_vjp
-def _sum_of_kls(diffusion, x0, key, network_key, chunk):
-    """Σ step KL over steps and data, ``chunk`` steps at a time.
-
-    Where it is differentiated, each chunk's gradient is taken along with its value and added up: the cost is that of
-    one pass back and forth, and memory does not grow with N.
-    """
-    return _over_chunks(_kl_of_chunk, diffusion, x0, key, network_key, chunk)
-
-
-@_sum_of_kls.def_fwd
-def _sum_of_kls_forward(perturbed, diffusion, x0, key, network_key, chunk):
-    def value_and_gradient(diffusion, *arguments):
-        params, constants = eqx.partition(diffusion, is_trainable)
-
-        def value(params):
-            return _kl_of_chunk(eqx.combine(params, constants), *arguments)
-
-        return jax.value_and_grad(value)(params)
-
-    return _over_chunks(value_and_gradient, diffusion, x0, key, network_key, chunk)
-
-
-@_sum_of_kls.def_bwd
-def _sum_of_kls_backward(gradient, cotangent, perturbed, diffusion, *arguments):
-    return jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradient)
-
-
-def _over_chunks(function, diffusion, x0, key, network_key, chunk):
-    """The sum of ``function`` over chunks of steps from n = 2 on."""
-
-    def value(first):
-        return function(diffusion, x0, key, network_key, first + jnp.arange(chunk))
-
-    def add(total, first):
-        return jax.tree.map(jnp.add, total, value(first)), None
-
-    first = jnp.arange(2, diffusion.schedule.num_steps + 1, chunk)
-    return jax.lax.scan(add, value(first[0]), first[1:])[0]
-
-
-def _kl_of_chunk(diffusion, x0, key, network_key, n):
-    """Σ step KL over the steps ``n``, of which those past N do not count, and over the data."""
-    inside = jnp.minimum(n, diffusion.schedule.num_steps)
-    eps = jax.vmap(_noise, (None, None, 0, None))(key, 0, inside, x0)
-    kl = _step_kl(diffusion, x0, inside[:, None], eps, _fold_in(network_key, n[0]))
-    return jnp.where(inside == n, kl.sum(1), 0).sum()
-
-
-def uniform_n(key, size, num_steps):
-    """Steps drawn independently, uniform on 1 … N."""
-    return jax.random.randint(key, (size,), 1, num_steps + 1)
-
-
-def stratified_n(key, size, num_steps):
-    """Steps each uniform on 1 … N and together evenly spread: a lattice of ``size`` points with a random shift.
-
-    Source: Kingma et al. (2021), arXiv:2107.00630, appendix I.1.
-    """
-    points = (jax.random.uniform(key) + jnp.arange(size) / size) % 1
-    return jnp.clip(jnp.floor(num_steps * points).astype(jnp.int32) + 1, 1, num_steps)
-
-
-def one_step(draw_n, diffusion, x, x0, key, network_key):
-    """One step for each datum, n = 1 being the reconstruction: one network evaluation each.
-
-    The term is multiplied by N; as n is uniform, its expectation is the sum over all steps.
-    """
-    num_steps = diffusion.schedule.num_steps
-    step_key, noise_key = jax.random.split(key)
-    n = draw_n(step_key, len(x), num_steps)
-    eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
-    z, eps_hat = _noisy(diffusion, x0, n, eps, network_key)
-    kl = diffusion.kernel.step_kl_unchecked(diffusion.schedule, eps, eps_hat, n)
-    term = jnp.where(n == 1, _log_likelihood(diffusion, x, z, n, eps_hat), -kl)
-    numpyro.deterministic("n", n)
-    numpyro.deterministic("term", term)
-    return num_steps * term.sum()
-
-
-STEPS = {
-    "all": all_steps,
-    "uniform": functools.partial(one_step, uniform_n),
-    "stratified": functools.partial(one_step, stratified_n),
-}
-
-
-def _fold_in(key, data):
-    return None if key is None else jax.random.fold_in(key, data)
-
-
-class AnalyticELBO(ELBO):
-    """The analytic bound as an objective for ``SVI``, in the place of ``Trace_ELBO``.
-
-    The bound is itself a NumPyro program, :meth:`program`: its only log density is one ``factor``, and its terms are
-    ``deterministic`` sites. The loss is ``Trace_ELBO`` on that program and an empty guide.
-
-    Args:
-        diffusion: The model. ``SVI`` must be given this model's ``model``, and its ``guide`` or
-            ``posterior_guide``; ``handlers.scale`` by a number may be wrapped around both alike.
-        steps: ``"all"``: every step, N network evaluations a datum; ``"uniform"``: one step a datum, uniform on
-            1 … N, times N: an unbiased estimate with one network evaluation; ``"stratified"``: the same with steps
-            spread evenly over the data of the batch.
-        num_particles: Independent estimates to average, as in NumPyro.
-        vectorize_particles: As in NumPyro.
-
-    Raises:
-        ValueError: In the constructor if ``steps`` is not one of those; in use, if the model or the guide that
-            ``SVI`` was given is not this model's.
-    """
-
-    def __init__(self, diffusion, steps="all", num_particles=1, vectorize_particles=True):
-        require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
-        require(isinstance(steps, str) and steps in STEPS, "steps", f"one of {list(STEPS)}", repr(steps))
-        super().__init__(num_particles, vectorize_particles)
-        self.diffusion = diffusion
-        self._steps = STEPS[steps]
-        self._trace_elbo = Trace_ELBO(num_particles, vectorize_particles)
-
-    def program(self, x, num_data=None):
-        """The bound on ``x`` as a NumPyro program; arguments as for :meth:`Diffusion.model`.
-
-        With all steps it can be differentiated with respect to the parameters, not the data.
-
-        Sites: ``param`` of the model; ``deterministic`` ``prior_kl`` and the terms of the steps; ``factor`` ``elbo``.
-        """
-        self.diffusion.check(x)
-        diffusion = self.diffusion.with_param_site()
-        x = jnp.asarray(x)
-        x0 = diffusion.likelihood.encode(x)
-        prior = numpyro.deterministic("prior_kl", prior_kl(diffusion.schedule, x0))
-        terms = self._steps(diffusion, x, x0, numpyro.prng_key(), diffusion.training_key(x))
-        with _minibatch(x, num_data):
-            numpyro.factor("elbo", terms - prior.sum())
-
-    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
-        """Minus the bound, summed over the data; called by ``SVI``."""
-        own = (self.diffusion.model,), (self.diffusion.guide, self.diffusion.posterior_guide)
-        scales = _scales_around(model, "model", own[0])
-        guide_scales = _scales_around(guide, "guide", own[1])
-        require(
-            len(scales) == len(guide_scales) and all(map(_same, scales, guide_scales)),
-            "guide",
-            f"the same handlers.scale as around the model, {scales}",
-            guide_scales,
-        )
-        program = self.program
-        for scale in reversed(scales):
-            program = handlers.scale(program, scale=scale)
-        return self._trace_elbo.loss_with_mutable_state(rng_key, param_map, program, _empty_guide, *args, **kwargs)
-
-
-def _empty_guide(*args, **kwargs):
-    pass
-
-
-def _same(a, b):
-    return a is b or bool(np.all(np.asarray(a) == np.asarray(b)))
-
-
-def _scales_around(program, name, own):
-    """The scales of the ``handlers.scale`` around one of the programs ``own``, outermost first."""
-    scales = []
-    while isinstance(program, Messenger):
-        require(
-            type(program) is handlers.scale,
-            name,
-            "no handler but handlers.scale around it",
-            f"handlers.{type(program).__name__}",
-        )
-        require(jnp.ndim(program.scale) == 0, name, "handlers.scale by a number", f"shape {jnp.shape(program.scale)}")
-        scales.append(program.scale)
-        program = program.fn
-    mine = any(
-        getattr(program, "__func__", None) is p.__func__ and getattr(program, "__self__", None) is p.__self__
-        for p in own
-    )
-    names = " or ".join(f"diffusion.{p.__func__.__name__}" for p in own)
-    require(mine, name, f"{names} of the Diffusion that AnalyticELBO was given", f"{program!r:.80}")
-    return scales

@@ -6,7 +6,7 @@ may be arrays that broadcast against the batch; distributions have ``event_shape
 """
 
 import jax.numpy as jnp
-import numpyro.distributions as dist
+from numpyro import distributions as dist
 
 from probdiff.checks import require_step
 from probdiff.schedules import at_step

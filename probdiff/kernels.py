@@ -80,15 +80,17 @@ class GaussianKernel:
             ValueError: If n is outside [2, N]; TypeError if it is not an integer.
         """
         require_step(n, 2, schedule.num_steps)
-        return self.step_kl_unchecked(schedule, eps, eps_hat, n)
+        constant = at_step(self.constant(schedule), n, eps.dtype) * eps.shape[-1]
+        return at_step(self.weight(schedule), n, eps.dtype) * jnp.square(eps - eps_hat).sum(-1) + constant
 
-    def step_kl_unchecked(self, schedule, eps, eps_hat, n):
-        """:meth:`step_kl` without its check of n: at n = 1, where there is no KL, a finite value of no meaning."""
-        variance = self.variance(schedule)
-        weight = schedule.beta**2 / (2 * variance * schedule.alpha * schedule.one_minus_alpha_bar)
-        ratio = schedule.posterior_variance / variance
-        constant = np.zeros_like(ratio)
-        constant[1:] = (ratio[1:] - 1 - np.log(ratio[1:])) / 2
-        squared_error = jnp.sum(jnp.square(eps - eps_hat), -1)
-        constant_n = at_step(constant, n, eps.dtype) * eps.shape[-1]
-        return at_step(weight, n, eps.dtype) * squared_error + constant_n
+    def weight(self, schedule):
+        r"""The table :math:`w_n`, shape ``(num_steps,)``, float64.
+
+        At n = 1 it weighs the squared error in the log-density of x_0: :math:`w_1 = 1 / (2 \alpha_1)`.
+        """
+        return schedule.beta**2 / (2 * self.variance(schedule) * schedule.alpha * schedule.one_minus_alpha_bar)
+
+    def constant(self, schedule):
+        """The KL per dimension of a step whose noise is predicted exactly (0 at n = 1), ``(num_steps,)``, float64."""
+        ratio = schedule.posterior_variance[1:] / self.variance(schedule)[1:]
+        return np.concatenate([[0.0], (ratio - 1 - np.log(ratio)) / 2])

@@ -12,8 +12,8 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jax.scipy.special import log_ndtr, ndtr
+from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.util import promote_shapes
 

@@ -105,3 +105,60 @@ def plot_samples(samples, data, image_shape=None, title=""):
             ax.set_ylim(low[1] - margin[1], high[1] + margin[1])
             ax.set_aspect("equal" if 1 / 3 < span[1] / span[0] < 2 else "auto")
     return figure
+
+
+def plot_estimators(table, num_items, title=""):
+    """Every estimator's bound with its error, and what its variance costs.
+
+    Args:
+        table: That of :class:`~probdiff.comparison.EstimatorComparison`.
+        num_items: Number of data.
+        title: Title of the figure.
+    """
+    figure, (left, right) = _figure(2, width=10.0, height=1.6 + 0.3 * len(table))
+    figure.suptitle(title)
+    rows = np.arange(len(table))
+    left.errorbar(table["elbo"], rows, xerr=2 * table["se"], fmt="o", ms=4, capsize=2, label="mean ± 2 s.e.")
+    left.set_yticks(rows, table.index)
+    left.invert_yaxis()
+    left.set(xlabel=f"ELBO, nats per item ({num_items} items)")
+    left.legend(fontsize="small")
+    marks = (("value", "o", "C0"), ("gradient", "s", "C1"))
+    for kind, marker, color in marks:
+        for unit, filled in (("evaluations", color), ("seconds", "none")):
+            cost = table[f"{kind}_by_{unit}"]
+            right.plot(cost, rows, marker, ms=5, mfc=filled, mec=color, label=f"{kind}, variance × {unit}")
+    right.axvline(1, color="0.7", lw=0.8, zorder=0)
+    right.set_yticks(rows, [])
+    right.invert_yaxis()
+    right.grid(axis="y", lw=0.3)
+    right.set(xscale="log", xlabel="cost relative to kl_uniform (left is better)")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def plot_ledger(ledger, title=""):
+    """What the network adds to the gap of the bound: at each step, and summed from the first step on.
+
+    Args:
+        ledger: A :class:`~probdiff.ledger.Ledger`.
+        title: Title of the figure.
+    """
+    figure, (left, right) = _figure(2, width=10.0)
+    figure.suptitle(title)
+    log_snr, per_step = ledger.log_snr, ledger.network_per_step
+    error = 2 * ledger.network_per_step_error
+    lowest = 1e-3 * per_step.max()
+    left.fill_between(log_snr, np.maximum(per_step - error, lowest), per_step + error, alpha=0.3, lw=0, label="± 2 s.e.")
+    left.plot(log_snr, per_step, ".", ms=3, label="mean over data")
+    left.set(xlabel="log-SNR of step n", ylabel="added by the network at step n, nats", yscale="log")
+    left.set_ylim(lowest if lowest > 0 else None, None)
+    left.legend(fontsize="small")
+    right.plot(log_snr, np.cumsum(per_step), label="network, steps 1 … n")
+    right.axhline(ledger.irreducible.mean, color="C1", ls="--", label="irreducible gap, exact ε")
+    right.axhline(ledger.gap.mean, color="0.4", ls=":", label="gap of the ELBO")
+    right.set(xlabel="log-SNR of step n", ylabel="nats per datum")
+    right.legend(fontsize="small")
+    for axes in (left, right):
+        axes.invert_xaxis()
+    return figure

@@ -18,7 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpyro
-import numpyro.distributions as dist
+from numpyro import distributions as dist
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions.kl import kl_divergence
 from numpyro.primitives import Messenger

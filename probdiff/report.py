@@ -3,12 +3,13 @@
 import jax
 import numpy as np
 
-from probdiff.comparison import Estimate, compute_both_ways
 from probdiff.elbo import bits_per_dim, elbo_terms
+from probdiff.two_ways import Estimate, compute_both_ways
 
 ITEMS = 512
 DRAWS = 4
 ELEMENTS = 2**22
+BLOCKS = 8
 
 
 def evaluate(diffusion, dataset, *, key, progress=False):
@@ -24,7 +25,7 @@ def evaluate(diffusion, dataset, *, key, progress=False):
         progress: Show progress bars.
 
     Returns:
-        The :class:`~probdiff.comparison.TwoWays`, and the table as a dict for JSON (nats per datum throughout).
+        The :class:`~probdiff.two_ways.TwoWays`, and the table as a dict for JSON (nats per datum throughout).
     """
     both_key, test_key = jax.random.split(key)
     num_steps = diffusion.schedule.num_steps
@@ -129,4 +130,123 @@ def format_table(results):
         f"{'difference (± Monte Carlo error)':{width}}{both['difference']:10.4f}{both['difference_error']:9.4f}"
         f"   {abs(both['z']):.1f} standard errors: {verdict}",
     ]
+    return "\n".join(lines)
+
+
+COLUMNS = (
+    ("ELBO", "elbo", "10.4f"),
+    ("± s.e.", "se", "9.4f"),
+    ("bits/dim", "bits_per_dim", "10.4f"),
+    ("± s.e.", "bits_se", "8.4f"),
+    ("sd/draw", "sd", "9.3g"),
+    ("grad var", "gradient_variance", "10.3g"),
+    ("evals", "evaluations", "7d"),
+    ("s/draw", "seconds", "9.2g"),
+    ("by evals", "value_by_evaluations", "10.3g"),
+    ("by secs", "value_by_seconds", "9.3g"),
+    ("by evals", "gradient_by_evaluations", "10.3g"),
+    ("by secs", "gradient_by_seconds", "9.3g"),
+)
+
+
+def format_estimators(comparison):
+    """An :class:`~probdiff.comparison.EstimatorComparison` as text: table, pairwise z-scores, verdict."""
+    table = comparison.table
+    _, num_draws, num_items = comparison.draws.shape
+    name_width = 2 + max(len(name) for name in table.index)
+    widths = [int(form.rstrip("dfg").split(".")[0]) for *_, form in COLUMNS]
+    costs = sum(widths[8:10]), sum(widths[10:])
+    lines = [
+        f"The bound of {num_items} items in nats, mean per item, {num_draws} draws; errors are Monte Carlo errors",
+        " " * (name_width + sum(widths[:8])) + f"{'values: var ×':>{costs[0]}}{'gradients: var ×':>{costs[1]}}",
+        " " * name_width + "".join(f"{title:>{width}}" for (title, *_), width in zip(COLUMNS, widths)),
+    ]
+    for name, row in table.iterrows():
+        cells = (f"{int(row[key]) if form.endswith('d') else row[key]:{form}}" for _, key, form in COLUMNS)
+        lines.append(f"{name:{name_width}}" + "".join(cells).replace("nan", "  –"))
+    lines.append("evals: network evaluations per item; var × cost is relative to kl_uniform, below 1 is better")
+    for title, scores in (("values", comparison.value_z), ("gradients", comparison.gradient_z)):
+        if len(scores) > 1:
+            lines += ["", f"Pairwise z-scores, {title}", *_triangle(scores, name_width)]
+    return "\n".join([*lines, "", *_verdict(comparison)])
+
+
+def _triangle(scores, name_width):
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    yield " " * (name_width + 3) + "".join(f"{letters[i]:>6}" for i in range(len(scores) - 1))
+    for i, (name, row) in enumerate(scores.iterrows()):
+        yield f"{letters[i]}  {name:{name_width}}" + "".join(f"{z:6.1f}" for z in row.values[:i])
+
+
+def _verdict(comparison):
+    if len(comparison.table) > 1:
+        words = "agree" if comparison.agree else "DO NOT AGREE"
+        yield (
+            f"The {len(comparison.table)} estimators {words}: the largest |z| is {comparison.largest_z:.1f}, "
+            f"and {comparison.z_limit:.1f} is to be expected of so many"
+        )
+    for purpose, kind in (("values", "value"), ("gradients", "gradient")):
+        best = comparison.best(f"{kind}_by_evaluations")
+        if best is not None:
+            cost = comparison.table.loc[best]
+            yield (
+                f"best for {purpose}: {best}, variance × evaluations {cost[f'{kind}_by_evaluations']:.3g} of kl_uniform's; "
+                f"by seconds, {comparison.best(f'{kind}_by_seconds')}"
+            )
+    if comparison.iwae is not None:
+        yield (
+            f"importance-weighted bound on the {comparison.draws.shape[1]} paths of trace: {comparison.iwae.mean:.4f} nats "
+            f"per item, {comparison.iwae.mean - comparison.table.loc["trace", "elbo"]:.4f} above the ELBO"
+        )
+        if np.isnan(comparison.khat).any():
+            yield "Pareto k̂ of their weights: not from so few draws"
+        else:
+            high = np.mean(comparison.khat > 0.7)
+            yield (
+                f"Pareto k̂ of their weights: median {np.median(comparison.khat):.2f}, above 0.7 for {high:.0%} of the items. "
+                "k̂ says whether the weights can be trusted; it does not measure the gap of the bound"
+            )
+
+
+def format_models(comparison):
+    """A :class:`~probdiff.ranking.ModelComparison` as text."""
+    table = comparison.table
+    width = 2 + max(len(str(name)) for name in table.index)
+    bits = f"{'bits/dim':>10}" if comparison.levels else ""
+    lines = [
+        f"The bound of {len(next(iter(comparison.elbo.values())))} items, mean per item in nats, "
+        f"{comparison.num_draws} draws each",
+        f"{'':{width}}{'rank':>5}{'ELBO':>12}{'± s.e.':>9}{'difference':>12}{'± paired':>10}{'MC error':>10}{bits}",
+    ]
+    for name, row in table.iterrows():
+        line = f"{name:{width}}{int(row['rank']):5d}{row['elbo']:12.4f}{row['se']:9.4f}{row['elbo_diff']:12.4f}"
+        line += f"{row['dse']:10.4f}{row['mc_error']:10.4f}"
+        lines.append(line + (f"{bits_per_dim(row['elbo'], comparison.dim):10.4f}" if comparison.levels else ""))
+    return "\n".join([*lines, "difference: what the best model has more, paired item by item"])
+
+
+def format_ledger(ledger):
+    """A :class:`~probdiff.ledger.Ledger` as text."""
+    entropy, entropy_error = ledger.entropy
+    elbo = -entropy - ledger.gap.mean
+    rows = [
+        ("minus entropy of the data", -entropy, entropy_error),
+        ("− irreducible gap, exact ε", -ledger.irreducible.mean, ledger.irreducible.error),
+        ("− what the network adds", -ledger.network.mean, ledger.network.error),
+        ("− rest: 0 but for its error", -ledger.residual.mean, ledger.residual.error),
+        ("= ELBO", elbo, ledger.gap.error),
+        ("", None, None),
+        ("− prior KL", -ledger.prior_kl.mean, ledger.prior_kl.error),
+        ("− Σ step KL", -ledger.step_kl.mean, ledger.step_kl.error),
+        ("+ reconstruction", ledger.reconstruction.mean, ledger.reconstruction.error),
+    ]
+    lines = ["The bound, accounted for, nats per datum", f"{'':30}{'nats':>10}{'± s.e.':>9}"]
+    lines += [f"{name:30}{value:10.4f}{error:9.4f}" if name else "" for name, value, error in rows]
+    per_step, num_steps = ledger.network_per_step, len(ledger.network_per_step)
+    edges = np.unique(np.linspace(0, num_steps, min(BLOCKS, num_steps) + 1).astype(int))
+    lines += ["", f"{'what the network adds, by steps':36}{'log-SNR':>16}{'nats':>10}{'share':>8}"]
+    for first, last in zip(edges, edges[1:]):
+        nats = per_step[first:last].sum()
+        span = f"{ledger.log_snr[first]:.1f} … {ledger.log_snr[last - 1]:.1f}"
+        lines.append(f"  n = {first + 1} … {last}".ljust(36) + f"{span:>16}{nats:10.5f}{nats / per_step.sum():8.1%}")
     return "\n".join(lines)

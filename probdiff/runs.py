@@ -7,6 +7,7 @@ parameters.npz   the trained parameters
 losses.csv       the loss of every iteration; validation.csv, the bound on the validation data
 elbo.nc          the terms of the bound on test data, a DataTree
 results.json     the final table
+estimators.nc    draws of every estimator of the bound, where they were compared
 figures/         loss, KL against step, samples
 """
 
@@ -237,6 +238,14 @@ class Run:
             _replace(self.path / "elbo.nc", lambda path: to_datatree(terms).to_netcdf(path, engine="h5netcdf"))
         if results is not None:
             _write_json(self.path / "results.json", results)
+
+    def save_comparison(self, comparison):
+        """Write an :class:`~probdiff.comparison.EstimatorComparison`, draws and figure; gives the figure's path."""
+        tree = comparison.to_datatree()
+        _replace(self.path / "estimators.nc", lambda path: tree.to_netcdf(path, engine="h5netcdf"))
+        path = self.figures / "estimators.png"
+        comparison.plot().savefig(path)
+        return path
 
     def _table(self, name):
         return np.loadtxt(self.path / name, delimiter=",", skiprows=1, ndmin=2).reshape(-1, 2)

@@ -16,7 +16,8 @@ from numpyro.infer import SVI
 from tqdm import tqdm
 
 from probdiff.checks import require
-from probdiff.elbo import AnalyticELBO, bits_per_dim
+from probdiff.elbo import bits_per_dim
+from probdiff.objective import AnalyticELBO
 from probdiff.programs import PARAMS, Diffusion
 
 CHUNK = 100
@@ -175,7 +176,7 @@ def fit(
 def _optimiser(learning_rate, iterations, ema_decay):
     if not isinstance(learning_rate, optax.GradientTransformation):
         require(np.isfinite(learning_rate) and learning_rate > 0, "learning_rate", "a positive number", learning_rate)
-        warm_up = min(WARM_UP, max(1, iterations // 10))
+        warm_up = min(WARM_UP, iterations // 10)
         learning_rate = optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm_up, iterations))
     return optax.chain(learning_rate, parameter_ema(ema_decay))
 
@@ -199,9 +200,8 @@ class _Loop:
     def __init__(self, diffusion, data, batch_size, optimiser, elbo):
         self.diffusion, self.data, self.batch_size = diffusion, data, batch_size
         elbo = AnalyticELBO(diffusion, steps="stratified") if elbo is None else elbo
-        model, guide = (
-            handlers.scale(program, scale=1 / batch_size) for program in (diffusion.model, diffusion.posterior_guide)
-        )
+        guide = elbo.guide if isinstance(elbo, AnalyticELBO) else diffusion.posterior_guide
+        model, guide = (handlers.scale(program, scale=1 / batch_size) for program in (diffusion.model, guide))
         self.svi = SVI(model, guide, optimiser, elbo)
         self._bound = jax.jit(self._validation_bound)
         self._advance = jax.jit(self._scan, static_argnames="count")

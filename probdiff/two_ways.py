@@ -3,14 +3,11 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from numpyro.infer import Trace_ELBO
-from tqdm import tqdm
 
+from probdiff.bounds import path_elbo
 from probdiff.elbo import ELBOTerms, elbo_terms
 
-PATH_ELEMENTS = 2**24
 Z_AGREE = 3.0
 
 
@@ -79,36 +76,6 @@ class TwoWays(NamedTuple):
     def agree(self):
         """Whether the difference is at most three standard errors."""
         return bool(abs(self.z) <= Z_AGREE)
-
-
-def path_elbo(diffusion, x, *, key, num_draws, progress=False):
-    """NumPyro's ``Trace_ELBO`` of every datum by itself, with the forward guide.
-
-    Args:
-        diffusion: A trained Diffusion.
-        x: Data, shape ``(datum, dim)``.
-        key: JAX key.
-        num_draws: Number of sampled paths per datum.
-        progress: Show a progress bar.
-
-    Returns:
-        Nats, shape ``(draw, datum)``.
-    """
-
-    def one(key, x):
-        return -Trace_ELBO().loss(key, {}, diffusion.model, diffusion.guide, x[None])
-
-    evaluate = jax.jit(jax.vmap(one))
-    x = jnp.asarray(x)
-    block = max(1, PATH_ELEMENTS // (diffusion.schedule.num_steps * x.shape[1]))
-    draws = []
-    with tqdm(total=num_draws, unit="path", desc="Trace_ELBO", disable=not progress) as bar:
-        for draw_key in jax.random.split(key, num_draws):
-            keys = jax.random.split(draw_key, len(x))
-            blocks = range(0, len(x), block)
-            draws.append(np.concatenate([evaluate(keys[i : i + block], x[i : i + block]) for i in blocks]))
-            bar.update()
-    return np.stack(draws)
 
 
 def compute_both_ways(diffusion, x, *, key, num_draws, progress=False):

@@ -193,3 +193,8 @@ def test_ctrl_c_during_validation_loses_no_validation(monkeypatch):
     resumed = probdiff.fit(make(5), X, checkpoint=checkpoint, **arguments)
     np.testing.assert_array_equal(whole.validation, resumed.validation)
     assert same(whole.diffusion, resumed.diffusion)
+
+
+def test_the_shortest_fit():
+    fit = probdiff.fit(make(), X, iterations=1, batch_size=4, progress=False)
+    assert fit.losses.shape == (1,) and np.isfinite(fit.losses).all()

@@ -1,0 +1,173 @@
+# %% [markdown]
+# # The terms of a bound in ArviZ's own functions
+#
+# A small diffusion is fitted to the two moons, and its bound is handed to [ArviZ](https://www.arviz.org): which steps
+# cost what, and for which data, how exactly that is known, and whether the paths of the guide can be reweighted to
+# those of the model. Everything is in nats. Figures are saved to the current directory.
+
+# %%
+import argparse
+
+import jax
+import numpy as np
+import xarray as xr
+
+import probdiff
+
+parser = argparse.ArgumentParser(description="The terms of a bound in ArviZ's own functions")
+parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+quick = parser.parse_args().quick
+
+NUM_STEPS, ITERATIONS, NUM_DATA, NUM_DRAWS = (12, 50, 8, 100) if quick else (100, 3_000, 48, 400)
+SIZE = {"hidden": 16, "num_blocks": 1} if quick else {"hidden": 64, "num_blocks": 2}
+FIGURE = {"layout": "constrained", "dpi": 130}
+
+data = probdiff.datasets.load("moons")
+network = probdiff.MLP(data.dim, key=jax.random.key(0), num_harmonics=3, **SIZE)
+schedule = probdiff.log_snr_schedule(NUM_STEPS, 13.0, -8.0)
+diffusion = probdiff.Diffusion(schedule, network, data.likelihood(), reverse_variance="forward")
+fit = probdiff.fit(diffusion, data.train, iterations=ITERATIONS, batch_size=512, learning_rate=2e-3, progress=False)
+
+# %% [markdown]
+# ## From the bound to a DataTree
+#
+# `posterior` holds `step_kl` with dimensions (chain, draw, step, datum), `reconstruction` and `elbo` with (chain, draw,
+# datum); `constant_data` holds `prior_kl`, which needs no draws. A draw here is a draw of noise: those of a step are
+# independent of each other and of those of every other step.
+
+# %%
+import arviz as az  # after NumPyro: ArviZ 1.3 imported first leaves numpyro.distributions incomplete
+
+x = data.test[:NUM_DATA]
+terms = probdiff.elbo_terms(fit.diffusion, {}, x, key=jax.random.key(1), num_draws=NUM_DRAWS)
+tree = probdiff.to_datatree(terms)
+step_kl = tree["posterior"]["step_kl"]
+chosen = np.linspace(2, NUM_STEPS, 8).round().astype(int)
+
+print(f"{NUM_DATA} data, {NUM_DRAWS} draws each, N = {NUM_STEPS} steps; nats per datum")
+print(f"ELBO {tree['posterior']['elbo'].mean():.3f}, true log-density of these data {data.log_prob(x).mean():.3f}")
+
+# %% [markdown]
+# ## How exactly is the KL of a step known?
+#
+# The bound is a mean over data, so that mean is taken first; what is left varies with the noise alone. Independent
+# draws may be cut into chains at will, and then `r_hat` means something: it is 1, but for chance. In `az.summary` read
+# `mean`, and `mcse_mean` as its standard error; `sd` and the interval are those of one draw. The effective sample size
+# must come out at about the number of draws, now above it and now below, because they are independent; were it far
+# lower, successive draws would share noise. As every step has noise of its own, the squares of the errors add up to the
+# square of that of Σ step KL.
+
+# %%
+over_data = step_kl.isel(chain=0, drop=True).drop_vars("draw").mean("datum")
+chains = over_data.coarsen(draw=NUM_DRAWS // 4).construct(draw=("chain", "draw")).to_dataset(name="step_kl")
+ess, mcse = az.ess(chains)["step_kl"], az.mcse(chains)["step_kl"]
+
+print("\naz.summary: KL of eight steps, mean over the data, draws cut into four chains")
+print(az.summary(chains, coords={"step": chosen}).to_string())
+print(
+    f"\naz.ess of all {NUM_STEPS - 1} steps: mean {ess.mean():.0f}, from {ess.min():.0f} to {ess.max():.0f}; "
+    f"about {NUM_DRAWS}, the number of draws, as they are independent"
+)
+print(f"Σ step KL: {over_data.sum('step').mean():.4f} ± {np.sqrt((mcse**2).sum()):.4f}, by az.mcse step by step")
+
+# %% [markdown]
+# And how exactly a quantile? In `az.plot_mcse` each dot is the standard error of one quantile of the draws, and the
+# lines are those of their mean and sd. The dots rise towards the ends: where draws are few, a quantile is known badly.
+
+# %%
+plot = az.plot_mcse(
+    chains,
+    coords={"step": chosen[[0, 4, 6]]},
+    extra_methods=True,
+    labeller=az.labels.DimCoordLabeller(),
+    visuals={"xlabel": {"text": "quantile"}, "ylabel": {"text": "standard error, nats"}},
+    figure_kwargs=FIGURE | {"figsize": (10, 3)},
+)
+plot.savefig("arviz_mcse.png")
+
+# %% [markdown]
+# ## Which steps cost most, and do they for all data?
+#
+# Now the draws are averaged, and the data are the sample: `sample_dims=["datum"]`. A long bar is a step that is easy
+# for some data and hard for others. But the mean of each datum has a Monte Carlo error, printed here, and that alone
+# makes a 90% bar 3.3 errors long: no longer than that, it says nothing about the data. A forest of all N steps would be
+# unreadable: choose a few.
+
+# %%
+per_datum = step_kl.mean(["chain", "draw"])
+error = az.mcse(step_kl.sel(step=chosen).to_dataset())["step_kl"].mean("datum")
+plot = az.plot_forest(
+    per_datum.to_dataset(),
+    coords={"step": chosen},
+    sample_dims=["datum"],
+    ci_probs=(0.5, 0.9),
+    labels=["step"],
+    figure_kwargs=FIGURE | {"figsize": (8, 4), "width_ratios": [1, 9]},
+)
+plot.get_target("step_kl", {"column": "forest"}).set_xlabel("KL of the step, nats: mean, 50% and 90% of the data")
+plot.savefig("arviz_forest.png")
+
+print("\nThe same steps over the data")
+for n in chosen:
+    low, high = per_datum.sel(step=n).quantile([0.05, 0.95]).values
+    print(f"step {n:3}: 90% of the data in {low:.3g} … {high:.3g}, the KL of each ± {error.sel(step=n):.2g}")
+
+# %% [markdown]
+# ## What does a single evaluation of the network tell?
+#
+# An update of the fit sees each datum with one draw, at one step. `az.plot_lm` plots a value against a covariate, here
+# the step, with bands over draws and data. It takes the value from `posterior_predictive`, the covariate from
+# `constant_data`, and wants `observed_data` although that is not shown; the variables' names become the labels.
+# Smoothing, its default, is off: steps are as they are. The wider the band, the less one draw tells about the mean.
+
+# %%
+value = step_kl.to_dataset(name="KL of step n, nats")
+groups = {
+    "posterior_predictive": value,
+    "constant_data": xr.Dataset({"step n": step_kl["step"]}),
+    "observed_data": value.mean(["chain", "draw", "datum"]),
+}
+plot = az.plot_lm(
+    xr.DataTree.from_dict(groups),
+    plot_dim="step",
+    sample_dims=["chain", "draw", "datum"],
+    ci_prob=(0.5, 0.9),
+    smooth=False,
+    visuals={"observed_scatter": False},
+    figure_kwargs=FIGURE | {"figsize": (8, 4)},
+)
+plot.add_legend("prob", title="line: mean; bands:\nof draws and data")
+plot.savefig("arviz_lm.png")
+
+# %% [markdown]
+# ## Can the paths of the guide be reweighted to those of the model?
+#
+# `Trace_ELBO` on one path is its log weight, log p(x, z) − log q(z | x). The bound is the mean of the log weights; the
+# log of their mean estimates log p(x) itself. Trust that for a datum if the right tail of its weights is light: Pareto
+# k-hat below 1 − 1/log10(draws), and 0.7 at most. k-hat is an estimate too, ± (1 + k)/√(draws in the tail), about 0.15
+# here. Three traps: `psislw` takes *negated* log weights; `pareto_khat(log_weights=True)` does not exponentiate, and
+# fits the tail of the logs; equal weights, the perfect fit, raise `ValueError: All tail values are the same`.
+#
+# k-hat does not measure the gap of the bound. It looks at the right tail alone, while the gap, log mean − mean log,
+# comes from all of the spread: broad weights with a light tail have a small k-hat and a large gap. Report both.
+
+# %%
+both = probdiff.compute_both_ways(fit.diffusion, x, key=jax.random.key(2), num_draws=NUM_DRAWS)
+log_weights = xr.DataArray(both.path.astype(np.float64), dims=["draw", "datum"])
+_, k_hat = (-log_weights).azstats.psislw(dim="draw")
+gap = np.logaddexp.reduce(log_weights.values) - np.log(NUM_DRAWS) - log_weights.values.mean(0)
+good_k = min(1 - 1 / np.log10(NUM_DRAWS), 0.7)
+label = f"Pareto k-hat (good below {good_k:.2f})"
+
+plot = az.plot_khat(
+    k_hat.to_dataset(name="pareto_k"),
+    hline_values=[good_k],
+    visuals={"hlines": {"linestyle": "--"}, "xlabel": {"text": "datum"}, "ylabel": {"text": label}},
+    figure_kwargs=FIGURE | {"figsize": (8, 3.5)},
+)
+plot.savefig("arviz_khat.png")
+
+print(f"\nBound of the terms minus bound of the paths: {both.difference[0]:.3f} ± {both.difference[1]:.3f}")
+print(f"k-hat of {NUM_DATA} data: median {k_hat.median():.2f}, largest {k_hat.max():.2f}; good below {good_k:.2f}")
+print(f"gap of the bound by the weights: mean {gap.mean():.3f}, from {gap.min():.3f} to {gap.max():.3f}")
+print(f"correlation of k-hat and gap over the data: {np.corrcoef(k_hat, gap)[0, 1]:.2f}")

@@ -1,0 +1,428 @@
+"""The analytic bound as a NumPyro program, and as an objective for ``SVI``.
+
+The estimate of the bound of one datum is its ceiling (see :mod:`probdiff.shortfall`) minus
+
+    Σ_rows [shortfall_n − c_n · control_n] / p_n   +   Σ_n c_n E[control_n]
+
+over the rows (n, ε) that were drawn for it. Which rows, what noise and what control variate are the three parts that an
+estimator is put together from.
+"""
+
+import copy
+import functools
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from numpyro import handlers
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.elbo import ELBO
+from numpyro.primitives import Messenger, mutable
+
+from probdiff.checks import require
+from probdiff.control import LinearControl
+from probdiff.elbo import ROWS, even_chunk, predict
+from probdiff.networks import is_trainable
+from probdiff.programs import Diffusion, _minibatch
+from probdiff.proposal import PROBABILITIES, AllSteps, Learner, OneStep, independent_points, stratified_points
+from probdiff.schedules import at_step
+from probdiff.shortfall import PosteriorNoise, ceiling, sampled_noise, shortfall
+
+LEARNED = "diffusion$learned"
+
+STEPS = {
+    "all": AllSteps(),
+    "uniform": OneStep(independent_points),
+    "stratified": OneStep(stratified_points),
+    "importance": OneStep(independent_points, learned=True),
+    "stratified_importance": OneStep(stratified_points, learned=True),
+}
+
+
+class RowNoise(eqx.Module):
+    """Noise of its own for every row; with ``copies`` = 2, each second row has the noise of the one before, negated."""
+
+    key: jax.Array
+    like: jax.Array
+    copies: int = eqx.field(static=True)
+
+    def __call__(self, rows):
+        """Noise of some rows, shape ``(row, datum, dim)``."""
+
+        def one(row):
+            eps = jax.random.normal(jax.random.fold_in(self.key, row // self.copies), self.like.shape, self.like.dtype)
+            return eps * (1 - 2 * (row % self.copies)).astype(eps.dtype)
+
+        return jax.vmap(one)(rows)
+
+
+class PathNoise(eqx.Module):
+    """The noise in z_1 … z_N of one path of the forward chain: row r is step r + 1."""
+
+    eps: jax.Array
+
+    def __call__(self, rows):
+        """Noise of some rows, shape ``(row, datum, dim)``."""
+        return self.eps[rows]
+
+
+def _row_noise(key, diffusion, x0, copies):
+    return RowNoise(key, x0, copies)
+
+
+def _path_noise(key, diffusion, x0):
+    """z_n = √α_n z_{n−1} + √β_n ξ_n, as a recursion of the noise: z_n = √ᾱ_n x_0 + √(1−ᾱ_n) ε_n."""
+    schedule = diffusion.schedule
+    previous = np.concatenate([[0.0], schedule.one_minus_alpha_bar[:-1]])
+    kept = jnp.asarray(np.sqrt(schedule.alpha * previous / schedule.one_minus_alpha_bar), x0.dtype)
+    added = jnp.asarray(np.sqrt(schedule.beta / schedule.one_minus_alpha_bar), x0.dtype)
+
+    def step(eps, each):
+        kept, added, key = each
+        eps = kept * eps + added * jax.random.normal(key, eps.shape, eps.dtype)
+        return eps, eps
+
+    keys = jax.random.split(key, schedule.num_steps)
+    return PathNoise(jax.lax.scan(step, jnp.zeros_like(x0), (kept, added, keys))[1])
+
+
+# How the noise of the rows is drawn, and how many rows share a step.
+NOISE = {
+    "independent": (functools.partial(_row_noise, copies=1), 1),
+    "antithetic": (functools.partial(_row_noise, copies=2), 2),
+    "path": (_path_noise, 1),
+}
+CONTROLS = {None: None, "linear": LinearControl}
+
+
+class _Rows(eqx.Module):
+    """The rows of one estimate: steps and weights of shape ``(row, datum)``, their noise, and what is done with them."""
+
+    n: jax.Array
+    weight: jax.Array
+    noise: RowNoise | PathNoise
+    known: PosteriorNoise | None
+    control: LinearControl | None
+    coefficient: jax.Array
+    x: jax.Array
+    x0: jax.Array
+    network_key: jax.Array | None
+
+    def evaluate(self, diffusion, rows):
+        """The corrected, weighted terms of some rows, shape ``(row, datum)``; and what can be learned from them."""
+        n, eps = self.n[rows], self.noise(rows)
+        key = None if self.network_key is None else jax.random.fold_in(self.network_key, rows[0])
+        z, eps_hat = predict(diffusion, self.x0, n, eps, key)
+        known = (sampled_noise if self.known is None else self.known)(diffusion.schedule, z, n, eps)
+
+        def terms(eps_hat):
+            return shortfall(diffusion, self.x, self.x0, n, z, known, eps_hat)
+
+        term = terms(eps_hat)
+        control = jnp.zeros_like(term) if self.control is None else self.control.value(z, n, eps)
+        corrected = term - at_step(self.coefficient, n, term.dtype) * control
+        return self.weight[rows] * corrected, functools.partial(_seen, n, self.weight[rows], term, control, terms, eps_hat)
+
+
+def _seen(n, weight, term, control, terms, eps_hat):
+    """What :meth:`Learner.updated` takes."""
+    gradient = jax.grad(lambda e: terms(e).sum())(eps_hat)
+    seen = weight, term, control, jnp.square(gradient).sum(-1)
+    return n, *jax.tree.map(jax.lax.stop_gradient, seen)
+
+
+def _sum_rows(diffusion, rows):
+    """The sum over rows and data, and that over rows of each datum; and, of one or two rows, what can be learned."""
+    chunk = even_chunk(len(rows.n), max(2, ROWS // len(rows.x)))
+    if chunk < len(rows.n):
+        return *_sum_in_chunks(diffusion, rows, chunk), None
+    values, seen = rows.evaluate(diffusion, jnp.arange(chunk))
+    per_datum = values.sum(0)
+    return per_datum.sum(), jax.lax.stop_gradient(per_datum), seen
+
+
+@eqx.filter_custom_vjp
+def _sum_in_chunks(diffusion, rows, chunk):
+    """:func:`_sum_rows`, ``chunk`` rows at a time.
+
+    Where it is differentiated, each chunk's gradient is taken along with its value and added up: the cost is that of
+    one pass back and forth, and memory does not grow with the number of rows.
+    """
+    return _over_chunks(_chunk_value, diffusion, rows, chunk)
+
+
+@_sum_in_chunks.def_fwd
+def _sum_forward(perturbed, diffusion, rows, chunk):
+    def value_and_gradient(diffusion, *arguments):
+        params, constants = eqx.partition(diffusion, is_trainable)
+
+        def value(params):
+            return _chunk_value(eqx.combine(params, constants), *arguments)
+
+        return jax.value_and_grad(value, has_aux=True)(params)
+
+    return _over_chunks(value_and_gradient, diffusion, rows, chunk)
+
+
+@_sum_in_chunks.def_bwd
+def _sum_backward(gradient, cotangent, perturbed, diffusion, *arguments):
+    return jax.tree.map(lambda g: (cotangent[0] * g).astype(g.dtype), gradient)
+
+
+def _over_chunks(function, diffusion, rows, chunk):
+    def value(first):
+        return function(diffusion, rows, first + jnp.arange(chunk))
+
+    def add(total, first):
+        return jax.tree.map(jnp.add, total, value(first)), None
+
+    first = jnp.arange(0, len(rows.n), chunk)
+    return jax.lax.scan(add, value(first[0]), first[1:])[0]
+
+
+def _chunk_value(diffusion, rows, chosen):
+    """The sums over the chosen rows, of which those past the last do not count."""
+    inside = jnp.minimum(chosen, len(rows.n) - 1)
+    values = rows.evaluate(diffusion, inside)[0]
+    per_datum = jnp.where((inside == chosen)[:, None], values, 0).sum(0)
+    return per_datum.sum(), per_datum
+
+
+class AnalyticELBO(ELBO):
+    """The analytic bound as an objective for ``SVI``, in the place of ``Trace_ELBO``.
+
+    The bound is itself a NumPyro program, :meth:`program`: its only log density is one ``factor``. The loss is
+    ``Trace_ELBO`` on that program and an empty guide. Put together from three parts:
+
+    Args:
+        diffusion: The model. ``SVI`` must be given this model's ``model``, and its ``guide`` or ``posterior_guide``, or
+            this objective's :attr:`guide`; ``handlers.scale`` by a number may be wrapped around both alike.
+        steps: ``"all"``: every step, N network evaluations a datum. Otherwise one step n a datum, the term divided by its
+            probability: ``"uniform"`` on 1 … N; ``"stratified"``: the same, spread evenly over the data of the batch;
+            ``"importance"``: from probabilities that are learned; ``"stratified_importance"``: both.
+        noise: ``"independent"``; ``"antithetic"``: each term twice, with ε and −ε; ``"path"``: that of one path
+            z_1 … z_N of the forward chain (all steps only).
+        control: ``"linear"`` subtracts a control variate, the shortfall of the best linear prediction of the noise
+            (:mod:`probdiff.control`), with a coefficient that is learned (with all steps: 1); None subtracts nothing.
+        points: None, or the data whose mean bound is wanted (the whole training set, say), shape ``(point, dim)``: the
+            noise in each step KL is then replaced by its mean and variance over all the points that z_n may come from.
+            The estimate is right for the mean over ``points`` when ``x`` is drawn from them, not for a single datum.
+            ``"batch"``: the points are ``x`` itself.
+        adapt_to: What is kept quiet by what is learned: ``"gradient"`` (for training) or ``"value"`` of the bound.
+        num_particles: Independent estimates to average, as in NumPyro.
+        vectorize_particles: As in NumPyro.
+
+    What is learned is a ``mutable`` site, which ``SVI`` carries in its state if it is given :attr:`guide` for a guide;
+    otherwise it stays at its initial guess (which is right, but not the best) and a warning says so.
+
+    With many rows the loss can be differentiated with respect to the parameters, not the data.
+
+    Raises:
+        ValueError: In the constructor if an option is not one of those; in use, if the model or the guide that
+            ``SVI`` was given is not this model's.
+    """
+
+    def __init__(
+        self,
+        diffusion,
+        steps="all",
+        *,
+        noise="independent",
+        control=None,
+        points=None,
+        adapt_to="gradient",
+        num_particles=1,
+        vectorize_particles=True,
+    ):
+        require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+        for name, value, known in (
+            ("steps", steps, STEPS),
+            ("noise", noise, NOISE),
+            ("control", control, CONTROLS),
+            ("adapt_to", adapt_to, PROBABILITIES),
+        ):
+            found = (value is None or isinstance(value, str)) and value in known
+            require(found, name, f"one of {list(known)}", repr(value))
+        require(noise != "path" or steps == "all", "noise", "steps='all' with noise='path'", f"steps={steps!r}")
+        require(
+            isinstance(num_particles, int | np.integer) and num_particles >= 1,
+            "num_particles",
+            "a positive integer",
+            repr(num_particles),
+        )
+        super().__init__(num_particles, vectorize_particles)
+        self.diffusion = diffusion
+        self.adapt_to = adapt_to
+        self._steps = STEPS[steps]
+        self._noise, self._copies = NOISE[noise]
+        self._control = CONTROLS[control]
+        self._points = points
+        if isinstance(points, str):
+            require(points == "batch", "points", "an array, 'batch' or None", repr(points))
+        elif points is not None:
+            diffusion.check(points)
+            self._points = diffusion.likelihood.encode(points)
+        self._learner = None
+        if isinstance(self._steps, OneStep) and (self._steps.learned or self._control is not None):
+            weight = tuple(diffusion.kernel.weight(diffusion.schedule).tolist())
+            self._learner = Learner(diffusion.schedule, weight, self._steps.points is stratified_points)
+        self._trace_elbo = Trace_ELBO()
+
+    @property
+    def initial_state(self):
+        """What it starts from if it learns, by site, as ``SVIState.mutable_state`` holds it; otherwise empty."""
+        return {} if self._learner is None else {LEARNED: self._learner.initial()}
+
+    def adapted_to(self, purpose):
+        """This objective with another ``adapt_to``; what it learns is the same."""
+        other = copy.copy(self)
+        other.adapt_to = purpose
+        return other
+
+    @property
+    def evaluations(self):
+        """Network evaluations for each datum and particle."""
+        rows = self.diffusion.schedule.num_steps if isinstance(self._steps, AllSteps) else 1
+        return rows * self._copies
+
+    def guide(self, x, num_data=None):
+        """``diffusion.guide``, with the site that holds what this objective has learned (if it learns anything)."""
+        if self._learner is not None:
+            mutable(LEARNED, self._learner.initial())
+        self.diffusion.guide(x, num_data)
+
+    def program(self, x, num_data=None):
+        """The bound on ``x`` as a NumPyro program; arguments as for :meth:`Diffusion.model`.
+
+        Sites: ``param`` of the model; ``deterministic`` ``ceiling`` and ``shortfall``, shape ``(datum,)``, whose difference
+        is the estimate of each datum's bound; ``factor`` ``elbo``; and ``mutable``, what is learned.
+        """
+        self.diffusion.check(x)
+        diffusion = self.diffusion.with_param_site()
+        x = jnp.asarray(x)
+        x0 = diffusion.likelihood.encode(x)
+        learned = None if self._learner is None else mutable(LEARNED, self._learner.initial())
+        rows = self._rows(diffusion, x, x0, numpyro.prng_key(), learned)
+        total, per_datum, seen = _sum_rows(diffusion, rows)
+        if rows.control is not None:
+            expected = rows.control.expected(rows.coefficient, x0)
+            total, per_datum = total + expected.sum(), per_datum + expected
+        if learned is not None:
+            learned.update(self._learner.updated(learned, *seen()))
+        top = numpyro.deterministic("ceiling", ceiling(diffusion, x, x0))
+        numpyro.deterministic("shortfall", per_datum)
+        with _minibatch(x, num_data):
+            numpyro.factor("elbo", top.sum() - total)
+
+    def _rows(self, diffusion, x, x0, key, learned):
+        """Draw the steps and the noise."""
+        step_key, noise_key = jax.random.split(key)
+        num_steps = diffusion.schedule.num_steps
+        control = None if self._control is None else self._control(diffusion, x0)
+        coefficient, probability = jnp.full(num_steps, 0.0 if control is None else 1.0, x0.dtype), None
+        if learned is not None:
+            if control is not None:
+                coefficient = self._learner.coefficient(learned).astype(x0.dtype)
+            if self._steps.learned:
+                probability = self._learner.probability(learned, self.adapt_to, coefficient)
+        n, inverse_probability = self._steps.draw(step_key, len(x), num_steps, probability)
+        n, weight = (
+            jnp.repeat(each, self._copies, 0) for each in (n, inverse_probability.astype(x0.dtype) / self._copies)
+        )
+        points = x0 if isinstance(self._points, str) else self._points
+        return _Rows(
+            n=n,
+            weight=weight,
+            noise=self._noise(noise_key, diffusion, x0),
+            known=None if points is None else PosteriorNoise(points),
+            control=control,
+            coefficient=coefficient,
+            x=x,
+            x0=x0,
+            network_key=diffusion.training_key(x),
+        )
+
+    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+        """Minus the bound, summed over the data; called by ``SVI``."""
+        scales = _scales_around(model, "model", (self.diffusion.model,))
+        guides = (self.diffusion.guide, self.diffusion.posterior_guide, self.guide)
+        guide_scales = _scales_around(guide, "guide", guides)
+        require(
+            len(scales) == len(guide_scales) and all(map(_same, scales, guide_scales)),
+            "guide",
+            f"the same handlers.scale as around the model, {scales}",
+            guide_scales,
+        )
+        program = self.program
+        for scale in reversed(scales):
+            program = handlers.scale(program, scale=scale)
+        carried = LEARNED in param_map
+        if self._learner is not None and not carried:
+            warnings.warn(
+                "AnalyticELBO learns nothing, because SVI does not carry its state: give SVI the guide of this "
+                "objective, SVI(diffusion.model, objective.guide, optim, objective)",
+                stacklevel=2,
+            )
+
+        def one(key):
+            # A copy, because the program changes the state in place.
+            own = {LEARNED: dict(param_map[LEARNED])} if carried else {}
+            result = self._trace_elbo.loss_with_mutable_state(
+                key, {**param_map, **own}, program, _empty_guide, *args, **kwargs
+            )
+            return result["loss"], result["mutable_state"] if carried else None
+
+        if self.num_particles == 1:
+            loss, state = one(rng_key)
+        else:
+            particles = self.vectorize_particles_fn(one, jax.random.split(rng_key, self.num_particles))
+            # Each particle's state is the old one decayed, plus what it has seen: their mean is of that form, too.
+            loss, state = jax.tree.map(lambda each: each.mean(0), particles)
+        return {"loss": loss, "mutable_state": state}
+
+    def per_datum(self, rng_key, params, x):
+        """The estimate of each datum's bound, in nats, shape ``(datum,)``.
+
+        Args:
+            rng_key: JAX key.
+            params: Parameters, and what was learned, by site, as :meth:`loss` takes them.
+            x: Data, shape ``(datum, dim)``.
+        """
+        given = {name: dict(value) if name == LEARNED else value for name, value in params.items()}
+        trace = handlers.trace(handlers.seed(handlers.substitute(self.program, given), rng_key)).get_trace(x)
+        return trace["ceiling"]["value"] - trace["shortfall"]["value"]
+
+
+def _empty_guide(*args, **kwargs):
+    pass
+
+
+def _same(a, b):
+    return a is b or bool(np.all(np.asarray(a) == np.asarray(b)))
+
+
+def _scales_around(program, name, own):
+    """The scales of the ``handlers.scale`` around one of the programs ``own``, outermost first."""
+    scales = []
+    while isinstance(program, Messenger):
+        require(
+            type(program) is handlers.scale,
+            name,
+            "no handler but handlers.scale around it",
+            f"handlers.{type(program).__name__}",
+        )
+        require(jnp.ndim(program.scale) == 0, name, "handlers.scale by a number", f"shape {jnp.shape(program.scale)}")
+        scales.append(program.scale)
+        program = program.fn
+    mine = any(
+        getattr(program, "__func__", None) is p.__func__ and getattr(program, "__self__", None) is p.__self__
+        for p in own
+    )
+    names = " or ".join(
+        f"{'diffusion' if isinstance(p.__self__, Diffusion) else 'objective'}.{p.__func__.__name__}" for p in own
+    )
+    require(mine, name, f"{names} of the Diffusion that AnalyticELBO was given", f"{program!r:.80}")
+    return scales
