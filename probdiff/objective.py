@@ -347,9 +347,9 @@ class AnalyticELBO(ELBO):
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         """Minus the bound, summed over the data; called by ``SVI``."""
-        scales = _scales_around(model, "model", (self.diffusion.model,))
+        scales, _ = _scales_around(model, "model", (self.diffusion.model,))
         guides = (self.diffusion.guide, self.diffusion.posterior_guide, self.guide)
-        guide_scales = _scales_around(guide, "guide", guides)
+        guide_scales, own_guide = _scales_around(guide, "guide", guides)
         require(
             len(scales) == len(guide_scales) and all(map(_same, scales, guide_scales)),
             "guide",
@@ -360,7 +360,8 @@ class AnalyticELBO(ELBO):
         for scale in reversed(scales):
             program = handlers.scale(program, scale=scale)
         carried = LEARNED in param_map
-        if self._learner is not None and not carried:
+        # (svi.evaluate does not pass the state on; that is no reason to warn.)
+        if self._learner is not None and not carried and own_guide.__self__ is not self:
             warnings.warn(
                 "AnalyticELBO learns nothing, because SVI does not carry its state: give SVI the guide of this "
                 "objective, SVI(diffusion.model, objective.guide, optim, objective)",
@@ -405,7 +406,7 @@ def _same(a, b):
 
 
 def _scales_around(program, name, own):
-    """The scales of the ``handlers.scale`` around one of the programs ``own``, outermost first."""
+    """The scales of the ``handlers.scale`` around one of the programs ``own``, outermost first; and which it is."""
     scales = []
     while isinstance(program, Messenger):
         require(
@@ -425,4 +426,4 @@ def _scales_around(program, name, own):
         f"{'diffusion' if isinstance(p.__self__, Diffusion) else 'objective'}.{p.__func__.__name__}" for p in own
     )
     require(mine, name, f"{names} of the Diffusion that AnalyticELBO was given", f"{program!r:.80}")
-    return scales
+    return scales, program

@@ -1,6 +1,7 @@
 """Every estimator, by the public list: unbiased in value and gradient, exact where it can be enumerated, drop-in in SVI."""
 
 import functools
+import warnings
 
 import equinox as eqx
 import jax
@@ -358,6 +359,11 @@ def test_without_the_guide_it_says_that_it_learns_nothing():
     with pytest.warns(UserWarning, match="learns nothing.*objective.guide"):
         state, loss = svi.update(svi.init(jax.random.key(0), x), x)
     assert np.isfinite(loss) and state.mutable_state is None
+    svi = SVI(diffusion.model, elbo.guide, optax.adam(1e-3), elbo)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        state, _ = svi.update(svi.init(jax.random.key(0), x), x)
+        assert np.isfinite(svi.evaluate(state, x))
 
 
 def test_an_update_leaves_the_old_state_as_it_was():
