@@ -11,7 +11,7 @@ from pathlib import Path
 
 OPTIONS = ("num_steps", "iterations", "batch_size", "learning_rate", "seed")
 SAMPLES = {"image": 64, "points": 2000}
-ESTIMATOR_ROWS, ESTIMATOR_ITEMS = 2**13, (8, 128)
+ESTIMATOR_ROWS, ESTIMATOR_ITEMS = 2**12, (4, 128)
 MODEL_ROWS = 2**21
 LEDGER_ROWS = 2**20
 

@@ -30,7 +30,7 @@ ROWS_AT_ONCE = 512
 KEPT_ROWS = 2**15  # of the network, for the way back of a gradient
 KEPT_NUMBERS = 2**24  # of gradients side by side
 MORE_DRAWS = 64
-GRADIENT_ROWS = 2**16
+GRADIENT_ROWS = 2**15
 GRADIENT_DRAWS = (8, 1024)
 DIRECTIONS = 8
 ROUNDING = 2.0**-20
@@ -146,7 +146,7 @@ def compare_estimators(diffusion, params, x, *, key, num_draws=200, estimators=N
         x: Data, shape ``(datum, dim)``.
         key: JAX key.
         num_draws: Draws of the estimators with N network evaluations a datum, at least 2. The others vary more and cost
-            less: they are drawn up to 64 times as often. Gradients are drawn as often as about 2¹⁶ network
+            less: they are drawn up to 64 times as often. Gradients are drawn as often as about 2¹⁵ network
             evaluations allow, but 8 to 1024 times.
         estimators: Names out of :data:`~probdiff.ESTIMATORS`; all if not given.
         progress: Show progress bars.
