@@ -114,6 +114,7 @@ def pareto_khat(log_weights):
     import xarray as xr
 
     log_weights = np.asarray(log_weights, np.float64)
+    require(log_weights.ndim == 2, "log_weights", "shape (draw, datum)", f"shape {log_weights.shape}")
     vary = np.ptp(log_weights, axis=0) > 1e-6 * (1 + np.abs(log_weights).max(0))
     khat = np.full(log_weights.shape[1], -np.inf)
     if len(log_weights) < FEWEST_DRAWS:
@@ -162,8 +163,8 @@ def sandwich(diffusion, params, *, key, num_data, num_particles=(1, 10, 100), pr
         diffusion: The model.
         params: Trained parameters; ``{}`` for the weights that the model holds.
         key: JAX key.
-        num_data: Number of data to draw.
-        num_particles: Numbers of paths K.
+        num_data: Number of data to draw, at least 2.
+        num_particles: Numbers of paths K, or one number.
         progress: Show a progress bar.
 
     Returns:
@@ -171,14 +172,17 @@ def sandwich(diffusion, params, *, key, num_data, num_particles=(1, 10, 100), pr
     """
     require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
     require_count("num_data", num_data)
-    for count in num_particles:
+    counts = np.atleast_1d(num_particles).tolist()
+    require(counts, "num_particles", "at least one number", "none")
+    for count in counts:
         require_count("num_particles", count)
+    require(num_data >= 2, "num_data", "at least 2, for an error", num_data)
     diffusion = diffusion.bind(params)
     model_key, path_key = jax.random.split(key)
     x, own = _generate(diffusion, model_key, num_data)
-    below = path_elbo(diffusion, x, key=path_key, num_draws=max(num_particles), progress=progress)
-    lower = {k: log_mean_exp(below[:k], 0) for k in num_particles}
-    upper = {k: log_mean_exp(np.concatenate([own[None], below[: k - 1]]), 0) for k in num_particles}
+    below = path_elbo(diffusion, x, key=path_key, num_draws=max(counts), progress=progress)
+    lower = {k: log_mean_exp(below[:k], 0) for k in counts}
+    upper = {k: log_mean_exp(np.concatenate([own[None], below[: k - 1]]), 0) for k in counts}
     return Sandwich(x, lower, upper)
 
 

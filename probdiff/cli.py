@@ -243,12 +243,12 @@ def _compare(arguments):
     import probdiff
 
     several = len(arguments.runs) > 1
-    names = None if arguments.estimators is None else arguments.estimators.split(",")
+    names = None if arguments.estimators is None else [name.strip() for name in arguments.estimators.split(",")]
     _usage(_check_compare, arguments, several, names)
     runs = [_usage(probdiff.open_run, path) for path in arguments.runs]
     models = {path: _usage(getattr, run, "diffusion") for path, run in zip(arguments.runs, runs)}
     datasets = [_usage(getattr, run, "data") for run in runs]
-    _usage(_check_same_data, arguments.runs, datasets)
+    _usage(_check_same_data, runs, datasets)
     test, diffusion = datasets[0].test, models[arguments.runs[0]]
     key = jax.random.key(0)
     if several:
@@ -264,9 +264,14 @@ def _compare(arguments):
     result = probdiff.compare_estimators(
         diffusion, {}, items, key=key, num_draws=draws, estimators=names, progress=True
     )
-    (run,) = runs
-    path = run.save_comparison(result)
-    print(json.dumps(result.to_dict() | {"figure": str(path)}) if arguments.json else f"{result}\nfigure: {path}")
+    # What was computed is shown even if it cannot be written.
+    try:
+        path, problem = str(runs[0].save_comparison(result)), None
+    except OSError as error:
+        path, problem = None, error
+    print(json.dumps(result.to_dict() | {"figure": path}) if arguments.json else f"{result}\nfigure: {path}")
+    if problem is not None:
+        raise UsageError(problem)
     return 0
 
 
@@ -278,20 +283,19 @@ def _check_compare(arguments, several, names):
         raise ValueError(f"--num-draws: Expected an integer of at least {lowest}; got {draws}")
     if several and names is not None:
         raise ValueError(f"--estimators: Expected one run; got {len(arguments.runs)}, which are compared as models")
-    if len(set(arguments.runs)) < len(arguments.runs):
+    if len({Path(run).resolve() for run in arguments.runs}) < len(arguments.runs):
         raise ValueError(f"RUN: Expected different runs; got {' '.join(arguments.runs)}")
     if names is not None:
         check_names(names)
 
 
-def _check_same_data(paths, datasets):
+def _check_same_data(runs, datasets):
     import numpy as np
 
-    for path, dataset in zip(paths, datasets):
+    for run, dataset in zip(runs, datasets):
         if not np.array_equal(dataset.test, datasets[0].test):
-            raise ValueError(
-                f"{path}: Expected the test data of {paths[0]} ({datasets[0].name}); got other data ({dataset.name})"
-            )
+            expected, got = (f"{r.config['data']}, seed {r.config.get('seed', 0)}" for r in (runs[0], run))
+            raise ValueError(f"{run.path}: Expected the test data of {runs[0].path} ({expected}); got other data ({got})")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class EstimatorComparison:
     def to_dict(self):
         """Everything but the draws, for JSON; what is not known is None."""
         table = self.table.astype(object).where(self.table.notna(), None)
-        known = None if self.iwae is None else self.iwae._asdict()
+        known = self.iwae and {k: v if np.isfinite(v) else None for k, v in self.iwae._asdict().items()}
         return {
             "estimators": {name: dict(row) for name, row in table.iterrows()},
             "num_draws": self.draws.shape[1],

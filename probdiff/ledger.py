@@ -102,13 +102,15 @@ def ledger(diffusion, params, oracle, x, *, key, progress=False):
     diffusion = diffusion.bind(params)
     diffusion.check(x)
     require(len(x) >= 2, "x", "at least two data", len(x))
+    require(oracle.dim == x.shape[1], "oracle", f"{x.shape[1]} dimensions, as the data have", oracle.dim)
+    log_p = oracle.log_prob(np.asarray(x))
+    require(np.isfinite(log_p).all(), "x", "data that the oracle may have drawn", "data where its density is 0")
     schedule = diffusion.schedule
     network = oracle.standardized(likelihood.loc, likelihood.scale).network(schedule)
     exact = eqx.tree_at(lambda d: d.network, diffusion, network)
     terms_key, bound_key, network_key = jax.random.split(key, 3)
     own = elbo_terms(diffusion, {}, x, key=terms_key, reduce=True, progress=progress)
     x = jnp.asarray(x)
-    log_p = oracle.log_prob(x)
     gap, irreducible = (log_p - _bound(d, x, bound_key, progress) for d in (diffusion, exact))
     added = np.asarray(_network_cost(diffusion, exact.network, x, network_key), np.float64)
     return Ledger(

@@ -263,7 +263,10 @@ class AnalyticELBO(ELBO):
         if isinstance(points, str):
             require(points == "batch", "points", "an array, 'batch' or None", repr(points))
         elif points is not None:
-            diffusion.check(points)
+            try:
+                diffusion.check(points)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"points: {error}") from None
             self._points = diffusion.likelihood.encode(points)
         self._learner = None
         if isinstance(self._steps, OneStep) and (self._steps.learned or self._control is not None):
@@ -278,6 +281,7 @@ class AnalyticELBO(ELBO):
 
     def adapted_to(self, purpose):
         """This objective with another ``adapt_to``; what it learns is the same."""
+        require(purpose in PROBABILITIES, "purpose", f"one of {list(PROBABILITIES)}", repr(purpose))
         other = copy.copy(self)
         other.adapt_to = purpose
         return other

@@ -70,6 +70,7 @@ def compare_models(models, x, *, key, num_draws=4, progress=False):
     """
     import pandas as pd
 
+    require(isinstance(models, dict), "models", "a dict from name to Diffusion", type(models).__name__, TypeError)
     require(len(models) >= 2, "models", "at least two", len(models))
     require_count("num_draws", num_draws)
     require(len(x) >= 2, "x", "at least two data", len(x))

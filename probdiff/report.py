@@ -248,5 +248,5 @@ def format_ledger(ledger):
     for first, last in zip(edges, edges[1:]):
         nats = per_step[first:last].sum()
         span = f"{ledger.log_snr[first]:.1f} … {ledger.log_snr[last - 1]:.1f}"
-        lines.append(f"  n = {first + 1} … {last}".ljust(36) + f"{span:>16}{nats:10.5f}{nats / per_step.sum():8.1%}")
+        lines.append(f"  n = {first + 1} … {last}".ljust(36) + f"{span:>16}{nats:10.5f}" + (f"{nats / per_step.sum():8.1%}" if per_step.any() else f"{'–':>8}"))
     return "\n".join(lines)

@@ -157,6 +157,7 @@ class Run:
         """The Diffusion with its initial parameters."""
         if isinstance(self.like, Diffusion):
             return self.like
+        require("model" in self.config, str(self.path), "a run folder", "a config.json without 'model'")
         model = self.config["model"]
         network = self.like
         if network is None:

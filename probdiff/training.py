@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from numpyro import handlers
 from numpyro.infer import SVI
+from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
 from probdiff.checks import require
@@ -132,6 +133,13 @@ def fit(
     for name, value in (("iterations", iterations), ("batch_size", batch_size), ("validate_every", validate_every)):
         require(isinstance(value, int | np.integer) and value >= 1, name, "a positive integer", repr(value))
     require(0 <= ema_decay < 1, "ema_decay", "0 <= ema_decay < 1", ema_decay)
+    require(
+        elbo is None or isinstance(elbo, ELBO),
+        "elbo",
+        "a NumPyro ELBO (of the pair that ESTIMATORS[name](diffusion) gives, the second)",
+        type(elbo).__name__ if not isinstance(elbo, type) else f"the class {elbo.__name__}",
+        TypeError,
+    )
     for split in (data,) if validation is None else (data, validation):
         diffusion.check(split)
     require(

@@ -96,6 +96,12 @@ def test_what_is_not_usable_is_refused():
             probdiff.iwae(diffusion, {}, X.astype(np.float32), key=jax.random.key(0), **options)
     with pytest.raises(ValueError, match="num_data: Expected a positive integer; got 0"):
         probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=0)
+    with pytest.raises(ValueError, match="num_particles: Expected at least one number; got none"):
+        probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=3, num_particles=())
+    with pytest.raises(ValueError, match="num_data: Expected at least 2"):
+        probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=1, num_particles=5)
+    with pytest.raises(ValueError, match=r"log_weights: Expected shape \(draw, datum\)"):
+        probdiff.pareto_khat(np.zeros(50))
     with pytest.raises(ValueError, match="num_particles: Expected a positive integer; got 0"):
         probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=3, num_particles=(0,))
     with pytest.raises(TypeError, match="diffusion: Expected a Diffusion; got int"):

@@ -1,6 +1,7 @@
 """The comparison of estimators and of models: statistics by another route, verdicts that can be wrong, outputs."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -176,6 +177,8 @@ def test_models_are_ranked_with_paired_differences():
     assert row["elbo_diff"] == pytest.approx(difference.mean(), abs=4.9 * row["dse"])
     assert 9.7 * row["dse"] < difference.mean() and row["dse"] < 0.9 * row["se"]
     assert table.loc["best", "elbo_diff"] == 0 and "paired item by item" in str(result)
+    with pytest.raises(TypeError, match="models: Expected a dict from name to Diffusion; got list"):
+        probdiff.compare_models([make(), make()], x, key=jax.random.key(0))
     with pytest.raises(ValueError, match="models: Expected at least two; got 1"):
         probdiff.compare_models({"one": make()}, x, key=jax.random.key(0))
 
@@ -209,6 +212,16 @@ def test_the_command(runs, capsys):
     assert "best for values" in text and "not from so few draws" in text
 
 
+def test_what_cannot_be_written_is_shown(runs, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs[0], copy)
+    shutil.rmtree(copy / "figures", ignore_errors=True)
+    (copy / "figures").write_text("a file in the way")
+    assert cli.main(["compare", str(copy), "--num-draws", "2", "--estimators", "kl_uniform, kl_marginal"]) == 2
+    captured = capsys.readouterr()
+    assert "best for values" in captured.out and "figures" in captured.err.splitlines()[-1]
+
+
 def test_the_command_for_models(runs, capsys):
     assert cli.main(["compare", *runs, "--num-draws", "1", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -231,7 +244,7 @@ def test_the_command_refuses(runs, options, message, capsys, monkeypatch):
 
 
 def test_the_command_refuses_runs_that_cannot_be_compared(runs, tmp_path, capsys):
-    assert cli.main(["compare", runs[0], runs[0]]) == 2
+    assert cli.main(["compare", runs[0], f"{runs[0]}/"]) == 2
     assert "Expected different runs" in capsys.readouterr().err
     assert cli.main(["compare", *runs, "--estimators", "trace"]) == 2
     assert "--estimators: Expected one run; got 2" in capsys.readouterr().err
@@ -242,6 +255,11 @@ def test_the_command_refuses_runs_that_cannot_be_compared(runs, tmp_path, capsys
     run.save(fit=probdiff.fit(diffusion, dataset.train, iterations=1, batch_size=4, progress=False))
     assert cli.main(["compare", runs[0], str(other)]) == 2
     assert "Expected the test data of" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    (tmp_path / "empty" / "parameters.npz").write_bytes(b"")
+    assert cli.main(["compare", str(tmp_path / "empty")]) == 2
+    assert "a config.json without 'model'" in capsys.readouterr().err
     assert cli.main(["compare", str(tmp_path / "none")]) == 2
     assert "run: Expected a run folder" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import Z_MAX
 
 import probdiff
-from probdiff.oracles import GaussianMixture, GaussianOracle, exact_terms
+from probdiff.oracles import GaussianMixture, GaussianOracle, UniformBoxes, exact_terms
 
 SCHEDULE = probdiff.log_snr_schedule(8, 5.0, -3.0)
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
@@ -68,6 +68,17 @@ def test_the_exact_network_of_a_planar_set_leaves_nothing_to_the_network():
     diffusion = probdiff.Diffusion(SCHEDULE, dataset.exact_network(SCHEDULE, likelihood), likelihood, dim=2)
     found = probdiff.ledger(diffusion, {}, dataset.oracle, dataset.test[:200], key=jax.random.key(0))
     assert found.network.mean == 0 and found.gap == found.irreducible and found.gap.mean > 0
+    assert "nan" not in str(found)
+
+
+def test_a_datum_on_the_edge_of_a_box(float64):
+    """0.2 in float32 lies above 0.2: the density is taken where the datum is."""
+    boxes = UniformBoxes([[0.1, 0.1]], [[0.2, 0.2]])
+    x = boxes.sample(np.random.default_rng(0), 10)
+    x[0] = 0.2
+    with jax.enable_x64(False):
+        found = probdiff.ledger(probdiff.Diffusion(SCHEDULE, boxes.network(SCHEDULE)), {}, boxes, x, key=jax.random.key(0))
+    assert np.isfinite(found.gap.mean)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +86,8 @@ def test_the_exact_network_of_a_planar_set_leaves_nothing_to_the_network():
     [
         ({"oracle": 3}, "oracle: Expected a distribution out of probdiff.oracles; got int"),
         ({"diffusion": 3}, "diffusion: Expected a Diffusion; got int"),
+        ({"oracle": GaussianOracle([0.0], [[1.0]])}, "oracle: Expected 2 dimensions, as the data have; got 1"),
+        ({"oracle": UniformBoxes([[1, 1]], [[2, 2]])}, "x: Expected data that the oracle may have drawn"),
         ({"x": np.zeros((1, 2), np.float32)}, "x: Expected at least two data; got 1"),
         ({"x": np.zeros((4, 3), np.float32)}, r"x: Expected shape \(datum, 2\)"),
     ],

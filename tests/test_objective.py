@@ -90,7 +90,7 @@ def test_the_bound_is_a_program(options):
         ({"noise": "path", "steps": "uniform"}, "noise: Expected steps='all' with noise='path'; got steps='uniform'"),
         ({"control": "quadratic"}, "control: Expected one of"),
         ({"adapt_to": "speed"}, "adapt_to: Expected one of"),
-        ({"points": np.zeros((3, 5), np.float32)}, r"x: Expected shape \(datum, 2\)"),
+        ({"points": np.zeros((3, 5), np.float32)}, r"points: x: Expected shape \(datum, 2\)"),
         ({"points": "all"}, "points: Expected"),
         ({"num_particles": 0}, "num_particles: Expected a positive integer; got 0"),
     ],

@@ -198,3 +198,9 @@ def test_ctrl_c_during_validation_loses_no_validation(monkeypatch):
 def test_the_shortest_fit():
     fit = probdiff.fit(make(), X, iterations=1, batch_size=4, progress=False)
     assert fit.losses.shape == (1,) and np.isfinite(fit.losses).all()
+
+
+@pytest.mark.parametrize("elbo", ["kl_combined", (None, None), probdiff.AnalyticELBO])
+def test_an_objective_that_is_none_is_refused(elbo):
+    with pytest.raises(TypeError, match="elbo: Expected a NumPyro ELBO"):
+        probdiff.fit(make(), X, iterations=1, elbo=elbo)
