@@ -15,6 +15,8 @@ from numpyro.infer import SVI
 import probdiff
 from probdiff import cli, datasets
 
+pytestmark = pytest.mark.xdist_group("cli")  # its tests share what is costly to make
+
 SMALL = ["--num-steps", "8", "--iterations", "20", "--batch-size", "16"]
 
 
@@ -117,7 +119,13 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(kind, tmp_path):
         "2500",
         "--out",
     ]
-    process = subprocess.Popen([*arguments, tmp_path / "a"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*arguments, tmp_path / "a"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(kind, signal.SIG_DFL),  # a shell ignores it for its jobs in the background
+    )
     while not (tmp_path / "a" / "checkpoint.npz").exists():
         assert process.poll() is None
         time.sleep(0.05)

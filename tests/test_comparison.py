@@ -17,6 +17,8 @@ from probdiff import cli, comparison
 from probdiff.estimators import ESTIMATORS
 from probdiff.oracles import GaussianOracle, LinearNetwork, exact_terms
 
+pytestmark = pytest.mark.xdist_group("comparison")  # its tests share what is costly to make
+
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
 SCHEDULE = probdiff.log_snr_schedule(6, 4.0, -1.0)
 NAMES = ["trace", "kl_marginal", "kl_uniform", "kl_controlled", "kl_combined"]

@@ -20,6 +20,8 @@ from probdiff.control import LinearControl
 from probdiff.objective import LEARNED
 from probdiff.oracles import GaussianMixture, GaussianOracle, LinearNetwork, exact_terms
 
+pytestmark = pytest.mark.xdist_group("estimators")  # its tests share what is costly to make
+
 N = 10
 SCHEDULE = probdiff.log_snr_schedule(N, 4.0, -1.0)
 GAUSSIAN = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])

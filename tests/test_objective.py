@@ -22,10 +22,9 @@ def make(num_steps=6, dim=2, **kwargs):
 X = jax.random.normal(jax.random.key(1), (7, 2))
 
 
-@pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("options", [{}, {"noise": "path"}, {"noise": "antithetic", "control": "linear"}])
-@pytest.mark.parametrize("num_steps", [1, 2, 7])
-def test_chunks_change_nothing(rows, num_steps, options, monkeypatch, float64):
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_chunks_change_nothing(num_steps, options, monkeypatch, float64):
     diffusion = make(num_steps)
     objective = probdiff.AnalyticELBO(diffusion, **options)
     params = {"diffusion$params": diffusion.trainable()}
@@ -34,11 +33,13 @@ def test_chunks_change_nothing(rows, num_steps, options, monkeypatch, float64):
         def loss(params):
             return 3 * objective.loss(jax.random.key(3), params, diffusion.model, diffusion.guide, X)
 
-        per_datum = objective.per_datum(jax.random.key(3), params, X)
-        return *jax.value_and_grad(loss)(params), per_datum
+        def both(params):
+            return *jax.value_and_grad(loss)(params), objective.per_datum(jax.random.key(3), params, X)
+
+        return jax.jit(both)(params)
 
     expected = results()
-    monkeypatch.setattr(objective_module, "ROWS", rows)
+    monkeypatch.setattr(objective_module, "ROWS", 1)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(results())):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 

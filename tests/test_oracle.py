@@ -15,6 +15,8 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 import probdiff
 from probdiff.oracles import GaussianOracle, exact_log_prob, exact_terms
 
+pytestmark = pytest.mark.xdist_group("oracle")  # its tests share what is costly to make
+
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
 X = np.array([[0.1, -0.2], [1.5, 0.4], [-0.7, -1.0]])
 CASES = [(variance, scale) for variance in ("posterior", "forward") for scale in (1.0, 0.9, 0.0)]
