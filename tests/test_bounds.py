@@ -106,3 +106,11 @@ def test_what_is_not_usable_is_refused():
         probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=3, num_particles=(0,))
     with pytest.raises(TypeError, match="diffusion: Expected a Diffusion; got int"):
         probdiff.iwae(3, {}, X, key=jax.random.key(0), num_particles=2)
+
+
+def test_khat_recovers_a_pareto_tail():
+    """Weights u^(-k) have a Pareto tail of shape k; PSIS takes the negated log weights, which is easily got wrong."""
+    uniform = np.random.default_rng(0).random((20_000, 20))
+    for k in (0.3, 0.7):
+        # 424 weights make up the tail: the standard error of each estimate is (1 + k) / sqrt(424).
+        assert probdiff.pareto_khat(-k * np.log(uniform)).mean() == pytest.approx(k, abs=4.9 * (1 + k) / np.sqrt(20 * 424))

@@ -399,3 +399,18 @@ def test_what_is_learned_is_in_the_checkpoint(tmp_path):
     assert whole.svi.mutable_state[LEARNED]["weight"].sum() > 0
     a, b = (jax.tree.leaves((s.svi.optim_state, s.svi.mutable_state)) for s in (resumed, whole))
     assert len(a) > 7 and all(np.array_equal(first, second) for first, second in zip(a, b))
+
+
+def test_the_coefficient_is_the_best_there_is(float64):
+    """E[term · control] / E[control²] of each step, by direct sampling."""
+    diffusion = make()
+    elbo = probdiff.AnalyticELBO(diffusion, "uniform", control="linear")
+    learned = learn(diffusion, elbo, updates=600)[LEARNED]
+    x, control = jnp.asarray(X), LinearControl(diffusion, jnp.asarray(X))
+    n = jnp.broadcast_to(jnp.arange(1, N + 1)[:, None, None], (N, 4000, 3)).reshape(-1, 3)
+    eps = jax.random.normal(jax.random.key(0), (*n.shape, 2))
+    z, eps_hat = elbo_module.predict(diffusion, x, n, eps)
+    term = shortfall.shortfall(diffusion, x, x, n, z, shortfall.sampled_noise(SCHEDULE, z, n, eps), eps_hat)
+    value = control.value(z, n, eps)
+    best = (term * value).reshape(N, -1).mean(1) / (value**2).reshape(N, -1).mean(1)
+    np.testing.assert_allclose(elbo._learner.coefficient(learned), best, rtol=0.1)
