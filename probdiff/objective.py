@@ -9,10 +9,8 @@ estimator is put together from.
 """
 
 import copy
-import functools
 import warnings
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,12 +22,11 @@ from numpyro.primitives import Messenger, mutable
 
 from probdiff.checks import require
 from probdiff.control import LinearControl
-from probdiff.elbo import ROWS, even_chunk, predict
-from probdiff.networks import is_trainable
+from probdiff.noise import NOISE
 from probdiff.programs import Diffusion, _minibatch
 from probdiff.proposal import PROBABILITIES, AllSteps, Learner, OneStep, independent_points, stratified_points
-from probdiff.schedules import at_step
-from probdiff.shortfall import PosteriorNoise, ceiling, sampled_noise, shortfall
+from probdiff.rows import Rows, sum_rows
+from probdiff.shortfall import PosteriorNoise, ceiling
 
 LEARNED = "diffusion$learned"
 
@@ -42,153 +39,7 @@ STEPS = {
 }
 
 
-class RowNoise(eqx.Module):
-    """Noise of its own for every row; with ``copies`` = 2, each second row has the noise of the one before, negated."""
-
-    key: jax.Array
-    like: jax.Array
-    copies: int = eqx.field(static=True)
-
-    def __call__(self, rows):
-        """Noise of some rows, shape ``(row, datum, dim)``."""
-
-        def one(row):
-            eps = jax.random.normal(jax.random.fold_in(self.key, row // self.copies), self.like.shape, self.like.dtype)
-            return eps * (1 - 2 * (row % self.copies)).astype(eps.dtype)
-
-        return jax.vmap(one)(rows)
-
-
-class PathNoise(eqx.Module):
-    """The noise in z_1 … z_N of one path of the forward chain: row r is step r + 1."""
-
-    eps: jax.Array
-
-    def __call__(self, rows):
-        """Noise of some rows, shape ``(row, datum, dim)``."""
-        return self.eps[rows]
-
-
-def _row_noise(key, diffusion, x0, copies):
-    return RowNoise(key, x0, copies)
-
-
-def _path_noise(key, diffusion, x0):
-    """z_n = √α_n z_{n−1} + √β_n ξ_n, as a recursion of the noise: z_n = √ᾱ_n x_0 + √(1−ᾱ_n) ε_n."""
-    schedule = diffusion.schedule
-    previous = np.concatenate([[0.0], schedule.one_minus_alpha_bar[:-1]])
-    kept = jnp.asarray(np.sqrt(schedule.alpha * previous / schedule.one_minus_alpha_bar), x0.dtype)
-    added = jnp.asarray(np.sqrt(schedule.beta / schedule.one_minus_alpha_bar), x0.dtype)
-
-    def step(eps, each):
-        kept, added, key = each
-        eps = kept * eps + added * jax.random.normal(key, eps.shape, eps.dtype)
-        return eps, eps
-
-    keys = jax.random.split(key, schedule.num_steps)
-    return PathNoise(jax.lax.scan(step, jnp.zeros_like(x0), (kept, added, keys))[1])
-
-
-# How the noise of the rows is drawn, and how many rows share a step.
-NOISE = {
-    "independent": (functools.partial(_row_noise, copies=1), 1),
-    "antithetic": (functools.partial(_row_noise, copies=2), 2),
-    "path": (_path_noise, 1),
-}
 CONTROLS = {None: None, "linear": LinearControl}
-
-
-class _Rows(eqx.Module):
-    """The rows of one estimate: steps and weights of shape ``(row, datum)``, their noise, and what is done with them."""
-
-    n: jax.Array
-    weight: jax.Array
-    noise: RowNoise | PathNoise
-    known: PosteriorNoise | None
-    control: LinearControl | None
-    coefficient: jax.Array
-    x: jax.Array
-    x0: jax.Array
-    network_key: jax.Array | None
-
-    def evaluate(self, diffusion, rows):
-        """The corrected, weighted terms of some rows, shape ``(row, datum)``; and what can be learned from them."""
-        n, eps = self.n[rows], self.noise(rows)
-        key = None if self.network_key is None else jax.random.fold_in(self.network_key, rows[0])
-        z, eps_hat = predict(diffusion, self.x0, n, eps, key)
-        known = (sampled_noise if self.known is None else self.known)(diffusion.schedule, z, n, eps)
-
-        def terms(eps_hat):
-            return shortfall(diffusion, self.x, self.x0, n, z, known, eps_hat)
-
-        term = terms(eps_hat)
-        control = jnp.zeros_like(term) if self.control is None else self.control.value(z, n, eps)
-        corrected = term - at_step(self.coefficient, n, term.dtype) * control
-        return self.weight[rows] * corrected, functools.partial(_seen, n, self.weight[rows], term, control, terms, eps_hat)
-
-
-def _seen(n, weight, term, control, terms, eps_hat):
-    """What :meth:`Learner.updated` takes."""
-    gradient = jax.grad(lambda e: terms(e).sum())(eps_hat)
-    seen = weight, term, control, jnp.square(gradient).sum(-1)
-    return n, *jax.tree.map(jax.lax.stop_gradient, seen)
-
-
-def _sum_rows(diffusion, rows):
-    """The sum over rows and data, and that over rows of each datum; and, of one or two rows, what can be learned."""
-    chunk = even_chunk(len(rows.n), max(2, ROWS // len(rows.x)))
-    if chunk < len(rows.n):
-        return *_sum_in_chunks(diffusion, rows, chunk), None
-    values, seen = rows.evaluate(diffusion, jnp.arange(chunk))
-    per_datum = values.sum(0)
-    return per_datum.sum(), jax.lax.stop_gradient(per_datum), seen
-
-
-@eqx.filter_custom_vjp
-def _sum_in_chunks(diffusion, rows, chunk):
-    """:func:`_sum_rows`, ``chunk`` rows at a time.
-
-    Where it is differentiated, each chunk's gradient is taken along with its value and added up: the cost is that of
-    one pass back and forth, and memory does not grow with the number of rows.
-    """
-    return _over_chunks(_chunk_value, diffusion, rows, chunk)
-
-
-@_sum_in_chunks.def_fwd
-def _sum_forward(perturbed, diffusion, rows, chunk):
-    def value_and_gradient(diffusion, *arguments):
-        params, constants = eqx.partition(diffusion, is_trainable)
-
-        def value(params):
-            return _chunk_value(eqx.combine(params, constants), *arguments)
-
-        return jax.value_and_grad(value, has_aux=True)(params)
-
-    return _over_chunks(value_and_gradient, diffusion, rows, chunk)
-
-
-@_sum_in_chunks.def_bwd
-def _sum_backward(gradient, cotangent, perturbed, diffusion, *arguments):
-    return jax.tree.map(lambda g: (cotangent[0] * g).astype(g.dtype), gradient)
-
-
-def _over_chunks(function, diffusion, rows, chunk):
-    def value(first):
-        return function(diffusion, rows, first + jnp.arange(chunk))
-
-    def add(total, first):
-        return jax.tree.map(jnp.add, total, value(first)), None
-
-    first = jnp.arange(0, len(rows.n), chunk)
-    return jax.lax.scan(add, value(first[0]), first[1:])[0]
-
-
-def _chunk_value(diffusion, rows, chosen):
-    """The sums over the chosen rows, of which those past the last do not count."""
-    inside = jnp.minimum(chosen, len(rows.n) - 1)
-    values = rows.evaluate(diffusion, inside)[0]
-    per_datum = jnp.where((inside == chosen)[:, None], values, 0).sum(0)
-    return per_datum.sum(), per_datum
 
 
 class AnalyticELBO(ELBO):
@@ -289,8 +140,7 @@ class AnalyticELBO(ELBO):
     @property
     def evaluations(self):
         """Network evaluations for each datum and particle."""
-        rows = self.diffusion.schedule.num_steps if isinstance(self._steps, AllSteps) else 1
-        return rows * self._copies
+        return self._steps.num_rows(self.diffusion.schedule.num_steps) * self._copies
 
     def guide(self, x, num_data=None):
         """``diffusion.guide``, with the site that holds what this objective has learned (if it learns anything)."""
@@ -310,7 +160,7 @@ class AnalyticELBO(ELBO):
         x0 = diffusion.likelihood.encode(x)
         learned = None if self._learner is None else mutable(LEARNED, self._learner.initial())
         rows = self._rows(diffusion, x, x0, numpyro.prng_key(), learned)
-        total, per_datum, seen = _sum_rows(diffusion, rows)
+        total, per_datum, seen = sum_rows(diffusion, rows)
         if rows.control is not None:
             expected = rows.control.expected(rows.coefficient, x0)
             total, per_datum = total + expected.sum(), per_datum + expected
@@ -337,7 +187,7 @@ class AnalyticELBO(ELBO):
             jnp.repeat(each, self._copies, 0) for each in (n, inverse_probability.astype(x0.dtype) / self._copies)
         )
         points = x0 if isinstance(self._points, str) else self._points
-        return _Rows(
+        return Rows(
             n=n,
             weight=weight,
             noise=self._noise(noise_key, diffusion, x0),

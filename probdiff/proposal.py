@@ -43,6 +43,10 @@ class AllSteps:
 
     learned = False
 
+    def num_rows(self, num_steps):
+        """Terms for each datum: N."""
+        return num_steps
+
     def draw(self, key, size, num_steps, probability=None):
         """Steps and their inverse probabilities (1: every step is there), both of shape ``(num_steps, size)``."""
         n = jnp.broadcast_to(jnp.arange(1, num_steps + 1)[:, None], (num_steps, size))
@@ -60,6 +64,10 @@ class OneStep:
 
     points: Callable
     learned: bool = False
+
+    def num_rows(self, num_steps):
+        """Terms for each datum: one."""
+        return 1
 
     def draw(self, key, size, num_steps, probability=None):
         """Steps and their inverse probabilities, both of shape ``(1, size)``.

@@ -15,7 +15,8 @@ from numpyro.infer import SVI
 
 import probdiff
 from probdiff import elbo as elbo_module
-from probdiff import kernels, objective, proposal, shortfall
+from probdiff import kernels, proposal, shortfall
+from probdiff import noise as noise_module
 from probdiff.control import LinearControl
 from probdiff.objective import LEARNED
 from probdiff.oracles import GaussianMixture, GaussianOracle, LinearNetwork, exact_terms
@@ -184,7 +185,7 @@ def test_one_step_estimators_enumerated(steps, control, noise, float64, monkeypa
     diffusion, x = make(), jnp.asarray(X[:1])
     eps = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2)))
     signs = jnp.array([1.0, -1.0]) if noise == "antithetic" else jnp.ones(1)
-    monkeypatch.setattr(objective.RowNoise, "__call__", lambda self, rows: signs[rows % self.copies, None, None] * eps)
+    monkeypatch.setattr(noise_module.RowNoise, "__call__", lambda self, rows: signs[rows % self.copies, None, None] * eps)
     elbo = probdiff.AnalyticELBO(diffusion, steps, noise=noise, control=control)
     learned = learn(diffusion, elbo)
     drawn_step = proposal.OneStep.draw

@@ -10,7 +10,7 @@ from numpyro import handlers
 from numpyro.infer import SVI
 
 import probdiff
-from probdiff import objective as objective_module
+from probdiff import rows as rows_module
 
 
 def make(num_steps=6, dim=2, **kwargs):
@@ -39,7 +39,7 @@ def test_chunks_change_nothing(num_steps, options, monkeypatch, float64):
         return jax.jit(both)(params)
 
     expected = results()
-    monkeypatch.setattr(objective_module, "ROWS", 1)
+    monkeypatch.setattr(rows_module, "ROWS", 1)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(results())):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
