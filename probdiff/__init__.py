@@ -6,6 +6,7 @@ from probdiff.comparison import compare_estimators
 from probdiff.elbo import ELBOMoments, ELBOTerms, bits_per_dim, elbo_terms
 from probdiff.estimators import ESTIMATORS
 from probdiff.export import to_datatree
+from probdiff.flow import flow_likelihood, flow_log_prob
 from probdiff.gaussians import forward_marginal, forward_posterior, forward_step
 from probdiff.kernels import GaussianKernel
 from probdiff.ledger import ledger
@@ -15,6 +16,26 @@ from probdiff.objective import AnalyticELBO
 from probdiff.programs import Diffusion
 from probdiff.ranking import compare_models
 from probdiff.runs import Checkpoint, create_run, open_run
-from probdiff.schedules import NoiseSchedule, cosine_schedule, linear_schedule, log_snr_schedule
+from probdiff.sampling import SAMPLERS, ancestral, annealed_langevin, ddim, probability_flow
+from probdiff.schedules import (
+    NoiseSchedule,
+    cosine_schedule,
+    geometric_schedule,
+    linear_schedule,
+    log_snr_schedule,
+)
+from probdiff.score import (
+    conditional_score,
+    eps_from_score,
+    eps_from_vp_score,
+    noising,
+    score,
+    score_from_eps,
+    ve_from_vp,
+    vp_conditional_score,
+    vp_from_ve,
+    vp_score_from_eps,
+)
+from probdiff.score_matching import ScoreMatching, likelihood_weights
 from probdiff.training import fit
 from probdiff.two_ways import TwoWays, compute_both_ways

@@ -1,4 +1,4 @@
-"""The commands ``probdiff fit``, ``probdiff inspect`` and ``probdiff compare``.
+"""The commands ``probdiff fit``, ``probdiff inspect``, ``probdiff compare`` and ``probdiff sample``.
 
 Exit codes: 0, done; 1, the fit failed; 2, something given was not usable (one line says what); 130, interrupted.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 OPTIONS = ("num_steps", "iterations", "batch_size", "learning_rate", "seed")
 SAMPLES = {"image": 64, "points": 2000}
+IMAGES = 100  # at most, in a figure
 ESTIMATOR_ROWS, ESTIMATOR_ITEMS = 2**12, (4, 128)
 MODEL_ROWS = 2**21
 LEDGER_ROWS = 2**20
@@ -62,6 +63,20 @@ def _parser():
     compare.add_argument("--num-draws", type=int, metavar="S", help="draws of each estimator (48), of each model (4)")
     compare.add_argument("--estimators", metavar="A,B,C", help="estimators to compare (default: all)")
     compare.add_argument("--json", action="store_true", help="print the result as one JSON document")
+    sample = commands.add_parser("sample", help="draw from a fitted model")
+    sample.set_defaults(command=_sample)
+    sample.add_argument("run", metavar="RUN", help="run folder")
+    sample.add_argument("--num-samples", type=int, metavar="K", help="samples to draw (64 images, or 2000 points)")
+    sample.add_argument("--sampler", default="ancestral", metavar="NAME", help="ancestral (default), ddim, langevin or ode")
+    sample.add_argument(
+        "--steps",
+        type=int,
+        metavar="S",
+        help="steps of ddim, noise levels of langevin (default: all N); equal steps of ode (default: it chooses)",
+    )
+    sample.add_argument("--seed", type=int, default=0, metavar="S", help="seed (default 0)")
+    sample.add_argument("--out", metavar="FILE.npy", help="a new file (default: the next free RUN/samples/NAME-k.npy)")
+    sample.add_argument("--json", action="store_true", help="print what was written as one JSON document")
     return parser
 
 
@@ -273,6 +288,59 @@ def _compare(arguments):
     if problem is not None:
         raise UsageError(problem)
     return 0
+
+
+def _sample(arguments):
+    import jax
+
+    import probdiff
+    from probdiff import plots
+
+    _usage(_check_sample, arguments)
+    run = _usage(probdiff.open_run, arguments.run)
+    diffusion, dataset = (_usage(getattr, run, name) for name in ("diffusion", "data"))
+    paths = _usage(run.new_samples, arguments.sampler, arguments.out)
+    count = arguments.num_samples or SAMPLES["points" if dataset.image_shape is None else "image"]
+    options = {} if arguments.steps is None else {"steps": arguments.steps}
+    start = time.monotonic()
+    samples = _usage(
+        probdiff.SAMPLERS[arguments.sampler],
+        diffusion,
+        {},
+        key=jax.random.key(arguments.seed),
+        num_samples=count,
+        progress=True,
+        **options,
+    )
+    seconds = time.monotonic() - start
+    shown = count if dataset.image_shape is None else min(count, IMAGES)
+    steps = "" if arguments.steps is None else f", {arguments.steps} steps"
+    title = f"{dataset.name}, N = {diffusion.schedule.num_steps}, {arguments.sampler}{steps}"
+    figure = plots.plot_samples(samples[:shown], dataset.test[:shown], dataset.image_shape, title)
+    _usage(run.save_samples, paths, samples, figure)
+    if arguments.json:
+        names = ("run", "sampler", "steps", "seed")
+        written = {"num_samples": count, "samples": str(paths[0]), "figure": str(paths[1]), "seconds": round(seconds, 1)}
+        print(json.dumps({name: getattr(arguments, name) for name in names} | written))
+        return 0
+    print(f"{count} samples of {dataset.name} by {arguments.sampler}{steps} in {seconds:.1f} s")
+    print(f"samples: {paths[0]}\nfigure: {paths[1]}")
+    return 0
+
+
+def _check_sample(arguments):
+    import inspect
+
+    from probdiff.sampling import SAMPLERS
+
+    if arguments.sampler not in SAMPLERS:
+        raise ValueError(f"--sampler: Expected one of {', '.join(SAMPLERS)}; got {arguments.sampler}")
+    for name, lowest in (("num_samples", 1), ("steps", 1), ("seed", 0)):
+        value = getattr(arguments, name)
+        if value is not None and not lowest <= value < 2**32:
+            raise ValueError(f"--{name.replace('_', '-')}: Expected an integer of at least {lowest}; got {value}")
+    if arguments.steps is not None and "steps" not in inspect.signature(SAMPLERS[arguments.sampler]).parameters:
+        raise ValueError(f"--steps: Expected none for {arguments.sampler}, which takes all steps; got {arguments.steps}")
 
 
 def _check_compare(arguments, several, names):

@@ -19,7 +19,7 @@ from probdiff.bounds import log_mean_exp, pareto_khat, require_count
 from probdiff.checks import require
 from probdiff.elbo import ROWS, bits_per_dim
 from probdiff.estimators import ESTIMATORS
-from probdiff.objective import AnalyticELBO
+from probdiff.objective import StepObjective
 from probdiff.programs import PARAMS, Diffusion
 from probdiff.two_ways import Estimate
 
@@ -193,7 +193,7 @@ def _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions):
     learned = _learn(diffusion, *by_value, x, learn_key)
     rows = evaluations * len(x)
     # A path goes through the network step by step, the terms of the analytic bound as many at a time as fit.
-    at_once = min(rows, ROWS) if isinstance(elbo, AnalyticELBO) else len(x)
+    at_once = min(rows, ROWS) if isinstance(elbo, StepObjective) else len(x)
     together = max(1, ROWS_AT_ONCE // at_once)
     value = functools.partial(_value, diffusion, *by_value, x, learned)
     more = min(MORE_DRAWS, max(1, diffusion.schedule.num_steps // evaluations))
@@ -216,7 +216,7 @@ def _keys(key, count):
 
 
 def _adapted(guide, elbo, purpose):
-    if not isinstance(elbo, AnalyticELBO):
+    if not isinstance(elbo, StepObjective):
         return guide, elbo
     adapted = elbo.adapted_to(purpose)
     return adapted.guide, adapted
@@ -224,7 +224,7 @@ def _adapted(guide, elbo, purpose):
 
 def _learn(diffusion, guide, elbo, x, key):
     """What the estimator learns from repetitions of ``x``, by site; nothing for most."""
-    state = elbo.initial_state if isinstance(elbo, AnalyticELBO) else {}
+    state = elbo.initial_state if isinstance(elbo, StepObjective) else {}
     if not state:
         return {}
     updates, size = LEARNING
@@ -238,7 +238,7 @@ def _learn(diffusion, guide, elbo, x, key):
 
 def _value(diffusion, guide, elbo, x, learned, key):
     """One draw of each datum's bound, shape ``(datum,)``."""
-    if isinstance(elbo, AnalyticELBO):
+    if isinstance(elbo, StepObjective):
         return elbo.per_datum(key, learned, x)
 
     def one(key, x):

@@ -86,10 +86,17 @@ class NormalLikelihood:
         x = jnp.asarray(x, jnp.zeros(()).dtype)
         return (x - jnp.asarray(self.loc, x.dtype)) / jnp.asarray(self.scale, x.dtype)
 
+    def decode(self, x0):
+        r"""From the chain to the user's units, :math:`x = loc + scale \cdot x_0`; the inverse of :meth:`encode`."""
+        return jnp.asarray(self.loc, x0.dtype) + jnp.asarray(self.scale, x0.dtype) * x0
+
+    def log_jacobian(self, dim):
+        r"""The log of :math:`|dx_0/dx|`, summed over the dimensions, in nats."""
+        return -float(np.log(np.broadcast_to(self.scale, dim)).sum())
+
     def __call__(self, loc, scale):
         r"""Distribution of x when :math:`x_0` is N(loc, scale²), independent over the last axis."""
-        own_scale = jnp.asarray(self.scale, loc.dtype)
-        return dist.Normal(jnp.asarray(self.loc, loc.dtype) + own_scale * loc, own_scale * scale).to_event(1)
+        return dist.Normal(self.decode(loc), jnp.asarray(self.scale, loc.dtype) * scale).to_event(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +142,14 @@ class DiscretizedNormalLikelihood:
         x = jnp.asarray(x)
         return x.astype(jnp.zeros(()).dtype) * (2 / (self.levels - 1)) - 1
 
+    def decode(self, x0):
+        """From the chain to the nearest level; the inverse of :meth:`encode`."""
+        return _nearest_level(x0, self.levels)
+
+    def log_jacobian(self, dim):
+        r"""The log of :math:`|dx_0/dx|`, summed over the dimensions, in nats; bins have width 1 in x."""
+        return dim * float(np.log(2 / (self.levels - 1)))
+
     def __call__(self, loc, scale):
         r"""Distribution of x when :math:`x_0` is N(loc, scale²), independent over the last axis."""
         return DiscretizedNormal(loc, scale, self.levels).to_event(1)
@@ -167,8 +182,7 @@ class DiscretizedNormal(dist.Distribution):
         """Draw the normal, then round it to its level."""
         shape = sample_shape + self.batch_shape
         value = self.loc + self.scale * jax.random.normal(key, shape, jnp.result_type(self.loc))
-        level = jnp.round((value + 1) * ((self.levels - 1) / 2))
-        return jnp.clip(level, 0, self.levels - 1).astype(jnp.int32)
+        return _nearest_level(value, self.levels)
 
     def log_prob(self, value):
         """Log of the probability of a level, in nats; finite for any loc and scale."""
@@ -186,6 +200,11 @@ class DiscretizedNormal(dist.Distribution):
             upper_tail, jnp.log1p(-ndtr(jnp.minimum(lower, 0))), log_ndtr(upper) + _log_fraction(upper, width)
         )
         return jnp.where(lower_tail, log_ndtr(upper), interval)
+
+
+def _nearest_level(value, levels):
+    level = jnp.round((value + 1) * ((levels - 1) / 2))
+    return jnp.clip(level, 0, levels - 1).astype(jnp.int32)
 
 
 def _log_fraction(upper, width):

@@ -1,4 +1,4 @@
-"""The analytic bound as a NumPyro program, and as an objective for ``SVI``.
+"""A sum of one term per step as a NumPyro program and as an objective for ``SVI``; the analytic bound is one.
 
 The estimate of the bound of one datum is its ceiling (see :mod:`probdiff.shortfall`) minus
 
@@ -26,7 +26,7 @@ from probdiff.noise import NOISE
 from probdiff.programs import Diffusion, _minibatch
 from probdiff.proposal import PROBABILITIES, AllSteps, Learner, OneStep, independent_points, stratified_points
 from probdiff.rows import Rows, sum_rows
-from probdiff.shortfall import PosteriorNoise, ceiling
+from probdiff.shortfall import PosteriorNoise, Shortfall
 
 LEARNED = "diffusion$learned"
 
@@ -42,11 +42,12 @@ STEPS = {
 CONTROLS = {None: None, "linear": LinearControl}
 
 
-class AnalyticELBO(ELBO):
-    """The analytic bound as an objective for ``SVI``, in the place of ``Trace_ELBO``.
+class StepObjective(ELBO):
+    """A sum over the steps of a term that depends on x_0, the noise and its prediction, as an objective for ``SVI``.
 
-    The bound is itself a NumPyro program, :meth:`program`: its only log density is one ``factor``. The loss is
-    ``Trace_ELBO`` on that program and an empty guide. Put together from three parts:
+    The sum is itself a NumPyro program, :meth:`program`: its only log density is one ``factor``. The loss is
+    ``Trace_ELBO`` on that program and an empty guide. A subclass says what the terms are: its ``term`` is an object like
+    :class:`~probdiff.shortfall.Shortfall`. The estimate is put together from three parts:
 
     Args:
         diffusion: The model. ``SVI`` must be given this model's ``model``, and its ``guide`` or ``posterior_guide``, or
@@ -121,7 +122,7 @@ class AnalyticELBO(ELBO):
             self._points = diffusion.likelihood.encode(points)
         self._learner = None
         if isinstance(self._steps, OneStep) and (self._steps.learned or self._control is not None):
-            weight = tuple(diffusion.kernel.weight(diffusion.schedule).tolist())
+            weight = tuple(self.term.weight(diffusion).tolist())
             self._learner = Learner(diffusion.schedule, weight, self._steps.points is stratified_points)
         self._trace_elbo = Trace_ELBO()
 
@@ -166,7 +167,7 @@ class AnalyticELBO(ELBO):
             total, per_datum = total + expected.sum(), per_datum + expected
         if learned is not None:
             learned.update(self._learner.updated(learned, *seen()))
-        top = numpyro.deterministic("ceiling", ceiling(diffusion, x, x0))
+        top = numpyro.deterministic("ceiling", self.term.ceiling(diffusion, x, x0))
         numpyro.deterministic("shortfall", per_datum)
         with _minibatch(x, num_data):
             numpyro.factor("elbo", top.sum() - total)
@@ -188,6 +189,7 @@ class AnalyticELBO(ELBO):
         )
         points = x0 if isinstance(self._points, str) else self._points
         return Rows(
+            term=self.term,
             n=n,
             weight=weight,
             noise=self._noise(noise_key, diffusion, x0),
@@ -217,7 +219,7 @@ class AnalyticELBO(ELBO):
         # (svi.evaluate does not pass the state on; that is no reason to warn.)
         if self._learner is not None and not carried and own_guide.__self__ is not self:
             warnings.warn(
-                "AnalyticELBO learns nothing, because SVI does not carry its state: give SVI the guide of this "
+                f"{type(self).__name__} learns nothing, because SVI does not carry its state: give SVI the guide of this "
                 "objective, SVI(diffusion.model, objective.guide, optim, objective)",
                 stacklevel=2,
             )
@@ -251,6 +253,15 @@ class AnalyticELBO(ELBO):
         return trace["ceiling"]["value"] - trace["shortfall"]["value"]
 
 
+class AnalyticELBO(StepObjective):
+    """The analytic bound as an objective for ``SVI``, in the place of ``Trace_ELBO``: a :class:`StepObjective`.
+
+    ``AnalyticELBO(diffusion, steps="all", *, noise=, control=, points=, adapt_to=, num_particles=, vectorize_particles=)``
+    """
+
+    term = Shortfall()
+
+
 def _empty_guide(*args, **kwargs):
     pass
 
@@ -279,5 +290,5 @@ def _scales_around(program, name, own):
     names = " or ".join(
         f"{'diffusion' if isinstance(p.__self__, Diffusion) else 'objective'}.{p.__func__.__name__}" for p in own
     )
-    require(mine, name, f"{names} of the Diffusion that AnalyticELBO was given", f"{program!r:.80}")
+    require(mine, name, f"{names} of the Diffusion that the objective was given", f"{program!r:.80}")
     return scales, program

@@ -241,9 +241,13 @@ class MixtureNetwork(eqx.Module):
 
     def __call__(self, z, n):
         """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+        return self.at_log_snr(z, at_step(self.schedule.log_snr, n, z.dtype))
+
+    def at_log_snr(self, z, log_snr):
+        """The same in continuous time: ``log_snr`` of shape ``batch`` is that of ``z``."""
         constants = (self.log_weights, self.means, self.variances, self.axes)
         log_weights, means, variances, axes = (jnp.asarray(a, z.dtype) for a in constants)
-        signal, noise = _signal_and_noise(self.schedule, n, z.dtype)
+        signal, noise = _signal_and_noise(log_snr)
         precision = 1 / (signal**2 * variances + noise**2)
         residual = _einsum("...i,kij->...kj", z, axes) - signal * means
         eps = noise * precision * residual
@@ -329,8 +333,12 @@ class BoxesNetwork(eqx.Module):
 
     def __call__(self, z, n):
         """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+        return self.at_log_snr(z, at_step(self.schedule.log_snr, n, z.dtype))
+
+    def at_log_snr(self, z, log_snr):
+        """The same in continuous time: ``log_snr`` of shape ``batch`` is that of ``z``."""
         centre, half_width = (jnp.asarray(a, z.dtype) for a in (self.centre, self.half_width))
-        signal, noise = _signal_and_noise(self.schedule, n, z.dtype)
+        signal, noise = _signal_and_noise(log_snr)
         log_mass, eps = _confined_normal((z[..., None, :] - signal * centre) / noise, signal * half_width / noise)
         return self.scale * jnp.sum(_given_z(log_mass.sum(-1)) * eps, -2)
 
@@ -363,10 +371,9 @@ def _given_z(log_joint):
     return jax.nn.softmax(jnp.maximum(log_joint, jnp.finfo(log_joint.dtype).min), -1)[..., None]
 
 
-def _signal_and_noise(schedule, n, dtype):
-    """Square roots of alpha_bar and of 1 − alpha_bar at step n, with axes for component and dimension."""
-    tables = schedule.alpha_bar, schedule.one_minus_alpha_bar
-    return (at_step(np.sqrt(table), n, dtype)[..., None, None] for table in tables)
+def _signal_and_noise(log_snr):
+    """Square roots of alpha_bar and of 1 − alpha_bar at some log-SNR, with axes for component and dimension."""
+    return (jnp.exp(jax.nn.log_sigmoid(sign * log_snr) / 2)[..., None, None] for sign in (1, -1))
 
 
 def _log_normal(x, mean, covariance):

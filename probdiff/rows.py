@@ -4,6 +4,7 @@ A chunk's gradient is taken along with its value, so that working memory does no
 """
 
 import functools
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -14,12 +15,13 @@ from probdiff.elbo import ROWS, even_chunk, predict
 from probdiff.networks import is_trainable
 from probdiff.noise import PathNoise, RowNoise
 from probdiff.schedules import at_step
-from probdiff.shortfall import PosteriorNoise, sampled_noise, shortfall
+from probdiff.shortfall import PosteriorNoise, sampled_noise
 
 
 class Rows(eqx.Module):
     """The rows of one estimate: steps and weights of shape ``(row, datum)``, their noise, and what is done with them."""
 
+    term: Callable
     n: jax.Array
     weight: jax.Array
     noise: RowNoise | PathNoise
@@ -38,7 +40,7 @@ class Rows(eqx.Module):
         known = (sampled_noise if self.known is None else self.known)(diffusion.schedule, z, n, eps)
 
         def terms(eps_hat):
-            return shortfall(diffusion, self.x, self.x0, n, z, known, eps_hat)
+            return self.term(diffusion, self.x, self.x0, n, z, known, eps_hat)
 
         term = terms(eps_hat)
         control = jnp.zeros_like(term) if self.control is None else self.control.value(z, n, eps)

@@ -9,6 +9,7 @@ elbo.nc          the terms of the bound on test data, a DataTree
 results.json     the final table
 estimators.nc    draws of every estimator of the bound, where they were compared
 figures/         loss, KL against step, samples
+samples/         what was drawn later, an array and a figure each
 """
 
 import dataclasses
@@ -248,6 +249,34 @@ class Run:
         comparison.plot().savefig(path)
         return path
 
+    def new_samples(self, sampler, out=None):
+        """The paths of new samples and of their figure, next to each other; the folder is made.
+
+        Args:
+            sampler: Name of the sampler, for the name of the file.
+            out: Path of the file, ending in ``.npy``; the next free one in the run if not given.
+
+        Raises:
+            ValueError: If ``out`` does not end in ``.npy``; FileExistsError if one of the two is there already.
+        """
+        path = next_free(sampler, self.path / "samples", ".npy") if out is None else Path(out)
+        require(path.suffix == ".npy", "out", "a file ending in .npy", str(path))
+        paths = path, path.with_suffix(".png")
+        for each in paths:
+            require(not each.exists(), "out", "a new file", f"{each}, which exists", FileExistsError)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return paths
+
+    def save_samples(self, paths, samples, figure):
+        """Write samples and their figure to the paths from :meth:`new_samples`."""
+
+        def write(temporary):
+            with open(temporary, "wb") as file:
+                np.save(file, samples, allow_pickle=False)
+
+        _replace(paths[0], write)
+        figure.savefig(paths[1])
+
     def _table(self, name):
         return np.loadtxt(self.path / name, delimiter=",", skiprows=1, ndmin=2).reshape(-1, 2)
 
@@ -322,9 +351,9 @@ def open_run(path, like=None):
     return Run(path, like)
 
 
-def next_free(name, parent="runs"):
-    """The first of ``parent``/``name``-1, -2, … that does not exist."""
+def next_free(name, parent="runs", suffix=""):
+    """The first of ``parent``/``name``-1``suffix``, -2, … that does not exist."""
     k = 1
-    while (path := Path(parent) / f"{name}-{k}").exists():
+    while (path := Path(parent) / f"{name}-{k}{suffix}").exists():
         k += 1
     return path

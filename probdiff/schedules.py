@@ -20,8 +20,8 @@ class NoiseSchedule:
     r"""The variances :math:`\beta_n` of a forward chain, and the tables that follow from them.
 
     Immutable and hashable (two schedules with the same ``beta`` are equal), so that a schedule is a
-    static part of every compiled function. Build one with :meth:`from_betas`, :func:`linear_schedule`,
-    :func:`cosine_schedule` or :func:`log_snr_schedule`.
+    static part of every compiled function. Build one with :meth:`from_betas`, :meth:`from_sigmas`,
+    :func:`linear_schedule`, :func:`cosine_schedule`, :func:`log_snr_schedule` or :func:`geometric_schedule`.
 
     Attributes (each of shape ``(num_steps,)``):
         beta: :math:`\beta_n`, strictly between 0 and 1.
@@ -29,6 +29,9 @@ class NoiseSchedule:
         alpha_bar: :math:`\bar\alpha_n`, the squared signal coefficient of :math:`q(z_n | x_0)`.
         one_minus_alpha_bar: :math:`1 - \bar\alpha_n`, the variance of :math:`q(z_n | x_0)`.
         log_snr: :math:`\log \bar\alpha_n / (1 - \bar\alpha_n)`.
+        sigma: :math:`\sigma_n = \sqrt{(1-\bar\alpha_n)/\bar\alpha_n}`, increasing: noise per signal, the standard deviation of
+            the same noising in variance-exploding coordinates, :math:`x_n = z_n / \sqrt{\bar\alpha_n}`
+            (:mod:`probdiff.score`).
         posterior_variance: :math:`\tilde\beta_n = \beta_n (1-\bar\alpha_{n-1})/(1-\bar\alpha_n)`, the
             variance of :math:`q(z_{n-1} | z_n, x_0)`; zero at n = 1, where :math:`z_0 = x_0` is known.
             Source: Ho et al. (2020), arXiv:2006.11239, eq. 7.
@@ -42,6 +45,7 @@ class NoiseSchedule:
         self.alpha_bar = np.exp(log_alpha_bar)
         self.one_minus_alpha_bar = -np.expm1(log_alpha_bar)
         self.log_snr = log_alpha_bar - np.log(self.one_minus_alpha_bar)
+        self.sigma = np.exp(-self.log_snr / 2)
         previous = np.concatenate([[0.0], self.one_minus_alpha_bar[:-1]])
         self.posterior_variance = beta * previous / self.one_minus_alpha_bar
         for table in vars(self).values():
@@ -58,12 +62,33 @@ class NoiseSchedule:
         Raises:
             ValueError: If the array is empty, not 1-D, not finite, or leaves (0, 1).
         """
-        beta = np.array(betas, dtype=np.float64)
-        require(beta.ndim == 1 and beta.size > 0, "betas", "a non-empty 1-D array", f"shape {beta.shape}")
-        bad = np.flatnonzero(~((beta > 0) & (beta < 1)))
-        if bad.size:
-            n = bad[0] + 1
-            require(False, "betas", "0 < beta < 1 at every step", f"{beta[n - 1]} at step n = {n}")
+        beta = _numbers("betas", betas)
+        _require_each("betas", beta, (beta > 0) & (beta < 1), "0 < beta < 1 at every step")
+        return cls(beta)
+
+    @classmethod
+    def from_sigmas(cls, sigmas):
+        r"""Schedule with given noise levels of variance-exploding noising, :math:`x_n = x_0 + \sigma_n \epsilon`.
+
+        The chain is the same in other coordinates, :math:`z_n = \sqrt{\bar\alpha_n} x_n` with
+        :math:`\bar\alpha_n = 1 / (1 + \sigma_n^2)`, so that
+        :math:`\beta_n = (\sigma_n^2 - \sigma_{n-1}^2) / (1 + \sigma_n^2)`, :math:`\sigma_0 = 0`.
+        Source: Song et al. (2021), arXiv:2011.13456, appendix B and C, for the two kinds of noising.
+
+        Args:
+            sigmas: Standard deviations :math:`\sigma_1 < … < \sigma_N`, shape ``(num_steps,)``, positive.
+
+        Raises:
+            ValueError: If the array is empty, not 1-D, not finite, not positive or not increasing, or if two levels
+                are too close or too far apart for float64.
+        """
+        sigma = _numbers("sigmas", sigmas)
+        _require_each("sigmas", sigma, np.isfinite(sigma) & (sigma > 0), "positive finite numbers")
+        previous = np.concatenate([[0.0], sigma[:-1]])
+        _require_each("sigmas", sigma, sigma > previous, "numbers that increase with the step")
+        with np.errstate(over="ignore", invalid="ignore"):
+            beta = (sigma - previous) * (sigma + previous) / (1 + sigma**2)
+        _require_each("sigmas", sigma, (beta > 0) & (beta < 1), "levels whose beta float64 tells from 0 and from 1")
         return cls(beta)
 
     @property
@@ -79,6 +104,23 @@ class NoiseSchedule:
 
     def __repr__(self):
         return f"NoiseSchedule(num_steps={self.num_steps}, log_snr={self.log_snr[0]:.2f} … {self.log_snr[-1]:.2f})"
+
+
+def _numbers(name, values):
+    """A non-empty 1-D float64 array."""
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: Expected a non-empty 1-D array of numbers; got {values!r:.80}") from None
+    require(array.ndim == 1 and array.size > 0, name, "a non-empty 1-D array", f"shape {array.shape}")
+    return array
+
+
+def _require_each(name, values, good, expected):
+    """Refuse ``values``, an array over steps, unless all are ``good``, naming the first step that is not."""
+    bad = np.flatnonzero(~good)
+    if bad.size:
+        require(False, name, expected, f"{values[bad[0]]} at step n = {bad[0] + 1}")
 
 
 def at_step(table, n, dtype):
@@ -160,3 +202,24 @@ def log_snr_schedule(num_steps, log_snr_max=10.0, log_snr_min=-8.0):
     log_snr = np.linspace(log_snr_min, log_snr_max, num_steps)[::-1]
     log_alpha_bar = -np.logaddexp(0, -log_snr)
     return NoiseSchedule.from_betas(-np.expm1(np.diff(log_alpha_bar, prepend=0.0)))
+
+
+def geometric_schedule(num_steps, sigma_min=0.01, sigma_max=50.0):
+    r"""Noise levels :math:`\sigma_n` in geometric progression from ``sigma_min`` to ``sigma_max``.
+
+    As :math:`\log \sigma_n^2` is minus the log-SNR, this is :func:`log_snr_schedule` by its other name: the same chain in
+    variance-exploding coordinates. Source: Song and Ermon (2019), arXiv:1907.05600, section 4; with ``sigma_max`` about the
+    largest distance between two data, Song and Ermon (2020), arXiv:2006.09011, section 3.
+
+    Args:
+        num_steps: N, at least 1; at N = 1 the only level is ``sigma_max``.
+        sigma_min: :math:`\sigma_1`, the standard deviation of the least noise, in units of the encoded data.
+        sigma_max: :math:`\sigma_N`.
+    """
+    require(
+        0 < sigma_min < sigma_max < np.inf,
+        "sigma_min, sigma_max",
+        "0 < sigma_min < sigma_max, finite",
+        f"{sigma_min}, {sigma_max}",
+    )
+    return log_snr_schedule(num_steps, -2 * np.log(sigma_min), -2 * np.log(sigma_max))

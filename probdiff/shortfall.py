@@ -12,6 +12,8 @@ and the bound is L(x) = ceiling(x) − Σ_n E shortfall_n. Every estimator of th
 sum; large constants such as the log-density of a peaked p(x | z_1) never get into its variance.
 """
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -21,35 +23,46 @@ from probdiff.elbo import log_likelihood, prior_kl
 from probdiff.schedules import at_step
 
 
-def ceiling(diffusion, x, x0):
-    """The bound of a network that knew the noise, in nats, shape ``(datum,)``."""
-    constant = diffusion.kernel.constant(diffusion.schedule).sum() * x0.shape[-1]
-    return _reconstruction_ceiling(diffusion, x, x0) - constant - prior_kl(diffusion.schedule, x0)
+@dataclasses.dataclass(frozen=True)
+class Shortfall:
+    """The terms of the bound, as a :class:`~probdiff.objective.StepObjective` takes them."""
+
+    def weight(self, diffusion):
+        """The table w_n that squared errors are weighed with, shape ``(num_steps,)``, float64."""
+        return diffusion.kernel.weight(diffusion.schedule)
+
+    def ceiling(self, diffusion, x, x0):
+        """The bound of a network that knew the noise, in nats, shape ``(datum,)``."""
+        constant = diffusion.kernel.constant(diffusion.schedule).sum() * x0.shape[-1]
+        return _reconstruction_ceiling(diffusion, x, x0) - constant - prior_kl(diffusion.schedule, x0)
+
+    def __call__(self, diffusion, x, x0, n, z, noise, eps_hat):
+        """What term n lacks to its ceiling, in nats.
+
+        Args:
+            diffusion: The model.
+            x, x0: Data, and the same encoded, shape ``(datum, dim)``.
+            n: Step, shape ``(row, datum)``.
+            z: Latent after n steps, shape ``(row, datum, dim)``.
+            noise: A :class:`NoiseMoments` of the noise in ``z``.
+            eps_hat: Its prediction, shaped like ``z``.
+
+        Returns:
+            Shape ``(row, datum)``.
+        """
+        first = _reconstruction_ceiling(diffusion, x, x0) - log_likelihood(diffusion, x, z, n, eps_hat)
+        return jnp.where(n == 1, first, weighted_error(self.weight(diffusion), n, noise, eps_hat))
+
+
+def weighted_error(weight, n, noise, eps_hat):
+    """The squared error of ``eps_hat``, times entry n of ``weight``, in expectation over what is not known of the noise."""
+    squared_error = jnp.square(noise.mean - eps_hat).sum(-1) + noise.variance
+    return at_step(weight, n, eps_hat.dtype) * squared_error
 
 
 def _reconstruction_ceiling(diffusion, x, x0):
     scale = jnp.asarray(np.sqrt(diffusion.kernel.variance(diffusion.schedule)[0]), x0.dtype)
     return diffusion.likelihood(x0, scale).log_prob(x)
-
-
-def shortfall(diffusion, x, x0, n, z, noise, eps_hat):
-    """What term n lacks to its ceiling, in nats.
-
-    Args:
-        diffusion: The model.
-        x, x0: Data, and the same encoded, shape ``(datum, dim)``.
-        n: Step, shape ``(row, datum)``.
-        z: Latent after n steps, shape ``(row, datum, dim)``.
-        noise: A :class:`NoiseMoments` of the noise in ``z``.
-        eps_hat: Its prediction, shaped like ``z``.
-
-    Returns:
-        Shape ``(row, datum)``.
-    """
-    weight = at_step(diffusion.kernel.weight(diffusion.schedule), n, z.dtype)
-    squared_error = jnp.square(noise.mean - eps_hat).sum(-1) + noise.variance
-    first = _reconstruction_ceiling(diffusion, x, x0) - log_likelihood(diffusion, x, z, n, eps_hat)
-    return jnp.where(n == 1, first, weight * squared_error)
 
 
 class NoiseMoments(eqx.Module):

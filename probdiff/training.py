@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from probdiff.checks import require
 from probdiff.elbo import bits_per_dim
-from probdiff.objective import AnalyticELBO
+from probdiff.objective import AnalyticELBO, StepObjective
 from probdiff.programs import PARAMS, Diffusion
 
 CHUNK = 100
@@ -208,7 +208,7 @@ class _Loop:
     def __init__(self, diffusion, data, batch_size, optimiser, elbo):
         self.diffusion, self.data, self.batch_size = diffusion, data, batch_size
         elbo = AnalyticELBO(diffusion, steps="stratified") if elbo is None else elbo
-        guide = elbo.guide if isinstance(elbo, AnalyticELBO) else diffusion.posterior_guide
+        guide = elbo.guide if isinstance(elbo, StepObjective) else diffusion.posterior_guide
         model, guide = (handlers.scale(program, scale=1 / batch_size) for program in (diffusion.model, guide))
         self.svi = SVI(model, guide, optimiser, elbo)
         self._bound = jax.jit(self._validation_bound)

@@ -1,4 +1,18 @@
-"""Shared fixtures: float64, and the check that every Monte Carlo test uses."""
+"""Shared fixtures: float64, and the check that every Monte Carlo test uses.
+
+Most of the time of the tests is compilation, of programs that run for milliseconds. So XLA compiles them without its optimisations,
+and all processes of a run share what was compiled.
+"""
+
+import os
+import tempfile
+
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="probdiff-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import numpy as np

@@ -72,6 +72,51 @@ def test_inspect(run, capsys):
     assert float(row["mean"]) == pytest.approx(float(terms.step_kl[:, largest - 2].mean()), abs=1e-3)
 
 
+def test_sample(run, capsys):
+    path, _, _ = run
+    assert cli.main(["sample", str(path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    samples = np.load(document["samples"])
+    assert samples.shape == (64, 64) and np.issubdtype(samples.dtype, np.integer) and 0 <= samples.min() < samples.max() <= 16
+    assert document["samples"] == str(path / "samples" / "ancestral-1.npy") and document["sampler"] == "ancestral"
+    assert (path / "samples" / "ancestral-1.png").stat().st_size > 10_000 and document["seconds"] > 0
+    again = ["sample", str(path), "--num-samples", "5", "--sampler", "ddim", "--steps", "3"]
+    for seed in ("0", "0", "1"):
+        assert cli.main([*again, "--seed", seed]) == 0
+    text = capsys.readouterr().out
+    assert "5 samples of digits by ddim, 3 steps" in text and "ddim-3.npy" in text
+    first, second, other = (np.load(path / "samples" / f"ddim-{k}.npy") for k in (1, 2, 3))
+    assert first.shape == (5, 64) and np.array_equal(first, second) and not np.array_equal(first, other)
+
+
+SAMPLE_ERRORS = {
+    "sampler": (["--sampler", "ddpm"], "--sampler: Expected one of ancestral, ddim, langevin, ode; got ddpm"),
+    "no samples": (["--num-samples", "0"], "--num-samples: Expected an integer of at least 1; got 0"),
+    "seed": (["--seed", "-1"], "--seed: Expected an integer of at least 0; got -1"),
+    "no steps": (["--sampler", "ddim", "--steps", "0"], "--steps: Expected an integer of at least 1; got 0"),
+    "ancestral": (["--steps", "5"], "--steps: Expected none for ancestral, which takes all steps; got 5"),
+    "too many": (["--sampler", "ddim", "--steps", "9"], "steps: Expected a number of steps, 1 to 8, or increasing"),
+    "suffix": (["--out", "samples.npz"], "out: Expected a file ending in .npy; got samples.npz"),
+}
+
+
+@pytest.mark.parametrize("case", SAMPLE_ERRORS)
+def test_sample_refuses(run, case, capsys, monkeypatch):
+    options, message = SAMPLE_ERRORS[case]
+    monkeypatch.setattr(probdiff.sampling, "_draw_batch", lambda *arguments: pytest.fail("something was compiled"))
+    assert cli.main(["sample", str(run[0]), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("taken", ["mine.npy", "mine.png"])
+def test_sample_overwrites_nothing(run, tmp_path, capsys, taken):
+    (tmp_path / taken).write_text("mine")
+    assert cli.main(["sample", str(run[0]), "--out", str(tmp_path / "mine.npy")]) == 2
+    assert f"out: Expected a new file; got {tmp_path / taken}, which exists" in capsys.readouterr().err
+    assert (tmp_path / taken).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_continuous_data_of_ones_own(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("mine.npy", np.random.default_rng(0).normal([5, -2, 0], [3, 0.1, 1], (400, 3)))

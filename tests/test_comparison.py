@@ -93,7 +93,7 @@ def test_common_random_numbers(result):
 
 @pytest.mark.parametrize("biased", ["value", "gradient"])
 def test_a_biased_estimator_is_found_out(biased, monkeypatch):
-    class Biased(comparison.AnalyticELBO):
+    class Biased(probdiff.AnalyticELBO):
         def per_datum(self, key, params, x):
             return super().per_datum(key, params, x) + (0.5 if biased == "value" else 0.0)
 

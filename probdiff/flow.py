@@ -1,0 +1,294 @@
+r"""The probability flow: the ordinary differential equation whose solutions have the marginals of the forward chain.
+
+With the log-SNR λ for time, :math:`\bar\alpha = sigmoid(\lambda)`, and an ε-network in continuous time,
+
+    dz/dλ = ½ √(1−ᾱ) (√(1−ᾱ) z − ε̂(z, λ)),        log q(z_1) = log q(z_N) + ∫ ∇·(dz/dλ) dλ  from λ_1 to λ_N
+
+(in VE coordinates, simply dx/dσ = ε̂). Between the steps of the chain ε̂ is interpolated linearly in λ.
+
+The flow is another model than the reverse chain :math:`p_\theta`, made of the same network. Its density of z_1 has two
+approximations in it, the interpolation and the base N(0, I) in the place of q(z_N), and it is not the density of the data: z_1
+has the noise of the first step. :func:`flow_likelihood` reports the three apart.
+
+Source: Song et al. (2021), arXiv:2011.13456, section 4.3, eqs. 13 and 39; with ε̂ and log-SNR, Kingma et al. (2021),
+arXiv:2107.00630, appendix. Hutchinson's estimator: Grathwohl et al. (2019), arXiv:1810.01367, section 3.1.
+"""
+
+from typing import NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from probdiff.bounds import require_count
+from probdiff.checks import require, require_finite
+from probdiff.elbo import ROWS, even_chunk, log_likelihood, predict, prior_kl
+from probdiff.gaussians import forward_marginal
+from probdiff.networks import predict_noise
+from probdiff.programs import Diffusion
+
+MAX_STEPS = 100_000
+
+
+class Interpolated(eqx.Module):
+    """The ε-network of a model in continuous time: linear in log-SNR between the steps of the chain.
+
+    Args:
+        diffusion: A trained Diffusion.
+        every: Take only each ``every``-th step, and the last.
+    """
+
+    diffusion: Diffusion
+    every: int = 1
+
+    def __call__(self, z, log_snr):
+        """Predict the noise in ``z`` of shape ``(dim,)``, by two evaluations of the network."""
+        num_steps = self.diffusion.schedule.num_steps
+        steps = np.union1d(np.arange(1, num_steps + 1, self.every), num_steps)
+        times, time = jnp.asarray(-self.diffusion.schedule.log_snr[steps - 1], z.dtype), -log_snr
+        left = jnp.clip(jnp.searchsorted(times, time, side="right") - 1, 0, len(steps) - 2)
+        ends = jnp.stack([left, left + 1])
+        start, end = times[ends]
+        eps_hat = predict_noise(self.diffusion.network, jnp.stack([z, z]), jnp.asarray(steps)[ends])
+        share = jnp.clip((time - start) / (end - start), 0, 1)
+        return (1 - share) * eps_hat[0] + share * eps_hat[1]
+
+
+def velocity(eps, z, log_snr):
+    """dz/dλ of the flow of ``eps(z, log_snr)``, shaped like ``z``."""
+    noise = jnp.exp(jax.nn.log_sigmoid(-log_snr) / 2)
+    return noise / 2 * (noise * z - eps(z, log_snr))
+
+
+def solve(field, state, start, end, *, rtol, atol, steps=None):
+    """The state at log-SNR ``end`` of d state/dλ = ``field(λ, state)``, and the number of evaluations of ``field``.
+
+    By a method of fifth order that chooses its steps within the tolerances, or in ``steps`` equal steps of Heun's.
+    """
+    if start == end:
+        return state, jnp.zeros((), jnp.int32)
+    dtype = jax.tree.leaves(state)[0].dtype
+    solver, controller, evaluations = diffrax.Tsit5(), diffrax.PIDController(rtol=rtol, atol=atol), 6
+    if steps is not None:
+        times = jnp.asarray(np.linspace(start, end, steps + 1), dtype)
+        solver, controller, evaluations = diffrax.Heun(), diffrax.StepTo(ts=times), 2
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda time, state, _: field(time, state)),
+        solver,
+        jnp.asarray(start, dtype),
+        jnp.asarray(end, dtype),
+        None,
+        state,
+        stepsize_controller=controller,
+        max_steps=MAX_STEPS,
+    )
+    return jax.tree.map(lambda leaf: leaf[0], solution.ys), evaluations * solution.stats["num_steps"]
+
+
+@eqx.filter_jit
+def _to_base(eps, z, ends, directions, scale, rtol, atol):
+    """z_N, the integral of the divergence and the number of evaluations of ``eps``, for each z_1.
+
+    The divergence is ``scale`` × Σ v·Jv over the ``directions`` v, shape ``(datum, direction, dim)``.
+    """
+
+    def one(z, directions):
+        def field(time, state):
+            value, jvp = jax.linearize(lambda z: velocity(eps, z, time), state[0])
+            return value, scale * jnp.sum(directions * jax.vmap(jvp)(directions))
+
+        return solve(field, (z, jnp.zeros((), z.dtype)), *ends, rtol=rtol, atol=atol)
+
+    (end, change), count = jax.vmap(one)(z, directions)
+    return end, change, count
+
+
+def flow_log_prob(
+    diffusion,
+    params,
+    z,
+    *,
+    key=None,
+    num_probes=None,
+    eps=None,
+    base=None,
+    rtol=1e-5,
+    atol=1e-5,
+    progress=False,
+):
+    r"""The flow's log-density of :math:`z_1`, from base N(0, I) at :math:`z_N`.
+
+    Args:
+        diffusion: The model.
+        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
+        z: :math:`z_1`, shape ``(datum, dim)``.
+        key: JAX key of the probes; not used without them.
+        num_probes: None for the exact divergence, ``dim`` Jacobian-vector products for each evaluation of the network; or
+            the number of random directions of Hutchinson's estimator, for large ``dim``: unbiased for the log-density.
+        eps: The ε-network in continuous time, a function ``eps(z, log_snr)`` of one ``z`` of shape ``(dim,)``, in the place of
+            the interpolation of the model's.
+        base: Log-density in nats of :math:`z_N` of shape ``(datum, dim)``, a function, in the place of N(0, I)'s.
+        rtol, atol: Tolerances of the solver for each step.
+        progress: Show a progress bar.
+
+    Returns:
+        Nats, shape ``(datum,)``, float64. The log-density of the data in the user's units differs by a Jacobian, and
+        by the noise in :math:`z_1`: see :func:`flow_likelihood`.
+
+    Raises:
+        ValueError, TypeError: If an argument does not fit the model.
+    """
+    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    diffusion = diffusion.bind(params)
+    z = jnp.asarray(z)
+    require(
+        z.ndim == 2 and len(z) > 0 and diffusion.dim in (None, z.shape[1]),
+        "z",
+        f"shape (datum, {diffusion.dim or 'dim'})",
+        f"shape {z.shape}",
+    )
+    require(jnp.issubdtype(z.dtype, jnp.floating), "z", "floats", f"dtype {z.dtype}", TypeError)
+    require_finite("z", z)
+    _check_probes(key, num_probes)
+    require_tolerances(rtol, atol)
+    eps = Interpolated(diffusion) if eps is None else eps
+    return _flow(diffusion, eps, base, z, key, num_probes, rtol, atol, progress)[0]
+
+
+def _check_probes(key, num_probes):
+    if num_probes is not None:
+        require_count("num_probes", num_probes)
+        require(key is not None, "key", "a JAX key, for the probes", "None")
+
+
+def require_tolerances(rtol, atol):
+    """Refuse tolerances that are not between 0 and 1."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        require(0 < value < 1, name, "a number between 0 and 1", value)
+
+
+def _flow(diffusion, eps, base, z, key, num_probes, rtol, atol, progress):
+    """Log-densities of z_1, and the number of evaluations of ``eps`` for each."""
+    size, dim = z.shape
+    if num_probes is None:
+        directions, scale = jnp.broadcast_to(jnp.eye(dim, dtype=z.dtype), (size, dim, dim)), 1.0
+    else:
+        directions, scale = jax.random.rademacher(key, (size, num_probes, dim), z.dtype), 1 / num_probes
+    ends = tuple(diffusion.schedule.log_snr[[0, -1]].tolist())
+    block = even_chunk(size, max(1, ROWS // directions.shape[1]))
+    log_prob, counts = [], []
+    with tqdm(total=size, unit="datum", desc="flow", disable=not progress) as bar:
+        for start in range(0, size, block):
+            rows = jnp.minimum(start + jnp.arange(block), size - 1)
+            end, change, count = _to_base(eps, z[rows], ends, directions[rows], scale, rtol, atol)
+            end, change = np.asarray(end), np.asarray(change, np.float64)
+            log_prob.append((_standard_normal(end) if base is None else np.asarray(base(end))) + change)
+            counts.append(np.asarray(count))
+            bar.update(min(block, size - start))
+    return np.concatenate(log_prob)[:size], np.concatenate(counts)[:size]
+
+
+def _standard_normal(z):
+    return -np.square(z.astype(np.float64)).sum(-1) / 2 - z.shape[-1] / 2 * np.log(2 * np.pi)
+
+
+class FlowLikelihood(NamedTuple):
+    r"""What the probability flow says of the data, and how far its three approximations go.
+
+    Attributes:
+        log_q: The flow's log-density of :math:`z_1 \sim q(z_1 | x_0)`, nats, shape ``(draw, datum)``.
+        log_prob: A lower bound, in expectation over draws, on the log-likelihood of x under the flow followed by the model's last
+            step: log_q − log q(z_1 | x_0) + log p(x | z_1); nats in the user's units, shape ``(draw, datum)``.
+        interpolation: Estimated error of ``log_q`` from the interpolation of ε̂ between the steps, shape ``(draw, datum)``: a third of
+            what taking only every second step changes (the error is of second order in their distance). NaN where N < 3.
+        base: The prior KL, shape ``(datum,)``, nats. Its mean over the data bounds from above, on average over them, the error from
+            N(0, I) in the place of :math:`q(z_N)`.
+        smoothing: The error from σ_1, if ``log_q`` were read as the log-density of x (with its Jacobian): ``log_prob`` minus
+            that, shape ``(draw, datum)``.
+        num_evaluations: Evaluations of the network along each flow, about, shape ``(draw, datum)``.
+    """
+
+    log_q: np.ndarray
+    log_prob: np.ndarray
+    interpolation: np.ndarray
+    base: np.ndarray
+    smoothing: np.ndarray
+    num_evaluations: np.ndarray
+
+    def __str__(self):
+        """A table of means, each with its standard error over the data."""
+        rows = (
+            ("log-likelihood by the flow (lower bound)", self.log_prob),
+            ("  log q(z_1)", self.log_q),
+            ("  error from interpolation, estimated", self.interpolation),
+            ("  error from the base, at most", self.base[None]),
+            ("  error from σ_1, if log q(z_1) is read as log p(x)", self.smoothing),
+        )
+        draws, size = self.log_q.shape
+        lines = [f"{size} data, {draws} draws of z_1 each; nats per datum, ± standard error over data"]
+        for name, values in rows:
+            mean = values.mean(0)
+            error = mean.std(ddof=1) / np.sqrt(size) if size > 1 else np.nan
+            lines.append(f"{name:52}{mean.mean():12.5f} ± {error:.5f}")
+        lines.append(f"{self.num_evaluations.mean():.0f} network evaluations along a flow")
+        lines.append("The flow is another model than the reverse chain: the ELBO and IWAE bound another likelihood.")
+        return "\n".join(lines)
+
+
+def flow_likelihood(
+    diffusion, params, x, *, key, num_draws=1, num_probes=None, rtol=1e-5, atol=1e-5, progress=False
+):
+    r"""The log-likelihood of data by the probability flow, and the errors of its three approximations.
+
+    The flow gives a density of :math:`z_1`, which has the noise of the first step. For the data themselves it takes the place
+    of the prior in a bound, :math:`\log p(x) \ge E[\log q(z_1) - \log q(z_1|x_0) + \log p_\theta(x|z_1)]`, for continuous data and
+    for data on a grid alike.
+
+    Args:
+        diffusion: The model.
+        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
+        x: Data as the user has it, shape ``(datum, dim)``.
+        key: JAX key of :math:`z_1` and of the probes.
+        num_draws: Number of :math:`z_1` for each datum.
+        num_probes, rtol, atol, progress: As for :func:`flow_log_prob`.
+
+    Returns:
+        A :class:`FlowLikelihood`. The reverse chain is another model: differences from its ELBO are not errors of either.
+    """
+    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    diffusion = diffusion.bind(params)
+    diffusion.check(x)
+    require_count("num_draws", num_draws)
+    _check_probes(key, num_probes)
+    require_tolerances(rtol, atol)
+    eps_key, probe_key = jax.random.split(key)
+    schedule, x = diffusion.schedule, jnp.asarray(x)
+    x0 = diffusion.likelihood.encode(x)
+    eps = jax.random.normal(eps_key, (num_draws, *x0.shape), x0.dtype)
+    first = jnp.ones((num_draws, len(x)), jnp.int32)
+    z, eps_hat = predict(diffusion, x0, first, eps)
+
+    def density(every):
+        network = Interpolated(diffusion, every)
+        flat = z.reshape(-1, z.shape[-1])
+        found = _flow(diffusion, network, None, flat, probe_key, num_probes, rtol, atol, progress)
+        return [each.reshape(first.shape) for each in found]
+
+    log_q, count = density(1)
+    coarse = density(2)[0] if schedule.num_steps > 2 else np.nan
+    noising = np.asarray(forward_marginal(schedule, x0, 1).log_prob(z), np.float64)
+    last_step = np.asarray(log_likelihood(diffusion, x, z, first, eps_hat), np.float64)
+    dim = x0.shape[-1]
+    to_data = diffusion.likelihood.log_jacobian(dim) + dim / 2 * np.log(schedule.alpha_bar[0])
+    log_prob = log_q - noising + last_step
+    return FlowLikelihood(
+        log_q=log_q,
+        log_prob=log_prob,
+        interpolation=(coarse - log_q) / 3,
+        base=np.asarray(prior_kl(schedule, x0), np.float64),
+        smoothing=log_prob - (log_q + to_data),
+        num_evaluations=2 * count,
+    )
