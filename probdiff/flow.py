@@ -4,14 +4,14 @@ With the log-SNR λ for time, :math:`\bar\alpha = sigmoid(\lambda)`, and an ε-n
 
     dz/dλ = ½ √(1−ᾱ) (√(1−ᾱ) z − ε̂(z, λ)),        log q(z_1) = log q(z_N) + ∫ ∇·(dz/dλ) dλ  from λ_1 to λ_N
 
-(in VE coordinates, simply dx/dσ = ε̂). Between the steps of the chain ε̂ is interpolated linearly in λ.
+(in VE coordinates, dx/dσ = ε̂). Between the steps of the chain ε̂ is interpolated linearly in λ.
 
 The flow is another model than the reverse chain :math:`p_\theta`, made of the same network. Its density of z_1 has two
 approximations in it, the interpolation and the base N(0, I) in the place of q(z_N), and it is not the density of the data: z_1
 has the noise of the first step. :func:`flow_likelihood` reports the three apart.
 
-Source: Song et al. (2021), arXiv:2011.13456, section 4.3, eqs. 13 and 39; with ε̂ and log-SNR, Kingma et al. (2021),
-arXiv:2107.00630, appendix. Hutchinson's estimator: Grathwohl et al. (2019), arXiv:1810.01367, section 3.1.
+Sources: Song et al. (2021), arXiv:2011.13456, eqs. 13 and 39; Karras et al. (2022), arXiv:2206.00364, eq. 1, with σ for time.
+Hutchinson's estimator: Grathwohl et al. (2019), arXiv:1810.01367, section 3.1.
 """
 
 from typing import NamedTuple

@@ -113,8 +113,8 @@ def annealed_langevin(
 
     At each level, ``num_updates`` times :math:`x \leftarrow x + \tfrac{a}{2} s_\theta(x, n) + \sqrt{a}\, \xi` with
     :math:`a = r \sigma_n^2`: no Metropolis test, so r must be small for the samples to be right.
-    Source: Song and Ermon (2019), arXiv:1907.05600, algorithm 1; the last denoising step, Song and Ermon (2020),
-    arXiv:2006.09011, section 3.
+    Source: Song and Ermon (2019), arXiv:1907.05600, algorithm 1; the last denoising step, Jolicoeur-Martineau et al. (2021),
+    arXiv:2009.05475, section 3.
 
     Args:
         diffusion: The model; it must know its dimension.

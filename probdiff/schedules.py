@@ -209,7 +209,7 @@ def geometric_schedule(num_steps, sigma_min=0.01, sigma_max=50.0):
 
     As :math:`\log \sigma_n^2` is minus the log-SNR, this is :func:`log_snr_schedule` by its other name: the same chain in
     variance-exploding coordinates. Source: Song and Ermon (2019), arXiv:1907.05600, section 4; with ``sigma_max`` about the
-    largest distance between two data, Song and Ermon (2020), arXiv:2006.09011, section 3.
+    largest distance between two data, Song and Ermon (2020), arXiv:2006.09011, technique 1.
 
     Args:
         num_steps: N, at least 1; at N = 1 the only level is ``sigma_max``.
