@@ -5,8 +5,10 @@ Exit codes: 0, done; 1, the fit failed; 2, something given was not usable (one l
 
 import argparse
 import json
+import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 OPTIONS = ("num_steps", "iterations", "batch_size", "learning_rate", "seed")
@@ -24,14 +26,27 @@ class UsageError(Exception):
 def main(argv=None):
     """Run a command; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        return arguments.command(arguments)
-    except UsageError as error:
-        print(f"probdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nprobdiff: interrupted", file=sys.stderr)
-        return 130
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            return arguments.command(arguments)
+        except UsageError as error:
+            print(f"probdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\nprobdiff: interrupted", file=sys.stderr)
+            return 130
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def _warn(message, *_, **__):
+    print(f"probdiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _parser():
@@ -90,10 +105,12 @@ def _usage(function, *arguments, **keywords):
 
 def _fit(arguments):
     given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
-    _usage(_check_options, given, arguments)
+    _usage(_check_options, given)
+    if arguments.resume and arguments.out is None:
+        raise UsageError("--resume: Expected --out DIR, the run to go on with; got none")
     run, dataset, options = _usage(_prepare, given, arguments)
     diffusion = _usage(getattr, run, "untrained")
-    _usage(run.checkpoint.read)
+    _usage(run.checkpoint.check)
     out = sys.stderr if arguments.json else sys.stdout
     print(
         f"probdiff: {dataset.name}, {len(dataset.train)} training items of {dataset.dim} dimensions, "
@@ -102,60 +119,76 @@ def _fit(arguments):
         flush=True,
     )
 
-    import jax
-
-    import probdiff
-
-    fit_key, report_key = jax.random.split(jax.random.key(options["seed"]))
-    start = time.monotonic()
     try:
-        fit = probdiff.fit(
-            diffusion,
-            dataset.train,
-            iterations=options["iterations"],
-            batch_size=options["batch_size"],
-            learning_rate=options["learning_rate"],
-            key=fit_key,
-            validation=dataset.validation,
-            checkpoint=run.checkpoint,
-        )
+        results = _fit_and_evaluate(run, diffusion, dataset, options)
     except KeyboardInterrupt:
         print(f"\nprobdiff: interrupted; go on with: probdiff fit --out {run.path} --resume", file=sys.stderr)
         return 130
     except FloatingPointError as error:
-        kept = f"the last good state is in {run.path}" if run.checkpoint.path.exists() else "nothing was saved yet"
+        kept = f"the last good state is in {run.path}" if run.checkpoint.exists() else "nothing was saved yet"
         print(f"probdiff: error: {error}; {kept}", file=sys.stderr)
         return 1
-    seconds = {"fit": time.monotonic() - start}
-    run.save(fit=fit)
-
-    from probdiff.report import evaluate, format_table
-
-    start = time.monotonic()
-    both, results = evaluate(fit.diffusion, dataset, key=report_key, progress=True)
-    seconds["evaluation"] = time.monotonic() - start
-    results |= {"run": str(run.path), "seconds": {name: round(value, 1) for name, value in seconds.items()}}
-    run.save(terms=both.terms, results=results)
-    _draw_figures(run, fit.diffusion, dataset)
+    except OSError as error:
+        print(f"probdiff: error: {error}; what was saved before is in {run.path}", file=sys.stderr)
+        return 1
     if arguments.json:
         print(json.dumps(results))
-    else:
-        print(f"\n{format_table(results)}\n")
-        print(f"fitted in {seconds['fit']:.0f} s, evaluated in {seconds['evaluation']:.0f} s; figures in {run.figures}")
-        print(f"next: probdiff inspect {run.path}")
+        return 0
+    from probdiff.report import format_table
+
+    print(f"\n{format_table(results)}\n")
+    if results["skipped_updates"]:
+        print(f"{results['skipped_updates']} updates were skipped: their loss or gradient was not finite")
+    seconds = results["seconds"]
+    print(f"fitted in {seconds['fit']:.0f} s, evaluated in {seconds['evaluation']:.0f} s; figures in {run.figures}")
+    print(f"next: probdiff inspect {run.path}")
     return 0
 
 
-def _check_options(given, arguments):
+def _fit_and_evaluate(run, diffusion, dataset, options):
+    """Fit, evaluate and save; gives the results as they are saved."""
+    import jax
+
+    import probdiff
+    from probdiff.report import evaluate
+
+    fit_key, report_key = jax.random.split(jax.random.key(options["seed"]))
+    start = time.monotonic()
+    fit = probdiff.fit(
+        diffusion,
+        dataset.train,
+        iterations=options["iterations"],
+        batch_size=options["batch_size"],
+        learning_rate=options["learning_rate"],
+        key=fit_key,
+        validation=dataset.validation,
+        checkpoint=run.checkpoint,
+    )
+    seconds = {"fit": time.monotonic() - start}
+    run.save(fit=fit)
+    start = time.monotonic()
+    both, results = evaluate(fit.diffusion, dataset, key=report_key, progress=True)
+    seconds["evaluation"] = time.monotonic() - start
+    results |= {
+        "run": str(run.path),
+        "skipped_updates": fit.skipped_updates,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+    run.save(terms=both.terms, results=results)
+    _draw_figures(run, fit.diffusion, dataset)
+    return results
+
+
+def _check_options(given):
     for name, value in given.items():
         flag = "--" + name.replace("_", "-")
         lowest = 0 if name == "seed" else 1
-        good = 0 < value < float("inf") if name == "learning_rate" else lowest <= value < 2**32
-        expected = "a positive number" if name == "learning_rate" else f"an integer of at least {lowest}"
+        if name == "learning_rate":
+            good, expected = isinstance(value, int | float) and 0 < value < float("inf"), "a positive number"
+        else:
+            good, expected = isinstance(value, int) and lowest <= value < 2**32, f"an integer of at least {lowest}"
         if not good:
             raise ValueError(f"{flag}: Expected {expected}; got {value}")
-    if arguments.resume and arguments.out is None:
-        raise ValueError("--resume: Expected --out DIR, the run to go on with; got none")
 
 
 def _prepare(given, arguments):
@@ -165,6 +198,10 @@ def _prepare(given, arguments):
     if arguments.resume:
         run = runs.open_run(arguments.out)
         options = run.config
+        missing = [name for name in ("data", *OPTIONS) if name not in options]
+        if missing:
+            raise ValueError(f"{run.path}: Expected a run of probdiff fit; got a config.json without {', '.join(missing)}")
+        _check_options({name: options[name] for name in OPTIONS})
         asked = given | ({"data": _data_name(arguments.data)} if arguments.data else {})
         for name, value in asked.items():
             if value != options[name]:

@@ -7,7 +7,6 @@ grid.
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from probdiff.checks import require, require_finite
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
 from probdiff.oracles import GaussianMixture, UniformBoxes
+from probdiff.storage import MAX_BYTES, read_npy, read_npz
 
 SIZES = {"train": 100_000, "validation": 5_000, "test": 20_000}
 
@@ -217,9 +217,10 @@ def _planar(name, seed):
 
 
 def _read_npz(path):
-    with np.load(path, allow_pickle=False) as arrays:
-        require(len(arrays.files) == 1, str(path), "one array", f"{len(arrays.files)}: {', '.join(arrays.files)}")
-        return arrays[arrays.files[0]]
+    arrays = read_npz(path)
+    require(len(arrays) == 1, str(path), "one array", f"{len(arrays)}: {', '.join(arrays)}")
+    (array,) = arrays.values()
+    return array
 
 
 def _read_csv(path):
@@ -241,12 +242,13 @@ def _is_number(cell):
     return True
 
 
-READERS = {".npy": functools.partial(np.load, allow_pickle=False), ".npz": _read_npz, ".csv": _read_csv}
+READERS = {".npy": read_npy, ".npz": _read_npz, ".csv": _read_csv}
 
 
 def _from_file(path, seed):
     require(path.is_file(), "data", "an existing file", f"{path}, which is not there", FileNotFoundError)
-    require(path.stat().st_size > 0, str(path), "an array", "an empty file")
+    size = path.stat().st_size
+    require(0 < size <= MAX_BYTES, str(path), f"an array, at most {MAX_BYTES} bytes", f"a file of {size} bytes")
     try:
         array = READERS[path.suffix](path)
     except (ValueError, EOFError, OSError) as error:

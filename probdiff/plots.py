@@ -17,13 +17,14 @@ def plot_loss(losses, validation, title=""):
     """The bound against iteration: each minibatch (light), its running mean, and the validation data.
 
     Args:
-        losses: Negative bound of each iteration, nats per datum, shape ``(iteration,)``.
+        losses: Negative bound of each iteration, nats per datum, shape ``(iteration,)``; NaN is not drawn.
         validation: Rows of (iteration, bound in nats per datum); may be empty.
         title: Title of the figure.
     """
     figure, (axes,) = _figure()
-    iteration = np.arange(1, len(losses) + 1)
-    bound = -np.asarray(losses, np.float64)
+    finite = np.isfinite(losses)
+    iteration = np.flatnonzero(finite) + 1
+    bound = -np.asarray(losses, np.float64)[finite]
     axes.plot(iteration, bound, lw=0.4, alpha=0.3, color="C0", label="minibatch, one step per datum")
     window = max(1, min(500, len(bound) // 10))
     running = np.convolve(bound, np.ones(window) / window, "valid")

@@ -2,7 +2,7 @@
 
 config.json      what was asked for, and the description of the model
 schedule.npy     the variances beta_n, float64
-checkpoint.npz   the state of the fit, to resume from
+checkpoint.npz   the state of the fit, to resume from; checkpoint.previous.npz, the one before it
 parameters.npz   the trained parameters
 losses.csv       the loss of every iteration; validation.csv, the bound on the validation data
 elbo.nc          the terms of the bound on test data, a DataTree
@@ -13,10 +13,14 @@ samples/         what was drawn later, an array and a figure each
 """
 
 import dataclasses
+import io
 import json
 import os
+import shutil
+import warnings
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,39 +32,19 @@ from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
 from probdiff.networks import MLP
 from probdiff.programs import PARAMS, Diffusion
 from probdiff.schedules import NoiseSchedule
+from probdiff.storage import (
+    MAX_BYTES,
+    is_intact,
+    load_arrays,
+    read_json,
+    read_npy,
+    replace,
+    save_arrays,
+    write_bytes,
+    write_json,
+)
 
 LIKELIHOODS = {kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood)}
-
-
-def _replace(path, write):
-    """Write a file under another name, make sure it is on disk, then give it its name: all of it or none."""
-    temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _save_arrays(path, arrays):
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-
-    _replace(path, write)
-
-
-def _load_arrays(path):
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # zipfile, zlib and NumPy each have their own errors for a damaged file
-        raise ValueError(f"{path}: Expected an intact .npz file; got: {error}") from None
-
-
-def _write_json(path, document):
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(document, indent=2) + "\n"))
 
 
 def _is_key(leaf):
@@ -89,35 +73,71 @@ def _restore(tree, arrays, path):
 
 
 class Checkpoint:
-    """A file that :func:`~probdiff.fit` saves its state in and resumes from.
+    """A file that :func:`~probdiff.fit` saves its state in and resumes from; the one before it is kept.
+
+    It holds everything that decides the future of the fit, and no times: equal fits leave equal files. It is replaced as a
+    whole, with a checksum; what was there before becomes ``NAME.previous.npz``, unless it is damaged. One that is damaged, or
+    that is not of this model and optimiser, is passed over for the previous one, with a warning.
 
     Args:
-        path: Path of an ``.npz`` file. It is replaced as a whole, never written in place.
+        path: Path of an ``.npz`` file.
     """
 
     def __init__(self, path):
         self.path = Path(path)
+        self.previous = self.path.with_suffix(".previous.npz")
 
     def save(self, state):
         """Save a :class:`~probdiff.training.FitState`."""
-        histories = {"losses": state.losses, "validation": state.validation}
-        _save_arrays(self.path, histories | _leaves(state[:3]))
+        parts = state._asdict()
+        settings = np.frombuffer(json.dumps(parts.pop("settings"), sort_keys=True).encode(), np.uint8)
+        histories = {name: parts.pop(name) for name in ("losses", "validation")}
+        if is_intact(self.path):
+            replace(self.previous, lambda temporary: shutil.copyfile(self.path, temporary))
+        save_arrays(self.path, histories | {"settings": settings} | _leaves(tuple(parts.values())))
 
-    def read(self):
-        """The arrays of the file by name, or None if there is no file; ValueError if it is damaged."""
-        return _load_arrays(self.path) if self.path.exists() else None
+    def exists(self):
+        """Whether there is anything to resume from."""
+        return self.path.exists() or self.previous.exists()
+
+    def check(self):
+        """Refuse to go on if there are checkpoints, and not one is intact: a ValueError that names them."""
+        self._first(load_arrays, warn=False)
 
     def load(self, template):
         """The saved state, or None if there is none yet.
 
         Raises:
-            ValueError: If the file is damaged, or the state is not of the kind of ``template``.
+            ValueError: If there is no intact checkpoint of the kind of ``template``.
         """
-        arrays = self.read()
-        if arrays is None:
-            return None
-        restored = _restore(tuple(template[:3]), arrays, self.path)
-        return type(template)(*restored, arrays["losses"], arrays["validation"])
+
+        def restored(path):
+            arrays = load_arrays(path)
+            parts = template._asdict()
+            del parts["settings"], parts["losses"], parts["validation"]
+            values = _restore(tuple(parts.values()), arrays, path)
+            histories = {name: arrays[name] for name in ("losses", "validation")}
+            settings = json.loads(arrays["settings"].tobytes())
+            return type(template)(**dict(zip(parts, values)), **histories, settings=settings)
+
+        return self._first(restored)
+
+    def _first(self, read, warn=True):
+        """``read(path)`` of the checkpoint, or else of the previous one; None if there is neither."""
+        problems = []
+        for path in (self.path, self.previous):
+            try:
+                found = read(path)
+            except FileNotFoundError:
+                continue
+            except (ValueError, KeyError) as error:
+                problems.append(str(error))
+                continue
+            if problems and warn:
+                warnings.warn(f"{problems[0]}; going on from {path.name}", stacklevel=3)
+            return found
+        require(not problems, "checkpoint", "an intact one of this model", "; ".join(problems))
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +155,7 @@ class Run:
     @property
     def config(self):
         """What was asked for, a dict; ``config["model"]`` describes the model."""
-        return json.loads((self.path / "config.json").read_text())
+        return read_json(self.path / "config.json")
 
     @property
     def checkpoint(self):
@@ -158,18 +178,34 @@ class Run:
         """The Diffusion with its initial parameters."""
         if isinstance(self.like, Diffusion):
             return self.like
-        require("model" in self.config, str(self.path), "a run folder", "a config.json without 'model'")
-        model = self.config["model"]
-        network = self.like
+        config = self.config
+        require("model" in config, str(self.path), "a run folder", "a config.json without 'model'")
+        betas = read_npy(self.path / "schedule.npy")
+        try:
+            return self._described(config, NoiseSchedule.from_betas(betas))
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            got = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.path}: Expected the description of a model in config.json; got {got}") from None
+
+    def _described(self, config, schedule):
+        """The model that ``config`` describes; its network is not made before it is known to be of a sensible size."""
+        model, network = config["model"], self.like
         if network is None:
+            name, arguments = model["network"]["name"], model["network"]["arguments"]
             require(
-                model["network"]["name"] == "MLP",
+                name == "MLP",
                 "like",
                 "a network or a Diffusion of the run's structure",
-                f"nothing, for a run with the custom network {model['network']['name']}",
+                f"nothing, for a run with the custom network {name}",
             )
-            network = MLP(**model["network"]["arguments"], key=jax.random.key(self.config.get("seed", 0)))
-        schedule = NoiseSchedule.from_betas(np.load(self.path / "schedule.npy", allow_pickle=False))
+
+            def make():
+                return MLP(**arguments, key=jax.random.key(config.get("seed", 0)))
+
+            leaves = jax.tree.leaves(eqx.filter(eqx.filter_eval_shape(make), lambda leaf: hasattr(leaf, "dtype")))
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+            require(size <= MAX_BYTES, str(self.path), f"a network of at most {MAX_BYTES} bytes", size)
+            network = make()
         likelihood = LIKELIHOODS[model["likelihood"]["name"]](**model["likelihood"]["arguments"])
         return Diffusion(schedule, network, likelihood, model["reverse_variance"], dim=model["dim"])
 
@@ -190,7 +226,7 @@ class Run:
         )
         diffusion = self.untrained
         own = diffusion.trainable()
-        return diffusion.bind({PARAMS: _restore(own, _load_arrays(path), path)} if jax.tree.leaves(own) else {})
+        return diffusion.bind({PARAMS: _restore(own, load_arrays(path), path)} if jax.tree.leaves(own) else {})
 
     @property
     def losses(self):
@@ -212,13 +248,21 @@ class Run:
         """The DataTree in ``elbo.nc``."""
         import xarray as xr
 
-        with xr.open_datatree(self.path / "elbo.nc", engine="h5netcdf") as tree:
-            return tree.load()
+        path = self.path / "elbo.nc"
+        try:
+            with xr.open_datatree(path, engine="h5netcdf") as tree:
+                size = sum(node.to_dataset().nbytes for node in tree.subtree)
+                require(size <= MAX_BYTES, "size", f"at most {MAX_BYTES} bytes of arrays", size)
+                return tree.load()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # HDF5 has many errors for a damaged file
+            raise ValueError(f"{path}: Expected an intact netCDF file; got: {error}") from None
 
     @property
     def results(self):
         """The final table, a dict."""
-        return json.loads((self.path / "results.json").read_text())
+        return read_json(self.path / "results.json")
 
     @property
     def figures(self):
@@ -230,21 +274,21 @@ class Run:
     def save(self, fit=None, terms=None, results=None):
         """Write what is given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.ELBOTerms`, a dict of results."""
         if fit is not None:
-            _save_arrays(self.path / "parameters.npz", _leaves(fit.diffusion.trainable()))
+            save_arrays(self.path / "parameters.npz", _leaves(fit.diffusion.trainable()))
             losses = np.column_stack([np.arange(1, len(fit.losses) + 1), fit.losses])
             for name, table in (("losses", losses), ("validation", fit.validation)):
                 header = "iteration," + ("negative_bound_nats" if name == "losses" else "bound_nats")
                 write = _csv_writer(table, header)
-                _replace(self.path / f"{name}.csv", write)
+                replace(self.path / f"{name}.csv", write)
         if terms is not None:
-            _replace(self.path / "elbo.nc", lambda path: to_datatree(terms).to_netcdf(path, engine="h5netcdf"))
+            replace(self.path / "elbo.nc", lambda path: to_datatree(terms).to_netcdf(path, engine="h5netcdf"))
         if results is not None:
-            _write_json(self.path / "results.json", results)
+            write_json(self.path / "results.json", results)
 
     def save_comparison(self, comparison):
         """Write an :class:`~probdiff.comparison.EstimatorComparison`, draws and figure; gives the figure's path."""
         tree = comparison.to_datatree()
-        _replace(self.path / "estimators.nc", lambda path: tree.to_netcdf(path, engine="h5netcdf"))
+        replace(self.path / "estimators.nc", lambda path: tree.to_netcdf(path, engine="h5netcdf"))
         path = self.figures / "estimators.png"
         comparison.plot().savefig(path)
         return path
@@ -269,12 +313,9 @@ class Run:
 
     def save_samples(self, paths, samples, figure):
         """Write samples and their figure to the paths from :meth:`new_samples`."""
-
-        def write(temporary):
-            with open(temporary, "wb") as file:
-                np.save(file, samples, allow_pickle=False)
-
-        _replace(paths[0], write)
+        buffer = io.BytesIO()
+        np.save(buffer, samples, allow_pickle=False)
+        write_bytes(paths[0], buffer.getvalue())
         figure.savefig(paths[1])
 
     def _table(self, name):
@@ -317,9 +358,17 @@ def create_run(path, diffusion, config=None):
     """
     path = Path(path)
     check_free(path)
-    path.mkdir(parents=True, exist_ok=True)
-    np.save(path / "schedule.npy", diffusion.schedule.beta)
-    _write_json(path / "config.json", {**(config or {}), "model": describe(diffusion)})
+    # Made under another name, so that there is never half a run.
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        np.save(temporary / "schedule.npy", diffusion.schedule.beta)
+        write_json(temporary / "config.json", {**(config or {}), "model": describe(diffusion)})
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return Run(path)
 
 

@@ -5,6 +5,8 @@ drawn with replacement, an exponential moving average of the parameters, and the
 best on validation data. Everything that decides the future of a fit is in its :class:`FitState`.
 """
 
+import functools
+import hashlib
 from typing import NamedTuple
 
 import jax
@@ -24,6 +26,7 @@ from probdiff.programs import PARAMS, Diffusion
 CHUNK = 100
 VALIDATION_ROWS = 2**16
 WARM_UP = 200
+MOST_SKIPPED = 10  # updates in a row, before a fit is given up
 
 
 class EMAState(NamedTuple):
@@ -56,18 +59,23 @@ class FitState(NamedTuple):
     """All that decides the future of a fit.
 
     Attributes:
-        svi: NumPyro's ``SVIState``: parameters, optimiser, average and key.
+        svi: NumPyro's ``SVIState``: parameters, optimiser, average, key, and what the objective has learned.
+        keys: Of the minibatches and of the noise of the validation.
         best: The averaged parameters that did best in validation so far.
         best_bound: Their bound on the validation data, nats per datum (−inf before the first validation).
-        losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``.
+        losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update
+            was skipped. As the minibatch follows from its key and the iteration, this is the position in the data, too.
         validation: Rows of (iteration, bound on the validation data in nats per datum).
+        settings: What was asked for, by name: a resumed fit must be asked for the same.
     """
 
     svi: tuple
+    keys: tuple
     best: dict
     best_bound: jax.Array
     losses: np.ndarray
     validation: np.ndarray
+    settings: dict
 
 
 class Fit(NamedTuple):
@@ -75,7 +83,8 @@ class Fit(NamedTuple):
 
     Attributes:
         diffusion: The trained Diffusion: the averaged parameters; with validation data, the best of them.
-        losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``.
+        losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update was
+            skipped, because the loss or a gradient was not finite.
         validation: Rows of (iteration, bound on the validation data in nats per datum).
         state: The :class:`FitState`, from which the fit can go on.
     """
@@ -84,6 +93,11 @@ class Fit(NamedTuple):
     losses: np.ndarray
     validation: np.ndarray
     state: FitState
+
+    @property
+    def skipped_updates(self):
+        """How many updates were skipped."""
+        return int(np.isnan(self.losses).sum())
 
 
 def fit(
@@ -106,7 +120,8 @@ def fit(
     Args:
         diffusion: The model; it is not changed.
         data: Training data as the user has it, shape ``(datum, dim)``.
-        iterations: Number of SVI updates in all, those of a resumed fit included.
+        iterations: Number of SVI updates in all, those of a resumed fit included. An update whose loss or gradient is not finite
+            changes nothing, and is reported.
         batch_size: Data per update, drawn with replacement.
         learning_rate: Peak of Adam's, after a linear warm-up and before a cosine decay to 0 at ``iterations``; or an
             optax optimiser in its place.
@@ -117,8 +132,8 @@ def fit(
         elbo: A NumPyro ELBO; ``AnalyticELBO(diffusion, steps="stratified")`` if not given.
         ema_decay: Decay of the parameter average.
         checkpoint: An object with ``load(template) -> FitState or None`` and ``save(state)``, such as
-            :class:`~probdiff.Checkpoint`; the fit begins where it left off and saves every ``validate_every``
-            iterations, at the end and on Ctrl-C.
+            :class:`~probdiff.Checkpoint`; the fit begins where it left off, with the keys that it had, and saves every
+            ``validate_every`` iterations, at the end and on Ctrl-C.
         progress: Show a progress bar with the running bound.
 
     Returns:
@@ -127,7 +142,7 @@ def fit(
     Raises:
         ValueError, TypeError: If the data do not suit the model, an argument is out of range, or the model has
             nothing to train.
-        FloatingPointError: If the loss is no longer finite; what the checkpoint holds stays good.
+        FloatingPointError: If ten updates in a row had to be skipped; what the checkpoint holds is finite.
     """
     require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
     for name, value in (("iterations", iterations), ("batch_size", batch_size), ("validate_every", validate_every)):
@@ -150,30 +165,36 @@ def fit(
     )
     optimiser = _optimiser(learning_rate, iterations, ema_decay)
     loop = _Loop(diffusion, jnp.asarray(data), batch_size, optimiser, elbo)
-    init_key, data_key, validation_key = jax.random.split(jax.random.key(0) if key is None else key, 3)
-    state = loop.init(init_key)
+    settings = {
+        "iterations": int(iterations),
+        "batch_size": int(batch_size),
+        "learning_rate": "an optax optimiser" if callable(getattr(learning_rate, "init", None)) else float(learning_rate),
+        "validate_every": int(validate_every),
+        "ema_decay": float(ema_decay),
+        "elbo": "AnalyticELBO" if elbo is None else type(elbo).__name__,
+        "data": _fingerprint(data),
+        "validation": _fingerprint(validation),
+    }
+    state = loop.init(jax.random.key(0) if key is None else key, settings)
     state = (checkpoint and checkpoint.load(state)) or state
-    require(
-        len(state.losses) <= iterations,
-        "iterations",
-        f"at least the {len(state.losses)} that the checkpoint has done",
-        iterations,
-    )
+    for name, value in settings.items():
+        saved = state.settings[name]
+        require(saved == value, name, f"{saved}, as in the fit that the checkpoint is of", value)
     validation = None if validation is None else jnp.asarray(validation)
     saved = len(state.losses)
     with tqdm(total=iterations, initial=saved, unit="it", disable=not progress, mininterval=0.5) as bar:
         try:
             while (done := len(state.losses)) < iterations:
                 stop = min(iterations, done + CHUNK, (done // validate_every + 1) * validate_every)
-                new = loop.advance(state, stop - done, data_key)
+                new = loop.advance(state, stop - done)
                 due = stop % validate_every == 0 or stop == iterations
-                state = loop.validate(new, validation, validation_key) if due and validation is not None else new
+                state = loop.validate(new, validation) if due and validation is not None else new
                 if due and checkpoint is not None:
                     checkpoint.save(state)
                     saved = stop
                 bar.set_postfix_str(_describe(diffusion, state), refresh=False)
                 bar.update(stop - done)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, FloatingPointError):
             if checkpoint is not None and len(state.losses) > saved:
                 checkpoint.save(state)
             raise
@@ -189,17 +210,32 @@ def _optimiser(learning_rate, iterations, ema_decay):
     return optax.chain(learning_rate, parameter_ema(ema_decay))
 
 
+def _fingerprint(data):
+    """A few words that tell one array from another; None for None."""
+    if data is None:
+        return None
+    data = np.ascontiguousarray(data)
+    return f"{data.dtype} {data.shape} {hashlib.sha256(data).hexdigest()[:16]}"
+
+
 def _describe(diffusion, state):
-    bounds = {"bound": -state.losses[-CHUNK:].mean()}
+    recent = state.losses[-CHUNK:]
+    bounds = {"bound": -recent[np.isfinite(recent)].mean()} if np.isfinite(recent).any() else {}
     if len(state.validation):
         bounds["validation"] = state.validation[-1, 1]
     parts = [f"{name} {_figure(diffusion, value)}" for name, value in bounds.items()]
-    return ", ".join(parts)
+    skipped = int(np.isnan(state.losses).sum())
+    return ", ".join(parts + [f"{skipped} updates skipped"] * (skipped > 0))
 
 
 def _figure(diffusion, nats):
     levels = hasattr(diffusion.likelihood, "levels") and diffusion.dim
     return f"{nats:.2f} nats" + (f" ({bits_per_dim(nats, diffusion.dim):.3f} bits/dim)" if levels else "")
+
+
+def _all_finite(tree):
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
 
 
 class _Loop:
@@ -214,29 +250,47 @@ class _Loop:
         self._bound = jax.jit(self._validation_bound)
         self._advance = jax.jit(self._scan, static_argnames="count")
 
-    def init(self, key):
-        svi = self.svi.init(key, self.data[: self.batch_size])
+    def init(self, key, settings):
+        init_key, *keys = jax.random.split(key, 3)
+        svi = self.svi.init(init_key, self.data[: self.batch_size])
         best_bound = jnp.full((), -jnp.inf, jnp.zeros(()).dtype)
-        return FitState(svi, self.averaged(svi), best_bound, np.zeros(0, np.float32), np.zeros((0, 2)))
+        histories = np.zeros(0, np.float32), np.zeros((0, 2))
+        return FitState(svi, tuple(keys), self.averaged(svi), best_bound, *histories, settings)
 
     def averaged(self, svi_state):
         return {PARAMS: optax.tree_utils.tree_get(svi_state.optim_state[1][1], "ema_params")[PARAMS]}
 
+    def _rows(self, key, iteration):
+        """The rows of the data in a minibatch."""
+        return jax.random.randint(jax.random.fold_in(key, iteration), (self.batch_size,), 0, len(self.data))
+
     def _scan(self, svi_state, data, key, start, count):
-        def body(svi_state, iteration):
-            index = jax.random.randint(jax.random.fold_in(key, iteration), (self.batch_size,), 0, len(data))
-            return self.svi.update(svi_state, data[index])
+        def body(old, iteration):
+            new, loss = self.svi.update(old, data[self._rows(key, iteration)])
+            good = jnp.isfinite(loss) & _all_finite((new.optim_state, new.mutable_state))
+            kept = jax.tree.map(functools.partial(jnp.where, good), new._replace(rng_key=None), old._replace(rng_key=None))
+            return kept._replace(rng_key=new.rng_key), jnp.where(good, loss, jnp.nan)
 
         return jax.lax.scan(body, svi_state, start + jnp.arange(count))
 
-    def advance(self, state, count, key):
+    def advance(self, state, count):
         start = len(state.losses)
-        svi_state, losses = self._advance(state.svi, self.data, key, start, count)
-        losses = np.asarray(losses, np.float32)
-        bad = np.flatnonzero(~np.isfinite(losses))
-        if bad.size:
-            raise FloatingPointError(f"The loss is {losses[bad[0]]} at iteration {start + bad[0] + 1}")
-        return state._replace(svi=svi_state, losses=np.concatenate([state.losses, losses]))
+        svi_state, losses = self._advance(state.svi, self.data, state.keys[0], start, count)
+        losses = np.concatenate([state.losses, np.asarray(losses, np.float32)])
+        self._refuse_many_skipped(losses, start, state.keys[0])
+        return state._replace(svi=svi_state, losses=losses)
+
+    def _refuse_many_skipped(self, losses, start, key):
+        run = 0
+        for iteration in range(max(0, start - MOST_SKIPPED), len(losses)):
+            run = run + 1 if np.isnan(losses[iteration]) else 0
+            if run == MOST_SKIPPED:
+                first = iteration - run + 1
+                rows = np.asarray(self._rows(key, first))
+                raise FloatingPointError(
+                    f"The loss or its gradient was not finite in {run} iterations in a row, the first of them "
+                    f"iteration {first + 1}, on rows {rows[:8].tolist()}{' …' * (len(rows) > 8)} of the data"
+                )
 
     def _validation_bound(self, params, x, key):
         trained = self.diffusion.bind(params)
@@ -244,9 +298,9 @@ class _Loop:
         elbo = AnalyticELBO(trained, "stratified", num_particles=particles, vectorize_particles=False)
         return -elbo.loss(key, {}, trained.model, trained.guide, x) / len(x)
 
-    def validate(self, state, x, key):
+    def validate(self, state, x):
         params = self.averaged(state.svi)
-        bound = self._bound(params, x, key)
+        bound = self._bound(params, x, state.keys[1])
         row = np.array([[len(state.losses), float(bound)]])
         state = state._replace(validation=np.concatenate([state.validation, row]))
         return state._replace(best=params, best_bound=bound) if bound > state.best_bound else state

@@ -1,5 +1,10 @@
 """Run folders and exports: what was saved comes back bitwise; nothing is overwritten; damage is named."""
 
+import hashlib
+import io
+import resource
+import signal
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,7 +12,7 @@ import numpy as np
 import pytest
 
 import probdiff
-from probdiff import runs
+from probdiff import runs, storage
 from probdiff.export import from_datatree
 
 X = np.random.default_rng(0).normal(3, 2, (300, 2)).astype(np.float32)
@@ -94,28 +99,100 @@ def test_nothing_is_overwritten(tmp_path):
     assert runs.next_free("moons", tmp_path) == tmp_path / "moons-2"
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "foreign"])
-def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
-    fitted_run(tmp_path / "run", make())
-    path = tmp_path / "run" / "checkpoint.npz"
-    content = bytearray(path.read_bytes())
-    if damage == "truncated":
-        content = content[: len(content) // 2]
-    elif damage == "flipped":
-        content[len(content) // 2] ^= 4
+def resume(path, diffusion=None, iterations=20):
+    checkpoint = runs.Checkpoint(path)
+    return probdiff.fit(
+        diffusion or make(), X, iterations=iterations, batch_size=16, validate_every=10, checkpoint=checkpoint, progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The whole fit; and the bytes of its checkpoint, after 20 iterations, and of the one before, after 10."""
+    path = tmp_path_factory.mktemp("checkpoints") / "checkpoint.npz"
+    whole = resume(path)
+    return whole, path.read_bytes(), path.with_name("checkpoint.previous.npz").read_bytes()
+
+
+def damaged(content, damage):
+    content = bytearray(content)
+    if damage == "empty":
+        return b""
     if damage == "foreign":
-        np.savez(path, leaf_0000=np.zeros(3))
-    else:
-        path.write_bytes(b"" if damage == "empty" else bytes(content))
-    with pytest.raises(ValueError, match="checkpoint.npz: Expected"):
-        probdiff.fit(make(), X, iterations=40, batch_size=16, checkpoint=runs.Checkpoint(path), progress=False)
+        buffer = io.BytesIO()
+        np.savez(buffer, leaf_0000=np.zeros(3))
+        return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+    if damage == "truncated":
+        return bytes(content[: len(content) // 2])
+    content[len(content) // 2] ^= 4
+    return bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "foreign"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_previous_one(damage, tmp_path, checkpoints):
+    whole, last, previous = checkpoints
+    path = tmp_path / "checkpoint.npz"
+    path.write_bytes(damaged(last, damage))
+    path.with_name("checkpoint.previous.npz").write_bytes(previous)
+    with pytest.warns(UserWarning, match="checkpoint.npz: Expected .* going on from checkpoint.previous.npz"):
+        fit = resume(path)
+    assert_same(fit.diffusion.trainable(), whole.diffusion.trainable())
+    assert path.read_bytes() == last
+    if damage != "foreign":  # the good one is not replaced by the damaged one
+        assert path.with_name("checkpoint.previous.npz").read_bytes() == previous
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "foreign"])
+def test_with_no_intact_checkpoint_left_there_is_a_clear_error(damage, tmp_path, checkpoints):
+    _, last, previous = checkpoints
+    path = tmp_path / "checkpoint.npz"
+    path.write_bytes(damaged(last, damage))
+    path.with_name("checkpoint.previous.npz").write_bytes(damaged(previous, damage))
+    with pytest.raises(ValueError, match="checkpoint: Expected an intact one .*checkpoint.npz.*checkpoint.previous.npz"):
+        resume(path)
+    assert path.read_bytes() == damaged(last, damage)
+
+
+def test_no_truncated_or_flipped_checkpoint_is_loaded(tmp_path, checkpoints):
+    """Cut at every 4 KiB, and 200 times with one random bit flipped."""
+    _, last, _ = checkpoints
+    path, rng = tmp_path / "checkpoint.npz", np.random.default_rng(0)
+    cases = [last[:size] for size in range(0, len(last), 4096)]
+    for place in rng.integers(0, 8 * len(last), 200):
+        content = bytearray(last)
+        content[place // 8] ^= 1 << (place % 8)
+        cases.append(bytes(content))
+    for content in cases:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="checkpoint.npz: Expected an intact file"):
+            storage.load_arrays(path)
+    path.write_bytes(last)
+    assert storage.is_intact(path)
+
+
+def test_a_full_disk_leaves_the_checkpoint_as_it_was(tmp_path, checkpoints, monkeypatch):
+    """The next save runs into a limit on the size of files: an OSError, and both checkpoints intact."""
+    _, last, previous = checkpoints
+    path = tmp_path / "checkpoint.npz"
+    path.write_bytes(previous)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(previous) // 2, hard))
+        with pytest.raises(OSError, match="File too large"):
+            resume(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.read_bytes() == previous and not list(tmp_path.glob(".*"))
+    assert_same(resume(path).diffusion.trainable(), checkpoints[0].diffusion.trainable())
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     fitted_run(tmp_path / "run", make())
     other = make(probdiff.MLP(2, key=jax.random.key(4), hidden=9, num_blocks=1))
     with pytest.raises(ValueError, match="another configuration"):
-        probdiff.fit(other, X, iterations=40, checkpoint=probdiff.Checkpoint(tmp_path / "run" / "checkpoint.npz"))
+        resume(tmp_path / "run" / "checkpoint.npz", other)
 
 
 def test_equal_runs_leave_equal_files(tmp_path):

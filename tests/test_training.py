@@ -164,15 +164,64 @@ def test_ten_iterations_trace_once():
     assert len(traces) <= 3  # svi.init, and the scan of the update (which JAX may look at twice)
 
 
-def test_a_loss_that_is_not_finite_stops_the_fit_and_is_not_saved():
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(what):
+    """One row of the data spoils each batch that it is in; the others are as good as ever."""
+    data, diffusion = X.copy(), make(5)
+    if what == "loss":
+        data[7] = 1e20
+    elbo = None
+    if what == "gradient":
+
+        class Elbo(probdiff.AnalyticELBO):
+            def loss_with_mutable_state(self, rng_key, param_map, model, guide, x, *args, **kwargs):
+                result = super().loss_with_mutable_state(rng_key, param_map, model, guide, x, *args, **kwargs)
+                anchor = jax.tree.leaves(param_map)[0].sum()
+                # Adds nothing to the loss, but a slope whose square overflows.
+                spoil = jnp.where((x == X[7]).all(1).any(), 1e30, 0.0) * (anchor - jax.lax.stop_gradient(anchor))
+                return result | {"loss": result["loss"] + spoil}
+
+        elbo = Elbo(diffusion, "stratified")
+    fit = probdiff.fit(diffusion, data, iterations=150, batch_size=64, elbo=elbo, progress=False)
+    rows = [jax.random.randint(jax.random.fold_in(fit.state.keys[0], i), (64,), 0, len(data)) for i in range(150)]
+    hit = np.array([bool((row == 7).any()) for row in rows])
+    np.testing.assert_array_equal(np.isnan(fit.losses), hit)
+    assert fit.skipped_updates == hit.sum() > 0
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(fit.state.svi.optim_state))
+    assert fit.state.svi.optim_state[0] == 150 - hit.sum()  # a skipped update changes nothing
+
+
+def test_after_ten_in_a_row_the_fit_stops_and_says_which_batch():
     checkpoint = Interrupt()
     blow_up = optax.sgd(optax.piecewise_constant_schedule(1e-6, {150: 1e30}))
-    with pytest.raises(FloatingPointError, match="at iteration 15"):
+    with pytest.raises(FloatingPointError, match=r"10 iterations in a row, the first of them iteration 15\d, on rows \["):
         probdiff.fit(
             make(5), X, iterations=400, learning_rate=blow_up, validate_every=100, checkpoint=checkpoint, progress=False
         )
     assert len(checkpoint.state.losses) == 100
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(checkpoint.state.svi.optim_state))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"batch_size": 16}, {"iterations": 90}, {"learning_rate": 1e-2}, {"validation": X[:51]}, {"ema_decay": 0.9}]
+)
+def test_a_resumed_fit_must_be_asked_for_the_same(changed):
+    arguments = dict(iterations=70, batch_size=32, learning_rate=1e-3, validation=X[:50], validate_every=20, progress=False)
+    checkpoint = Interrupt(at=1)
+    with pytest.raises(KeyboardInterrupt):
+        probdiff.fit(make(), X, checkpoint=checkpoint, **arguments)
+    ((name, value),) = changed.items()
+    with pytest.raises(ValueError, match=f"{name}: Expected .* as in the fit that the checkpoint is of"):
+        probdiff.fit(make(), X, checkpoint=checkpoint, **arguments | changed)
+
+
+def test_a_resumed_fit_keeps_its_keys():
+    arguments = dict(iterations=40, batch_size=32, validate_every=20, progress=False)
+    whole, checkpoint = probdiff.fit(make(), X, key=jax.random.key(5), **arguments), Interrupt(at=1)
+    with pytest.raises(KeyboardInterrupt):
+        probdiff.fit(make(), X, key=jax.random.key(5), checkpoint=checkpoint, **arguments)
+    resumed = probdiff.fit(make(), X, key=jax.random.key(6), checkpoint=checkpoint, **arguments)
+    assert np.array_equal(whole.losses, resumed.losses) and same(whole.diffusion, resumed.diffusion)
 
 
 def test_ctrl_c_during_validation_loses_no_validation(monkeypatch):
