@@ -224,14 +224,19 @@ def _read_npz(path):
 
 
 def _read_csv(path):
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         first = file.readline().strip()
-    header = int(not any(_is_number(cell) for cell in first.split(",")))
     require(first != "", str(path), "rows of numbers", "an empty file or an empty first line")
+    header = int(not any(_is_number(cell) for cell in first.split(",")))
+    options = {"delimiter": ",", "skiprows": header, "ndmin": 2, "encoding": "utf-8-sig"}
     try:
-        return np.loadtxt(path, np.int64, delimiter=",", skiprows=header, ndmin=2, encoding="utf-8-sig")
+        return np.loadtxt(path, np.int64, **options)
     except ValueError:
-        return np.loadtxt(path, np.float64, delimiter=",", skiprows=header, ndmin=2, encoding="utf-8-sig")
+        pass
+    try:
+        return np.loadtxt(path, np.float64, **options)
+    except ValueError as error:
+        raise ValueError(f"{path}: Expected a readable .csv file; got: {error}") from None
 
 
 def _is_number(cell):
@@ -248,12 +253,9 @@ READERS = {".npy": read_npy, ".npz": _read_npz, ".csv": _read_csv}
 def _from_file(path, seed):
     require(path.is_file(), "data", "an existing file", f"{path}, which is not there", FileNotFoundError)
     size = path.stat().st_size
-    require(0 < size <= MAX_BYTES, str(path), f"an array, at most {MAX_BYTES} bytes", f"a file of {size} bytes")
-    try:
-        array = READERS[path.suffix](path)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: Expected a readable {path.suffix} file; got: {error}") from None
-    array = check_array(array, str(path))
+    require(size > 0, str(path), "an array", "an empty file")
+    require(size <= MAX_BYTES, str(path), f"a file of at most {MAX_BYTES} bytes", f"{size} bytes")
+    array = check_array(READERS[path.suffix](path), str(path))
     grid = np.issubdtype(array.dtype, np.integer)
     levels = None
     if grid:

@@ -19,6 +19,8 @@ from numpyro.distributions.util import promote_shapes
 
 from probdiff.checks import is_concrete, require, require_finite
 
+MOST_LEVELS = 2**22
+
 
 @dataclasses.dataclass(frozen=True)
 class NormalLikelihood:
@@ -118,6 +120,7 @@ class DiscretizedNormalLikelihood:
         except TypeError:
             raise TypeError(f"levels: Expected an integer; got {self.levels!r}") from None
         require(self.levels >= 2, "levels", "at least 2", self.levels)
+        require(self.levels <= MOST_LEVELS, "levels", f"at most {MOST_LEVELS}, as float32 tells apart", self.levels)
 
     def check(self, x):
         """Refuse data that this likelihood does not take: anything but integers 0 … levels − 1."""

@@ -24,6 +24,8 @@ from probdiff.schedules import NoiseSchedule, at_step
 
 TIME_HARMONICS = 8
 EMBEDDING = 32
+MOST_BLOCKS = 1000
+MOST_HARMONICS = 24  # the last then turns as fast as float32 resolves
 
 
 def is_trainable(leaf):
@@ -91,6 +93,10 @@ class MLP(eqx.Module):
     def __init__(self, dim, *, key, hidden=128, num_blocks=3, dropout=0.0, num_harmonics=0):
         for name, value in (("dim", dim), ("hidden", hidden), ("num_blocks", num_blocks)):
             require(isinstance(value, int | np.integer) and value >= 1, name, "a positive integer", repr(value))
+        require(num_blocks <= MOST_BLOCKS, "num_blocks", f"at most {MOST_BLOCKS}", num_blocks)
+        harmonics = isinstance(num_harmonics, int | np.integer) and 0 <= num_harmonics <= MOST_HARMONICS
+        require(harmonics, "num_harmonics", f"an integer, 0 to {MOST_HARMONICS}", repr(num_harmonics))
+        require(isinstance(dropout, float | int) and 0 <= dropout < 1, "dropout", "0 <= dropout < 1", repr(dropout))
         keys = jax.random.split(key, 4 + num_blocks)
         self.dim = int(dim)
         self.hidden = int(hidden)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from numpyro import distributions as dist
 from numpyro.contrib.control_flow import scan
@@ -66,6 +67,8 @@ class Diffusion(eqx.Module):
             repr(likelihood),
             TypeError,
         )
+        whole = dim is None or (isinstance(dim, int | np.integer) and dim >= 1)
+        require(whole, "dim", "a positive integer", repr(dim))
         own_dim = getattr(network, "dim", None)
         require(dim is None or own_dim in (None, dim), "dim", f"{own_dim}, the network's", dim)
         self.schedule = schedule

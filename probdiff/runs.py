@@ -246,10 +246,12 @@ class Run:
     @property
     def datatree(self):
         """The DataTree in ``elbo.nc``."""
+        import h5py
         import xarray as xr
 
         path = self.path / "elbo.nc"
         try:
+            h5py.File(path, "r").close()  # refuses what h5netcdf would complain about a second time, on being deleted
             with xr.open_datatree(path, engine="h5netcdf") as tree:
                 size = sum(node.to_dataset().nbytes for node in tree.subtree)
                 require(size <= MAX_BYTES, "size", f"at most {MAX_BYTES} bytes of arrays", size)

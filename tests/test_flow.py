@@ -98,6 +98,16 @@ def test_the_error_from_interpolation_is_estimated(float64):
     assert np.abs(report.interpolation[0] - error).mean() < 0.5 * np.abs(error).mean()
 
 
+@pytest.mark.parametrize("every", [1, 4])
+def test_interpolation_is_linear_in_log_snr(every, float64):
+    """Of a network that is log-SNR itself, it is log-SNR; in between and at the ends."""
+    table = jnp.asarray(SCHEDULE.log_snr)
+    diffusion = probdiff.Diffusion(SCHEDULE, lambda z, n: jnp.broadcast_to(table[n - 1][..., None], z.shape), dim=2)
+    eps = flow.Interpolated(diffusion, every)
+    for log_snr in np.linspace(-3, 6, 23):
+        np.testing.assert_allclose(eps(jnp.zeros(2), jnp.asarray(log_snr)), log_snr, rtol=1e-10, atol=1e-12)
+
+
 def test_the_likelihood_of_the_data_and_the_error_from_sigma_1(float64):
     """In the user's units: the bound comes near the density of the data, and smoothing is what z_1's own density lacks."""
     scaled = ORACLE.standardized(0.0, 0.25)  # the data, four times as large
@@ -114,14 +124,16 @@ def test_the_likelihood_of_the_data_and_the_error_from_sigma_1(float64):
 
 
 def test_on_a_grid_it_bounds_the_probability_of_each_level(float64):
-    """x in {0, 1, 2}: as an oracle a mixture of three points; here the bound is nearly tight."""
-    probability = np.array([0.5, 0.2, 0.3])
-    oracle = GaussianMixture(probability, [[-1.0], [0.0], [1.0]], np.full((1, 1), 1e-10))
-    schedule = probdiff.log_snr_schedule(400, 5.5, -8.0)
-    diffusion = probdiff.Diffusion(schedule, oracle.network(schedule), probdiff.DiscretizedNormalLikelihood(3))
-    x = np.array([[0], [1], [2]])
+    """x in {0, 1, 2, 3, 4}: as an oracle a mixture of five points; here the bound is nearly tight."""
+    probability = np.array([0.3, 0.2, 0.3, 0.1, 0.1])
+    oracle = GaussianMixture(probability, np.linspace(-1, 1, 5)[:, None], np.full((1, 1), 1e-10))
+    schedule = probdiff.log_snr_schedule(400, 7.0, -8.0)
+    diffusion = probdiff.Diffusion(schedule, oracle.network(schedule), probdiff.DiscretizedNormalLikelihood(5))
+    x = np.arange(5)[:, None]
     report = probdiff.flow_likelihood(diffusion, {}, x, key=jax.random.key(0), num_draws=200)
     np.testing.assert_allclose(report.log_prob.mean(0), np.log(probability), atol=0.01)
+    per_level = report.log_q + np.log(schedule.alpha_bar[0]) / 2 + np.log(2 / 4)  # a level is 1 wide in x, 2/(L−1) in x_0
+    np.testing.assert_allclose(report.log_prob - report.smoothing, per_level, rtol=1e-10)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])

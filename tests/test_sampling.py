@@ -53,7 +53,7 @@ def test_samples_are_distributed_as_the_data(setting):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_wrong_sigma_is_found(setting):
     name, options = SETTINGS[setting]
-    wrong = diffusion_with(probdiff.NoiseSchedule.from_sigmas(1.2 * SCHEDULE.sigma))
+    wrong = diffusion_with(probdiff.NoiseSchedule.from_sigmas(0.75 * SCHEDULE.sigma))
     samples = sampling.SAMPLERS[name](wrong, {}, key=KEY, num_samples=10_000, **options)
     with pytest.raises(AssertionError):
         check_samples(samples)
