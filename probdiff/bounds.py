@@ -19,7 +19,7 @@ from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from tqdm import tqdm
 
-from probdiff.checks import require
+from probdiff.checks import require, require_count, require_key, require_type
 from probdiff.programs import Diffusion
 
 PATH_ELEMENTS = 2**24
@@ -43,8 +43,10 @@ def path_elbo(diffusion, x, *, key, num_draws, progress=False):
     def one(key, x):
         return -Trace_ELBO().loss(key, {}, diffusion.model, diffusion.guide, x[None])
 
+    require_type("diffusion", diffusion, Diffusion)
     diffusion.check(x)
     require_count("num_draws", num_draws)
+    require_key(key)
     evaluate = jax.jit(jax.vmap(one))
     x = jnp.asarray(x)
     block = max(1, PATH_ELEMENTS // (diffusion.schedule.num_steps * x.shape[1]))
@@ -56,11 +58,6 @@ def path_elbo(diffusion, x, *, key, num_draws, progress=False):
             draws.append(np.concatenate([evaluate(keys[i : i + block], x[i : i + block]) for i in blocks]))
             bar.update()
     return np.stack(draws)
-
-
-def require_count(name, value):
-    """Refuse anything but a positive integer."""
-    require(isinstance(value, int | np.integer) and value >= 1, name, "a positive integer", repr(value))
 
 
 def iwae(diffusion, params, x, *, key, num_particles, num_draws=1, progress=False):
@@ -80,7 +77,7 @@ def iwae(diffusion, params, x, *, key, num_particles, num_draws=1, progress=Fals
     Returns:
         Nats, shape ``(draw, datum)``.
     """
-    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    require_type("diffusion", diffusion, Diffusion)
     require_count("num_particles", num_particles)
     require_count("num_draws", num_draws)
     log_weights = path_elbo(
@@ -170,8 +167,9 @@ def sandwich(diffusion, params, *, key, num_data, num_particles=(1, 10, 100), pr
     Returns:
         A :class:`Sandwich`.
     """
-    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    require_type("diffusion", diffusion, Diffusion)
     require_count("num_data", num_data)
+    require_key(key)
     counts = np.atleast_1d(num_particles).tolist()
     require(counts, "num_particles", "at least one number", "none")
     for count in counts:

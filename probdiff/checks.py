@@ -11,6 +11,25 @@ def require(condition, name, expected, got, error=ValueError):
         raise error(f"{name}: Expected {expected}; got {got}")
 
 
+def require_type(name, value, kind):
+    """Refuse anything but an instance of ``kind``."""
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    require(isinstance(value, kind), name, f"{article} {kind.__name__}", type(value).__name__, TypeError)
+
+
+def require_count(name, value):
+    """Refuse anything but a positive integer."""
+    require(isinstance(value, int | np.integer) and value >= 1, name, "a positive integer", repr(value))
+
+
+def require_key(key):
+    """Refuse anything but one JAX key, of the new kind or of the old."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    raw = dtype == jnp.uint32 and shape == (2,)
+    require(typed or raw, "key", "a JAX key, such as jax.random.key(0)", f"{key!r:.60}", TypeError)
+
+
 def is_concrete(value):
     """Whether the values of ``value`` can be read now (it is not being traced by JAX)."""
     return not isinstance(value, jax.core.Tracer)

@@ -15,8 +15,8 @@ from jax.flatten_util import ravel_pytree
 from scipy import stats
 from tqdm import tqdm
 
-from probdiff.bounds import log_mean_exp, pareto_khat, require_count
-from probdiff.checks import require
+from probdiff.bounds import log_mean_exp, pareto_khat
+from probdiff.checks import require, require_count, require_key, require_type
 from probdiff.elbo import ROWS, bits_per_dim
 from probdiff.estimators import ESTIMATORS
 from probdiff.objective import StepObjective
@@ -157,11 +157,12 @@ def compare_estimators(diffusion, params, x, *, key, num_draws=200, estimators=N
     Raises:
         ValueError, TypeError: If the data do not suit the model, a name is unknown, or ``num_draws`` is less than 2.
     """
-    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.bind(params)
     diffusion.check(x)
     require_count("num_draws", num_draws)
     require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
+    require_key(key)
     names = check_names(ESTIMATORS if estimators is None else estimators)
     x = jnp.asarray(x)
     draw_key, learn_key, direction_key = jax.random.split(key, 3)

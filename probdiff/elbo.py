@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from probdiff.checks import require
+from probdiff.checks import require, require_count, require_key, require_type
 from probdiff.networks import predict_noise
 from probdiff.programs import Diffusion
 from probdiff.schedules import at_step
@@ -202,13 +202,15 @@ def elbo_terms(diffusion, params, x, *, key=None, num_draws=None, noise=None, re
     Raises:
         ValueError, TypeError: If the data, ``noise`` or ``num_draws`` do not fit the model.
     """
-    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.bind(params)
     diffusion.check(x)
     require(
         (key is None) != (noise is None), "key, noise", "exactly one of the two", "neither" if key is None else "both"
     )
-    if noise is not None:
+    if noise is None:
+        require_key(key)
+    else:
         noise = jnp.asarray(noise)
         shape = (len(noise) if num_draws is None else num_draws, diffusion.schedule.num_steps, *x.shape)
         require(
@@ -220,9 +222,7 @@ def elbo_terms(diffusion, params, x, *, key=None, num_draws=None, noise=None, re
         require(jnp.issubdtype(noise.dtype, jnp.floating), "noise", "floats", f"dtype {noise.dtype}", TypeError)
         num_draws = len(noise)
     num_draws = 1 if num_draws is None else num_draws
-    require(
-        isinstance(num_draws, int | np.integer) and num_draws >= 1, "num_draws", "a positive integer", repr(num_draws)
-    )
+    require_count("num_draws", num_draws)
     return _in_blocks(diffusion, jnp.asarray(x), key, int(num_draws), noise, reduce, progress)
 
 

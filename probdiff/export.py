@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from probdiff.checks import require_type
 from probdiff.elbo import ELBOTerms
 
 
@@ -18,6 +19,7 @@ def to_datatree(terms):
     """
     import arviz as az
 
+    require_type("terms", terms, ELBOTerms)
     num_steps = terms.step_kl.shape[1] + 1
     posterior = {name: np.asarray(getattr(terms, name))[None] for name in ("step_kl", "reconstruction", "elbo")}
     tree = az.from_dict(

@@ -23,8 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from probdiff.bounds import require_count
-from probdiff.checks import require, require_finite
+from probdiff.checks import require, require_count, require_finite, require_key, require_type
 from probdiff.elbo import ROWS, even_chunk, log_likelihood, predict, prior_kl
 from probdiff.gaussians import forward_marginal
 from probdiff.networks import predict_noise
@@ -141,7 +140,7 @@ def flow_log_prob(
     Raises:
         ValueError, TypeError: If an argument does not fit the model.
     """
-    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.bind(params)
     z = jnp.asarray(z)
     require(
@@ -161,7 +160,7 @@ def flow_log_prob(
 def _check_probes(key, num_probes):
     if num_probes is not None:
         require_count("num_probes", num_probes)
-        require(key is not None, "key", "a JAX key, for the probes", "None")
+        require_key(key)
 
 
 def require_tolerances(rtol, atol):
@@ -258,10 +257,11 @@ def flow_likelihood(
     Returns:
         A :class:`FlowLikelihood`. The reverse chain is another model: differences from its ELBO are not errors of either.
     """
-    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.bind(params)
     diffusion.check(x)
     require_count("num_draws", num_draws)
+    require_key(key)
     _check_probes(key, num_probes)
     require_tolerances(rtol, atol)
     eps_key, probe_key = jax.random.split(key)

@@ -8,8 +8,8 @@ may be arrays that broadcast against the batch; distributions have ``event_shape
 import jax.numpy as jnp
 from numpyro import distributions as dist
 
-from probdiff.checks import require_step
-from probdiff.schedules import at_step
+from probdiff.checks import require_step, require_type
+from probdiff.schedules import NoiseSchedule, at_step
 
 
 def isotropic_normal(loc, variance):
@@ -32,6 +32,7 @@ def forward_step(schedule, z_prev, n):
     Raises:
         ValueError: If n is outside [1, N]; TypeError if it is not an integer.
     """
+    require_type("schedule", schedule, NoiseSchedule)
     require_step(n, 1, schedule.num_steps)
     z_prev = jnp.asarray(z_prev)
     alpha = _table(schedule.alpha, n, z_prev)
@@ -49,6 +50,7 @@ def forward_marginal(schedule, x0, n):
     Raises:
         ValueError: If n is outside [1, N]; TypeError if it is not an integer.
     """
+    require_type("schedule", schedule, NoiseSchedule)
     require_step(n, 1, schedule.num_steps)
     x0 = jnp.asarray(x0)
     alpha_bar = _table(schedule.alpha_bar, n, x0)
@@ -67,6 +69,7 @@ def forward_posterior(schedule, z, x0, n):
     Raises:
         ValueError: If n is outside [2, N]; TypeError if it is not an integer.
     """
+    require_type("schedule", schedule, NoiseSchedule)
     require_step(n, 2, schedule.num_steps)
     z, x0 = jnp.asarray(z), jnp.asarray(x0)
     beta = _table(schedule.beta, n, z)

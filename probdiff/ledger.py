@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from probdiff.checks import require
+from probdiff.checks import require, require_key, require_type
 from probdiff.elbo import ROWS, elbo_terms, predict
 from probdiff.likelihoods import NormalLikelihood
 from probdiff.networks import predict_noise
@@ -93,7 +93,7 @@ def ledger(diffusion, params, oracle, x, *, key, progress=False):
         ValueError, TypeError: If the data do not suit the model, the model has another likelihood, or the oracle has no
             density.
     """
-    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    require_type("diffusion", diffusion, Diffusion)
     likelihood = diffusion.likelihood
     kind = type(likelihood).__name__
     require(isinstance(likelihood, NormalLikelihood), "diffusion.likelihood", "a NormalLikelihood", kind, TypeError)
@@ -102,6 +102,7 @@ def ledger(diffusion, params, oracle, x, *, key, progress=False):
     diffusion = diffusion.bind(params)
     diffusion.check(x)
     require(len(x) >= 2, "x", "at least two data", len(x))
+    require_key(key)
     require(oracle.dim == x.shape[1], "oracle", f"{x.shape[1]} dimensions, as the data have", oracle.dim)
     log_p = oracle.log_prob(np.asarray(x))
     require(np.isfinite(log_p).all(), "x", "data that the oracle may have drawn", "data where its density is 0")

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probdiff.checks import require
+from probdiff.checks import require, require_count
 from probdiff.schedules import NoiseSchedule, at_step
 
 TIME_HARMONICS = 8
@@ -92,7 +92,7 @@ class MLP(eqx.Module):
 
     def __init__(self, dim, *, key, hidden=128, num_blocks=3, dropout=0.0, num_harmonics=0):
         for name, value in (("dim", dim), ("hidden", hidden), ("num_blocks", num_blocks)):
-            require(isinstance(value, int | np.integer) and value >= 1, name, "a positive integer", repr(value))
+            require_count(name, value)
         require(num_blocks <= MOST_BLOCKS, "num_blocks", f"at most {MOST_BLOCKS}", num_blocks)
         harmonics = isinstance(num_harmonics, int | np.integer) and 0 <= num_harmonics <= MOST_HARMONICS
         require(harmonics, "num_harmonics", f"an integer, 0 to {MOST_HARMONICS}", repr(num_harmonics))

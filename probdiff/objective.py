@@ -20,7 +20,7 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 
-from probdiff.checks import require
+from probdiff.checks import require, require_count, require_type
 from probdiff.control import LinearControl
 from probdiff.noise import NOISE
 from probdiff.programs import Diffusion, _minibatch
@@ -89,7 +89,7 @@ class StepObjective(ELBO):
         num_particles=1,
         vectorize_particles=True,
     ):
-        require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+        require_type("diffusion", diffusion, Diffusion)
         for name, value, known in (
             ("steps", steps, STEPS),
             ("noise", noise, NOISE),
@@ -99,12 +99,7 @@ class StepObjective(ELBO):
             found = (value is None or isinstance(value, str)) and value in known
             require(found, name, f"one of {list(known)}", repr(value))
         require(noise != "path" or steps == "all", "noise", "steps='all' with noise='path'", f"steps={steps!r}")
-        require(
-            isinstance(num_particles, int | np.integer) and num_particles >= 1,
-            "num_particles",
-            "a positive integer",
-            repr(num_particles),
-        )
+        require_count("num_particles", num_particles)
         super().__init__(num_particles, vectorize_particles)
         self.diffusion = diffusion
         self.adapt_to = adapt_to

@@ -24,7 +24,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.distributions.kl import kl_divergence
 from numpyro.primitives import Messenger
 
-from probdiff.checks import is_concrete, require
+from probdiff.checks import is_concrete, require, require_type
 from probdiff.gaussians import forward_marginal, forward_posterior, forward_step, isotropic_normal
 from probdiff.kernels import GaussianKernel
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
@@ -57,7 +57,7 @@ class Diffusion(eqx.Module):
     training: bool
 
     def __init__(self, schedule, network, likelihood=None, reverse_variance="posterior", dim=None):
-        require(isinstance(schedule, NoiseSchedule), "schedule", "a NoiseSchedule", type(schedule).__name__, TypeError)
+        require_type("schedule", schedule, NoiseSchedule)
         require(callable(network), "network", "a callable network(z, n)", type(network).__name__, TypeError)
         likelihood = NormalLikelihood() if likelihood is None else likelihood
         require(
@@ -150,7 +150,8 @@ class Diffusion(eqx.Module):
         Raises:
             ValueError: If the parameters are not those of this model.
         """
-        unknown = sorted(set(params) - {PARAMS})
+        require_type("params", params, Mapping)
+        unknown = sorted(set(params) - {PARAMS}, key=str)
         require(not unknown, "params", f"only the site {PARAMS!r}", f"{unknown}")
         trained = self
         if PARAMS in params:

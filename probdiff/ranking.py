@@ -5,8 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from probdiff.bounds import require_count
-from probdiff.checks import require
+from probdiff.checks import require, require_count, require_type
 from probdiff.elbo import elbo_terms
 from probdiff.programs import Diffusion
 from probdiff.two_ways import Estimate
@@ -75,7 +74,7 @@ def compare_models(models, x, *, key, num_draws=4, progress=False):
     require_count("num_draws", num_draws)
     require(len(x) >= 2, "x", "at least two data", len(x))
     for name, diffusion in models.items():
-        require(isinstance(diffusion, Diffusion), str(name), "a Diffusion", type(diffusion).__name__, TypeError)
+        require_type(str(name), diffusion, Diffusion)
         diffusion.check(x)
     moments = {
         name: elbo_terms(diffusion, {}, x, key=key, num_draws=num_draws, reduce=True, progress=progress).elbo

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff import datasets
-from probdiff.checks import require
+from probdiff.checks import require, require_type
 from probdiff.export import from_datatree, to_datatree
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
 from probdiff.networks import MLP
@@ -358,6 +358,7 @@ def create_run(path, diffusion, config=None):
     Raises:
         FileExistsError: If the folder exists and is not empty.
     """
+    require_type("diffusion", diffusion, Diffusion)
     path = Path(path)
     check_free(path)
     # Made under another name, so that there is never half a run.

@@ -18,8 +18,7 @@ import numpy as np
 from numpyro import handlers
 from tqdm import tqdm
 
-from probdiff.bounds import require_count
-from probdiff.checks import require
+from probdiff.checks import require, require_count, require_key, require_type
 from probdiff.elbo import even_chunk
 from probdiff.flow import Interpolated, require_tolerances, solve, velocity
 from probdiff.networks import predict_noise
@@ -198,7 +197,7 @@ def _denoised(diffusion, z, n):
 
 def _subsequence(diffusion, steps):
     """The steps taken, an increasing array: all, a number of them, or as given."""
-    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    require_type("diffusion", diffusion, Diffusion)
     num_steps = diffusion.schedule.num_steps
     if steps is None:
         return np.arange(1, num_steps + 1)
@@ -219,6 +218,7 @@ def _draw(one, diffusion, params, arguments, key, num_samples, evaluations, prog
         diffusion.dim is not None, "diffusion", "one that knows its dimension: Diffusion(…, dim=…) or network.dim", None
     )
     require_count("num_samples", num_samples)
+    require_key(key)
     diffusion = diffusion.bind(params)
     batch = even_chunk(num_samples, max(64, EVALUATIONS // evaluations))
     samples = []

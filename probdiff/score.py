@@ -22,7 +22,7 @@ Vincent (2011), doi:10.1162/NECO_a_00142.
 import jax.numpy as jnp
 import numpy as np
 
-from probdiff.checks import require, require_step
+from probdiff.checks import require_step, require_type
 from probdiff.gaussians import isotropic_normal
 from probdiff.networks import predict_noise
 from probdiff.programs import Diffusion
@@ -125,7 +125,7 @@ def score(diffusion, params, x_n, n):
     Returns:
         Shape ``(*batch, dim)``. In VP coordinates the score is this divided by :math:`\sqrt{\bar\alpha_n}`.
     """
-    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.bind(params)
     eps_hat = predict_noise(diffusion.network, vp_from_ve(diffusion.schedule, x_n, n), n)
     return score_from_eps(diffusion.schedule, eps_hat, n)
@@ -145,6 +145,6 @@ def _noise(schedule):
 
 def _at(schedule, table, n, like):
     """Entry n of a table of the schedule, with an axis for the dimension."""
-    require(isinstance(schedule, NoiseSchedule), "schedule", "a NoiseSchedule", type(schedule).__name__, TypeError)
+    require_type("schedule", schedule, NoiseSchedule)
     require_step(n, 1, schedule.num_steps)
     return at_step(table(schedule), n, like.dtype)[..., None]

@@ -20,7 +20,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from probdiff.checks import require, require_finite
+from probdiff.checks import require, require_finite, require_type
 from probdiff.objective import StepObjective
 from probdiff.programs import Diffusion
 from probdiff.shortfall import weighted_error
@@ -38,6 +38,7 @@ def likelihood_weights(diffusion):
     :math:`\tfrac12 \sigma_n^2 (\sigma_n^2/\sigma_{n-1}^2 - 1)` for n ≥ 2. The first, :math:`w_1 = 1/(2\alpha_1)`, makes the
     first term minus the reconstruction of a :class:`~probdiff.NormalLikelihood`, up to a constant.
     """
+    require_type("diffusion", diffusion, Diffusion)
     return diffusion.kernel.weight(diffusion.schedule) * diffusion.schedule.sigma**2
 
 
@@ -65,7 +66,7 @@ class ScoreMatching(StepObjective):
     def __init__(
         self, diffusion, weights="sigma_squared", *, steps="stratified", num_particles=1, vectorize_particles=True
     ):
-        require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+        require_type("diffusion", diffusion, Diffusion)
         if isinstance(weights, str):
             require(weights in WEIGHTS, "weights", f"one of {list(WEIGHTS)} or an array", repr(weights))
             weights = WEIGHTS[weights](diffusion)

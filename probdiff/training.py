@@ -18,7 +18,7 @@ from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
-from probdiff.checks import require
+from probdiff.checks import require, require_count, require_key, require_type
 from probdiff.elbo import bits_per_dim
 from probdiff.objective import AnalyticELBO, StepObjective
 from probdiff.programs import PARAMS, Diffusion
@@ -144,9 +144,9 @@ def fit(
             nothing to train.
         FloatingPointError: If ten updates in a row had to be skipped; what the checkpoint holds is finite.
     """
-    require(isinstance(diffusion, Diffusion), "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
+    require_type("diffusion", diffusion, Diffusion)
     for name, value in (("iterations", iterations), ("batch_size", batch_size), ("validate_every", validate_every)):
-        require(isinstance(value, int | np.integer) and value >= 1, name, "a positive integer", repr(value))
+        require_count(name, value)
     require(0 <= ema_decay < 1, "ema_decay", "0 <= ema_decay < 1", ema_decay)
     require(
         elbo is None or isinstance(elbo, ELBO),
@@ -163,6 +163,8 @@ def fit(
         "something to train (an equinox module with JAX arrays)",
         "a model without parameters",
     )
+    key = jax.random.key(0) if key is None else key
+    require_key(key)
     optimiser = _optimiser(learning_rate, iterations, ema_decay)
     loop = _Loop(diffusion, jnp.asarray(data), batch_size, optimiser, elbo)
     settings = {
@@ -175,7 +177,7 @@ def fit(
         "data": _fingerprint(data),
         "validation": _fingerprint(validation),
     }
-    state = loop.init(jax.random.key(0) if key is None else key, settings)
+    state = loop.init(key, settings)
     state = (checkpoint and checkpoint.load(state)) or state
     for name, value in settings.items():
         saved = state.settings[name]

@@ -1,5 +1,8 @@
 """The table of bad inputs: each is refused with a typed error that names what was expected and what came."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,7 @@ NETWORK = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1)
 NORMAL = probdiff.Diffusion(SCHEDULE, NETWORK)
 GRID = probdiff.Diffusion(SCHEDULE, NETWORK, probdiff.DiscretizedNormalLikelihood(5))
 X = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+KEY = jax.random.key(0)
 NAN = np.where(np.arange(12).reshape(6, 2) == 5, np.nan, X).astype(np.float32)
 
 DATA = {
@@ -91,61 +95,61 @@ CALLS = {
     "too few weights": (lambda: probdiff.ScoreMatching(NORMAL, [1.0]), ValueError, r"shape \(num_steps,\) = \(5,\)"),
     "a weight of 0": (lambda: probdiff.ScoreMatching(NORMAL, np.arange(5.0)), ValueError, "positive numbers; got 0.0"),
     "none to sample": (
-        lambda: probdiff.ancestral(NORMAL, {}, key=jax.random.key(0), num_samples=0),
+        lambda: probdiff.ancestral(NORMAL, {}, key=KEY, num_samples=0),
         ValueError,
         "num_samples: Expected a positive integer; got 0",
     ),
     "samples of a network": (
-        lambda: probdiff.ancestral(NETWORK, {}, key=jax.random.key(0), num_samples=1),
+        lambda: probdiff.ancestral(NETWORK, {}, key=KEY, num_samples=1),
         TypeError,
         "diffusion: Expected a Diffusion",
     ),
     "samples of no dimension": (
         lambda: probdiff.ddim(
-            probdiff.Diffusion(SCHEDULE, lambda z, n: z), {}, key=jax.random.key(0), num_samples=1
+            probdiff.Diffusion(SCHEDULE, lambda z, n: z), {}, key=KEY, num_samples=1
         ),
         ValueError,
         "diffusion: Expected one that knows its dimension",
     ),
     "eta": (
-        lambda: probdiff.ddim(NORMAL, {}, key=jax.random.key(0), num_samples=1, eta=1.5),
+        lambda: probdiff.ddim(NORMAL, {}, key=KEY, num_samples=1, eta=1.5),
         ValueError,
         "eta: Expected 0 <= eta <= 1; got 1.5",
     ),
     "steps that fall": (
-        lambda: probdiff.ddim(NORMAL, {}, key=jax.random.key(0), num_samples=1, steps=[3, 2]),
+        lambda: probdiff.ddim(NORMAL, {}, key=KEY, num_samples=1, steps=[3, 2]),
         ValueError,
         r"steps: Expected a number of steps, 1 to 5, .* got \[3 2\]",
     ),
     "step 6 of 5": (
-        lambda: probdiff.annealed_langevin(NORMAL, {}, key=jax.random.key(0), num_samples=1, steps=[1, 6]),
+        lambda: probdiff.annealed_langevin(NORMAL, {}, key=KEY, num_samples=1, steps=[1, 6]),
         ValueError,
         r"steps: Expected a number of steps, 1 to 5, .* got \[1 6\]",
     ),
     "half a number of steps": (
-        lambda: probdiff.ddim(NORMAL, {}, key=jax.random.key(0), num_samples=1, steps=2.5),
+        lambda: probdiff.ddim(NORMAL, {}, key=KEY, num_samples=1, steps=2.5),
         TypeError,
         "steps: Expected .* got dtype float64",
     ),
     "a step size of 0": (
-        lambda: probdiff.annealed_langevin(NORMAL, {}, key=jax.random.key(0), num_samples=1, step_size=0.0),
+        lambda: probdiff.annealed_langevin(NORMAL, {}, key=KEY, num_samples=1, step_size=0.0),
         ValueError,
         "step_size: Expected a positive number; got 0.0",
     ),
     "no updates": (
-        lambda: probdiff.annealed_langevin(NORMAL, {}, key=jax.random.key(0), num_samples=1, num_updates=0),
+        lambda: probdiff.annealed_langevin(NORMAL, {}, key=KEY, num_samples=1, num_updates=0),
         ValueError,
         "num_updates: Expected a positive integer; got 0",
     ),
     "a tolerance of 0": (
-        lambda: probdiff.probability_flow(NORMAL, {}, key=jax.random.key(0), num_samples=1, rtol=0.0),
+        lambda: probdiff.probability_flow(NORMAL, {}, key=KEY, num_samples=1, rtol=0.0),
         ValueError,
         "rtol: Expected a number between 0 and 1; got 0.0",
     ),
     "probes without a key": (
         lambda: probdiff.flow_log_prob(NORMAL, {}, X, num_probes=1),
-        ValueError,
-        "key: Expected a JAX key, for the probes; got None",
+        TypeError,
+        "key: Expected a JAX key, .* got None",
     ),
     "flow of one axis": (
         lambda: probdiff.flow_log_prob(NORMAL, {}, X[:, 0]),
@@ -193,7 +197,7 @@ CALLS = {
         "3 dimensions, as the likelihood's scale has",
     ),
     "no draws": (
-        lambda: probdiff.elbo_terms(NORMAL, {}, X, key=jax.random.key(0), num_draws=0),
+        lambda: probdiff.elbo_terms(NORMAL, {}, X, key=KEY, num_draws=0),
         ValueError,
         "num_draws: Expected a positive integer; got 0",
     ),
@@ -240,6 +244,93 @@ CALLS = {
         "something to train",
     ),
     "no run": (lambda: probdiff.open_run("nowhere"), FileNotFoundError, "nowhere, which has no config.json"),
+    "no particles": (
+        lambda: probdiff.iwae(NORMAL, {}, X, key=KEY, num_particles=0),
+        ValueError,
+        "num_particles: Expected a positive integer; got 0",
+    ),
+    "no paths": (lambda: probdiff.path_elbo(NORMAL, X, key=KEY, num_draws=0), ValueError, "num_draws: Expected a pos"),
+    "paths of a network": (
+        lambda: probdiff.path_elbo(NETWORK, X, key=KEY, num_draws=1),
+        TypeError,
+        "diffusion: Expected a Diffusion; got MLP",
+    ),
+    "weights of one axis": (
+        lambda: probdiff.pareto_khat(X[0]),
+        ValueError,
+        r"log_weights: Expected shape \(draw, datum\); got shape \(2,\)",
+    ),
+    "a sandwich of one": (
+        lambda: probdiff.sandwich(NORMAL, {}, key=KEY, num_data=1),
+        ValueError,
+        "num_data: Expected at least 2, for an error; got 1",
+    ),
+    "an unknown estimator": (
+        lambda: probdiff.compare_estimators(NORMAL, {}, X, key=KEY, estimators=["trase"]),
+        ValueError,
+        "estimators: Expected names out of trace",
+    ),
+    "one model to rank": (
+        lambda: probdiff.compare_models({"one": NORMAL}, X, key=KEY),
+        ValueError,
+        "models: Expected at least two; got 1",
+    ),
+    "an estimator of a network": (
+        lambda: probdiff.ESTIMATORS["kl_uniform"](NETWORK),
+        TypeError,
+        "diffusion: Expected a Diffusion; got MLP",
+    ),
+    "no oracle": (lambda: probdiff.ledger(NORMAL, {}, None, X, key=KEY), TypeError, "oracle: Expected a distribution"),
+    "both ways of nan": (
+        lambda: probdiff.compute_both_ways(NORMAL, NAN, key=KEY, num_draws=1),
+        ValueError,
+        r"x: Expected finite values; got nan at index \[2, 1\]",
+    ),
+    "marginal at step 0": (lambda: probdiff.forward_marginal(SCHEDULE, X, 0), ValueError, "1 <= n <= 5; got 0"),
+    "step 1.0": (lambda: probdiff.forward_step(SCHEDULE, X, 1.0), TypeError, "n: Expected an integer step; got dtype"),
+    "posterior at step 1": (lambda: probdiff.forward_posterior(SCHEDULE, X, X, 1), ValueError, "2 <= n <= 5; got 1"),
+    "a chain of no schedule": (
+        lambda: probdiff.forward_marginal(NORMAL, X, 1),
+        TypeError,
+        "schedule: Expected a NoiseSchedule; got Diffusion",
+    ),
+    "a kernel by another name": (lambda: probdiff.GaussianKernel("beta"), ValueError, "reverse_variance: Expected one"),
+    "conditional score at step 9": (
+        lambda: probdiff.conditional_score(SCHEDULE, X, X, 9),
+        ValueError,
+        "n: Expected 1 <= n <= 5; got 9",
+    ),
+    "weights of a schedule": (
+        lambda: probdiff.likelihood_weights(SCHEDULE),
+        TypeError,
+        "diffusion: Expected a Diffusion; got NoiseSchedule",
+    ),
+    "a tree of a model": (lambda: probdiff.to_datatree(NORMAL), TypeError, "terms: Expected an ELBOTerms; got Diffusion"),
+    "a run of a network": (
+        lambda: probdiff.create_run("nowhere", NETWORK),
+        TypeError,
+        "diffusion: Expected a Diffusion; got MLP",
+    ),
+    "a number for a key": (
+        lambda: probdiff.elbo_terms(NORMAL, {}, X, key=3),
+        TypeError,
+        "key: Expected a JAX key, such as jax.random.key\\(0\\); got 3",
+    ),
+    "two keys": (
+        lambda: probdiff.fit(NORMAL, X, key=jax.random.split(KEY)),
+        TypeError,
+        "key: Expected a JAX key",
+    ),
+    "a number for parameters": (lambda: NORMAL.bind(3), TypeError, "params: Expected a Mapping; got int"),
+    "a thousand and one blocks": (lambda: probdiff.MLP(2, key=KEY, num_blocks=1001), ValueError, "at most 1000; got"),
+    "dropout": (lambda: probdiff.MLP(2, key=KEY, dropout=1.5), ValueError, "dropout: Expected 0 <= dropout < 1; got"),
+    "harmonics": (lambda: probdiff.MLP(2, key=KEY, num_harmonics=-1), ValueError, "num_harmonics: Expected an integer"),
+    "too many levels": (lambda: probdiff.DiscretizedNormalLikelihood(10**12), ValueError, "levels: Expected at most"),
+    "half a dimension": (
+        lambda: probdiff.Diffusion(SCHEDULE, lambda z, n: z, dim=2.5),
+        ValueError,
+        "dim: Expected a positive integer; got 2.5",
+    ),
     "hidden": (
         lambda: probdiff.MLP(2, key=jax.random.key(0), hidden=0),
         ValueError,
@@ -253,6 +344,17 @@ def test_calls(case):
     call, error, message = CALLS[case]
     with pytest.raises(error, match=message):
         call()
+
+
+VP = {"vp_conditional_score", "vp_from_ve", "ve_from_vp", "vp_score_from_eps", "eps_from_score", "eps_from_vp_score"}
+RESULTS = {"ELBOTerms", "ELBOMoments", "TwoWays", "bits_per_dim", "Checkpoint"}
+
+
+def test_every_public_function_has_joined_the_table():
+    """All but results, and those that check their arguments by the same lines as one that has."""
+    public = {name for name, value in vars(probdiff).items() if callable(value) and not name.startswith("_")}
+    there = set(re.findall(r"probdiff\.(\w+)", Path(__file__).read_text()))
+    assert public - there == VP | RESULTS
 
 
 def test_jax_arrays_and_other_dtypes_that_fit_are_taken():
