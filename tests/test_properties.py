@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 import probdiff
+from probdiff import storage
+from probdiff.bounds import log_mean_exp
 from probdiff.oracles import LinearNetwork, exact_log_prob, exact_terms
 
 betas = st.lists(st.floats(1e-6, 0.999), min_size=1, max_size=64)
@@ -61,6 +64,48 @@ def test_schedules(beta):
     with jax.enable_x64(True):
         marginal = probdiff.forward_marginal(schedule, jnp.ones((len(beta), 1)), n)
         np.testing.assert_allclose(marginal.mean[:, 0] ** 2 + marginal.variance[:, 0], 1, rtol=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-9, 9), min_size=1, max_size=64, unique_by=lambda log: round(log, 4)))
+def test_sigmas(log_sigmas):
+    """A schedule of sigmas has those, and the score of the noising is minus the noise over them, in both coordinates."""
+    sigmas = np.exp(sorted(log_sigmas))
+    schedule = probdiff.NoiseSchedule.from_sigmas(sigmas)
+    np.testing.assert_allclose(schedule.sigma, sigmas, rtol=1e-8)
+    np.testing.assert_allclose(schedule.alpha_bar * (1 + sigmas**2), 1, rtol=1e-9)
+    n = np.arange(1, len(sigmas) + 1)
+    with jax.enable_x64(True):
+        x_n = sigmas[:, None] * np.array([1.0, -2.0])
+        score = probdiff.conditional_score(schedule, x_n, np.zeros_like(x_n), n)
+        np.testing.assert_allclose(score * sigmas[:, None], [[-1.0, 2.0]] * len(n), rtol=1e-8)
+        in_vp = probdiff.vp_conditional_score(schedule, probdiff.vp_from_ve(schedule, x_n, n), np.zeros_like(x_n), n)
+        np.testing.assert_allclose(in_vp * np.sqrt(schedule.alpha_bar)[:, None], score, rtol=1e-8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.from_regex(r"[a-z]{1,8}", fullmatch=True), arrays.arrays(
+    st.sampled_from([np.float32, np.float64, np.int32, np.uint8, np.bool_]), arrays.array_shapes(min_dims=0, min_side=0)
+), max_size=4), st.integers(0, 2**32), st.integers(0, 7))  # fmt: skip
+def test_arrays_come_back_from_a_file_or_not_at_all(tmp_path_factory, contents, place, bit):
+    path = tmp_path_factory.getbasetemp() / "arrays.npz"
+    storage.save_arrays(path, contents)
+    back = storage.load_arrays(path)
+    assert back.keys() == contents.keys()
+    for name, value in contents.items():
+        assert back[name].dtype == value.dtype and np.array_equal(back[name], value, equal_nan=value.dtype.kind == "f")
+    spoiled = bytearray(path.read_bytes())
+    spoiled[place % len(spoiled)] ^= 1 << bit
+    path.write_bytes(spoiled)
+    assert not storage.is_intact(path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(arrays.arrays(np.float64, st.tuples(st.integers(1, 20), st.integers(1, 3)), elements=st.floats(-1e4, 1e4)))
+def test_importance_weighted_bounds_lie_between_mean_and_maximum(log_weights):
+    bound = log_mean_exp(log_weights, 0)
+    margin = 1e-9 * (1 + np.abs(log_weights).max(0))
+    assert np.all(log_weights.mean(0) <= bound + margin) and np.all(bound <= log_weights.max(0) + margin)
 
 
 @settings(max_examples=25, deadline=None)
