@@ -120,7 +120,8 @@ def fit(
     Args:
         diffusion: The model; it is not changed.
         data: Training data as the user has it, shape ``(datum, dim)``.
-        iterations: Number of SVI updates in all, those of a resumed fit included. An update whose loss or gradient is not finite
+        iterations: Number of SVI updates in all, those of a resumed fit included (which can be given more of them only with an
+            optimiser of your own, see ``learning_rate``). An update whose loss or gradient is not finite
             changes nothing, and is reported.
         batch_size: Data per update, drawn with replacement.
         learning_rate: Peak of Adam's, after a linear warm-up and before a cosine decay to 0 at ``iterations``; or an
@@ -167,10 +168,12 @@ def fit(
     require_key(key)
     optimiser = _optimiser(learning_rate, iterations, ema_decay)
     loop = _Loop(diffusion, jnp.asarray(data), batch_size, optimiser, elbo)
+    own_optimiser = isinstance(learning_rate, optax.GradientTransformation)
     settings = {
-        "iterations": int(iterations),
+        # The learning rate falls to 0 at the last iteration; with an optimiser of the user's, a fit can go on beyond.
+        "iterations": None if own_optimiser else int(iterations),
         "batch_size": int(batch_size),
-        "learning_rate": "an optax optimiser" if callable(getattr(learning_rate, "init", None)) else float(learning_rate),
+        "learning_rate": "an optax optimiser" if own_optimiser else float(learning_rate),
         "validate_every": int(validate_every),
         "ema_decay": float(ema_decay),
         "elbo": "AnalyticELBO" if elbo is None else type(elbo).__name__,

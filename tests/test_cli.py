@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from numpyro.infer import SVI
 
 import probdiff
-from probdiff import cli, datasets
+from probdiff import cli, datasets, report
 
 pytestmark = pytest.mark.xdist_group("cli")  # its tests share what is costly to make
 
@@ -147,7 +148,7 @@ def test_resume(run, tmp_path, capsys):
     assert (path / "parameters.npz").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(kind, tmp_path):
     arguments = [
         sys.executable,
@@ -178,6 +179,8 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(kind, tmp_path):
     _, error = process.communicate(timeout=100)
     assert process.returncode == 130 and "Traceback" not in error
     assert error.strip().splitlines()[-1].endswith("--resume")
+    if kind == signal.SIGTERM:  # the same from here on
+        return
     # Only the state of the fit is compared: the evaluation would take the most time.
     states = []
     for resume in (True, False):
@@ -268,4 +271,33 @@ def test_ten_rows_with_a_constant_first_pixel_to_the_end(tmp_path, capsys):
     damaged = (tmp_path / "r" / "checkpoint.npz").read_bytes()[:500]
     (tmp_path / "r" / "checkpoint.npz").write_bytes(damaged)
     assert cli.main(["fit", "--out", str(tmp_path / "r"), "--resume"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "checkpoint.npz: Expected an intact file" in error
+
+
+def test_resume_passes_over_a_damaged_checkpoint_with_one_line(run, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(run[0], copy)
+    (copy / "checkpoint.previous.npz").write_bytes((copy / "checkpoint.npz").read_bytes())
+    (copy / "checkpoint.npz").write_bytes(b"spoiled")
+    monkeypatch.setattr(report, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["fit", "--out", str(copy), "--resume"]) == 130
+    lines = capsys.readouterr().err.strip().splitlines()
+    (warning,) = [line for line in lines if "warning" in line]
+    assert warning.startswith("probdiff: warning:") and warning.endswith("going on from checkpoint.previous.npz")
+    assert lines[-1].endswith(f"probdiff fit --out {copy} --resume")
+
+
+def test_a_config_that_is_not_one_of_probdiff_fit(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run[0], copy)
+    for change, message in (
+        ({"iterations": "many"}, "--iterations: Expected an integer of at least 1; got many"),
+        ({"data": None}, "data: Expected one of digits"),
+        ({"model": {}}, "Expected the description of a model in config.json; got KeyError"),
+    ):
+        config = json.loads((run[0] / "config.json").read_text()) | change
+        (copy / "config.json").write_text(json.dumps(config))
+        assert cli.main(["fit", "--out", str(copy), "--resume"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
