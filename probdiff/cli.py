@@ -1,6 +1,6 @@
-"""The commands ``probdiff fit``, ``probdiff inspect``, ``probdiff compare`` and ``probdiff sample``.
+"""The commands ``probdiff fit``, ``probdiff inspect``, ``probdiff compare``, ``probdiff sample`` and ``probdiff verify``.
 
-Exit codes: 0, done; 1, the fit failed; 2, something given was not usable (one line says what); 130, interrupted.
+Exit codes: 0, done; 1, the fit or a check failed; 2, something given was not usable (one line says what); 130, interrupted.
 """
 
 import argparse
@@ -92,6 +92,9 @@ def _parser():
     sample.add_argument("--seed", type=int, default=0, metavar="S", help="seed (default 0)")
     sample.add_argument("--out", metavar="FILE.npy", help="a new file (default: the next free RUN/samples/NAME-k.npy)")
     sample.add_argument("--json", action="store_true", help="print what was written as one JSON document")
+    verify = commands.add_parser("verify", help="check the mathematics on this machine, in float32 and float64")
+    verify.set_defaults(command=_verify)
+    verify.add_argument("--json", action="store_true", help="print the result as one JSON document")
     return parser
 
 
@@ -363,6 +366,14 @@ def _sample(arguments):
     print(f"{count} samples of {dataset.name} by {arguments.sampler}{steps} in {seconds:.1f} s")
     print(f"samples: {paths[0]}\nfigure: {paths[1]}")
     return 0
+
+
+def _verify(arguments):
+    from probdiff.verification import format_table, verify
+
+    results = verify(progress=True)
+    print(json.dumps(results) if arguments.json else format_table(results))
+    return 0 if results["holds"] else 1
 
 
 def _check_sample(arguments):
