@@ -1,0 +1,96 @@
+# %% [markdown]
+# # Does a fit survive being killed?
+#
+# A small fit of the digits by the command line is killed (`kill -9`) at random moments, again and again, and resumed each time; then it is
+# left to end. Its checkpoint and its parameters must be those of a fit that was never disturbed, bit for bit, and at no
+# moment may the folder be one that cannot be opened.
+
+# %%
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+import probdiff
+
+parser = argparse.ArgumentParser(description="Does a fit survive being killed?")
+parser.add_argument("--quick", action="store_true", help="two runs, three kills, to see that it runs")
+quick = parser.parse_args().quick
+
+RUNS, KILLS = (1, 3) if quick else (10, 5)  # kills of each run
+OPTIONS = ["--num-steps", "5", "--batch-size", "32", "--iterations", "1000" if quick else "3000"]
+COMPARED = ("checkpoint.npz", "checkpoint.previous.npz", "parameters.npz", "schedule.npy", "losses.csv", "validation.csv")
+
+# %% [markdown]
+# Every process shares what is compiled, so that a kill is as likely during the fit as before it.
+
+# %%
+folder = Path(tempfile.mkdtemp())
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def start(path):
+    """Fit, or go on with what is there."""
+    arguments = ["fit", "--out", str(path), *OPTIONS] + ["--resume"] * path.exists()
+    return subprocess.Popen(
+        [sys.executable, "-m", "probdiff.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def end(process):
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+
+
+def contents(path):
+    return {name: (path / name).read_bytes() for name in COMPARED}
+
+
+def done(path):
+    """Iterations that the checkpoint has done; where the fit has not come so far, nothing."""
+    run = probdiff.open_run(path)
+    assert run.untrained.schedule.num_steps == 5
+    run.checkpoint.check()
+    return len(probdiff.storage.load_arrays(run.checkpoint.path)["losses"]) if run.checkpoint.exists() else None
+
+
+# %%
+end(start(folder / "undisturbed"))
+expected = contents(folder / "undisturbed")
+began = time.monotonic()
+end(start(folder / "timed"))
+seconds = time.monotonic() - began
+assert contents(folder / "timed") == expected, "two equal runs differ"
+print(f"An undisturbed run takes {seconds:.1f} s; a second one left the same files, byte for byte")
+
+rng = random.Random(0)
+moments = []
+with tqdm(total=RUNS * KILLS, unit="kill") as bar:
+    for k in range(RUNS):
+        path = folder / f"killed-{k}"
+        for _ in range(KILLS):
+            process = start(path)
+            time.sleep(rng.uniform(0, seconds))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            moments.append(done(path) if path.exists() else "no folder")
+            bar.update()
+        end(start(path))
+        assert contents(path) == expected, f"run {k} differs from the undisturbed one"
+
+# %%
+before = sum(m == "no folder" for m in moments), sum(m is None for m in moments)
+fits = [m for m in moments if isinstance(m, int)]
+print(
+    f"{len(moments)} kills: {before[0]} before there was a folder, {before[1]} before the first checkpoint, {len(fits)} after it "
+    f"(with {sorted(set(fits))} iterations in the checkpoint)"
+)
+print(f"All {RUNS} runs ended with the files of the undisturbed one, byte for byte: {', '.join(COMPARED)}")
