@@ -107,12 +107,12 @@ def tables():
     """The tables of the schedules against definitions of β, ``math.fsum`` of log(1 − β), Bayes' rule on precisions."""
     angle = (np.arange(101) / 100 + 0.008) / 1.008 * np.pi / 2
     cosine = np.sin(np.diff(angle)) * np.sin(angle[1:] + angle[:-1]) / np.cos(angle[:-1]) ** 2  # 1 − cos²/cos²
-    signal = np.append(1, 1 / (1 + np.exp(-np.linspace(10, -8, 50))))
+    by_log_snr, by_sigma = (np.diff(v, prepend=0) / (1 + v) for v in (np.exp(-np.linspace(10, -8, 50)), SIGMAS**2))
     definitions = [
         (probdiff.linear_schedule(1000), np.linspace(1e-4, 0.02, 1000)),
         (probdiff.cosine_schedule(100), np.minimum(cosine, 0.999)),
-        (probdiff.log_snr_schedule(50), 1 - signal[1:] / signal[:-1]),
-        (VE_SCHEDULE, np.diff(SIGMAS**2, prepend=0) / (1 + SIGMAS**2)),
+        (probdiff.log_snr_schedule(50), by_log_snr),
+        (VE_SCHEDULE, by_sigma),
     ]
     found, expected = [], []
     for schedule, beta in definitions:
