@@ -2,8 +2,9 @@
 # # How good are the samples of each sampler, for how many network evaluations?
 #
 # The model is fitted to the moons with the defaults of `probdiff fit`, but N = 1000 steps. Its samples are held against
-# test data that it has not seen. Then the same with the exact ε-network of the moons in the place of the fitted one: what
-# is left is the error of the sampler. Errors (±) are one standard error. The figure is saved to the current directory.
+# test data that it has not seen. Then the same with the exact ε-network of the moons in the place of the fitted one:
+# what is left is the error of the sampler. Errors (±) are one standard error. The figure is saved to the current
+# directory.
 
 # %%
 import argparse
@@ -37,12 +38,14 @@ schedule = untrained.schedule
 # ## The measure
 #
 # The energy distance, 2 E‖X − Y‖ − E‖X − X′‖ − E‖Y − Y′‖ for samples X and data Y: zero if their distributions are the
-# same, positive otherwise. Samples and data are split into G = 100 groups. Samples and data of two groups, i and j, give an
-# unbiased estimate hᵢⱼ; the mean over all pairs i ≠ j is a U-statistic of order two, and so is the difference between
-# two samplers, from the same data. Its variance has an unbiased estimate: 4(G − 2) ζ₁ + 2 ζ₂ over G(G − 1), with ζ₁ the
-# covariance of hᵢⱼ and hᵢₖ and ζ₂ the variance of hᵢⱼ. Near zero distance ζ₁ vanishes; an estimate below 0 is taken as 0.
+# same, positive otherwise. Samples and data are split into G = 100 groups. Samples and data of two groups, i and j,
+# give an unbiased estimate hᵢⱼ; the mean over all pairs i ≠ j is a U-statistic of order two, and so is the difference
+# between two samplers, from the same data. Its variance has an unbiased estimate: 4(G − 2) ζ₁ + 2 ζ₂ over G(G − 1),
+# with ζ₁ the covariance of hᵢⱼ and hᵢₖ and ζ₂ the variance of hᵢⱼ. Near zero distance ζ₁ vanishes; an estimate below 0
+# is taken as 0.
 #
-# Source: Székely and Rizzo (2013), doi:10.1016/j.jspi.2013.03.018; Hoeffding (1948), doi:10.1214/aoms/1177730196, eq. 5.13.
+# Source: Székely and Rizzo (2013), doi:10.1016/j.jspi.2013.03.018; Hoeffding (1948), doi:10.1214/aoms/1177730196, eq.
+# 5.13.
 
 
 # %%
@@ -75,9 +78,9 @@ def estimate(h):
 # ## The samplers
 #
 # DDIM takes any sub-sequence of the steps. The schedule of the moons is linear in log-SNR, from 13 to −8, so that steps
-# spread evenly over 1 … N are even in log-SNR. But the shape of the data is decided between −4 and 6. *Quadratic* is the
-# other sub-sequence of Song et al. (2021), arXiv:2010.02502, appendix D.2. The last, *arcsinh*, is even in the arcsinh of
-# the log-SNR, from 5 to −3: densest at log-SNR 0, where signal and noise are equal.
+# spread evenly over 1 … N are even in log-SNR. But the shape of the data is decided between −4 and 6. *Quadratic* is
+# the other sub-sequence of Song et al. (2021), arXiv:2010.02502, appendix D.2. The last, *arcsinh*, is even in the
+# arcsinh of the log-SNR, from 5 to −3: densest at log-SNR 0, where signal and noise are equal.
 
 
 # %%
@@ -158,16 +161,16 @@ for network, diffusion in networks.items():
 #
 # The sampling error is the standard error of ancestral's energy distance, in the tables above.
 #
-# It is not reached by any sub-sequence tried, with either network. Even steps are 20 times as far as allowed; *arcsinh* is
-# the best, and three times as far. DDIM at η = 0 is Euler's method on the probability flow: its samples are displaced by
-# about 1/S in S steps, which the energy distance sees squared. So it takes some 50 steps of *arcsinh*, or 100 even ones;
-# or 10 steps of Heun's method, 41 evaluations. (Near the limit yes and no are luck: the samples of DDIM have a sampling
-# error of their own.) Langevin steps take between 200 and 500 evaluations.
+# It is not reached by any sub-sequence tried, with either network. Even steps are 20 times as far as allowed; *arcsinh*
+# is the best, and three times as far. DDIM at η = 0 is Euler's method on the probability flow: its samples are
+# displaced by about 1/S in S steps, which the energy distance sees squared. So it takes some 50 steps of *arcsinh*, or
+# 100 even ones; or 10 steps of Heun's method, 41 evaluations. (Near the limit yes and no are luck: the samples of DDIM
+# have a sampling error of their own.) Langevin steps take between 200 and 500 evaluations.
 #
-# All this is the error of the samplers: the exact network is no better. In log p the fitted network can be told from the
-# exact one: the probability flow in 50 steps, which then has hardly an error of its own, has log p + H = −0.051 ± 0.014
-# and −0.003 ± 0.008. *Arcsinh* has it above 0, up to 0.15: it ends at log-SNR 5 with the mean of what is left, and so
-# loses noise that the data have.
+# All this is the error of the samplers: the exact network is no better. In log p the fitted network can be told from
+# the exact one: the probability flow in 50 steps, which then has hardly an error of its own, has log p + H = −0.051 ±
+# 0.014 and −0.003 ± 0.008. *Arcsinh* has it above 0, up to 0.15: it ends at log-SNR 5 with the mean of what is left,
+# and so loses noise that the data have.
 
 # %%
 for network, rows in results.items():
@@ -175,11 +178,11 @@ for network, rows in results.items():
     print(f"\n{network}: is ddim in {CLAIMED} steps within {limit / UNIT:.2f} of ancestral in {N}?")
     for series in dict.fromkeys(row[0] for row in rows if row[0].startswith("ddim")):
         away = {row[1]: row[4] for row in rows if row[0] == series}
-        difference, error = away[CLAIMED]
+        difference, error = away.pop(CLAIMED)
         verdict = "yes" if abs(difference) <= limit else f"no, {abs(difference) / limit:.1f} times as far"
         also = ", ".join(str(steps) for steps, (distance, _) in away.items() if abs(distance) <= limit)
         distance = f"{difference / UNIT:9.2f} ± {error / UNIT:.2f}"
-        print(f"{series:31}{distance:20}{verdict}" + (f"; yes in {also} steps" if also else ""))
+        print(f"{series:31}{distance:20}{verdict}" + (f"; in {also} steps yes" if also else ""))
         assert quick or abs(difference) > limit
     if not quick:
         found = {row[:2]: row[4] for row in rows}
