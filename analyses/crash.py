@@ -21,11 +21,11 @@ from tqdm import tqdm
 import probdiff
 
 parser = argparse.ArgumentParser(description="Does a fit survive being killed?")
-parser.add_argument("--quick", action="store_true", help="two runs, three kills, to see that it runs")
+parser.add_argument("--quick", action="store_true", help="one run, two kills, to see that it runs")
 quick = parser.parse_args().quick
 
-RUNS, KILLS = (1, 3) if quick else (10, 5)  # kills of each run
-OPTIONS = ["--num-steps", "5", "--batch-size", "32", "--iterations", "1000" if quick else "3000"]
+RUNS, KILLS = (1, 2) if quick else (10, 5)  # kills of each run
+OPTIONS = ["--num-steps", "5", "--batch-size", "32", "--iterations", "600" if quick else "3000"]
 COMPARED = ("checkpoint.npz", "checkpoint.previous.npz", "parameters.npz", "schedule.npy", "losses.csv", "validation.csv")
 
 # %% [markdown]
@@ -63,13 +63,11 @@ def done(path):
 
 
 # %%
-end(start(folder / "undisturbed"))
-expected = contents(folder / "undisturbed")
 began = time.monotonic()
-end(start(folder / "timed"))
+end(start(folder / "undisturbed"))
 seconds = time.monotonic() - began
-assert contents(folder / "timed") == expected, "two equal runs differ"
-print(f"An undisturbed run takes {seconds:.1f} s; a second one left the same files, byte for byte")
+expected = contents(folder / "undisturbed")
+print(f"An undisturbed run takes {seconds:.1f} s")
 
 rng = random.Random(0)
 moments = []
