@@ -20,7 +20,12 @@ from probdiff.schedules import NoiseSchedule, at_step
 from probdiff.score_matching import WEIGHTS, sigma_squared_weights
 from probdiff.verification import CHECKS, LEFT_OUT, PRECISIONS
 
-CASES = [case for case in itertools.product(CHECKS, PRECISIONS) if case not in LEFT_OUT]
+# In float64 the estimators are held against the same closed form in test_estimators.py.
+CASES = [
+    (name, precision)
+    for name, precision in itertools.product(CHECKS, PRECISIONS)
+    if (name, precision) not in LEFT_OUT and not (name.startswith("estimator") and precision == "float64")
+]
 
 
 def find(name, precision="float64"):
