@@ -19,17 +19,22 @@ from probdiff.presets import default_diffusion, default_options
 
 parser = argparse.ArgumentParser(description="How good are the samples of each sampler?")
 parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-quick = parser.parse_args().quick
+parser.add_argument("--data", choices=["moons", "8gaussians"], default="moons")
+parser.add_argument("--claim", action="store_true", help="DDIM in 20 steps and ancestral only")
+arguments = parser.parse_args()
+quick = arguments.quick
 
 N, SAMPLES, TEST, GROUPS = (50, 100, 200, 10) if quick else (1000, 10_000, 20_000, 100)
 CLAIMED = 5 if quick else 20  # steps of DDIM
-STEPS = (CLAIMED,) if quick else (5, 10, 20, 30, 40, 50, 100, 200)
+STEPS = (CLAIMED,) if quick or arguments.claim else (5, 10, 20, 30, 40, 50, 100, 200)
 HEUN = (3,) if quick else (3, 5, 10, 20, 50)
 LANGEVIN = ((3, 2),) if quick else ((10, 5), (10, 10), (20, 10), (50, 10), (100, 10))  # levels, updates at each
+if arguments.claim:
+    HEUN, LANGEVIN = (10,), ()
 UNIT = 1e-4  # of the printed energy distances, in units of the data
 Z_MAX = 4.9  # standard errors
 
-data = probdiff.datasets.load("moons")
+data = probdiff.datasets.load(arguments.data)
 test = data.test[:TEST]
 untrained = default_diffusion(data, N)
 schedule = untrained.schedule
@@ -161,7 +166,8 @@ for network, diffusion in networks.items():
 #
 # The sampling error is the standard error of ancestral's energy distance, in the tables above.
 #
-# It is not reached by any sub-sequence tried, with either network. Even steps are 20 times as far as allowed; *arcsinh*
+# On `--data 8gaussians` it is reached by *arcsinh*, 20 steps of which are 1.3 ± 4.5 away, with a limit of 8.9. What
+# follows is of the moons, where it is not reached by any sub-sequence tried, with either network. Even steps are 20 times as far as allowed; *arcsinh*
 # is the best, and three times as far. DDIM at η = 0 is Euler's method on the probability flow: its samples are
 # displaced by about 1/S in S steps, which the energy distance sees squared. So it takes some 50 steps of *arcsinh*, or
 # 100 even ones; or 10 steps of Heun's method, 41 evaluations. (Near the limit yes and no are luck: the samples of DDIM
@@ -183,7 +189,8 @@ for network, rows in results.items():
         also = ", ".join(str(steps) for steps, (distance, _) in away.items() if abs(distance) <= limit)
         distance = f"{difference / UNIT:9.2f} ± {error / UNIT:.2f}"
         print(f"{series:31}{distance:20}{verdict}" + (f"; in {also} steps yes" if also else ""))
-        assert quick or abs(difference) > limit
+        reached = arguments.data == "8gaussians" and series == f"ddim, η = 0, {ARCSINH}"
+        assert quick or (abs(difference) <= limit if reached else arguments.data != "moons" or abs(difference) > limit)
     if not quick:
         found = {row[:2]: row[4] for row in rows}
         (even, even_error), (best, error) = (found[f"ddim, η = 0, {spacing}", CLAIMED] for spacing in (EVEN, ARCSINH))
