@@ -166,7 +166,7 @@ for network, diffusion in networks.items():
 #
 # The sampling error is the standard error of ancestral's energy distance, in the tables above.
 #
-# On `--data 8gaussians` it is reached by *arcsinh*, 20 steps of which are 1.3 ± 4.5 away, with a limit of 8.9. What
+# On `--data 8gaussians` it is reached by *arcsinh*, 20 steps of which are 3.3 ± 4.8 away, with a limit of 8.9. What
 # follows is of the moons, where it is not reached by any sub-sequence tried, with either network. Even steps are 20 times as far as allowed; *arcsinh*
 # is the best, and three times as far. DDIM at η = 0 is Euler's method on the probability flow: its samples are
 # displaced by about 1/S in S steps, which the energy distance sees squared. So it takes some 50 steps of *arcsinh*, or
