@@ -45,8 +45,8 @@ BUGS = [
     # files
     ("a checksum that is not looked at", "storage.py", "hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]", "True", "runs"),
     ("arrays written in place", "storage.py", "    replace(path, lambda temporary: temporary.write_bytes(content))", "    path.write_bytes(content)", "runs"),
-    ("no previous checkpoint", "runs.py", "if is_intact(self.path):", "if False:", "runs"),
-    ("a damaged checkpoint replaces the previous one", "runs.py", "if is_intact(self.path):", "if self.path.exists():", "runs"),
+    ("no previous checkpoint", "checkpoint.py", "if is_intact(self.path):", "if False:", "runs"),
+    ("a damaged checkpoint replaces the previous one", "checkpoint.py", "if is_intact(self.path):", "if self.path.exists():", "runs"),
     ("sizes in a header are believed", "storage.py", "expected == size - file.tell() and", "", "runs datasets"),
     ("objects are loaded", "storage.py", "not dtype.hasobject", "True", "datasets"),
     ("a folder that exists is written into", "runs.py", "require_type(\"diffusion\", diffusion, Diffusion)\n    path = Path(path)\n    check_free(path)", "path = Path(path)", "runs"),

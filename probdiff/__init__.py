@@ -2,6 +2,7 @@
 
 from probdiff import datasets, oracles
 from probdiff.bounds import iwae, pareto_khat, path_elbo, sandwich
+from probdiff.checkpoint import Checkpoint
 from probdiff.comparison import compare_estimators
 from probdiff.elbo import ELBOMoments, ELBOTerms, bits_per_dim, elbo_terms
 from probdiff.estimators import ESTIMATORS
@@ -15,7 +16,7 @@ from probdiff.networks import MLP
 from probdiff.objective import AnalyticELBO
 from probdiff.programs import Diffusion
 from probdiff.ranking import compare_models
-from probdiff.runs import Checkpoint, create_run, open_run
+from probdiff.runs import create_run, open_run
 from probdiff.sampling import SAMPLERS, ancestral, annealed_langevin, ddim, probability_flow
 from probdiff.schedules import (
     NoiseSchedule,

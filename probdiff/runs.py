@@ -14,18 +14,16 @@ samples/         what was drawn later, an array and a figure each
 
 import dataclasses
 import io
-import json
 import os
 import shutil
-import warnings
 from pathlib import Path
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from probdiff import datasets
+from probdiff.checkpoint import Checkpoint, leaves_by_name, restore
 from probdiff.checks import require, require_type
 from probdiff.export import from_datatree, to_datatree
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
@@ -34,7 +32,6 @@ from probdiff.programs import PARAMS, Diffusion
 from probdiff.schedules import NoiseSchedule
 from probdiff.storage import (
     MAX_BYTES,
-    is_intact,
     load_arrays,
     read_json,
     read_npy,
@@ -45,99 +42,6 @@ from probdiff.storage import (
 )
 
 LIKELIHOODS = {kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood)}
-
-
-def _is_key(leaf):
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _leaves(tree):
-    leaves = jax.tree.leaves(tree)
-    return {f"leaf_{i:04}": jax.random.key_data(leaf) if _is_key(leaf) else leaf for i, leaf in enumerate(leaves)}
-
-
-def _restore(tree, arrays, path):
-    """``tree`` with its leaves taken from ``arrays``, which must have the same shapes and dtypes."""
-    expected, structure = jax.tree.flatten(tree)
-    found = [arrays[name] for name in sorted(arrays) if name.startswith("leaf_")]
-    template = _leaves(tree).values()
-    fits = len(found) == len(expected) and all(
-        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(found, template)
-    )
-    require(fits, str(path), "the arrays of this model and optimiser", "those of another configuration")
-    leaves = [
-        jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else jnp.asarray(new)
-        for new, old in zip(found, expected)
-    ]
-    return jax.tree.unflatten(structure, leaves)
-
-
-class Checkpoint:
-    """A file that :func:`~probdiff.fit` saves its state in and resumes from; the one before it is kept.
-
-    It holds everything that decides the future of the fit, and no times: equal fits leave equal files. It is replaced as a
-    whole, with a checksum; what was there before becomes ``NAME.previous.npz``, unless it is damaged. One that is damaged, or
-    that is not of this model and optimiser, is passed over for the previous one, with a warning.
-
-    Args:
-        path: Path of an ``.npz`` file.
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.previous = self.path.with_suffix(".previous.npz")
-
-    def save(self, state):
-        """Save a :class:`~probdiff.training.FitState`."""
-        parts = state._asdict()
-        settings = np.frombuffer(json.dumps(parts.pop("settings"), sort_keys=True).encode(), np.uint8)
-        histories = {name: parts.pop(name) for name in ("losses", "validation")}
-        if is_intact(self.path):
-            replace(self.previous, lambda temporary: shutil.copyfile(self.path, temporary))
-        save_arrays(self.path, histories | {"settings": settings} | _leaves(tuple(parts.values())))
-
-    def exists(self):
-        """Whether there is anything to resume from."""
-        return self.path.exists() or self.previous.exists()
-
-    def check(self):
-        """Refuse to go on if there are checkpoints, and not one is intact: a ValueError that names them."""
-        self._first(load_arrays, warn=False)
-
-    def load(self, template):
-        """The saved state, or None if there is none yet.
-
-        Raises:
-            ValueError: If there is no intact checkpoint of the kind of ``template``.
-        """
-
-        def restored(path):
-            arrays = load_arrays(path)
-            parts = template._asdict()
-            del parts["settings"], parts["losses"], parts["validation"]
-            values = _restore(tuple(parts.values()), arrays, path)
-            histories = {name: arrays[name] for name in ("losses", "validation")}
-            settings = json.loads(arrays["settings"].tobytes())
-            return type(template)(**dict(zip(parts, values)), **histories, settings=settings)
-
-        return self._first(restored)
-
-    def _first(self, read, warn=True):
-        """``read(path)`` of the checkpoint, or else of the previous one; None if there is neither."""
-        problems = []
-        for path in (self.path, self.previous):
-            try:
-                found = read(path)
-            except FileNotFoundError:
-                continue
-            except (ValueError, KeyError) as error:
-                problems.append(str(error))
-                continue
-            if problems and warn:
-                warnings.warn(f"{problems[0]}; going on from {path.name}", stacklevel=3)
-            return found
-        require(not problems, "checkpoint", "an intact one of this model", "; ".join(problems))
-        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +130,7 @@ class Run:
         )
         diffusion = self.untrained
         own = diffusion.trainable()
-        return diffusion.bind({PARAMS: _restore(own, load_arrays(path), path)} if jax.tree.leaves(own) else {})
+        return diffusion.bind({PARAMS: restore(own, load_arrays(path), path)} if jax.tree.leaves(own) else {})
 
     @property
     def losses(self):
@@ -276,7 +180,7 @@ class Run:
     def save(self, fit=None, terms=None, results=None):
         """Write what is given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.ELBOTerms`, a dict of results."""
         if fit is not None:
-            save_arrays(self.path / "parameters.npz", _leaves(fit.diffusion.trainable()))
+            save_arrays(self.path / "parameters.npz", leaves_by_name(fit.diffusion.trainable()))
             losses = np.column_stack([np.arange(1, len(fit.losses) + 1), fit.losses])
             for name, table in (("losses", losses), ("validation", fit.validation)):
                 header = "iteration," + ("negative_bound_nats" if name == "losses" else "bound_nats")

@@ -100,7 +100,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def resume(path, diffusion=None, iterations=20):
-    checkpoint = runs.Checkpoint(path)
+    checkpoint = probdiff.Checkpoint(path)
     return probdiff.fit(
         diffusion or make(), X, iterations=iterations, batch_size=16, validate_every=10, checkpoint=checkpoint, progress=False
     )
