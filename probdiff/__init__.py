@@ -4,16 +4,21 @@ from probdiff import datasets, oracles
 from probdiff.bounds import iwae, pareto_khat, path_elbo, sandwich
 from probdiff.checkpoint import Checkpoint
 from probdiff.comparison import compare_estimators
+from probdiff.convolutions import ConvNet
 from probdiff.elbo import ELBOMoments, ELBOTerms, bits_per_dim, elbo_terms
 from probdiff.estimators import ESTIMATORS
 from probdiff.export import to_datatree
 from probdiff.flow import flow_likelihood, flow_log_prob
 from probdiff.gaussians import forward_marginal, forward_posterior, forward_step
+from probdiff.heads import CategoricalHead, VHead, X0Head
 from probdiff.kernels import GaussianKernel
+from probdiff.learned_schedules import LearnedSchedule
 from probdiff.ledger import ledger
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
+from probdiff.mixture_kernel import MixtureKernel
 from probdiff.networks import MLP
 from probdiff.objective import AnalyticELBO
+from probdiff.optimal import optimal_variance
 from probdiff.programs import Diffusion
 from probdiff.ranking import compare_models
 from probdiff.runs import create_run, open_run

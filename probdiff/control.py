@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from probdiff.schedules import at_step
+from probdiff.schedules import at_step, per_step
 
 # Accelerators would round the factors to fewer bits, and the value would miss its closed-form mean.
 _product = functools.partial(jnp.matmul, precision="highest")
@@ -53,7 +53,7 @@ class LinearControl(eqx.Module):
         self.noise_part = jnp.square(explained / (explained + noise[:, None])).sum(-1)
         self.data_part = jnp.square(self.gain) * alpha_bar[:, None]
         self.signal = jnp.sqrt(alpha_bar)
-        self.weight = jnp.asarray(diffusion.kernel.weight(schedule), x0.dtype)
+        self.weight = jnp.asarray(per_step(diffusion.kernel.weight(schedule)), x0.dtype)
 
     def value(self, z, n, eps):
         """w_n ‖ε − ε̂‖² at ``z``, shape ``(*batch, dim)``, made from ``eps``; n of shape ``batch``."""

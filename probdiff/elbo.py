@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from probdiff.checks import require, require_count, require_key, require_type
-from probdiff.networks import predict_noise
+from probdiff.kernels import NoiseMoments
 from probdiff.programs import Diffusion
-from probdiff.schedules import at_step
+from probdiff.schedules import array_module, at_step
 
 ROWS = 4096
 
@@ -35,11 +35,13 @@ class ELBOTerms(eqx.Module):
         prior_kl: KL of q(z_N | x_0) to N(0, I), shape ``(datum,)``; exact, no sampling.
         step_kl: KL of step n, shape ``(draw, step, datum)``, steps n = 2 … N ascending (N = 1: no steps).
         reconstruction: log p(x | z_1), shape ``(draw, datum)``.
+        closed_form: Whether the KLs are computed in closed form given z_n; otherwise each is a sampled log-ratio, unbiased.
     """
 
     prior_kl: jax.Array
     step_kl: jax.Array
     reconstruction: jax.Array
+    closed_form: bool = eqx.field(static=True, default=True)
 
     @property
     def elbo(self):
@@ -81,35 +83,37 @@ class ELBOMoments(eqx.Module):
 def prior_kl(schedule, x0):
     r"""KL of :math:`q(z_N | x_0)` to N(0, I), in nats, shape ``batch`` for ``x0`` of shape ``(*batch, dim)``."""
     alpha_bar = schedule.alpha_bar[-1]
-    constant = -alpha_bar - np.log(schedule.one_minus_alpha_bar[-1])
+    constant = -alpha_bar - 2 * array_module(schedule.noise).log(schedule.noise[-1:])[0]
     return (jnp.asarray(alpha_bar, x0.dtype) * jnp.square(x0).sum(-1) + x0.shape[-1] * constant) / 2
 
 
 def predict(diffusion, x0, n, eps, key=None):
-    """z_n made from x_0 and eps, and the network's prediction of eps."""
-    signal = at_step(np.sqrt(diffusion.schedule.alpha_bar), n, x0.dtype)
-    noise = at_step(np.sqrt(diffusion.schedule.one_minus_alpha_bar), n, x0.dtype)
+    """z_n made from x_0 and eps, and what the kernel wants to know of the network there (the noise, mostly)."""
+    signal = at_step(diffusion.schedule.signal, n, x0.dtype)
+    noise = at_step(diffusion.schedule.noise, n, x0.dtype)
     z = signal[..., None] * x0 + noise[..., None] * eps
-    return z, predict_noise(diffusion.network, z, n, key)
+    return z, diffusion.kernel.predict(diffusion.network, z, n, key)
 
 
-def _step_kl(diffusion, x0, n, eps):
-    """KL of step n at z_n made from ``eps``, shape ``batch``."""
-    _, eps_hat = predict(diffusion, x0, n, eps)
-    return diffusion.kernel.step_kl(diffusion.schedule, eps, eps_hat, n)
+def _step_kl(diffusion, x0, n, eps, more):
+    """KL of step n at z_n made from ``eps``, shape ``batch``; ``more()`` is noise for a kernel that has to sample."""
+    z, prediction = predict(diffusion, x0, n, eps)
+    kernel, schedule = diffusion.kernel, diffusion.schedule
+    constant = at_step(kernel.constants(schedule, x0.shape[-1]), n, x0.dtype)
+    return constant + kernel.shortfall(schedule, x0, NoiseMoments(eps, 0.0), z, prediction, n, more)
 
 
-def log_likelihood(diffusion, x, z, n, eps_hat):
+def log_likelihood(diffusion, x, z, n, prediction):
     """log p(x | z_1), shape ``batch``; n is 1, or what a masked-out entry has there."""
-    last = diffusion.kernel(diffusion.schedule, z, eps_hat, n).base_dist
-    return diffusion.likelihood(last.loc, last.scale).log_prob(x)
+    last = diffusion.kernel(diffusion.schedule, z, prediction, n)
+    return diffusion.kernel.observation(diffusion.likelihood, last).log_prob(x)
 
 
 def _reconstruction(diffusion, x, x0, eps):
     """log p(x | z_1) at z_1 made from ``eps``, shape ``batch``."""
     n = jnp.ones((), jnp.int32)
-    z, eps_hat = predict(diffusion, x0, n, eps)
-    return log_likelihood(diffusion, x, z, n, eps_hat)
+    z, prediction = predict(diffusion, x0, n, eps)
+    return log_likelihood(diffusion, x, z, n, prediction)
 
 
 def _noise(key, draw, n, like):
@@ -142,15 +146,17 @@ def _evaluate(diffusion, x, key, draws, noise):
     x0 = diffusion.likelihood.encode(x)
     num_draws, num_steps = len(draws), diffusion.schedule.num_steps
     chunk = ROWS // len(x)
+    more_key = jax.random.fold_in(jax.random.key(0) if key is None else key, 2**32 - 1)  # no draw has this number
+
+    def draw(key, index, n):
+        return jax.vmap(_noise, (None, 0, 0, None))(key, draws[index], n, x0)
 
     def eps(index, n):
-        if noise is not None:
-            return noise[index, n - 1].astype(x0.dtype)
-        return jax.vmap(_noise, (None, 0, 0, None))(key, draws[index], n, x0)
+        return draw(key, index, n) if noise is None else noise[index, n - 1].astype(x0.dtype)
 
     def step_kl(i):
         index, n = i // (num_steps - 1), 2 + i % (num_steps - 1)
-        return _step_kl(diffusion, x0, n[:, None], eps(index, n))
+        return _step_kl(diffusion, x0, n[:, None], eps(index, n), lambda: draw(more_key, index, n))
 
     def reconstruction(index):
         return _reconstruction(diffusion, x, x0, eps(index, jnp.ones_like(index)))
@@ -160,7 +166,8 @@ def _evaluate(diffusion, x, key, draws, noise):
     if step_rows:
         kls = _filled(step_kl, step_rows, chunk, kls)
     log_lik = _filled(reconstruction, num_draws, chunk, jnp.zeros((num_draws, len(x)), x0.dtype))
-    return ELBOTerms(prior_kl(diffusion.schedule, x0), kls.reshape(num_draws, num_steps - 1, len(x)), log_lik)
+    kls = kls.reshape(num_draws, num_steps - 1, len(x))
+    return ELBOTerms(prior_kl(diffusion.schedule, x0), kls, log_lik, diffusion.kernel.closed_form)
 
 
 @eqx.filter_jit

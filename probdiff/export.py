@@ -38,9 +38,12 @@ def to_datatree(terms):
         "reconstruction": "log p(x | z_1)",
         "elbo": "evidence lower bound",
     }
+    if not terms.closed_form:
+        long_names["step_kl"] += " (sampled log-ratio)"
     for group in ("posterior", "constant_data"):
         for name, variable in tree[group].data_vars.items():
             variable.attrs.update(units="nats", long_name=long_names[name])
+    tree["posterior"]["step_kl"].attrs["closed_form"] = int(terms.closed_form)
     return tree
 
 
@@ -48,4 +51,5 @@ def from_datatree(tree):
     """The :class:`~probdiff.ELBOTerms` that :func:`to_datatree` was given."""
     posterior = tree["posterior"]
     values = (tree["constant_data"]["prior_kl"], posterior["step_kl"][0], posterior["reconstruction"][0])
-    return ELBOTerms(*(jnp.asarray(value.values) for value in values))
+    closed_form = bool(posterior["step_kl"].attrs.get("closed_form", 1))
+    return ELBOTerms(*(jnp.asarray(value.values) for value in values), closed_form)

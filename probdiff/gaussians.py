@@ -8,8 +8,9 @@ may be arrays that broadcast against the batch; distributions have ``event_shape
 import jax.numpy as jnp
 from numpyro import distributions as dist
 
-from probdiff.checks import require_step, require_type
-from probdiff.schedules import NoiseSchedule, at_step
+from probdiff.checks import require_step
+from probdiff.learned_schedules import require_schedule
+from probdiff.schedules import at_step
 
 
 def isotropic_normal(loc, variance):
@@ -32,7 +33,7 @@ def forward_step(schedule, z_prev, n):
     Raises:
         ValueError: If n is outside [1, N]; TypeError if it is not an integer.
     """
-    require_type("schedule", schedule, NoiseSchedule)
+    require_schedule(schedule)
     require_step(n, 1, schedule.num_steps)
     z_prev = jnp.asarray(z_prev)
     alpha = _table(schedule.alpha, n, z_prev)
@@ -50,7 +51,7 @@ def forward_marginal(schedule, x0, n):
     Raises:
         ValueError: If n is outside [1, N]; TypeError if it is not an integer.
     """
-    require_type("schedule", schedule, NoiseSchedule)
+    require_schedule(schedule)
     require_step(n, 1, schedule.num_steps)
     x0 = jnp.asarray(x0)
     alpha_bar = _table(schedule.alpha_bar, n, x0)
@@ -69,7 +70,7 @@ def forward_posterior(schedule, z, x0, n):
     Raises:
         ValueError: If n is outside [2, N]; TypeError if it is not an integer.
     """
-    require_type("schedule", schedule, NoiseSchedule)
+    require_schedule(schedule)
     require_step(n, 2, schedule.num_steps)
     z, x0 = jnp.asarray(z), jnp.asarray(x0)
     beta = _table(schedule.beta, n, z)

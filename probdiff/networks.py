@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff.checks import require, require_count
-from probdiff.schedules import NoiseSchedule, at_step
+from probdiff.schedules import at_step
 
 TIME_HARMONICS = 8
 EMBEDDING = 32
@@ -61,13 +61,35 @@ def predict_noise(network, z, n, key=None):
     return eps_hat.astype(z.dtype)
 
 
+class LogSNREmbedding(eqx.Module):
+    """What tells a network the step: a small perceptron on sinusoids of its log-SNR.
+
+    Before ``Diffusion`` has told it the schedule, −2 log n stands in for the log-SNR.
+    """
+
+    mlp: eqx.nn.MLP
+    schedule: object
+
+    def __init__(self, key):
+        self.mlp = eqx.nn.MLP(2 * TIME_HARMONICS, EMBEDDING, EMBEDDING, 1, jax.nn.silu, jax.nn.silu, key=key)
+        self.schedule = None
+
+    def on_schedule(self, schedule):
+        """This embedding of the log-SNR of ``schedule``."""
+        return eqx.tree_at(lambda e: e.schedule, self, schedule, is_leaf=lambda leaf: leaf is self.schedule)
+
+    def __call__(self, n, dtype):
+        """The embedding of steps ``n``, shape ``(*batch, EMBEDDING)``."""
+        log_snr = -2 * jnp.log(n.astype(dtype)) if self.schedule is None else at_step(self.schedule.log_snr, n, dtype)
+        return batched(self.mlp, _sinusoids(log_snr, np.geomspace(0.05, 5, TIME_HARMONICS)))
+
+
 class MLP(eqx.Module):
     r"""Residual multilayer perceptron, told the step by a sinusoidal embedding of its log-SNR.
 
     In each block the embedding shifts and scales the hidden layer. Beside the blocks there is a short cut: the output
     has a step-dependent combination of z and its harmonics added to it, dimension by dimension. Where z is nearly all
     noise it is nearly its own noise; where the noise is finer than the grid of the data, the nearest level tells it.
-    Before ``Diffusion`` has told it the schedule, −2 log n stands in for the log-SNR.
 
     Args:
         dim: Dimension of the data.
@@ -77,21 +99,24 @@ class MLP(eqx.Module):
         dropout: Probability of dropping a hidden unit while training.
         num_harmonics: Number of sine and cosine pairs of each input that the network is also given; the k-th has
             angular frequency :math:`\pi 2^k`. Source: Kingma et al. (2021), arXiv:2107.00630, appendix C.
+        outputs: Outputs for each dimension, on a new last axis (for a :class:`~probdiff.CategoricalHead`, the number of
+            levels), without the short cut; None for one, shaped like the input.
     """
 
     dim: int
-    embed: eqx.nn.MLP
+    embed: LogSNREmbedding
     read: eqx.nn.Linear
     blocks: list
     write: eqx.nn.Linear
-    skip: eqx.nn.Linear
+    skip: eqx.nn.Linear | None
     dropout: eqx.nn.Dropout
     hidden: int
     num_harmonics: int
-    schedule: NoiseSchedule | None
+    outputs: int | None
 
-    def __init__(self, dim, *, key, hidden=128, num_blocks=3, dropout=0.0, num_harmonics=0):
-        for name, value in (("dim", dim), ("hidden", hidden), ("num_blocks", num_blocks)):
+    def __init__(self, dim, *, key, hidden=128, num_blocks=3, dropout=0.0, num_harmonics=0, outputs=None):
+        counts = (("dim", dim), ("hidden", hidden), ("num_blocks", num_blocks))
+        for name, value in counts + ((("outputs", outputs),) if outputs is not None else ()):
             require_count(name, value)
         require(num_blocks <= MOST_BLOCKS, "num_blocks", f"at most {MOST_BLOCKS}", num_blocks)
         harmonics = isinstance(num_harmonics, int | np.integer) and 0 <= num_harmonics <= MOST_HARMONICS
@@ -101,12 +126,13 @@ class MLP(eqx.Module):
         self.dim = int(dim)
         self.hidden = int(hidden)
         self.num_harmonics = num_harmonics
-        self.schedule = None
-        self.embed = eqx.nn.MLP(2 * TIME_HARMONICS, EMBEDDING, EMBEDDING, 1, jax.nn.silu, jax.nn.silu, key=keys[0])
+        self.outputs = outputs
+        self.embed = LogSNREmbedding(keys[0])
         self.read = eqx.nn.Linear(dim * (1 + 2 * num_harmonics), hidden, key=keys[1])
         self.blocks = [_Block(hidden, key) for key in keys[4:]]
-        self.write = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(hidden, dim, key=keys[2]))
-        self.skip = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(EMBEDDING, dim * (1 + 2 * num_harmonics), key=keys[3]))
+        self.write = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(hidden, dim * (outputs or 1), key=keys[2]))
+        skip = eqx.nn.Linear(EMBEDDING, dim * (1 + 2 * num_harmonics), key=keys[3])
+        self.skip = jax.tree.map(jnp.zeros_like, skip) if outputs is None else None
         self.dropout = eqx.nn.Dropout(dropout)
 
     @property
@@ -118,25 +144,26 @@ class MLP(eqx.Module):
             "num_blocks": len(self.blocks),
             "dropout": self.dropout.p,
             "num_harmonics": self.num_harmonics,
+            "outputs": self.outputs,
         }
 
     def on_schedule(self, schedule):
         """This network, embedding the log-SNR of ``schedule``."""
-        return eqx.tree_at(lambda mlp: mlp.schedule, self, schedule, is_leaf=lambda leaf: leaf is None)
+        return eqx.tree_at(lambda mlp: mlp.embed, self, self.embed.on_schedule(schedule))
 
     def __call__(self, z, n, *, key=None):
         """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
-        log_snr = (
-            -2 * jnp.log(n.astype(z.dtype)) if self.schedule is None else at_step(self.schedule.log_snr, n, z.dtype)
-        )
-        embedding = _batched(self.embed, _sinusoids(log_snr, np.geomspace(0.05, 5, TIME_HARMONICS)))
+        embedding = self.embed(n, z.dtype)
         inputs = jnp.concatenate([z[..., None], _sinusoids(z, np.pi * 2.0 ** np.arange(self.num_harmonics))], -1)
-        h = _batched(self.read, inputs.reshape(*z.shape[:-1], -1))
+        h = batched(self.read, inputs.reshape(*z.shape[:-1], -1))
         keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
         for block, block_key in zip(self.blocks, keys):
             h = block(h, embedding, self.dropout, block_key)
-        short_cut = jnp.sum(inputs * _batched(self.skip, embedding).reshape(inputs.shape), -1)
-        return _batched(self.write, jax.nn.silu(h)) + short_cut
+        output = batched(self.write, jax.nn.silu(h))
+        if self.skip is None:
+            return output.reshape(*z.shape, self.outputs)
+        short_cut = jnp.sum(inputs * batched(self.skip, embedding).reshape(inputs.shape), -1)
+        return output + short_cut
 
 
 class _Block(eqx.Module):
@@ -153,12 +180,12 @@ class _Block(eqx.Module):
         self.down = eqx.nn.Linear(hidden, hidden, key=keys[2])
 
     def __call__(self, h, embedding, dropout, key):
-        scale, shift = jnp.split(_batched(self.modulate, embedding), 2, -1)
-        inner = jax.nn.silu(_batched(self.up, _batched(self.norm, h)) * (1 + scale) + shift)
-        return h + _batched(self.down, dropout(inner, key=key, inference=key is None))
+        scale, shift = jnp.split(batched(self.modulate, embedding), 2, -1)
+        inner = jax.nn.silu(batched(self.up, batched(self.norm, h)) * (1 + scale) + shift)
+        return h + batched(self.down, dropout(inner, key=key, inference=key is None))
 
 
-def _batched(layer, x):
+def batched(layer, x):
     """Apply an equinox layer, which takes one vector, along the last axis of ``x``."""
     return jnp.vectorize(layer, signature="(i)->(o)")(x)
 

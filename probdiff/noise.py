@@ -5,7 +5,6 @@ import functools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 class RowNoise(eqx.Module):
@@ -42,9 +41,9 @@ def _row_noise(key, diffusion, x0, copies):
 def _path_noise(key, diffusion, x0):
     """z_n = √α_n z_{n−1} + √β_n ξ_n, as a recursion of the noise: z_n = √ᾱ_n x_0 + √(1−ᾱ_n) ε_n."""
     schedule = diffusion.schedule
-    previous = np.concatenate([[0.0], schedule.one_minus_alpha_bar[:-1]])
-    kept = jnp.asarray(np.sqrt(schedule.alpha * previous / schedule.one_minus_alpha_bar), x0.dtype)
-    added = jnp.asarray(np.sqrt(schedule.beta / schedule.one_minus_alpha_bar), x0.dtype)
+    # (Whatever the schedule, the noise of each step is standard normal: it has no gradient in expectation.)
+    tables = schedule.alpha * schedule.posterior_variance / schedule.beta, schedule.beta / schedule.one_minus_alpha_bar
+    kept, added = (jax.lax.stop_gradient(jnp.asarray(table**0.5, x0.dtype)) for table in tables)
 
     def step(eps, each):
         kept, added, key = each

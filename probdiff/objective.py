@@ -11,6 +11,7 @@ estimator is put together from.
 import copy
 import warnings
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,10 +23,13 @@ from numpyro.primitives import Messenger, mutable
 
 from probdiff.checks import require, require_count, require_type
 from probdiff.control import LinearControl
+from probdiff.learned_schedules import LearnedSchedule
+from probdiff.networks import is_trainable
 from probdiff.noise import NOISE
 from probdiff.programs import Diffusion, _minibatch
 from probdiff.proposal import PROBABILITIES, AllSteps, Learner, OneStep, independent_points, stratified_points
 from probdiff.rows import Rows, sum_rows
+from probdiff.schedules import NoiseSchedule, per_step
 from probdiff.shortfall import PosteriorNoise, Shortfall
 
 LEARNED = "diffusion$learned"
@@ -64,6 +68,9 @@ class StepObjective(ELBO):
             The estimate is right for the mean over ``points`` when ``x`` is drawn from them, not for a single datum.
             ``"batch"``: the points are ``x`` itself.
         adapt_to: What is kept quiet by what is learned: ``"gradient"`` (for training) or ``"value"`` of the bound.
+        shape: What the shape of a :class:`~probdiff.LearnedSchedule` is trained for: ``"bound"``, like everything else, or
+            ``"variance"``: the least variance of the estimate between steps and draws (its ends still raise the bound). Costs a second
+            evaluation of the network. Source: Kingma et al. (2021), arXiv:2107.00630, section 5.1 and appendix I.2.
         num_particles: Independent estimates to average, as in NumPyro.
         vectorize_particles: As in NumPyro.
 
@@ -86,6 +93,7 @@ class StepObjective(ELBO):
         control=None,
         points=None,
         adapt_to="gradient",
+        shape="bound",
         num_particles=1,
         vectorize_particles=True,
     ):
@@ -95,14 +103,18 @@ class StepObjective(ELBO):
             ("noise", noise, NOISE),
             ("control", control, CONTROLS),
             ("adapt_to", adapt_to, PROBABILITIES),
+            ("shape", shape, SHAPES),
         ):
             found = (value is None or isinstance(value, str)) and value in known
             require(found, name, f"one of {list(known)}", repr(value))
         require(noise != "path" or steps == "all", "noise", "steps='all' with noise='path'", f"steps={steps!r}")
         require_count("num_particles", num_particles)
+        learned_shape = isinstance(diffusion.schedule, LearnedSchedule) and steps != "all"
+        require(shape == "bound" or learned_shape, "shape", "a LearnedSchedule and one step a datum for 'variance'", repr(shape))
         super().__init__(num_particles, vectorize_particles)
         self.diffusion = diffusion
         self.adapt_to = adapt_to
+        self.shape = shape
         self._steps = STEPS[steps]
         self._noise, self._copies = NOISE[noise]
         self._control = CONTROLS[control]
@@ -117,8 +129,9 @@ class StepObjective(ELBO):
             self._points = diffusion.likelihood.encode(points)
         self._learner = None
         if isinstance(self._steps, OneStep) and (self._steps.learned or self._control is not None):
-            weight = tuple(self.term.weight(diffusion).tolist())
-            self._learner = Learner(diffusion.schedule, weight, self._steps.points is stratified_points)
+            weight = per_step(np.asarray(self.term.weight(diffusion), np.float64))
+            schedule = diffusion.schedule if isinstance(diffusion.schedule, NoiseSchedule) else diffusion.schedule.fixed()
+            self._learner = Learner(schedule, tuple(weight.tolist()), self._steps.points is stratified_points)
         self._trace_elbo = Trace_ELBO()
 
     @property
@@ -151,11 +164,13 @@ class StepObjective(ELBO):
         is the estimate of each datum's bound; ``factor`` ``elbo``; and ``mutable``, what is learned.
         """
         self.diffusion.check(x)
-        diffusion = self.diffusion.with_param_site()
+        with_params = self.diffusion.from_param_site()
+        diffusion = SHAPES[self.shape](with_params).tabulated()
         x = jnp.asarray(x)
         x0 = diffusion.likelihood.encode(x)
         learned = None if self._learner is None else mutable(LEARNED, self._learner.initial())
-        rows = self._rows(diffusion, x, x0, numpyro.prng_key(), learned)
+        key = numpyro.prng_key()
+        rows = self._rows(diffusion, x, x0, key, learned)
         total, per_datum, seen = sum_rows(diffusion, rows)
         if rows.control is not None:
             expected = rows.control.expected(rows.coefficient, x0)
@@ -166,12 +181,23 @@ class StepObjective(ELBO):
         numpyro.deterministic("shortfall", per_datum)
         with _minibatch(x, num_data):
             numpyro.factor("elbo", top.sum() - total)
+            if self.shape == "variance":
+                numpyro.factor("variance", self._minus_variance(with_params, x, x0, key, learned))
+
+    def _minus_variance(self, diffusion, x, x0, key, learned):
+        """0, with the gradient of minus the mean square of the estimates with respect to the schedule's shape."""
+        other = _trained_shape_only(diffusion).tabulated()
+        rows = self._rows(other, x, x0, key, learned)
+        values = rows.evaluate(other, jnp.arange(len(rows.n)))[0].sum(0)
+        mean_square = jnp.square(values).sum() / jax.lax.stop_gradient(jnp.abs(values).mean())
+        return jax.lax.stop_gradient(mean_square) - mean_square
 
     def _rows(self, diffusion, x, x0, key, learned):
         """Draw the steps and the noise."""
-        step_key, noise_key = jax.random.split(key)
+        step_key, noise_key, more_key = jax.random.split(key, 3)
         num_steps = diffusion.schedule.num_steps
-        control = None if self._control is None else self._control(diffusion, x0)
+        # The mean of the control is exact whatever the schedule: it need not be differentiated.
+        control = None if self._control is None else jax.lax.stop_gradient(self._control(diffusion, x0))
         coefficient, probability = jnp.full(num_steps, 0.0 if control is None else 1.0, x0.dtype), None
         if learned is not None:
             if control is not None:
@@ -194,6 +220,7 @@ class StepObjective(ELBO):
             x=x,
             x0=x0,
             network_key=diffusion.training_key(x),
+            more_key=more_key,
         )
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
@@ -255,6 +282,19 @@ class AnalyticELBO(StepObjective):
     """
 
     term = Shortfall()
+
+
+def _fixed_shape(diffusion):
+    return eqx.tree_at(lambda d: d.schedule.shape, diffusion, replace_fn=jax.lax.stop_gradient)
+
+
+def _trained_shape_only(diffusion):
+    """The model without any gradient but that of the shape of its schedule."""
+    fixed = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if is_trainable(leaf) else leaf, diffusion)
+    return eqx.tree_at(lambda d: d.schedule.shape, fixed, diffusion.schedule.shape)
+
+
+SHAPES = {"bound": lambda diffusion: diffusion, "variance": _fixed_shape}
 
 
 def _empty_guide(*args, **kwargs):

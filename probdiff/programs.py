@@ -25,10 +25,12 @@ from numpyro.distributions.kl import kl_divergence
 from numpyro.primitives import Messenger
 
 from probdiff.checks import is_concrete, require, require_type
-from probdiff.gaussians import forward_marginal, forward_posterior, forward_step, isotropic_normal
+from probdiff.gaussians import forward_marginal, forward_posterior, forward_step
 from probdiff.kernels import GaussianKernel
+from probdiff.learned_schedules import LearnedSchedule, require_schedule
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
-from probdiff.networks import is_trainable, predict_noise, takes_key
+from probdiff.mixture_kernel import MixtureKernel
+from probdiff.networks import is_trainable, takes_key
 from probdiff.schedules import NoiseSchedule
 
 PARAMS = "diffusion$params"
@@ -38,26 +40,29 @@ class Diffusion(eqx.Module):
     r"""A denoising diffusion model: schedule, ε-network, reverse kernel and likelihood.
 
     Args:
-        schedule: A :class:`~probdiff.NoiseSchedule`.
-        network: An ε-network, any callable ``network(z, n) -> eps_hat`` (see :mod:`probdiff.networks`). Its
-            floating-point JAX arrays are trained.
+        schedule: A :class:`~probdiff.NoiseSchedule`, or a :class:`~probdiff.LearnedSchedule`, which is trained.
+        network: An ε-network, any callable ``network(z, n) -> eps_hat`` (see :mod:`probdiff.networks`), or a head around a
+            network that predicts something else (:mod:`probdiff.heads`). Its floating-point JAX arrays are trained.
         likelihood: :math:`p_\theta(x | z_1)`; ``NormalLikelihood()`` if not given.
-        reverse_variance: ``"posterior"`` (:math:`v_n = \tilde\beta_n`) or ``"forward"`` (:math:`v_n = \beta_n`).
-        dim: Dimension of the data; ``network.dim`` if not given. Needed only to generate.
+        reverse_variance: ``"posterior"`` (:math:`v_n = \tilde\beta_n`), ``"forward"`` (:math:`v_n = \beta_n`), ``"learned"``
+            (between the two, by dimension) or ``"optimal"`` (the best for the network, estimated): see
+            :mod:`probdiff.variances`.
+        dim: Dimension of the data; ``network.dim`` if not given. Needed only to generate, and for ``"learned"``.
+        kernel: A reverse kernel in the place of the Gaussian one: a :class:`~probdiff.MixtureKernel`.
 
     Until it is bound (:meth:`bind`), a model that is given data is taken to be training: its network gets ``key=``, also in
     ``svi.evaluate``, which NumPyro does not tell apart. Evaluate the bound model.
     """
 
-    schedule: NoiseSchedule
+    schedule: NoiseSchedule | LearnedSchedule
     network: Callable
-    kernel: GaussianKernel
+    kernel: GaussianKernel | MixtureKernel
     likelihood: NormalLikelihood | DiscretizedNormalLikelihood
     dim: int | None
     training: bool
 
-    def __init__(self, schedule, network, likelihood=None, reverse_variance="posterior", dim=None):
-        require_type("schedule", schedule, NoiseSchedule)
+    def __init__(self, schedule, network, likelihood=None, reverse_variance="posterior", dim=None, kernel=None):
+        require_schedule(schedule)
         require(callable(network), "network", "a callable network(z, n)", type(network).__name__, TypeError)
         likelihood = NormalLikelihood() if likelihood is None else likelihood
         require(
@@ -72,10 +77,11 @@ class Diffusion(eqx.Module):
         own_dim = getattr(network, "dim", None)
         require(dim is None or own_dim in (None, dim), "dim", f"{own_dim}, the network's", dim)
         self.schedule = schedule
-        self.network = network.on_schedule(schedule) if hasattr(network, "on_schedule") else network
-        self.kernel = GaussianKernel(reverse_variance)
+        self.network = _told(network, schedule)
         self.likelihood = likelihood
         self.dim = own_dim if dim is None else dim
+        self.kernel = GaussianKernel(reverse_variance, schedule, self.dim) if kernel is None else kernel
+        require_kernel(self.kernel, network, likelihood)
         self.training = True
 
     def model(self, x, num_data=None):
@@ -95,9 +101,9 @@ class Diffusion(eqx.Module):
             return diffusion.reverse_kernel(z, n, diffusion.training_key(x)), None
 
         with _minibatch(x, num_data):
-            last, _ = scan(step, isotropic_normal(jnp.zeros((size, dim)), jnp.ones(())), self._descending_steps())
+            last, _ = scan(step, self.kernel.prior((size, dim)), self._descending_steps())
             with numpyro.plate("data", size):
-                return numpyro.sample("x", self.likelihood(last.base_dist.loc, last.base_dist.scale), obs=x)
+                return numpyro.sample("x", self.kernel.observation(self.likelihood, last), obs=x)
 
     def guide(self, x, num_data=None):
         """The forward chain, z_1 first. It samples; given values for ``z`` it refuses (see :meth:`posterior_guide`).
@@ -105,9 +111,10 @@ class Diffusion(eqx.Module):
         Arguments as for :meth:`model`; ``x`` is required.
         """
         size, x0 = self._encode(x)
+        schedule = self._schedule_site()
 
         def step(z_prev, n):
-            q = forward_step(self.schedule, z_prev, n).base_dist
+            q = forward_step(schedule, z_prev, n).base_dist
             with numpyro.plate("data", size):
                 z = numpyro.sample("z", ForwardStep(q.loc, q.scale).to_event(1))
             return z, None
@@ -122,14 +129,15 @@ class Diffusion(eqx.Module):
         Arguments as for :meth:`model`; ``x`` is required.
         """
         size, x0 = self._encode(x)
+        schedule = self._schedule_site()
 
         def step(next_z, n):
             with numpyro.plate("data", size):
                 z = numpyro.sample("z", next_z)
-            return forward_posterior(self.schedule, z, x0, n), None
+            return forward_posterior(schedule, z, x0, n), None
 
         with _minibatch(x, num_data):
-            scan(step, forward_marginal(self.schedule, x0, self.schedule.num_steps), self._descending_steps())
+            scan(step, forward_marginal(schedule, x0, schedule.num_steps), self._descending_steps())
 
     def reverse_kernel(self, z, n, key=None):
         r"""The distribution :math:`p_\theta(z_{n-1} | z_n)`; at n = 1, the Gaussian that the likelihood reads.
@@ -139,10 +147,10 @@ class Diffusion(eqx.Module):
             n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
             key: For the network's dropout while training.
         """
-        return self.kernel(self.schedule, z, predict_noise(self.network, z, n, key), n)
+        return self.kernel(self.schedule, z, self.kernel.predict(self.network, z, n, key), n)
 
     def bind(self, params: Mapping):
-        """The trained model: these parameters in place of the initial ones, dropout off.
+        """The trained model: these parameters in place of the initial ones, dropout off, a learned schedule fixed.
 
         Args:
             params: ``SVIRunResult.params`` or ``svi.get_params(state)``; an empty mapping keeps the weights.
@@ -157,18 +165,47 @@ class Diffusion(eqx.Module):
         if PARAMS in params:
             own, given = (jax.tree.map(jnp.shape, tree) for tree in (self.trainable(), params[PARAMS]))
             require(own == given, "params", "the parameters of this model", "another structure or other shapes")
-            trained = eqx.combine(params[PARAMS], self)
+            trained = self._with(params[PARAMS])
+        if isinstance(trained.schedule, LearnedSchedule) and is_concrete(trained.schedule.start):
+            trained = trained._on_schedule(trained.schedule.fixed())
         trained = eqx.tree_at(lambda d: d.network, trained, eqx.nn.inference_mode(trained.network))
         return eqx.tree_at(lambda d: d.training, trained, False)
 
     def trainable(self):
         """This model with everything but its parameters replaced by None: the value of its ``param`` site."""
-        return eqx.filter(self, is_trainable)
+        learned = jax.tree.leaves(eqx.filter(self.schedule, is_trainable))
+        # The network looks up the schedule, too, but has no parameters of it.
+        own = eqx.tree_at(lambda d: d.network, self, _told(self.network, None)) if learned else self
+        return eqx.filter(own, is_trainable)
 
     def with_param_site(self):
-        """This model with its parameters taken from the NumPyro ``param`` site (if it has any)."""
+        """This model with its parameters taken from the NumPyro ``param`` site (if it has any), for a program to run."""
+        return self.from_param_site().tabulated()
+
+    def from_param_site(self):
+        """:meth:`with_param_site` before :meth:`tabulated`."""
         own = self.trainable()
-        return eqx.combine(numpyro.param(PARAMS, own), self) if jax.tree.leaves(own) else self
+        return self._with(numpyro.param(PARAMS, own)) if jax.tree.leaves(own) else self
+
+    def tabulated(self):
+        """This model with the tables of a learned schedule computed once, not in every step of a scan."""
+        learned = isinstance(self.schedule, LearnedSchedule)
+        return self._on_schedule(self.schedule.tables()) if learned else self
+
+    def _schedule_site(self):
+        """The schedule for a guide: the guide has parameters only if the schedule has."""
+        return self.schedule if isinstance(self.schedule, NoiseSchedule) else self.with_param_site().schedule
+
+    def _with(self, params):
+        """This model with other parameters, shaped like :meth:`trainable`."""
+        if isinstance(self.schedule, NoiseSchedule):
+            return eqx.combine(params, self)
+        untold = eqx.tree_at(lambda d: d.network, self, _told(self.network, None))
+        other = eqx.combine(params, untold)
+        return other._on_schedule(other.schedule)
+
+    def _on_schedule(self, schedule):
+        return eqx.tree_at(lambda d: (d.schedule, d.network), self, (schedule, _told(self.network, schedule)))
 
     def training_key(self, x):
         """A key for the network's ``key=``, drawn from the ``seed`` handler; None when not training on data."""
@@ -208,6 +245,23 @@ class Diffusion(eqx.Module):
 
     def _descending_steps(self):
         return jnp.arange(self.schedule.num_steps, 0, -1)
+
+
+def _told(network, schedule):
+    """The network on a schedule, if it wants to know."""
+    return network.on_schedule(schedule) if hasattr(network, "on_schedule") else network
+
+
+def require_kernel(kernel, network, likelihood):
+    """Refuse a reverse kernel that does not suit the network or the likelihood."""
+    kinds = GaussianKernel | MixtureKernel
+    require(isinstance(kernel, kinds), "kernel", "a GaussianKernel or a MixtureKernel", type(kernel).__name__, TypeError)
+    if isinstance(kernel, MixtureKernel):
+        for name, part in (("network", network), ("likelihood", likelihood)):
+            levels = getattr(part, "levels", None)
+            expected = "CategoricalHead" if name == "network" else "DiscretizedNormalLikelihood"
+            got = f"a {type(part).__name__} of {levels}" if levels else f"a {type(part).__name__}"
+            require(levels == kernel.levels, name, f"a {expected} of {kernel.levels} levels for this MixtureKernel", got)
 
 
 def _minibatch(x, num_data):

@@ -116,7 +116,7 @@ class Learner:
         bins = 1 + np.minimum((BINS * place).astype(int), BINS - 1)
         bins[0] = 0
         values = np.asarray(self.weight) * self.schedule.alpha_bar
-        gradients = np.asarray(self.weight) * np.sqrt(self.schedule.alpha_bar)
+        gradients = np.asarray(self.weight) * self.schedule.signal
         for name, table in (("bins", bins), ("values", values), ("gradients", gradients)):
             object.__setattr__(self, name, table)
 

@@ -31,27 +31,31 @@ class Rows(eqx.Module):
     x: jax.Array
     x0: jax.Array
     network_key: jax.Array | None
+    more_key: jax.Array
 
     def evaluate(self, diffusion, rows):
         """The corrected, weighted terms of some rows, shape ``(row, datum)``; and what can be learned from them."""
         n, eps = self.n[rows], self.noise(rows)
         key = None if self.network_key is None else jax.random.fold_in(self.network_key, rows[0])
-        z, eps_hat = predict(diffusion, self.x0, n, eps, key)
+        z, prediction = predict(diffusion, self.x0, n, eps, key)
         known = (sampled_noise if self.known is None else self.known)(diffusion.schedule, z, n, eps)
 
-        def terms(eps_hat):
-            return self.term(diffusion, self.x, self.x0, n, z, known, eps_hat)
+        def more():
+            return RowNoise(self.more_key, self.x0, 1)(rows)
 
-        term = terms(eps_hat)
-        control = jnp.zeros_like(term) if self.control is None else self.control.value(z, n, eps)
+        def terms(prediction):
+            return self.term(diffusion, self.x, self.x0, n, z, known, prediction, more)
+
+        term = terms(prediction)
+        control = jnp.zeros_like(term) if self.control is None else self.control.value(jax.lax.stop_gradient(z), n, eps)
         corrected = term - at_step(self.coefficient, n, term.dtype) * control
-        return self.weight[rows] * corrected, functools.partial(_seen, n, self.weight[rows], term, control, terms, eps_hat)
+        return self.weight[rows] * corrected, functools.partial(_seen, n, self.weight[rows], term, control, terms, prediction)
 
 
-def _seen(n, weight, term, control, terms, eps_hat):
+def _seen(n, weight, term, control, terms, prediction):
     """What :meth:`Learner.updated` takes."""
-    gradient = jax.grad(lambda e: terms(e).sum())(eps_hat)
-    seen = weight, term, control, jnp.square(gradient).sum(-1)
+    gradient = jax.grad(lambda p: terms(p).sum())(prediction)
+    seen = weight, term, control, jnp.square(gradient).sum(range(n.ndim, gradient.ndim))
     return n, *jax.tree.map(jax.lax.stop_gradient, seen)
 
 

@@ -1,7 +1,7 @@
 """The run folder: what a fit leaves on disk, and how to read it back. The only code that knows its layout.
 
 config.json      what was asked for, and the description of the model
-schedule.npy     the variances beta_n, float64
+schedule.npy     the variances beta_n, float64; not of a learned schedule, which is among the parameters
 checkpoint.npz   the state of the fit, to resume from; checkpoint.previous.npz, the one before it
 parameters.npz   the trained parameters
 losses.csv       the loss of every iteration; validation.csv, the bound on the validation data
@@ -25,8 +25,12 @@ import numpy as np
 from probdiff import datasets
 from probdiff.checkpoint import Checkpoint, leaves_by_name, restore
 from probdiff.checks import require, require_type
+from probdiff.convolutions import ConvNet
 from probdiff.export import from_datatree, to_datatree
+from probdiff.heads import CategoricalHead, VHead, X0Head
+from probdiff.learned_schedules import LearnedSchedule
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
+from probdiff.mixture_kernel import MixtureKernel
 from probdiff.networks import MLP
 from probdiff.programs import PARAMS, Diffusion
 from probdiff.schedules import NoiseSchedule
@@ -41,6 +45,7 @@ from probdiff.storage import (
     write_json,
 )
 
+NETWORKS = {kind.__name__: kind for kind in (MLP, ConvNet, X0Head, VHead, CategoricalHead)}
 LIKELIHOODS = {kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood)}
 
 
@@ -84,33 +89,33 @@ class Run:
             return self.like
         config = self.config
         require("model" in config, str(self.path), "a run folder", "a config.json without 'model'")
-        betas = read_npy(self.path / "schedule.npy")
+        path = self.path / "schedule.npy"
+        betas = read_npy(path) if path.exists() or "schedule" not in config["model"] else None
         try:
-            return self._described(config, NoiseSchedule.from_betas(betas))
+            return self._described(config, betas)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             got = f"{type(error).__name__}: {error}"
             raise ValueError(f"{self.path}: Expected the description of a model in config.json; got {got}") from None
 
-    def _described(self, config, schedule):
+    def _described(self, config, betas):
         """The model that ``config`` describes; its network is not made before it is known to be of a sensible size."""
         model, network = config["model"], self.like
+        if betas is None:
+            schedule = LearnedSchedule(**model["schedule"])
+        else:
+            schedule = NoiseSchedule.from_betas(betas)
         if network is None:
-            name, arguments = model["network"]["name"], model["network"]["arguments"]
-            require(
-                name == "MLP",
-                "like",
-                "a network or a Diffusion of the run's structure",
-                f"nothing, for a run with the custom network {name}",
-            )
 
             def make():
-                return MLP(**arguments, key=jax.random.key(config.get("seed", 0)))
+                return _make_network(model["network"], jax.random.key(config.get("seed", 0)))
 
             leaves = jax.tree.leaves(eqx.filter(eqx.filter_eval_shape(make), lambda leaf: hasattr(leaf, "dtype")))
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
             require(size <= MAX_BYTES, str(self.path), f"a network of at most {MAX_BYTES} bytes", size)
             network = make()
         likelihood = LIKELIHOODS[model["likelihood"]["name"]](**model["likelihood"]["arguments"])
+        if "mixture_levels" in model:
+            return Diffusion(schedule, network, likelihood, dim=model["dim"], kernel=MixtureKernel(model["mixture_levels"]))
         return Diffusion(schedule, network, likelihood, model["reverse_variance"], dim=model["dim"])
 
     @property
@@ -180,7 +185,7 @@ class Run:
     def save(self, fit=None, terms=None, results=None):
         """Write what is given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.ELBOTerms`, a dict of results."""
         if fit is not None:
-            save_arrays(self.path / "parameters.npz", leaves_by_name(fit.diffusion.trainable()))
+            save_arrays(self.path / "parameters.npz", leaves_by_name(fit.params[PARAMS]))
             losses = np.column_stack([np.arange(1, len(fit.losses) + 1), fit.losses])
             for name, table in (("losses", losses), ("validation", fit.validation)):
                 header = "iteration," + ("negative_bound_nats" if name == "losses" else "bound_nats")
@@ -234,21 +239,42 @@ def _csv_writer(table, header):
 
 def describe(diffusion):
     """The model in words that JSON can hold; the schedule's variances and the parameters are kept apart."""
-    network = diffusion.network
-    known = type(network) is MLP
-    return {
-        "network": {
-            "name": type(network).__name__,
-            "arguments": network.arguments if known else None,
-        },
+    kernel, schedule = diffusion.kernel, diffusion.schedule
+    mixture = isinstance(kernel, MixtureKernel)
+    kept = {"mixture_levels": kernel.levels} if mixture else {"reverse_variance": kernel.reverse_variance}
+    if isinstance(schedule, LearnedSchedule):
+        kept["schedule"] = schedule.arguments
+    return kept | {
+        "network": _describe_network(diffusion.network),
         "likelihood": {
             "name": type(diffusion.likelihood).__name__,
             "arguments": dataclasses.asdict(diffusion.likelihood),
         },
-        "reverse_variance": diffusion.kernel.reverse_variance,
         "num_steps": diffusion.schedule.num_steps,
         "dim": diffusion.dim,
     }
+
+
+def _describe_network(network):
+    """The class of a network and its arguments, of which one may be a network; None for arguments that are not known."""
+    name = type(network).__name__
+    if NETWORKS.get(name) is not type(network):
+        return {"name": name, "arguments": None}
+    arguments = network.arguments
+    return {"name": name, "arguments": {k: _describe_network(v) if callable(v) else v for k, v in arguments.items()}}
+
+
+def _make_network(description, key):
+    name, arguments = description["name"], description["arguments"]
+    require(
+        name in NETWORKS and arguments is not None,
+        "like",
+        "a network or a Diffusion of the run's structure",
+        f"nothing, for a run with the custom network {name}",
+    )
+    if "network" in arguments:
+        return NETWORKS[name](**arguments | {"network": _make_network(arguments["network"], key)})
+    return NETWORKS[name](**arguments, key=key)
 
 
 def create_run(path, diffusion, config=None):
@@ -270,7 +296,8 @@ def create_run(path, diffusion, config=None):
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        np.save(temporary / "schedule.npy", diffusion.schedule.beta)
+        if isinstance(diffusion.schedule, NoiseSchedule):
+            np.save(temporary / "schedule.npy", diffusion.schedule.beta)
         write_json(temporary / "config.json", {**(config or {}), "model": describe(diffusion)})
         os.replace(temporary, path)
     except BaseException:

@@ -20,7 +20,7 @@ class NoiseSchedule:
     r"""The variances :math:`\beta_n` of a forward chain, and the tables that follow from them.
 
     Immutable and hashable (two schedules with the same ``beta`` are equal), so that a schedule is a
-    static part of every compiled function. Build one with :meth:`from_betas`, :meth:`from_sigmas`,
+    static part of every compiled function. Build one with :meth:`from_betas`, :meth:`from_sigmas`, :meth:`from_log_snr`,
     :func:`linear_schedule`, :func:`cosine_schedule`, :func:`log_snr_schedule` or :func:`geometric_schedule`.
 
     Attributes (each of shape ``(num_steps,)``):
@@ -28,6 +28,7 @@ class NoiseSchedule:
         alpha: :math:`\alpha_n = 1 - \beta_n`.
         alpha_bar: :math:`\bar\alpha_n`, the squared signal coefficient of :math:`q(z_n | x_0)`.
         one_minus_alpha_bar: :math:`1 - \bar\alpha_n`, the variance of :math:`q(z_n | x_0)`.
+        signal, noise: :math:`\sqrt{\bar\alpha_n}` and :math:`\sqrt{1-\bar\alpha_n}`, what multiplies the data and the noise in z_n.
         log_snr: :math:`\log \bar\alpha_n / (1 - \bar\alpha_n)`.
         sigma: :math:`\sigma_n = \sqrt{(1-\bar\alpha_n)/\bar\alpha_n}`, increasing: noise per signal, the standard deviation of
             the same noising in variance-exploding coordinates, :math:`x_n = z_n / \sqrt{\bar\alpha_n}`
@@ -44,6 +45,8 @@ class NoiseSchedule:
         self.alpha = 1 - beta
         self.alpha_bar = np.exp(log_alpha_bar)
         self.one_minus_alpha_bar = -np.expm1(log_alpha_bar)
+        self.signal = np.exp(log_alpha_bar / 2)
+        self.noise = np.sqrt(self.one_minus_alpha_bar)
         self.log_snr = log_alpha_bar - np.log(self.one_minus_alpha_bar)
         self.sigma = np.exp(-self.log_snr / 2)
         previous = np.concatenate([[0.0], self.one_minus_alpha_bar[:-1]])
@@ -91,6 +94,22 @@ class NoiseSchedule:
         _require_each("sigmas", sigma, (beta > 0) & (beta < 1), "levels whose beta float64 tells from 0 and from 1")
         return cls(beta)
 
+    @classmethod
+    def from_log_snr(cls, log_snr):
+        r"""Schedule with given log-SNR, :math:`\bar\alpha_n = sigmoid(log\_snr_n)`.
+
+        Args:
+            log_snr: Shape ``(num_steps,)``, decreasing.
+
+        Raises:
+            ValueError: If the array is empty, not 1-D, not finite or not decreasing.
+        """
+        log_snr = _numbers("log_snr", log_snr)
+        previous = np.concatenate([[np.inf], log_snr[:-1]])
+        decreasing = np.isfinite(log_snr) & (log_snr < previous)
+        _require_each("log_snr", log_snr, decreasing, "finite numbers that decrease with the step")
+        return cls.from_betas(-np.expm1(np.diff(-np.logaddexp(0, -log_snr), prepend=0.0)))
+
     @property
     def num_steps(self):
         """The number of steps N."""
@@ -133,6 +152,22 @@ def at_step(table, n, dtype):
     """
     table = jnp.asarray(table, dtype)
     return table.at[n - 1].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def at_dims(table, n, dtype):
+    """:func:`at_step` with an axis for the dimensions, of length 1 unless the table has them: ``(num_steps[, dim])``."""
+    entry = at_step(table, n, dtype)
+    return entry if table.ndim == 2 else entry[..., None]
+
+
+def per_step(table):
+    """A table over steps, averaged over the dimensions if it has them."""
+    return table.mean(-1) if table.ndim == 2 else table
+
+
+def array_module(*arrays):
+    """NumPy for arrays of NumPy's, which are constants; otherwise jax.numpy."""
+    return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
 
 
 def _num_steps(num_steps):
@@ -199,9 +234,7 @@ def log_snr_schedule(num_steps, log_snr_max=10.0, log_snr_min=-8.0):
         "finite, log_snr_min < log_snr_max",
         f"{log_snr_max}, {log_snr_min}",
     )
-    log_snr = np.linspace(log_snr_min, log_snr_max, num_steps)[::-1]
-    log_alpha_bar = -np.logaddexp(0, -log_snr)
-    return NoiseSchedule.from_betas(-np.expm1(np.diff(log_alpha_bar, prepend=0.0)))
+    return NoiseSchedule.from_log_snr(np.linspace(log_snr_min, log_snr_max, num_steps)[::-1])
 
 
 def geometric_schedule(num_steps, sigma_min=0.01, sigma_max=50.0):

@@ -20,7 +20,6 @@ Vincent (2011), doi:10.1162/NECO_a_00142.
 """
 
 import jax.numpy as jnp
-import numpy as np
 
 from probdiff.checks import require_step, require_type
 from probdiff.gaussians import isotropic_normal
@@ -136,11 +135,11 @@ def _sigma(schedule):
 
 
 def _signal(schedule):
-    return np.sqrt(schedule.alpha_bar)
+    return schedule.signal
 
 
 def _noise(schedule):
-    return np.sqrt(schedule.one_minus_alpha_bar)
+    return schedule.noise
 
 
 def _at(schedule, table, n, like):

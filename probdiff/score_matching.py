@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff.checks import require, require_finite, require_type
+from probdiff.kernels import weighted_error
 from probdiff.objective import StepObjective
 from probdiff.programs import Diffusion
-from probdiff.shortfall import weighted_error
 
 
 def sigma_squared_weights(diffusion):
@@ -97,6 +97,6 @@ class ScoreError:
         """Minus the loss of a network that knew the noise: 0, shape ``(datum,)``."""
         return jnp.zeros(len(x0), x0.dtype)
 
-    def __call__(self, diffusion, x, x0, n, z, noise, eps_hat):
+    def __call__(self, diffusion, x, x0, n, z, noise, eps_hat, more):
         """The terms of steps ``n``, shape ``(row, datum)``; see :class:`~probdiff.shortfall.Shortfall`."""
         return weighted_error(self.weight(diffusion), n, noise, eps_hat)

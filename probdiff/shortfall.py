@@ -17,9 +17,9 @@ import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from probdiff.elbo import log_likelihood, prior_kl
+from probdiff.kernels import NoiseMoments
 from probdiff.schedules import at_step
 
 
@@ -33,10 +33,10 @@ class Shortfall:
 
     def ceiling(self, diffusion, x, x0):
         """The bound of a network that knew the noise, in nats, shape ``(datum,)``."""
-        constant = diffusion.kernel.constant(diffusion.schedule).sum() * x0.shape[-1]
-        return _reconstruction_ceiling(diffusion, x, x0) - constant - prior_kl(diffusion.schedule, x0)
+        constant = diffusion.kernel.constants(diffusion.schedule, x0.shape[-1]).sum()
+        return self._reconstruction(diffusion, x, x0) - constant - prior_kl(diffusion.schedule, x0)
 
-    def __call__(self, diffusion, x, x0, n, z, noise, eps_hat):
+    def __call__(self, diffusion, x, x0, n, z, noise, prediction, more):
         """What term n lacks to its ceiling, in nats.
 
         Args:
@@ -45,41 +45,24 @@ class Shortfall:
             n: Step, shape ``(row, datum)``.
             z: Latent after n steps, shape ``(row, datum, dim)``.
             noise: A :class:`NoiseMoments` of the noise in ``z``.
-            eps_hat: Its prediction, shaped like ``z``.
+            prediction: What the kernel wanted to know of the network; mostly the predicted noise, shaped like ``z``.
+            more: A function that gives noise shaped like ``z``, for a kernel whose KL is sampled.
 
         Returns:
             Shape ``(row, datum)``.
         """
-        first = _reconstruction_ceiling(diffusion, x, x0) - log_likelihood(diffusion, x, z, n, eps_hat)
-        return jnp.where(n == 1, first, weighted_error(self.weight(diffusion), n, noise, eps_hat))
+        first = self._reconstruction(diffusion, x, x0) - log_likelihood(diffusion, x, z, n, prediction)
+        later = diffusion.kernel.shortfall(diffusion.schedule, x0, noise, z, prediction, n, more)
+        return jnp.where(n == 1, first, later)
 
 
-def weighted_error(weight, n, noise, eps_hat):
-    """The squared error of ``eps_hat``, times entry n of ``weight``, in expectation over what is not known of the noise."""
-    squared_error = jnp.square(noise.mean - eps_hat).sum(-1) + noise.variance
-    return at_step(weight, n, eps_hat.dtype) * squared_error
-
-
-def _reconstruction_ceiling(diffusion, x, x0):
-    scale = jnp.asarray(np.sqrt(diffusion.kernel.variance(diffusion.schedule)[0]), x0.dtype)
-    return diffusion.likelihood(x0, scale).log_prob(x)
-
-
-class NoiseMoments(eqx.Module):
-    """What is known of the noise in z_n.
-
-    Attributes:
-        mean: Shape ``(row, datum, dim)``.
-        variance: Trace of the covariance, shape ``(row, datum)``; 0 where the noise itself is known.
-    """
-
-    mean: jax.Array
-    variance: jax.Array
+    def _reconstruction(self, diffusion, x, x0):
+        return diffusion.kernel.ceiling(diffusion.schedule, diffusion.likelihood, x, x0)
 
 
 def sampled_noise(schedule, z, n, eps):
     """The noise that ``z`` was made from: a mean without variance."""
-    return NoiseMoments(eps, jnp.zeros(n.shape, z.dtype))
+    return NoiseMoments(eps, 0.0)
 
 
 class PosteriorNoise(eqx.Module):
@@ -97,8 +80,8 @@ class PosteriorNoise(eqx.Module):
 
     def __call__(self, schedule, z, n, eps):
         """The :class:`NoiseMoments` of ``z``; ``eps`` is not looked at."""
-        signal = at_step(np.sqrt(schedule.alpha_bar), n, z.dtype)
-        noise = at_step(np.sqrt(schedule.one_minus_alpha_bar), n, z.dtype)
+        signal = at_step(schedule.signal, n, z.dtype)
+        noise = at_step(schedule.noise, n, z.dtype)
 
         def moments(row):
             z, signal, noise = row
@@ -106,9 +89,9 @@ class PosteriorNoise(eqx.Module):
             squared = jnp.square(candidates).sum(-1)
             probability = jax.nn.softmax(-squared / 2)
             mean = probability @ candidates
-            return mean, probability @ jnp.square(candidates - mean).sum(-1)
+            return mean, probability @ jnp.square(candidates - mean)
 
         rows = z.reshape(-1, z.shape[-1]), signal.ravel(), noise.ravel()
         batch_size = max(1, 2**22 // self.points.size)
         mean, variance = jax.lax.map(jax.checkpoint(moments), rows, batch_size=batch_size)
-        return NoiseMoments(mean.reshape(z.shape), variance.reshape(n.shape))
+        return NoiseMoments(mean.reshape(z.shape), variance.reshape(z.shape))

@@ -21,10 +21,13 @@ from tqdm import tqdm
 from probdiff.checks import require, require_count, require_key, require_type
 from probdiff.elbo import bits_per_dim
 from probdiff.objective import AnalyticELBO, StepObjective
+from probdiff.optimal import optimal_variance
 from probdiff.programs import PARAMS, Diffusion
+from probdiff.variances import OptimalVariance
 
 CHUNK = 100
 VALIDATION_ROWS = 2**16
+VARIANCE_ROWS = 2**20  # network evaluations for the best reverse variances
 WARM_UP = 200
 MOST_SKIPPED = 10  # updates in a row, before a fit is given up
 
@@ -83,6 +86,7 @@ class Fit(NamedTuple):
 
     Attributes:
         diffusion: The trained Diffusion: the averaged parameters; with validation data, the best of them.
+        params: Its parameters, as ``diffusion.bind`` takes them.
         losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update was
             skipped, because the loss or a gradient was not finite.
         validation: Rows of (iteration, bound on the validation data in nats per datum).
@@ -90,6 +94,7 @@ class Fit(NamedTuple):
     """
 
     diffusion: Diffusion
+    params: dict
     losses: np.ndarray
     validation: np.ndarray
     state: FitState
@@ -204,7 +209,10 @@ def fit(
                 checkpoint.save(state)
             raise
     best = state.best if len(state.validation) else loop.averaged(state.svi)
-    return Fit(diffusion.bind(best), state.losses, state.validation, state)
+    if isinstance(getattr(diffusion.kernel, "log_ratio", None), OptimalVariance):
+        size = max(2, VARIANCE_ROWS // diffusion.schedule.num_steps)
+        best = optimal_variance(diffusion, best, loop.data[:size], key=state.keys[1])
+    return Fit(diffusion.bind(best), best, state.losses, state.validation, state)
 
 
 def _optimiser(learning_rate, iterations, ema_decay):

@@ -227,7 +227,7 @@ def score_matching():
     eps, z = jnp.asarray(eps), jnp.asarray(z)
     n = jnp.broadcast_to(STEPS, z.shape[:-1])
     term = probdiff.ScoreMatching(diffusion, "likelihood").term
-    by_noise = term(diffusion, X, X, n, z, sampled_noise(SCHEDULE, z, n, eps), diffusion.network(z, n))
+    by_noise = term(diffusion, X, X, n, z, sampled_noise(SCHEDULE, z, n, eps), diffusion.network(z, n), None)
     error = jnp.square(probdiff.score(diffusion, {}, z / signal, n) + eps * signal / noise).sum(-1)
     by_score = probdiff.likelihood_weights(diffusion)[:, None] * error
     return _identity([by_noise[1:], by_score[1:]], 2 * [_step_kls(diffusion)], floor=1)

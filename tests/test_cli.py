@@ -162,7 +162,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(kind, tmp_path):
         "--batch-size",
         "64",
         "--iterations",
-        "2500",
+        "1500",
         "--out",
     ]
     process = subprocess.Popen(
@@ -190,7 +190,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(kind, tmp_path):
         fit = probdiff.fit(
             run.untrained,
             run.data.train,
-            iterations=2500,
+            iterations=1500,
             batch_size=64,
             learning_rate=options["learning_rate"],
             key=key,

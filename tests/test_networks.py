@@ -46,7 +46,7 @@ def test_everything_in_the_mlp_is_a_weight_or_a_constant_that_stays():
     network = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0))).network
     trained = eqx.filter(network, is_trainable)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(trained))
-    assert trained.schedule is None and trained.dropout.p is None
+    assert trained.embed.schedule is None and trained.dropout.p is None
     assert probdiff.MLP(**network.arguments, key=jax.random.key(0)).arguments == network.arguments
 
 

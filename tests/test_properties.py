@@ -24,7 +24,7 @@ def linear_case(beta, dim, seed, reverse_variance):
     return probdiff.Diffusion(schedule, network, reverse_variance=reverse_variance), rng.normal(0, 2, (3, dim))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(betas, st.integers(1, 8), seeds, st.sampled_from(["posterior", "forward"]))
 def test_bound_and_terms(beta, dim, seed, reverse_variance):
     """Any linear network: no NaN, every KL at least 0, and the bound below log p(x)."""
@@ -40,7 +40,7 @@ def test_bound_and_terms(beta, dim, seed, reverse_variance):
         np.testing.assert_allclose(terms.prior_kl, exact["prior_kl"], rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 12), st.integers(1, 5), seeds)
 def test_terms_follow_a_permutation_of_the_data(num_steps, dim, seed):
     rng = np.random.default_rng(seed)
@@ -54,7 +54,7 @@ def test_terms_follow_a_permutation_of_the_data(num_steps, dim, seed):
         np.testing.assert_allclose(getattr(permuted, name), getattr(straight, name)[..., order], rtol=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(betas)
 def test_schedules(beta):
     schedule = probdiff.NoiseSchedule.from_betas(beta)
@@ -66,14 +66,16 @@ def test_schedules(beta):
         np.testing.assert_allclose(marginal.mean[:, 0] ** 2 + marginal.variance[:, 0], 1, rtol=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.floats(-9, 9), min_size=1, max_size=64, unique_by=lambda log: round(log, 4)))
 def test_sigmas(log_sigmas):
     """A schedule of sigmas has those, and the score of the noising is minus the noise over them, in both coordinates."""
     sigmas = np.exp(sorted(log_sigmas))
     schedule = probdiff.NoiseSchedule.from_sigmas(sigmas)
     np.testing.assert_allclose(schedule.sigma, sigmas, rtol=1e-8)
-    np.testing.assert_allclose(schedule.alpha_bar * (1 + sigmas**2), 1, rtol=1e-9)
+    # Of β near 1 the table of α is as exact as float64 allows: relative to α, by half a unit in the last place of 1.
+    rounding = np.cumsum(2e-16 / schedule.alpha)
+    assert np.all(np.abs(schedule.alpha_bar * (1 + sigmas**2) - 1) <= 1e-12 + rounding)
     n = np.arange(1, len(sigmas) + 1)
     with jax.enable_x64(True):
         x_n = sigmas[:, None] * np.array([1.0, -2.0])
@@ -83,7 +85,7 @@ def test_sigmas(log_sigmas):
         np.testing.assert_allclose(in_vp * np.sqrt(schedule.alpha_bar)[:, None], score, rtol=1e-8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.dictionaries(st.from_regex(r"[a-z]{1,8}", fullmatch=True), arrays.arrays(
     st.sampled_from([np.float32, np.float64, np.int32, np.uint8, np.bool_]), arrays.array_shapes(min_dims=0, min_side=0)
 ), max_size=4), st.integers(0, 2**32), st.integers(0, 7))  # fmt: skip
@@ -100,7 +102,7 @@ def test_arrays_come_back_from_a_file_or_not_at_all(tmp_path_factory, contents, 
     assert not storage.is_intact(path)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(arrays.arrays(np.float64, st.tuples(st.integers(1, 20), st.integers(1, 3)), elements=st.floats(-1e4, 1e4)))
 def test_importance_weighted_bounds_lie_between_mean_and_maximum(log_weights):
     bound = log_mean_exp(log_weights, 0)
@@ -108,7 +110,7 @@ def test_importance_weighted_bounds_lie_between_mean_and_maximum(log_weights):
     assert np.all(log_weights.mean(0) <= bound + margin) and np.all(bound <= log_weights.max(0) + margin)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from([2, 3, 17, 256]), st.floats(-1e3, 1e3), st.floats(1e-3, 1e3), seeds)
 def test_discretised_probabilities(levels, loc, scale, seed):
     likelihood = probdiff.DiscretizedNormalLikelihood(levels)

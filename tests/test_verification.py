@@ -12,7 +12,19 @@ from numpyro import distributions as dist
 from numpyro.distributions import kl_divergence
 
 import probdiff
-from probdiff import bounds, cli, elbo, exact_networks, flow, noise, programs, proposal, shortfall, verification
+from probdiff import (
+    bounds,
+    cli,
+    elbo,
+    exact_networks,
+    flow,
+    kernels,
+    noise,
+    programs,
+    proposal,
+    shortfall,
+    verification,
+)
 from probdiff.control import LinearControl
 from probdiff.gaussians import isotropic_normal
 from probdiff.kernels import GaussianKernel
@@ -116,13 +128,10 @@ def control_without_noise_part(self, coefficient, x0, right=LinearControl.expect
 
 
 def target_without_variance(self, schedule, z, n, eps, right=shortfall.PosteriorNoise.__call__):
-    return shortfall.NoiseMoments(right(self, schedule, z, n, eps).mean, jnp.zeros(n.shape, z.dtype))
+    return kernels.NoiseMoments(right(self, schedule, z, n, eps).mean, 0.0)
 
 
-def difference_of_means(self, schedule, eps, eps_hat, n):
-    x0 = jnp.ones_like(eps)
-    at_noise = probdiff.forward_marginal(schedule, x0, n)
-    z = at_noise.mean + jnp.sqrt(at_noise.variance) * eps
+def difference_of_means(self, schedule, x0, noise, z, eps_hat, n, more):
     return kl_divergence(probdiff.forward_posterior(schedule, z, x0, n), self(schedule, z, eps_hat, n))
 
 
@@ -166,7 +175,7 @@ BUGS = {
         "shifted index": (probdiff, "forward_posterior", shifted(probdiff.forward_posterior)),
     },
     "densities of a path": {
-        "shifted network": (programs, "predict_noise", network_of_the_step_before),
+        "shifted network": (kernels, "predict_noise", network_of_the_step_before),
         "σ for σ² in the guide": (programs, "forward_step", with_deviation_for_variance(probdiff.forward_step)),
         "shifted index after Bayes": (programs, "forward_posterior", shifted(probdiff.forward_posterior)),
     },
@@ -176,7 +185,7 @@ BUGS = {
         "mean for sum": (elbo, "prior_kl", mean_for_sum),
     },
     "mean terms": {
-        "shifted network": (elbo, "predict_noise", network_of_the_step_before),
+        "shifted network": (kernels, "predict_noise", network_of_the_step_before),
         "swapped KL": (GaussianKernel, "constant", swapped_constant),
     },
     "estimator trace": {"β for its posterior": (GaussianKernel, "variance", lambda self, schedule: schedule.beta)},
@@ -219,7 +228,7 @@ BUGS = {
         "mean of logs": (bounds, "log_mean_exp", lambda log_weights, axis: np.mean(log_weights, axis)),
         "sum for mean": (bounds, "log_mean_exp", lambda log_weights, axis: np.logaddexp.reduce(log_weights, axis)),
     },
-    "float32 step KLs": {"difference of means": (GaussianKernel, "step_kl", difference_of_means)},
+    "float32 step KLs": {"difference of means": (GaussianKernel, "shortfall", difference_of_means)},
     "units": {
         "dropped Jacobian": (probdiff.NormalLikelihood, "__call__", without_jacobian),
         "nats for bits": (probdiff, "bits_per_dim", lambda nats, dim: -nats / dim),
