@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import probdiff
@@ -33,6 +34,9 @@ COMPARED = ("checkpoint.npz", "checkpoint.previous.npz", "parameters.npz", "sche
 
 # %%
 folder = Path(tempfile.mkdtemp())
+if quick:
+    np.save(folder / "few.npy", np.random.default_rng(0).normal(size=(60, 2)))
+    OPTIONS += ["--data", str(folder / "few.npy")]
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

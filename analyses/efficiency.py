@@ -26,7 +26,7 @@ DRAWS = {"value": 200, "gradient": 100} if quick else {"value": 20_000, "gradien
 LEARNING = 50 if quick else 2_000
 BATCH = 128
 NAMES = ["kl_uniform", "kl_stratified", "kl_importance", "kl_antithetic", "kl_controlled", "kl_combined"]
-NAMES = NAMES[::5] if quick else NAMES
+NAMES = NAMES[::9] if quick else NAMES
 data = probdiff.datasets.load("moons")
 
 

@@ -37,7 +37,10 @@ SAME = 1e-3  # nats
 
 start = time.perf_counter()
 rest = {name: options[name] for name in ("iterations", "batch_size", "learning_rate")}
-fit = probdiff.fit(default_diffusion(data, N), data.train, key=jax.random.key(0), progress=False, **rest)
+model = default_diffusion(data, N)
+if quick:
+    model = probdiff.Diffusion(model.schedule, probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1), model.likelihood)
+fit = probdiff.fit(model, data.train, key=jax.random.key(0), progress=False, **rest)
 fitted, schedule, likelihood = fit.diffusion, fit.diffusion.schedule, fit.diffusion.likelihood
 print(f"moons, N = {N}: fitted in {time.perf_counter() - start:.0f} s", flush=True)
 numpyro.enable_x64()  # The fit was in float32; what follows is in float64.

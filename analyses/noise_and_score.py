@@ -37,6 +37,9 @@ SHOWN = (0.4,) if quick else (0.1, 0.4, 1.2)  # σ_n of the score fields
 Z_MAX = 4.9  # standard errors
 
 untrained = default_diffusion(data, N)
+if quick:
+    small = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1)
+    untrained = probdiff.Diffusion(untrained.schedule, small, untrained.likelihood)
 schedule, likelihood = untrained.schedule, untrained.likelihood
 exact = probdiff.Diffusion(schedule, data.exact_network(schedule, likelihood), likelihood)
 steps = np.array([1, N // 2]) if quick else np.linspace(1, N, 9).astype(int)

@@ -119,6 +119,8 @@ class StepObjective(ELBO):
         self._noise, self._copies = NOISE[noise]
         self._control = CONTROLS[control]
         self._points = points
+        kernel = type(diffusion.kernel).__name__
+        require(points is None or diffusion.kernel.closed_form, "points", f"None with a {kernel}", f"{points!r:.40}")
         if isinstance(points, str):
             require(points == "batch", "points", "an array, 'batch' or None", repr(points))
         elif points is not None:

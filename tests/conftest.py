@@ -4,6 +4,7 @@ Most of the time of the tests is compilation, of programs that run for milliseco
 and all processes of a run share what was compiled.
 """
 
+import gc
 import os
 import tempfile
 
@@ -11,7 +12,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="probdiff-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
@@ -22,6 +23,8 @@ import pytest
 # The same examples in every run: a failure is always that of the change at hand.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
+
+gc.freeze()  # what was imported stays
 
 Z_MAX = 4.9
 

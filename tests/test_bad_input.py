@@ -16,6 +16,9 @@ SCHEDULE = probdiff.cosine_schedule(5)
 NETWORK = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1)
 NORMAL = probdiff.Diffusion(SCHEDULE, NETWORK)
 GRID = probdiff.Diffusion(SCHEDULE, NETWORK, probdiff.DiscretizedNormalLikelihood(5))
+MIXTURE = probdiff.Diffusion(
+    SCHEDULE, probdiff.CategoricalHead(NETWORK, 5), GRID.likelihood, kernel=probdiff.MixtureKernel(5)
+)
 X = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
 KEY = jax.random.key(0)
 NAN = np.where(np.arange(12).reshape(6, 2) == 5, np.nan, X).astype(np.float32)
@@ -178,7 +181,7 @@ CALLS = {
     "reverse variance": (
         lambda: probdiff.Diffusion(SCHEDULE, NETWORK, reverse_variance="beta"),
         ValueError,
-        r"reverse_variance: Expected one of \['forward', 'posterior'\]; got 'beta'",
+        r"reverse_variance: Expected one of \['posterior', 'forward', 'learned', 'optimal'\]; got 'beta'",
     ),
     "two dimensions": (lambda: probdiff.Diffusion(SCHEDULE, NETWORK, dim=3), ValueError, "dim: Expected 2"),
     "one level": (lambda: probdiff.DiscretizedNormalLikelihood(1), ValueError, "levels: Expected at least 2; got 1"),
@@ -294,6 +297,67 @@ CALLS = {
         TypeError,
         "schedule: Expected a NoiseSchedule; got Diffusion",
     ),
+    "learned variances of no dimension": (
+        lambda: probdiff.Diffusion(SCHEDULE, lambda z, n: z, reverse_variance="learned"),
+        ValueError,
+        "dim: Expected Diffusion\\(…, dim=…\\) or a network with .dim, for the variances to be learned; got neither",
+    ),
+    "optimal variances of others": (
+        lambda: probdiff.optimal_variance(NORMAL, {}, X, key=KEY),
+        ValueError,
+        "diffusion: Expected reverse_variance='optimal'; got another",
+    ),
+    "one learned step": (lambda: probdiff.LearnedSchedule(1), ValueError, "num_steps: Expected at least 2 for"),
+    "learned ends": (lambda: probdiff.LearnedSchedule(5, -1.0, 1.0), ValueError, "log_snr_max, log_snr_min: Expected"),
+    "increasing log-SNR": (
+        lambda: probdiff.NoiseSchedule.from_log_snr([1.0, 2.0]),
+        ValueError,
+        "log_snr: Expected finite numbers that decrease with the step; got 2.0 at step n = 2",
+    ),
+    "a shape to learn of a fixed schedule": (
+        lambda: probdiff.AnalyticELBO(NORMAL, "uniform", shape="variance"),
+        ValueError,
+        "shape: Expected a LearnedSchedule and one step a datum",
+    ),
+    "a head on nothing": (lambda: probdiff.X0Head(3), TypeError, "network: Expected a callable network"),
+    "a head on another shape": (
+        lambda: probdiff.Diffusion(SCHEDULE, probdiff.VHead(lambda z, n: z[0])).network(X, np.ones(6, int)),
+        ValueError,
+        r"network\(z, n\): Expected shape \(6, 2\) for a VHead; got \(2,\)",
+    ),
+    "a head without a schedule": (
+        lambda: probdiff.X0Head(lambda z, n: z)(X, np.ones(6, int)),
+        ValueError,
+        "X0Head: Expected a schedule: use it in a Diffusion; got none",
+    ),
+    "one level for a head": (lambda: probdiff.CategoricalHead(NETWORK, 1), ValueError, "levels: Expected at least 2; got 1"),
+    "logits of one number": (
+        lambda: probdiff.Diffusion(SCHEDULE, probdiff.CategoricalHead(NETWORK, 5)).network(X, np.ones(6, int)),
+        ValueError,
+        r"network\(z, n\): Expected shape \(6, 2, 5\) for a CategoricalHead; got \(6, 2\)",
+    ),
+    "a mixture without levels": (
+        lambda: probdiff.Diffusion(SCHEDULE, NETWORK, GRID.likelihood, kernel=probdiff.MixtureKernel(5)),
+        ValueError,
+        "network: Expected a CategoricalHead of 5 levels for this MixtureKernel; got a MLP",
+    ),
+    "a mixture for a density": (
+        lambda: probdiff.Diffusion(SCHEDULE, probdiff.CategoricalHead(NETWORK, 5), kernel=probdiff.MixtureKernel(5)),
+        ValueError,
+        "likelihood: Expected a DiscretizedNormalLikelihood of 5 levels for this MixtureKernel; got a NormalLikelihood",
+    ),
+    "a kernel's name for a kernel": (
+        lambda: probdiff.Diffusion(SCHEDULE, NETWORK, kernel="mixture"),
+        TypeError,
+        "kernel: Expected a GaussianKernel or a MixtureKernel; got str",
+    ),
+    "points for a mixture": (
+        lambda: probdiff.AnalyticELBO(MIXTURE, points="batch"),
+        ValueError,
+        "points: Expected None with a MixtureKernel; got 'batch'",
+    ),
+    "a flat image": (lambda: probdiff.ConvNet(64, key=KEY), ValueError, r"shape: Expected \(height, width\); got 64"),
+    "no channels": (lambda: probdiff.ConvNet((8, 8), key=KEY, channels=0), ValueError, "channels: Expected a positive"),
     "a kernel by another name": (lambda: probdiff.GaussianKernel("beta"), ValueError, "reverse_variance: Expected one"),
     "conditional score at step 9": (
         lambda: probdiff.conditional_score(SCHEDULE, X, X, 9),

@@ -19,7 +19,7 @@ def make(scale=0.9, **kwargs):
     return probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE, scale), **kwargs)
 
 
-@pytest.mark.parametrize("scale", [0.9, 0.5])
+@pytest.mark.parametrize("scale", [0.9])
 def test_the_sandwich(scale, float64):
     """ELBO <= IWAE-10 <= IWAE-100 <= exact log p <= upper bounds, each step paired on the same x and beyond its error."""
     diffusion = make(scale)
@@ -51,7 +51,7 @@ def test_data_on_a_grid(float64):
     """Both bounds close in on minus the entropy of what was drawn."""
     schedule = probdiff.log_snr_schedule(4, 3.0, -2.0)
     diffusion = probdiff.Diffusion(schedule, lambda z, n: 0.7 * z, probdiff.DiscretizedNormalLikelihood(3), dim=1)
-    bounds = probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=10_000, num_particles=(1, 400))
+    bounds = probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=2_000, num_particles=(1, 400))
     x = np.asarray(bounds.x)[:, 0]
     assert set(np.unique(x)) == {0, 1, 2}
     frequency = np.bincount(x) / len(x)

@@ -15,6 +15,7 @@ from numpyro.infer import SVI
 
 import probdiff
 from probdiff import cli, datasets, report
+from probdiff.storage import load_arrays
 
 pytestmark = pytest.mark.xdist_group("cli")  # its tests share what is costly to make
 
@@ -149,7 +150,7 @@ def test_resume(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(kind, tmp_path):
+def test_ctrl_c_leaves_a_run_to_go_on_with(kind, tmp_path):
     arguments = [
         sys.executable,
         "-m",
@@ -162,7 +163,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(kind, tmp_path):
         "--batch-size",
         "64",
         "--iterations",
-        "1500",
+        "3000",
         "--out",
     ]
     process = subprocess.Popen(
@@ -179,27 +180,9 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(kind, tmp_path):
     _, error = process.communicate(timeout=100)
     assert process.returncode == 130 and "Traceback" not in error
     assert error.strip().splitlines()[-1].endswith("--resume")
-    if kind == signal.SIGTERM:  # the same from here on
-        return
-    # Only the state of the fit is compared: the evaluation would take the most time.
-    states = []
-    for resume in (True, False):
-        run = probdiff.open_run(tmp_path / "a")
-        options = run.config
-        key, _ = jax.random.split(jax.random.key(options["seed"]))
-        fit = probdiff.fit(
-            run.untrained,
-            run.data.train,
-            iterations=1500,
-            batch_size=64,
-            learning_rate=options["learning_rate"],
-            key=key,
-            validation=run.data.validation,
-            checkpoint=run.checkpoint if resume else None,
-            progress=False,
-        )
-        states.append(fit)
-    np.testing.assert_array_equal(states[0].losses, states[1].losses)
+    # That it goes on bit for bit is tested with the fit, and by analyses/crash.py.
+    losses = load_arrays(tmp_path / "a" / "checkpoint.npz")["losses"]
+    assert 500 <= len(losses) < 3000 and np.isfinite(losses).all()
 
 
 BAD = {

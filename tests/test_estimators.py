@@ -103,8 +103,10 @@ def exact(reverse_variance):
 POWER = np.array([0.5, 3.0, 3.0])
 
 
-@pytest.mark.parametrize("reverse_variance", ["posterior", "forward"])
-@pytest.mark.parametrize("name", NAMES)
+CASES = [(name, "posterior") for name in NAMES] + [(name, "forward") for name in ("trace", "kl_path", "kl_combined")]
+
+
+@pytest.mark.parametrize("name, reverse_variance", CASES)
 def test_value_and_gradient_against_the_closed_form(name, reverse_variance, float64):
     assert_mean(drawn(name, GAUSSIAN, reverse_variance), exact(reverse_variance), power=POWER)
 

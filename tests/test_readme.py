@@ -1,6 +1,5 @@
 """The README's example runs as it stands there; its commands are the ones that CI runs; the scripts run."""
 
-import os
 import re
 import subprocess
 import sys
@@ -20,11 +19,11 @@ def test_the_example_runs_as_it_stands():
     names = {}
     exec(compile(example, "README.md", "exec"), names)
     terms, result = names["terms"], names["result"]
-    assert terms.step_kl.shape == (100, 99, 64) and terms.elbo.shape == (100, 64)
+    assert terms.step_kl.shape == (100, 49, 32) and terms.elbo.shape == (100, 32)
     jax.config.update("jax_disable_most_optimizations", True)
     assert names["drawn"].shape == (500, 2)
     assert result.losses[-10:].mean() < 0.2 * result.losses[:10].mean()
-    np.testing.assert_allclose(terms.elbo.mean(), -result.losses[-10:].mean() / 64, rtol=0.2)
+    np.testing.assert_allclose(terms.elbo.mean(), -result.losses[-10:].mean() / 32, rtol=0.2)
 
 
 def test_each_command_is_one_line_of_a_code_block():
@@ -35,10 +34,8 @@ def test_each_command_is_one_line_of_a_code_block():
 
 @pytest.mark.parametrize("script", sorted((ROOT / "analyses").glob("*.py")), ids=lambda path: path.name)
 def test_analyses_run_at_toy_size(script, tmp_path):
-    # Most of them compile more than they compute.
-    env = os.environ | ({"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"} if script.name == "crash.py" else {})
     command = [sys.executable, script, "--quick"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "nan" not in done.stdout
     listed = (ROOT / "analyses" / "README.md").read_text()
