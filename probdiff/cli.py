@@ -14,7 +14,7 @@ from pathlib import Path
 OPTIONS = ("num_steps", "iterations", "batch_size", "learning_rate", "seed")
 SAMPLES = {"image": 64, "points": 2000}
 IMAGES = 100  # at most, in a figure
-ESTIMATOR_ROWS, ESTIMATOR_ITEMS = 2**12, (4, 128)
+ESTIMATOR_ROWS, ESTIMATOR_ITEMS = 2**12, (2, 128)
 MODEL_ROWS = 2**21
 LEDGER_ROWS = 2**20
 
@@ -29,6 +29,7 @@ def main(argv=None):
     before = signal.signal(signal.SIGTERM, _interrupt)
     with warnings.catch_warnings():
         warnings.showwarning = _warn
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what is not the user's code
         try:
             return arguments.command(arguments)
         except UsageError as error:

@@ -22,7 +22,7 @@ from probdiff.likelihoods import NormalLikelihood
 from probdiff.networks import predict_noise
 from probdiff.objective import AnalyticELBO
 from probdiff.programs import Diffusion
-from probdiff.schedules import at_step
+from probdiff.schedules import at_dims
 from probdiff.two_ways import Estimate
 
 BLOCK_ROWS = 2**18
@@ -151,7 +151,7 @@ def _network_cost(diffusion, exact, x, key):
     def one(n):
         eps = jax.random.normal(jax.random.fold_in(key, n), x0.shape, x0.dtype)
         z, eps_hat = predict(diffusion, x0, n, eps)
-        return at_step(weight, n, x0.dtype) * jnp.square(eps_hat - predict_noise(exact, z, n)).sum(-1)
+        return (at_dims(weight, n, x0.dtype) * jnp.square(eps_hat - predict_noise(exact, z, n))).sum(-1)
 
     steps = jnp.arange(1, diffusion.schedule.num_steps + 1)
     return jax.lax.map(one, steps, batch_size=max(1, ROWS // len(x)))

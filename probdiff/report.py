@@ -8,15 +8,15 @@ from probdiff.two_ways import Estimate, compute_both_ways
 
 ITEMS = 512
 DRAWS = 4
-ELEMENTS = 2**22
+EVALUATIONS = 2**18  # of the network, by each of the two ways
 BLOCKS = 8
 
 
 def evaluate(diffusion, dataset, *, key, progress=False):
     """The bound on the test split.
 
-    Both ways on the first 512 items at most (fewer where N is so large that the terms would not fit in about
-    16 MiB a draw); by the analytic terms on all of them.
+    Both ways on the first items, as many as take 2¹⁸ network evaluations each way (512 at most); by the analytic terms on
+    all of them.
 
     Args:
         diffusion: A trained Diffusion.
@@ -29,7 +29,7 @@ def evaluate(diffusion, dataset, *, key, progress=False):
     """
     both_key, test_key = jax.random.split(key)
     num_steps = diffusion.schedule.num_steps
-    items = dataset.test[: min(ITEMS, max(2, ELEMENTS // num_steps))]
+    items = dataset.test[: min(ITEMS, max(2, EVALUATIONS // (num_steps * DRAWS)))]
     both = compute_both_ways(diffusion, items, key=both_key, num_draws=DRAWS, progress=progress)
     if len(items) == len(dataset.test):
         draws, terms = DRAWS, both.terms

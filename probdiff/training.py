@@ -1,6 +1,6 @@
 """Fitting a diffusion by SVI: the loop around NumPyro's ``svi.init`` and ``svi.update``. It knows no files.
 
-One network evaluation a datum and update (:class:`~probdiff.AnalyticELBO` with ``steps="stratified"``), minibatches
+One network evaluation a datum and update (:class:`~probdiff.AnalyticELBO` with ``steps="stratified_importance"``), minibatches
 drawn with replacement, an exponential moving average of the parameters, and the choice of the averaged parameters that did
 best on validation data. Everything that decides the future of a fit is in its :class:`FitState`.
 """
@@ -26,7 +26,7 @@ from probdiff.programs import PARAMS, Diffusion
 from probdiff.variances import OptimalVariance
 
 CHUNK = 100
-VALIDATION_ROWS = 2**16
+VALIDATION_ROWS = 2**14
 VARIANCE_ROWS = 2**20  # network evaluations for the best reverse variances
 WARM_UP = 200
 MOST_SKIPPED = 10  # updates in a row, before a fit is given up
@@ -135,7 +135,7 @@ def fit(
         validation: Held-out data. If given, the averaged parameters that do best on it, by an estimate on noise
             that stays the same, are the result.
         validate_every: Iterations between validations.
-        elbo: A NumPyro ELBO; ``AnalyticELBO(diffusion, steps="stratified")`` if not given.
+        elbo: A NumPyro ELBO; ``AnalyticELBO(diffusion, steps="stratified_importance")`` if not given.
         ema_decay: Decay of the parameter average.
         checkpoint: An object with ``load(template) -> FitState or None`` and ``save(state)``, such as
             :class:`~probdiff.Checkpoint`; the fit begins where it left off, with the keys that it had, and saves every
@@ -256,7 +256,7 @@ class _Loop:
 
     def __init__(self, diffusion, data, batch_size, optimiser, elbo):
         self.diffusion, self.data, self.batch_size = diffusion, data, batch_size
-        elbo = AnalyticELBO(diffusion, steps="stratified") if elbo is None else elbo
+        elbo = AnalyticELBO(diffusion, steps="stratified_importance") if elbo is None else elbo
         guide = elbo.guide if isinstance(elbo, StepObjective) else diffusion.posterior_guide
         model, guide = (handlers.scale(program, scale=1 / batch_size) for program in (diffusion.model, guide))
         self.svi = SVI(model, guide, optimiser, elbo)
