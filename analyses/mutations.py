@@ -78,7 +78,7 @@ def tests(names, folder):
         text=True,
     )
     assert done.returncode in (0, 1), done.stdout[-2000:]
-    return next((line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED")), None)
+    return next((line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR "))), None)
 
 
 folder = Path(tempfile.mkdtemp())

@@ -1,5 +1,6 @@
 """Run folders and exports: what was saved comes back bitwise; nothing is overwritten; damage is named."""
 
+import contextlib
 import hashlib
 import io
 import resource
@@ -170,20 +171,36 @@ def test_no_truncated_or_flipped_checkpoint_is_loaded(tmp_path, checkpoints):
     assert storage.is_intact(path)
 
 
-def test_a_full_disk_leaves_the_checkpoint_as_it_was(tmp_path, checkpoints, monkeypatch):
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond ``size`` bytes, and somebody tries."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        with pytest.raises(OSError, match="File too large"):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_file_that_finds_no_room_stays_as_it_was(tmp_path):
+    path = tmp_path / "arrays.npz"
+    storage.save_arrays(path, {"a": np.zeros(10)})
+    before = path.read_bytes()
+    with full_disk(2 * len(before)):
+        storage.save_arrays(path, {"a": np.zeros(10_000)})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_checkpoint_as_it_was(tmp_path, checkpoints):
     """The next save runs into a limit on the size of files: an OSError, and both checkpoints intact."""
     _, last, previous = checkpoints
     path = tmp_path / "checkpoint.npz"
     path.write_bytes(previous)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(previous) // 2, hard))
-        with pytest.raises(OSError, match="File too large"):
-            resume(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
+    with full_disk(len(previous) // 2):
+        resume(path)
     assert path.read_bytes() == previous and not list(tmp_path.glob(".*"))
     assert_same(resume(path).diffusion.trainable(), checkpoints[0].diffusion.trainable())
 
