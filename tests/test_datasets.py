@@ -1,5 +1,7 @@
 """Data: splits, densities against samples, entropies, files."""
 
+import re
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -139,3 +141,14 @@ def test_a_byte_order_mark_is_not_a_header(tmp_path):
     )
     data = datasets.load(tmp_path / "mark.csv")
     assert sum(len(split) for split in (data.train, data.validation, data.test)) == 20
+
+
+@pytest.mark.parametrize("shape", [(10**10, 2), (19, 2)])
+def test_a_size_in_a_header_is_not_believed(shape, tmp_path):
+    """Neither more than the file holds, for which nothing is allocated, nor less."""
+    path = tmp_path / "mine.npy"
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+        file.write(FLOATS.tobytes())
+    with pytest.raises(ValueError, match=re.escape(f"Expected {16 * shape[0]} bytes, for float64 of shape {shape}; got 320")):
+        datasets.load(path)
