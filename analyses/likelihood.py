@@ -36,6 +36,19 @@ def wanted(section):
     return arguments.only in (None, section)
 
 
+def model_of(data, num_steps, seed=0):
+    """The default model; at toy size with a small network."""
+    model = default_diffusion(data, num_steps, seed)
+    if not quick:
+        return model
+    key = jax.random.key(seed)
+    if data.levels is None:
+        network = probdiff.MLP(data.dim, key=key, hidden=8, num_blocks=1)
+        return probdiff.Diffusion(model.schedule, network, model.likelihood, "optimal")
+    network = probdiff.ConvNet(data.image_shape, key=key, channels=4, num_blocks=1, outputs=data.levels)
+    return probdiff.Diffusion(model.schedule, probdiff.CategoricalHead(network, data.levels), model.likelihood)
+
+
 def fit(data, diffusion, seed):
     """The default fit of a data set, of any model; the trained Diffusion and the seconds."""
     start = time.perf_counter()
@@ -65,7 +78,7 @@ N = 10 if quick else default_options(digits)["num_steps"]
 if wanted("digits"):
     values = []
     for seed in range(SEEDS):
-        fitted, seconds = fit(digits, default_diffusion(digits, N, seed), seed)
+        fitted, seconds = fit(digits, model_of(digits, N, seed), seed)
         mean, error = bits(fitted, x)
         values.append(mean)
         print(f"digits, N = {N}, seed {seed}: {mean:.4f} ± {error:.4f} bits/dim, fitted in {seconds:.0f} s", flush=True)
@@ -79,7 +92,7 @@ if wanted("digits"):
 
 # %%
 if wanted("few"):
-    model = default_diffusion(digits, FEW, 0)
+    model = model_of(digits, FEW)
     kernels = {"Gaussian, β̃": None, "mixture": probdiff.MixtureKernel(digits.levels)}
     for name, kernel in kernels.items():
         own = probdiff.Diffusion(model.schedule, model.network, model.likelihood, kernel=kernel)
@@ -97,7 +110,7 @@ if wanted("planar"):
     for name in PLANAR:
         data = probdiff.datasets.load(name)
         steps = 10 if quick else default_options(data)["num_steps"]
-        fitted, seconds = fit(data, default_diffusion(data, steps), 0)
+        fitted, seconds = fit(data, model_of(data, steps), 0)
         account = probdiff.ledger(fitted, {}, data.oracle, data.test[: ITEMS or 20_000], key=jax.random.key(1))
         gap, floor = account.gap, account.irreducible
         print(
@@ -156,7 +169,7 @@ def variance(diffusion, x, draws):
 
 
 if wanted("variance"):
-    fitted, _ = fit(digits, default_diffusion(digits, N, 0), 0)
+    fitted, _ = fit(digits, model_of(digits, N), 0)
     ends = fitted.schedule.log_snr[0], fitted.schedule.log_snr[-1]
     schedules = {
         "learned": learned_shape(fitted, *ends),

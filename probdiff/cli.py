@@ -14,7 +14,7 @@ from pathlib import Path
 OPTIONS = ("num_steps", "iterations", "batch_size", "learning_rate", "seed")
 SAMPLES = {"image": 64, "points": 2000}
 IMAGES = 100  # at most, in a figure
-ESTIMATOR_ROWS, ESTIMATOR_ITEMS = 2**12, (2, 128)
+ESTIMATOR_ROWS, ESTIMATOR_ITEMS = 2**11, (2, 128)
 MODEL_ROWS = 2**21
 LEDGER_ROWS = 2**20
 
