@@ -321,6 +321,8 @@ def _encoded(diffusion, x):
         type(diffusion.likelihood).__name__,
         TypeError,
     )
+    variance = getattr(diffusion.kernel, "reverse_variance", type(diffusion.kernel).__name__)
+    require(variance in ("posterior", "forward"), "diffusion", "reverse_variance 'posterior' or 'forward'", repr(variance))
     x = np.asarray(x, np.float64)
     scale = np.broadcast_to(diffusion.likelihood.scale, x.shape[1:])
     return diffusion.schedule, (x - np.asarray(diffusion.likelihood.loc)) / scale, np.log(scale).sum()

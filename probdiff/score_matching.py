@@ -24,6 +24,7 @@ from probdiff.checks import require, require_finite, require_type
 from probdiff.kernels import weighted_error
 from probdiff.objective import StepObjective
 from probdiff.programs import Diffusion
+from probdiff.schedules import NoiseSchedule
 
 
 def sigma_squared_weights(diffusion):
@@ -39,7 +40,18 @@ def likelihood_weights(diffusion):
     first term minus the reconstruction of a :class:`~probdiff.NormalLikelihood`, up to a constant.
     """
     require_type("diffusion", diffusion, Diffusion)
+    _require_fixed(diffusion)
     return diffusion.kernel.weight(diffusion.schedule) * diffusion.schedule.sigma**2
+
+
+def _require_fixed(diffusion):
+    """Refuse a model whose terms are not N numbers times squared errors of the noise."""
+    schedule = type(diffusion.schedule).__name__
+    require(isinstance(diffusion.schedule, NoiseSchedule), "diffusion", "a NoiseSchedule for score matching", f"a {schedule}")
+    fixed = diffusion.kernel.closed_form and np.ndim(diffusion.kernel.weight(diffusion.schedule)) == 1
+    kernel = type(diffusion.kernel).__name__
+    got = getattr(diffusion.kernel, "reverse_variance", f"a {kernel}")
+    require(fixed, "diffusion", "a Gaussian kernel with one variance a step for score matching", got)
 
 
 WEIGHTS = {"sigma_squared": sigma_squared_weights, "likelihood": likelihood_weights}
@@ -67,6 +79,7 @@ class ScoreMatching(StepObjective):
         self, diffusion, weights="sigma_squared", *, steps="stratified", num_particles=1, vectorize_particles=True
     ):
         require_type("diffusion", diffusion, Diffusion)
+        _require_fixed(diffusion)
         if isinstance(weights, str):
             require(weights in WEIGHTS, "weights", f"one of {list(WEIGHTS)} or an array", repr(weights))
             weights = WEIGHTS[weights](diffusion)

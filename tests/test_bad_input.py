@@ -16,6 +16,7 @@ SCHEDULE = probdiff.cosine_schedule(5)
 NETWORK = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1)
 NORMAL = probdiff.Diffusion(SCHEDULE, NETWORK)
 GRID = probdiff.Diffusion(SCHEDULE, NETWORK, probdiff.DiscretizedNormalLikelihood(5))
+LINEAR = probdiff.oracles.GaussianOracle([0.0, 0.0], np.eye(2))
 MIXTURE = probdiff.Diffusion(
     SCHEDULE, probdiff.CategoricalHead(NETWORK, 5), GRID.likelihood, kernel=probdiff.MixtureKernel(5)
 )
@@ -358,6 +359,28 @@ CALLS = {
     ),
     "a flat image": (lambda: probdiff.ConvNet(64, key=KEY), ValueError, r"shape: Expected \(height, width\); got 64"),
     "no channels": (lambda: probdiff.ConvNet((8, 8), key=KEY, channels=0), ValueError, "channels: Expected a positive"),
+    "score matching of a mixture": (
+        lambda: probdiff.ScoreMatching(MIXTURE),
+        ValueError,
+        "diffusion: Expected a Gaussian kernel with one variance a step for score matching; got a MixtureKernel",
+    ),
+    "score matching by dimension": (
+        lambda: probdiff.likelihood_weights(probdiff.Diffusion(SCHEDULE, NETWORK, reverse_variance="learned")),
+        ValueError,
+        "diffusion: Expected a Gaussian kernel with one variance a step for score matching; got learned",
+    ),
+    "score matching of a learned schedule": (
+        lambda: probdiff.ScoreMatching(probdiff.Diffusion(probdiff.LearnedSchedule(5), NETWORK)),
+        ValueError,
+        "diffusion: Expected a NoiseSchedule for score matching; got a LearnedSchedule",
+    ),
+    "closed form of other variances": (
+        lambda: probdiff.oracles.exact_terms(
+            probdiff.Diffusion(SCHEDULE, LINEAR.network(SCHEDULE), reverse_variance="optimal"), X
+        ),
+        ValueError,
+        "diffusion: Expected reverse_variance 'posterior' or 'forward'; got 'optimal'",
+    ),
     "a kernel by another name": (lambda: probdiff.GaussianKernel("beta"), ValueError, "reverse_variance: Expected one"),
     "conditional score at step 9": (
         lambda: probdiff.conditional_score(SCHEDULE, X, X, 9),
