@@ -191,6 +191,10 @@ def test_conv_net(tmp_path):
     back = probdiff.open_run(run.path).diffusion
     z, n = jax.random.normal(jax.random.key(1), (2, 7, 12)), jnp.full((2, 7), 3)
     np.testing.assert_array_equal(back.network(z, n), fit.diffusion.network(z, n))
+    # Many images are taken in parts.
+    many, n = jax.random.normal(jax.random.key(3), (3, 100, 12)), 1 + jnp.arange(300).reshape(3, 100) % N
+    few = [[back.network(many[i, j : j + 50], n[i, j : j + 50]) for j in (0, 50)] for i in range(3)]
+    np.testing.assert_allclose(back.network(many, n), np.array(few).reshape(3, 100, 12), rtol=1e-4, atol=1e-5)
     # One convolution reaches the neighbours, the whole network two blocks of two: nothing is mixed up between pixels.
     first = probdiff.ConvNet((3, 9), key=jax.random.key(0), channels=6, num_blocks=1)
     first = jax.tree.map(lambda leaf: leaf + 0.1 if isinstance(leaf, jax.Array) else leaf, first)

@@ -186,6 +186,9 @@ def test_a_fit_sets_the_optimal_variances():
     diffusion = probdiff.Diffusion(
         probdiff.log_snr_schedule(N, 3.0, -2.0), probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1), reverse_variance="optimal"
     )
+    svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-2), Trace_ELBO())
+    result = svi.run(jax.random.key(0), 5, jnp.asarray(X), progress_bar=False)  # no gradient moves them
+    np.testing.assert_allclose(diffusion.bind(result.params).kernel.variance(diffusion.schedule), diffusion.schedule.beta, rtol=1e-5)
     fit = probdiff.fit(diffusion, np.asarray(X, np.float32), iterations=5, batch_size=8, progress=False)
     variance = fit.diffusion.kernel.variance(diffusion.schedule)
     assert np.all(variance[1:] != diffusion.schedule.beta[1:]) and np.all(variance[1:] > diffusion.schedule.posterior_variance[1:])
