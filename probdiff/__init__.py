@@ -16,9 +16,10 @@ from probdiff.learned_schedules import LearnedSchedule
 from probdiff.ledger import ledger
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
 from probdiff.mixture_kernel import MixtureKernel
-from probdiff.networks import MLP
+from probdiff.networks import MLP, Ensemble
 from probdiff.objective import AnalyticELBO
 from probdiff.optimal import optimal_variance
+from probdiff.parallel import ForwardChain, ParallelPrograms, PosteriorChain, ReverseChain
 from probdiff.programs import Diffusion
 from probdiff.ranking import compare_models
 from probdiff.runs import create_run, open_run

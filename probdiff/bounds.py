@@ -20,13 +20,14 @@ from numpyro.infer import Trace_ELBO
 from tqdm import tqdm
 
 from probdiff.checks import require, require_count, require_key, require_type
+from probdiff.devices import data_mesh, gathered, on_each, spread
 from probdiff.programs import Diffusion
 
 PATH_ELEMENTS = 2**24
 FEWEST_DRAWS = 25
 
 
-def path_elbo(diffusion, x, *, key, num_draws, progress=False):
+def path_elbo(diffusion, x, *, key, num_draws, devices=None, progress=False):
     r"""NumPyro's ``Trace_ELBO`` of every datum by itself, with the forward guide: :math:`\log p - \log q` of paths.
 
     Args:
@@ -34,21 +35,27 @@ def path_elbo(diffusion, x, *, key, num_draws, progress=False):
         x: Data, shape ``(datum, dim)``.
         key: JAX key.
         num_draws: Number of sampled paths per datum.
+        devices: Number of devices (or a list of them) that share the data.
         progress: Show a progress bar.
 
     Returns:
         Nats, shape ``(draw, datum)``.
     """
 
-    def one(key, x):
-        return -Trace_ELBO().loss(key, {}, diffusion.model, diffusion.guide, x[None])
-
     require_type("diffusion", diffusion, Diffusion)
     diffusion.check(x)
     require_count("num_draws", num_draws)
     require_key(key)
-    evaluate = jax.jit(jax.vmap(one))
-    x = jnp.asarray(x)
+    mesh = data_mesh(devices)
+    diffusion, x, key = on_each((diffusion, jnp.asarray(x), key), mesh)
+
+    def one(key, x):
+        return -Trace_ELBO().loss(key, {}, diffusion.model, diffusion.guide, x[None])
+
+    @jax.jit
+    def evaluate(keys, x):
+        return gathered(jax.vmap(one)(spread(keys, mesh), spread(x, mesh)), mesh)
+
     block = max(1, PATH_ELEMENTS // (diffusion.schedule.num_steps * x.shape[1]))
     draws = []
     with tqdm(total=num_draws, unit="path", desc="Trace_ELBO", disable=not progress) as bar:

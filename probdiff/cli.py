@@ -5,6 +5,7 @@ Exit codes: 0, done; 1, the fit or a check failed; 2, something given was not us
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ class UsageError(Exception):
 def main(argv=None):
     """Run a command; returns the exit code."""
     arguments = _parser().parse_args(argv)
+    _keep_what_is_compiled()
     before = signal.signal(signal.SIGTERM, _interrupt)
     with warnings.catch_warnings():
         warnings.showwarning = _warn
@@ -40,6 +42,13 @@ def main(argv=None):
             return 130
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _keep_what_is_compiled():
+    """Have JAX keep what it compiles in the user's cache folder, for the next run; what the user has set goes first."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probdiff"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def _interrupt(*_):
@@ -68,6 +77,10 @@ def _parser():
     fit.add_argument("--learning-rate", type=float, metavar="R", help="peak learning rate of Adam")
     fit.add_argument("--seed", type=int, metavar="S", help="seed of everything random (default 0)")
     fit.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    _add_devices(fit)
+    fit.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: the address of the first (or: auto)")
+    fit.add_argument("--processes", type=int, metavar="P", help="how many processes there are")
+    fit.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     fit.add_argument("--json", action="store_true", help="print the result as one JSON document")
     inspect = commands.add_parser("inspect", help="where a fitted model spends its nats, step by step")
     inspect.set_defaults(command=_inspect)
@@ -78,6 +91,7 @@ def _parser():
     compare.add_argument("runs", metavar="RUN", nargs="+", help="run folder; with several, the models are compared")
     compare.add_argument("--num-draws", type=int, metavar="S", help="draws of each estimator (48), of each model (4)")
     compare.add_argument("--estimators", metavar="A,B,C", help="estimators to compare (default: all)")
+    _add_devices(compare)
     compare.add_argument("--json", action="store_true", help="print the result as one JSON document")
     sample = commands.add_parser("sample", help="draw from a fitted model")
     sample.set_defaults(command=_sample)
@@ -92,11 +106,16 @@ def _parser():
     )
     sample.add_argument("--seed", type=int, default=0, metavar="S", help="seed (default 0)")
     sample.add_argument("--out", metavar="FILE.npy", help="a new file (default: the next free RUN/samples/NAME-k.npy)")
+    _add_devices(sample)
     sample.add_argument("--json", action="store_true", help="print what was written as one JSON document")
     verify = commands.add_parser("verify", help="check the mathematics on this machine, in float32 and float64")
     verify.set_defaults(command=_verify)
     verify.add_argument("--json", action="store_true", help="print the result as one JSON document")
     return parser
+
+
+def _add_devices(command):
+    command.add_argument("--devices", type=int, metavar="K", help="devices that share the work (default: one)")
 
 
 def _usage(function, *arguments, **keywords):
@@ -112,19 +131,21 @@ def _fit(arguments):
     _usage(_check_options, given)
     if arguments.resume and arguments.out is None:
         raise UsageError("--resume: Expected --out DIR, the run to go on with; got none")
-    run, dataset, options = _usage(_prepare, given, arguments)
+    first = _usage(_join, arguments)
+    devices = _usage(_check_devices, arguments)
+    run, dataset, options = _usage(_prepare, given, arguments, first)
     diffusion = _usage(getattr, run, "untrained")
     _usage(run.checkpoint.check)
-    out = sys.stderr if arguments.json else sys.stdout
-    print(
-        f"probdiff: {dataset.name}, {len(dataset.train)} training items of {dataset.dim} dimensions, "
-        f"N = {options['num_steps']} steps, {options['iterations']} iterations, in {run.path}",
-        file=out,
-        flush=True,
-    )
+    if first:
+        print(
+            f"probdiff: {dataset.name}, {len(dataset.train)} training items of {dataset.dim} dimensions, "
+            f"N = {options['num_steps']} steps, {options['iterations']} iterations, in {run.path}",
+            file=sys.stderr if arguments.json else sys.stdout,
+            flush=True,
+        )
 
     try:
-        results = _fit_and_evaluate(run, diffusion, dataset, options)
+        results = _fit_and_evaluate(run, diffusion, dataset, options, devices, first)
     except KeyboardInterrupt:
         print(f"\nprobdiff: interrupted; go on with: probdiff fit --out {run.path} --resume", file=sys.stderr)
         return 130
@@ -135,6 +156,8 @@ def _fit(arguments):
     except OSError as error:
         print(f"probdiff: error: {error}; what was saved before is in {run.path}", file=sys.stderr)
         return 1
+    if not first:
+        return 0
     if arguments.json:
         print(json.dumps(results))
         return 0
@@ -149,8 +172,8 @@ def _fit(arguments):
     return 0
 
 
-def _fit_and_evaluate(run, diffusion, dataset, options):
-    """Fit, evaluate and save; gives the results as they are saved."""
+def _fit_and_evaluate(run, diffusion, dataset, options, devices, first):
+    """Fit, evaluate and save; gives the results as they are saved. Of several processes, the first saves."""
     import jax
 
     import probdiff
@@ -167,20 +190,63 @@ def _fit_and_evaluate(run, diffusion, dataset, options):
         key=fit_key,
         validation=dataset.validation,
         checkpoint=run.checkpoint,
+        devices=devices,
     )
     seconds = {"fit": time.monotonic() - start}
-    run.save(fit=fit)
+    if first:
+        run.save(fit=fit)
     start = time.monotonic()
-    both, results = evaluate(fit.diffusion, dataset, key=report_key, progress=True)
+    both, results = evaluate(fit.diffusion, dataset, key=report_key, devices=devices, progress=first)
     seconds["evaluation"] = time.monotonic() - start
     results |= {
         "run": str(run.path),
         "skipped_updates": fit.skipped_updates,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
-    run.save(terms=both.terms, results=results)
-    _draw_figures(run, fit.diffusion, dataset)
+    if first:
+        run.save(terms=both.terms, results=results)
+        _draw_figures(run, fit.diffusion, dataset)
     return results
+
+
+def _join(arguments):
+    """Become one of several processes, if so asked; whether this is the first, which prints and writes."""
+    address, count, index = arguments.coordinator, arguments.processes, arguments.process
+    if address is None and count is None and index is None:
+        return True
+    if address is None:
+        raise ValueError("--coordinator: Expected the address HOST:PORT of the first process, or auto; got none")
+    if arguments.out is None:
+        raise ValueError("--out: Expected a folder that all processes see; got none")
+    if address == "auto":
+        if count is not None or index is not None:
+            raise ValueError("--coordinator: Expected no --processes and --process with auto, which finds them; got some")
+    elif count is None or index is None or not 0 <= index < count:
+        raise ValueError(f"--process: Expected one of 0 … P−1 out of --processes P; got {index} of {count}")
+    elif not address.rpartition(":")[2].isdigit() or not address.rpartition(":")[0]:
+        raise ValueError(f"--coordinator: Expected HOST:PORT or auto; got {address}")
+    import jax
+
+    try:
+        jax.distributed.initialize(None if address == "auto" else address, count, index)
+    except RuntimeError as error:
+        raise ValueError(f"--coordinator: Expected processes that find each other; got: {error}") from None
+    return jax.process_index() == 0
+
+
+def _check_devices(arguments):
+    """The number of devices, None for one: all there are, if there are several processes."""
+    import jax
+
+    from probdiff.devices import data_mesh
+
+    count = arguments.devices
+    if count is None and jax.process_count() > 1:
+        count = jax.device_count()
+    if jax.process_count() > 1 and count != jax.device_count():
+        raise ValueError(f"--devices: Expected all {jax.device_count()} devices of the processes; got {count}")
+    data_mesh(count)
+    return count
 
 
 def _check_options(given):
@@ -195,9 +261,10 @@ def _check_options(given):
             raise ValueError(f"{flag}: Expected {expected}; got {value}")
 
 
-def _prepare(given, arguments):
+def _prepare(given, arguments, first):
     """The run folder, the data and the options; nothing is compiled before this has passed."""
     from probdiff import datasets, presets, runs
+    from probdiff.devices import wait_for_all
 
     if arguments.resume:
         run = runs.open_run(arguments.out)
@@ -213,7 +280,7 @@ def _prepare(given, arguments):
                     f"--{name.replace('_', '-')}: Expected {options[name]}, as in the run to resume; got {value}"
                 )
         return run, run.data, options
-    if arguments.out is not None:
+    if arguments.out is not None and first:
         runs.check_free(arguments.out)
     name = _data_name(arguments.data or "digits")
     dataset = datasets.load(name, given.get("seed", 0))
@@ -222,7 +289,10 @@ def _prepare(given, arguments):
     for split in (dataset.train, dataset.validation, dataset.test):
         diffusion.check(split)
     path = arguments.out or runs.next_free(dataset.name)
-    return runs.create_run(path, diffusion, options), dataset, options
+    if first:
+        runs.create_run(path, diffusion, options)
+    wait_for_all("run folder")
+    return runs.open_run(path), dataset, options
 
 
 def _data_name(name):
@@ -316,9 +386,10 @@ def _compare(arguments):
         return 0
     items = test[: min(ESTIMATOR_ITEMS[1], max(ESTIMATOR_ITEMS[0], ESTIMATOR_ROWS // diffusion.schedule.num_steps))]
     draws = arguments.num_draws or 48
+    devices = _usage(_check_devices, arguments)
     print(f"probdiff: {len(items)} test items, N = {diffusion.schedule.num_steps}", file=sys.stderr, flush=True)
     result = probdiff.compare_estimators(
-        diffusion, {}, items, key=key, num_draws=draws, estimators=names, progress=True
+        diffusion, {}, items, key=key, num_draws=draws, estimators=names, devices=devices, progress=True
     )
     # What was computed is shown even if it cannot be written.
     try:
@@ -341,6 +412,7 @@ def _sample(arguments):
     run = _usage(probdiff.open_run, arguments.run)
     diffusion, dataset = (_usage(getattr, run, name) for name in ("diffusion", "data"))
     paths = _usage(run.new_samples, arguments.sampler, arguments.out)
+    devices = _usage(_check_devices, arguments)
     count = arguments.num_samples or SAMPLES["points" if dataset.image_shape is None else "image"]
     options = {} if arguments.steps is None else {"steps": arguments.steps}
     start = time.monotonic()
@@ -350,6 +422,7 @@ def _sample(arguments):
         {},
         key=jax.random.key(arguments.seed),
         num_samples=count,
+        devices=devices,
         progress=True,
         **options,
     )

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from scipy import stats
+from scipy import special
 from tqdm import tqdm
 
 from probdiff.bounds import log_mean_exp, pareto_khat
 from probdiff.checks import require, require_count, require_key, require_type
+from probdiff.devices import data_mesh, gathered, on_each, spread
 from probdiff.elbo import ROWS, bits_per_dim
 from probdiff.estimators import ESTIMATORS
 from probdiff.objective import StepObjective
@@ -134,7 +135,7 @@ def _json_matrix(frame):
     return {name: {k: v for k, v in row.items() if np.isfinite(v)} for name, row in frame.iterrows()}
 
 
-def compare_estimators(diffusion, params, x, *, key, num_draws=200, estimators=None, progress=False):
+def compare_estimators(diffusion, params, x, *, key, num_draws=200, estimators=None, devices=None, progress=False):
     """Estimate the bound of one model on the same data in every way.
 
     Estimators that learn (probabilities of steps, coefficients) first learn on ``x``, and are then held fixed. In the
@@ -149,6 +150,7 @@ def compare_estimators(diffusion, params, x, *, key, num_draws=200, estimators=N
             less: they are drawn up to 64 times as often. Gradients are drawn as often as about 2¹⁵ network
             evaluations allow, but 8 to 1024 times.
         estimators: Names out of :data:`~probdiff.ESTIMATORS`; all if not given.
+        devices: Number of devices (or a list of them) that share the draws.
         progress: Show progress bars.
 
     Returns:
@@ -164,7 +166,8 @@ def compare_estimators(diffusion, params, x, *, key, num_draws=200, estimators=N
     require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
     require_key(key)
     names = check_names(ESTIMATORS if estimators is None else estimators)
-    x = jnp.asarray(x)
+    mesh = data_mesh(devices)
+    diffusion, x, key = on_each((diffusion, jnp.asarray(x), key), mesh)
     draw_key, learn_key, direction_key = jax.random.split(key, 3)
     size = sum(leaf.size for leaf in jax.tree.leaves(diffusion.trainable()))
     directions = jax.random.normal(direction_key, (DIRECTIONS, size)) / np.sqrt(max(1, size))
@@ -172,7 +175,7 @@ def compare_estimators(diffusion, params, x, *, key, num_draws=200, estimators=N
         measured = {}
         for name in names:
             bar.set_description(name)
-            measured[name] = _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions)
+            measured[name] = _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions, mesh)
             bar.update()
     return _summarise(measured, num_draws, x)
 
@@ -186,7 +189,7 @@ def check_names(names):
     return list(dict.fromkeys(names))
 
 
-def _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions):
+def _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions, mesh):
     """Draws of one estimator: values, projections of gradients, variance of gradients, cost."""
     guide, elbo = ESTIMATORS[name](diffusion)
     evaluations = getattr(elbo, "evaluations", diffusion.schedule.num_steps)
@@ -198,13 +201,13 @@ def _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions):
     together = max(1, ROWS_AT_ONCE // at_once)
     value = functools.partial(_value, diffusion, *by_value, x, learned)
     more = min(MORE_DRAWS, max(1, diffusion.schedule.num_steps // evaluations))
-    values, _, seconds = _in_blocks(lambda key: (value(key), ()), _keys(draw_key, num_draws * more), together, rows)
+    values, _, seconds = _in_blocks(lambda key: (value(key), ()), _keys(draw_key, num_draws * more), together, rows, mesh)
     result = {"values": values, "evaluations": evaluations, "seconds": seconds}
     if directions.size:
         count = int(np.clip(GRADIENT_ROWS // rows, *GRADIENT_DRAWS))
         together = max(1, min(together, KEPT_ROWS // rows, KEPT_NUMBERS // directions.shape[1]))
         gradient = functools.partial(_gradient, diffusion, *by_gradient, x, learned, directions)
-        (projections, squares), total, seconds = _in_blocks(gradient, _keys(draw_key, count), together, rows)
+        (projections, squares), total, seconds = _in_blocks(gradient, _keys(draw_key, count), together, rows, mesh)
         square_of_mean = float(jnp.square(total / count).sum())
         variance = (squares.mean() - square_of_mean) * count / (count - 1)
         result |= {"projections": projections, "gradient_variance": variance, "gradient_seconds": seconds}
@@ -258,7 +261,7 @@ def _gradient(diffusion, guide, elbo, x, learned, directions, key):
     return (directions @ gradient, jnp.square(gradient).sum()), gradient
 
 
-def _in_blocks(function, keys, together, rows):
+def _in_blocks(function, keys, together, rows, mesh):
     """Draws of ``function`` and the seconds of one draw once it is compiled.
 
     Args:
@@ -273,10 +276,10 @@ def _in_blocks(function, keys, together, rows):
 
     def several(total, keys):
         def add(total, keys):
-            kept, added = jax.vmap(function)(keys)
+            kept, added = jax.vmap(function)(spread(keys, mesh))
             return jax.tree.map(lambda a, b: a + b.sum(0), total, added), kept
 
-        return jax.lax.scan(add, total, keys)
+        return gathered(jax.lax.scan(add, total, keys), mesh)
 
     total = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, keys[0])[1])
     compiled = jax.jit(several).lower(total, calls[0]).compile()
@@ -315,7 +318,7 @@ def _summarise(measured, num_draws, x):
         projections=projections,
         value_z=_pairwise_z(means),
         gradient_z=_pairwise_z(projections),
-        z_limit=float(stats.norm.isf(FAMILY_ERROR / 2 / num_scores)),
+        z_limit=float(-special.ndtri(FAMILY_ERROR / 2 / num_scores)),
         iwae=None if trace is None else Estimate.of(log_mean_exp(trace, 0)),
         khat=None if trace is None else pareto_khat(trace),
         dim=x.shape[1],
@@ -368,7 +371,7 @@ def _z(first, second):
         error = np.hypot(_error(first), _error(second))
     rounding = ROUNDING * max(np.abs(first).max(), np.abs(second).max())
     t = (first.mean(0) - second.mean(0)) / np.hypot(error, rounding + np.finfo(float).tiny)
-    return np.sign(t) * stats.norm.isf(stats.t.sf(np.abs(t), min(len(first), len(second)) - 1))
+    return -np.sign(t) * special.ndtri(special.stdtr(min(len(first), len(second)) - 1, -np.abs(t)))
 
 
 def _error(draws):

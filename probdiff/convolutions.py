@@ -8,7 +8,7 @@ import numpy as np
 from probdiff.checks import require, require_count
 from probdiff.networks import EMBEDDING, MOST_BLOCKS, LogSNREmbedding, batched
 
-AT_ONCE = 128  # images, whose hidden layers then stay in the cache of a processor
+AT_ONCE = 128  # images, on CPU: their hidden layers then stay in its cache
 
 
 class _Convolution(eqx.Module):
@@ -98,7 +98,7 @@ class ConvNet(eqx.Module):
 
     def __call__(self, z, n, *, key=None):
         """Predict for ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
-        if key is None and n.size > AT_ONCE:
+        if key is None and n.size > AT_ONCE and jax.default_backend() == "cpu":
             rows = z.reshape(-1, self.dim), n.reshape(-1)
             output = jax.lax.map(lambda row: self(*row), rows, batch_size=AT_ONCE)
             return output.reshape(*z.shape, *output.shape[2:])

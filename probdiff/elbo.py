@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from probdiff.checks import require, require_count, require_key, require_type
+from probdiff.devices import at_home, data_mesh, gathered, on_each, spread
 from probdiff.kernels import NoiseMoments
 from probdiff.programs import Diffusion
 from probdiff.schedules import array_module, at_step
@@ -141,8 +142,9 @@ def _filled(function, size, chunk, out):
 
 
 @eqx.filter_jit
-def _evaluate(diffusion, x, key, draws, noise):
+def _evaluate(diffusion, x, key, draws, noise, mesh):
     """ELBOTerms of the draws numbered ``draws``; ``noise`` is None or shape ``(len(draws), num_steps, datum, dim)``."""
+    x = spread(x, mesh)
     x0 = diffusion.likelihood.encode(x)
     num_draws, num_steps = len(draws), diffusion.schedule.num_steps
     chunk = ROWS // len(x)
@@ -167,17 +169,17 @@ def _evaluate(diffusion, x, key, draws, noise):
         kls = _filled(step_kl, step_rows, chunk, kls)
     log_lik = _filled(reconstruction, num_draws, chunk, jnp.zeros((num_draws, len(x)), x0.dtype))
     kls = kls.reshape(num_draws, num_steps - 1, len(x))
-    return ELBOTerms(prior_kl(diffusion.schedule, x0), kls, log_lik, diffusion.kernel.closed_form)
+    return gathered(ELBOTerms(prior_kl(diffusion.schedule, x0), kls, log_lik, diffusion.kernel.closed_form), mesh)
 
 
 @eqx.filter_jit
-def _accumulate(diffusion, x, key, draws, noise, state):
+def _accumulate(diffusion, x, key, draws, noise, state, mesh):
     """Welford's update of (count, means, sums of squares) by the draws, one at a time."""
 
     def body(state, each):
         count, mean, square = state
         draw, eps = each
-        terms = _evaluate(diffusion, x, key, draw[None], None if eps is None else eps[None])
+        terms = _evaluate(diffusion, x, key, draw[None], None if eps is None else eps[None], mesh)
         value = (terms.step_kl[0], terms.reconstruction[0], terms.elbo[0])
         mean_new = jax.tree.map(lambda m, v: m + (v - m) / (count + 1), mean, value)
         square = jax.tree.map(lambda s, m, w, v: s + (v - m) * (v - w), square, mean, mean_new, value)
@@ -186,7 +188,9 @@ def _accumulate(diffusion, x, key, draws, noise, state):
     return jax.lax.scan(body, state, (draws, noise))[0]
 
 
-def elbo_terms(diffusion, params, x, *, key=None, num_draws=None, noise=None, reduce=False, progress=False):
+def elbo_terms(
+    diffusion, params, x, *, key=None, num_draws=None, noise=None, reduce=False, devices=None, progress=False
+):
     r"""The terms of the bound on each datum, each from noise of its own.
 
     Draw s at step n sees :math:`z_n = \sqrt{\bar\alpha_n} x_0 + \sqrt{1-\bar\alpha_n}\, \epsilon_{s,n}`, independent over
@@ -201,6 +205,7 @@ def elbo_terms(diffusion, params, x, *, key=None, num_draws=None, noise=None, re
         noise: The noise itself, instead of ``key``: shape ``(draw, num_steps, datum, dim)``, step n at
             ``[:, n - 1]``. Two models on the same noise are compared on common random numbers.
         reduce: Return the moments over draws (:class:`ELBOMoments`): memory then does not grow with draws.
+        devices: Number of devices (or a list of them) that share the data; the terms are those of one device, up to rounding.
         progress: Show a progress bar.
 
     Returns:
@@ -230,22 +235,24 @@ def elbo_terms(diffusion, params, x, *, key=None, num_draws=None, noise=None, re
         num_draws = len(noise)
     num_draws = 1 if num_draws is None else num_draws
     require_count("num_draws", num_draws)
-    return _in_blocks(diffusion, jnp.asarray(x), key, int(num_draws), noise, reduce, progress)
+    mesh = data_mesh(devices)
+    diffusion, x, key, noise = on_each((diffusion, jnp.asarray(x), key, noise), mesh)
+    return at_home(_in_blocks(diffusion, x, key, int(num_draws), noise, reduce, mesh, progress), mesh)
 
 
-def _in_blocks(diffusion, x, key, num_draws, noise, reduce, progress):
+def _in_blocks(diffusion, x, key, num_draws, noise, reduce, mesh, progress):
     """Blocks of draws, a second or so each, so that a progress bar can move and Ctrl-C is heard."""
     per_draw = diffusion.schedule.num_steps * len(x)
     block = max(1, min(num_draws, 2**20 // per_draw))
     blocks, state = [], None
     with tqdm(total=num_draws, unit="draw", desc="ELBO", disable=not progress) as bar:
         for start in range(0, num_draws, block):
-            draws = jnp.arange(start, min(start + block, num_draws))
+            draws = on_each(jnp.arange(start, min(start + block, num_draws)), mesh)
             eps = None if noise is None else noise[start : start + block]
             if reduce:
-                state = _accumulate(diffusion, x, key, draws, eps, state or _no_draws(diffusion, x))
+                state = _accumulate(diffusion, x, key, draws, eps, state or _no_draws(diffusion, x), mesh)
             else:
-                blocks.append(_evaluate(diffusion, x, key, draws, eps))
+                blocks.append(_evaluate(diffusion, x, key, draws, eps, mesh))
             jax.block_until_ready((blocks, state))
             bar.update(len(draws))
     if reduce:

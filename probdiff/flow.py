@@ -16,7 +16,6 @@ Hutchinson's estimator: Grathwohl et al. (2019), arXiv:1810.01367, section 3.1.
 
 from typing import NamedTuple
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -69,6 +68,8 @@ def solve(field, state, start, end, *, rtol, atol, steps=None):
     """
     if start == end:
         return state, jnp.zeros((), jnp.int32)
+    import diffrax  # here, because it takes long to import
+
     dtype = jax.tree.leaves(state)[0].dtype
     solver, controller, evaluations = diffrax.Tsit5(), diffrax.PIDController(rtol=rtol, atol=atol), 6
     if steps is not None:

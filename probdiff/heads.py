@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from probdiff.checks import require, require_count
-from probdiff.networks import takes_key
+from probdiff.networks import takes_key, told
 from probdiff.schedules import at_step
 
 
@@ -44,8 +44,8 @@ class Head(eqx.Module):
 
     def on_schedule(self, schedule):
         """This head on a schedule."""
-        told = self.network.on_schedule(schedule) if hasattr(self.network, "on_schedule") else self.network
-        return eqx.tree_at(lambda h: (h.network, h.schedule), self, (told, schedule), is_leaf=lambda leaf: leaf is None)
+        parts = told(self.network, schedule), schedule
+        return eqx.tree_at(lambda h: (h.network, h.schedule), self, parts, is_leaf=lambda leaf: leaf is None)
 
     def output(self, z, n, key=None):
         """What the network says, checked."""

@@ -30,7 +30,7 @@ from probdiff.kernels import GaussianKernel
 from probdiff.learned_schedules import LearnedSchedule, require_schedule
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
 from probdiff.mixture_kernel import MixtureKernel
-from probdiff.networks import is_trainable, takes_key
+from probdiff.networks import is_trainable, takes_key, told
 from probdiff.schedules import NoiseSchedule
 
 PARAMS = "diffusion$params"
@@ -77,7 +77,7 @@ class Diffusion(eqx.Module):
         own_dim = getattr(network, "dim", None)
         require(dim is None or own_dim in (None, dim), "dim", f"{own_dim}, the network's", dim)
         self.schedule = schedule
-        self.network = _told(network, schedule)
+        self.network = told(network, schedule)
         self.likelihood = likelihood
         self.dim = own_dim if dim is None else dim
         self.kernel = GaussianKernel(reverse_variance, schedule, self.dim) if kernel is None else kernel
@@ -175,7 +175,7 @@ class Diffusion(eqx.Module):
         """This model with everything but its parameters replaced by None: the value of its ``param`` site."""
         learned = jax.tree.leaves(eqx.filter(self.schedule, is_trainable))
         # The network looks up the schedule, too, but has no parameters of it.
-        own = eqx.tree_at(lambda d: d.network, self, _told(self.network, None)) if learned else self
+        own = eqx.tree_at(lambda d: d.network, self, told(self.network, None)) if learned else self
         return eqx.filter(own, is_trainable)
 
     def with_param_site(self):
@@ -200,12 +200,12 @@ class Diffusion(eqx.Module):
         """This model with other parameters, shaped like :meth:`trainable`."""
         if isinstance(self.schedule, NoiseSchedule):
             return eqx.combine(params, self)
-        untold = eqx.tree_at(lambda d: d.network, self, _told(self.network, None))
+        untold = eqx.tree_at(lambda d: d.network, self, told(self.network, None))
         other = eqx.combine(params, untold)
         return other._on_schedule(other.schedule)
 
     def _on_schedule(self, schedule):
-        return eqx.tree_at(lambda d: (d.schedule, d.network), self, (schedule, _told(self.network, schedule)))
+        return eqx.tree_at(lambda d: (d.schedule, d.network), self, (schedule, told(self.network, schedule)))
 
     def training_key(self, x):
         """A key for the network's ``key=``, drawn from the ``seed`` handler; None when not training on data."""
@@ -245,11 +245,6 @@ class Diffusion(eqx.Module):
 
     def _descending_steps(self):
         return jnp.arange(self.schedule.num_steps, 0, -1)
-
-
-def _told(network, schedule):
-    """The network on a schedule, if it wants to know."""
-    return network.on_schedule(schedule) if hasattr(network, "on_schedule") else network
 
 
 def require_kernel(kernel, network, likelihood):

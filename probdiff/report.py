@@ -12,7 +12,7 @@ EVALUATIONS = 2**18  # of the network, by each of the two ways
 BLOCKS = 8
 
 
-def evaluate(diffusion, dataset, *, key, progress=False):
+def evaluate(diffusion, dataset, *, key, devices=None, progress=False):
     """The bound on the test split.
 
     Both ways on the first items, as many as take 2¹⁸ network evaluations each way (512 at most); by the analytic terms on
@@ -22,6 +22,7 @@ def evaluate(diffusion, dataset, *, key, progress=False):
         diffusion: A trained Diffusion.
         dataset: A :class:`~probdiff.datasets.Dataset`.
         key: JAX key.
+        devices: Number of devices that share the data.
         progress: Show progress bars.
 
     Returns:
@@ -30,13 +31,13 @@ def evaluate(diffusion, dataset, *, key, progress=False):
     both_key, test_key = jax.random.split(key)
     num_steps = diffusion.schedule.num_steps
     items = dataset.test[: min(ITEMS, max(2, EVALUATIONS // (num_steps * DRAWS)))]
-    both = compute_both_ways(diffusion, items, key=both_key, num_draws=DRAWS, progress=progress)
+    both = compute_both_ways(diffusion, items, key=both_key, num_draws=DRAWS, devices=devices, progress=progress)
     if len(items) == len(dataset.test):
         draws, terms = DRAWS, both.terms
         parts = [np.asarray(part).mean(0) for part in (terms.step_kl.sum(1), terms.reconstruction, terms.elbo)]
     else:
         draws = 1
-        terms = elbo_terms(diffusion, {}, dataset.test, key=test_key, reduce=True, progress=progress)
+        terms = elbo_terms(diffusion, {}, dataset.test, key=test_key, reduce=True, devices=devices, progress=progress)
         parts = [np.asarray(part.mean, np.float64) for part in (terms.step_kl, terms.reconstruction, terms.elbo)]
         parts[0] = parts[0].sum(0)
     signs = {"prior_kl": -1, "step_kl": -1, "reconstruction": 1, "elbo": 1}

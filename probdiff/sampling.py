@@ -21,6 +21,7 @@ from numpyro import handlers
 from tqdm import tqdm
 
 from probdiff.checks import require, require_count, require_key, require_type
+from probdiff.devices import data_mesh, gathered, on_each, spread
 from probdiff.elbo import even_chunk
 from probdiff.flow import Interpolated, require_tolerances, solve, velocity
 from probdiff.networks import predict_noise
@@ -32,7 +33,7 @@ EVALUATIONS = 2**20  # of the network, in a batch
 ADAPTIVE = 500  # of the network, about as many as a solver takes that chooses its steps
 
 
-def ancestral(diffusion, params, *, key, num_samples, progress=False):
+def ancestral(diffusion, params, *, key, num_samples, devices=None, progress=False):
     """Draw from the model: ``diffusion.model`` as it stands.
 
     Args:
@@ -40,20 +41,21 @@ def ancestral(diffusion, params, *, key, num_samples, progress=False):
         params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
         key: JAX key.
         num_samples: Number of samples.
+        devices: Number of devices (or a list of them) that share the samples.
         progress: Show a progress bar.
 
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
     evaluations = len(_subsequence(diffusion, None))
-    return _draw(_ancestral, diffusion, params, (), key, num_samples, evaluations, progress)
+    return _draw(_ancestral, diffusion, params, (), key, num_samples, evaluations, devices, progress)
 
 
 def _ancestral(diffusion, key):
     return handlers.seed(diffusion.model, key)(None, num_data=1)[0]
 
 
-def ddim(diffusion, params, *, key, num_samples, steps=None, eta=0.0, progress=False):
+def ddim(diffusion, params, *, key, num_samples, steps=None, eta=0.0, devices=None, progress=False):
     r"""Draw by DDIM: steps that keep the marginals of the chain, for any sub-sequence of it.
 
     With :math:`\tau` a sub-sequence of 1 … N and m before n in it (:math:`\bar\alpha = 1` before its first),
@@ -72,6 +74,7 @@ def ddim(diffusion, params, *, key, num_samples, steps=None, eta=0.0, progress=F
             evaluation of the network.
         eta: η, 0 to 1: none of the noise (then z_N decides the sample), or that of the reverse chain with
             :math:`v_n = \tilde\beta_n`.
+        devices: Number of devices (or a list of them) that share the samples.
         progress: Show a progress bar.
 
     Returns:
@@ -80,7 +83,7 @@ def ddim(diffusion, params, *, key, num_samples, steps=None, eta=0.0, progress=F
     taken = _subsequence(diffusion, steps)
     require(0 <= eta <= 1, "eta", "0 <= eta <= 1", eta)
     coefficients = _ddim_coefficients(diffusion.schedule, taken, eta)
-    return _draw(_ddim, diffusion, params, (taken, *coefficients), key, num_samples, len(taken), progress)
+    return _draw(_ddim, diffusion, params, (taken, *coefficients), key, num_samples, len(taken), devices, progress)
 
 
 def _ddim_coefficients(schedule, taken, eta):
@@ -108,7 +111,7 @@ def _ddim(diffusion, key, taken, per_z, per_eps, added):
 
 
 def annealed_langevin(
-    diffusion, params, *, key, num_samples, steps=None, num_updates=10, step_size=0.5, progress=False
+    diffusion, params, *, key, num_samples, steps=None, num_updates=10, step_size=0.5, devices=None, progress=False
 ):
     r"""Draw by Langevin dynamics on the score of each noise level, in VE coordinates, from the largest level down.
 
@@ -126,6 +129,7 @@ def annealed_langevin(
         num_updates: Evaluations of the network at each level; one more follows the last. The samples lag behind the level where there
             are too few: of the moons, 50 levels of 10 were enough, and 10 of 10 far from it.
         step_size: r, positive.
+        devices: Number of devices (or a list of them) that share the samples.
         progress: Show a progress bar.
 
     Returns:
@@ -136,7 +140,7 @@ def annealed_langevin(
     require(0 < step_size < np.inf, "step_size", "a positive number", step_size)
     levels = np.repeat(taken, num_updates)
     arguments = levels, jnp.asarray(step_size)
-    return _draw(_annealed_langevin, diffusion, params, arguments, key, num_samples, len(levels) + 1, progress)
+    return _draw(_annealed_langevin, diffusion, params, arguments, key, num_samples, len(levels) + 1, devices, progress)
 
 
 def _annealed_langevin(diffusion, key, levels, step_size):
@@ -156,7 +160,7 @@ def _annealed_langevin(diffusion, key, levels, step_size):
     return _denoised(diffusion, vp_from_ve(schedule, x, levels[0]), levels[0])
 
 
-def probability_flow(diffusion, params, *, key, num_samples, steps=None, rtol=1e-4, atol=1e-4, progress=False):
+def probability_flow(diffusion, params, *, key, num_samples, steps=None, rtol=1e-4, atol=1e-4, devices=None, progress=False):
     r"""Draw by the probability flow, from z_N to z_1: nothing is random on the way.
 
     Args:
@@ -167,6 +171,7 @@ def probability_flow(diffusion, params, *, key, num_samples, steps=None, rtol=1e
         steps: Number of steps of Heun's method, of equal length in log-SNR, four evaluations of the network each; if not
             given, a solver that chooses its steps, within ``rtol`` and ``atol``. One evaluation more follows.
         rtol, atol: Tolerances of that solver for each step.
+        devices: Number of devices (or a list of them) that share the samples.
         progress: Show a progress bar.
 
     Returns:
@@ -178,7 +183,7 @@ def probability_flow(diffusion, params, *, key, num_samples, steps=None, rtol=1e
         require_count("steps", steps)
     evaluations = ADAPTIVE if steps is None else 4 * steps + 1
     options = steps, rtol, atol
-    return _draw(_probability_flow, diffusion, params, options, key, num_samples, evaluations, progress)
+    return _draw(_probability_flow, diffusion, params, options, key, num_samples, evaluations, devices, progress)
 
 
 def _probability_flow(diffusion, key, steps, rtol, atol):
@@ -216,7 +221,7 @@ def _subsequence(diffusion, steps):
     return steps
 
 
-def _draw(one, diffusion, params, arguments, key, num_samples, evaluations, progress):
+def _draw(one, diffusion, params, arguments, key, num_samples, evaluations, devices, progress):
     """``one(diffusion, key, *arguments)`` for the key of each sample, a batch at a time."""
     require(
         diffusion.dim is not None, "diffusion", "one that knows its dimension: Diffusion(…, dim=…) or network.dim", None
@@ -224,16 +229,18 @@ def _draw(one, diffusion, params, arguments, key, num_samples, evaluations, prog
     require_count("num_samples", num_samples)
     require_key(key)
     diffusion = diffusion.bind(params)
+    mesh = data_mesh(devices)
+    diffusion, arguments, key = on_each((diffusion, arguments, key), mesh)
     batch = even_chunk(num_samples, max(64, EVALUATIONS // evaluations))
     samples = []
     with tqdm(total=num_samples, unit="sample", desc=one.__name__.strip("_"), disable=not progress) as bar:
         for start in range(0, num_samples, batch):
-            samples.append(np.asarray(_draw_batch(one, diffusion, arguments, key, start + np.arange(batch))))
+            samples.append(np.asarray(_draw_batch(one, diffusion, arguments, key, start + np.arange(batch), mesh)))
             bar.update(min(batch, num_samples - start))
     return np.concatenate(samples)[:num_samples]
 
 
 @eqx.filter_jit
-def _draw_batch(one, diffusion, arguments, key, numbers):
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-    return jax.vmap(lambda key: one(diffusion, key, *arguments))(keys)
+def _draw_batch(one, diffusion, arguments, key, numbers, mesh):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, spread(numbers, mesh))
+    return gathered(jax.vmap(lambda key: one(diffusion, key, *arguments))(keys), mesh)

@@ -5,7 +5,6 @@ drawn with replacement, an exponential moving average of the parameters, and the
 best on validation data. Everything that decides the future of a fit is in its :class:`FitState`.
 """
 
-import functools
 import hashlib
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
 from probdiff.checks import require, require_count, require_key, require_type
+from probdiff.devices import at_home, data_mesh, gathered, on_each, spread
 from probdiff.elbo import bits_per_dim
 from probdiff.objective import AnalyticELBO, StepObjective
 from probdiff.optimal import optimal_variance
@@ -118,6 +118,7 @@ def fit(
     elbo=None,
     ema_decay=0.999,
     checkpoint=None,
+    devices=None,
     progress=True,
 ):
     """Fit a diffusion by SVI.
@@ -139,7 +140,9 @@ def fit(
         ema_decay: Decay of the parameter average.
         checkpoint: An object with ``load(template) -> FitState or None`` and ``save(state)``, such as
             :class:`~probdiff.Checkpoint`; the fit begins where it left off, with the keys that it had, and saves every
-            ``validate_every`` iterations, at the end and on Ctrl-C.
+            ``validate_every`` iterations, at the end and on Ctrl-C. With several processes, all load it and the first saves.
+        devices: Number of devices (or a list of them) that share each minibatch; the state is on every one. What is fitted is what one
+            device would fit, up to rounding, and can be resumed on any other number.
         progress: Show a progress bar with the running bound.
 
     Returns:
@@ -172,7 +175,9 @@ def fit(
     key = jax.random.key(0) if key is None else key
     require_key(key)
     optimiser = _optimiser(learning_rate, iterations, ema_decay)
-    loop = _Loop(diffusion, jnp.asarray(data), batch_size, optimiser, elbo)
+    mesh = data_mesh(devices)
+    first_process = jax.process_index() == 0
+    loop = _Loop(diffusion, data, batch_size, optimiser, elbo, mesh)
     own_optimiser = isinstance(learning_rate, optax.GradientTransformation)
     settings = {
         # The learning rate falls to 0 at the last iteration; with an optimiser of the user's, a fit can go on beyond.
@@ -187,32 +192,40 @@ def fit(
     }
     state = loop.init(key, settings)
     state = (checkpoint and checkpoint.load(state)) or state
+    save = checkpoint.save if checkpoint is not None and first_process else _save_nothing
     for name, value in settings.items():
         saved = state.settings[name]
         require(saved == value, name, f"{saved}, as in the fit that the checkpoint is of", value)
-    validation = None if validation is None else jnp.asarray(validation)
+    state = on_each(state, mesh)
+    validation = None if validation is None else on_each(jnp.asarray(validation), mesh)
     saved = len(state.losses)
-    with tqdm(total=iterations, initial=saved, unit="it", disable=not progress, mininterval=0.5) as bar:
+    quiet = not (progress and first_process)
+    with tqdm(total=iterations, initial=saved, unit="it", disable=quiet, mininterval=0.5) as bar:
         try:
             while (done := len(state.losses)) < iterations:
                 stop = min(iterations, done + CHUNK, (done // validate_every + 1) * validate_every)
                 new = loop.advance(state, stop - done)
                 due = stop % validate_every == 0 or stop == iterations
                 state = loop.validate(new, validation) if due and validation is not None else new
-                if due and checkpoint is not None:
-                    checkpoint.save(state)
+                if due:
+                    save(at_home(state, mesh))
                     saved = stop
                 bar.set_postfix_str(_describe(diffusion, state), refresh=False)
                 bar.update(stop - done)
         except (KeyboardInterrupt, FloatingPointError):
-            if checkpoint is not None and len(state.losses) > saved:
-                checkpoint.save(state)
+            if len(state.losses) > saved:
+                save(at_home(state, mesh))
             raise
+    state = at_home(state, mesh)
     best = state.best if len(state.validation) else loop.averaged(state.svi)
     if isinstance(getattr(diffusion.kernel, "log_ratio", None), OptimalVariance):
         size = max(2, VARIANCE_ROWS // diffusion.schedule.num_steps)
-        best = optimal_variance(diffusion, best, loop.data[:size], key=state.keys[1])
+        best = optimal_variance(diffusion, best, jnp.asarray(data[:size]), key=state.keys[1])
     return Fit(diffusion.bind(best), best, state.losses, state.validation, state)
+
+
+def _save_nothing(state):
+    pass
 
 
 def _optimiser(learning_rate, iterations, ema_decay):
@@ -246,28 +259,31 @@ def _figure(diffusion, nats):
     return f"{nats:.2f} nats" + (f" ({bits_per_dim(nats, diffusion.dim):.3f} bits/dim)" if levels else "")
 
 
-def _all_finite(tree):
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
+def _all_finite(*trees):
+    """Whether all numbers are; as one array, because a reduction for each of many leaves takes seconds to compile."""
+    leaves = [leaf.ravel() for leaf in jax.tree.leaves(trees) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.isfinite(jnp.concatenate(leaves)).all()
 
 
 class _Loop:
     """The compiled parts of a fit."""
 
-    def __init__(self, diffusion, data, batch_size, optimiser, elbo):
-        self.diffusion, self.data, self.batch_size = diffusion, data, batch_size
+    def __init__(self, diffusion, data, batch_size, optimiser, elbo, mesh):
+        self.diffusion, self.batch_size, self.mesh = diffusion, batch_size, mesh
+        self.data = on_each(jnp.asarray(data), mesh)
         elbo = AnalyticELBO(diffusion, steps="stratified_importance") if elbo is None else elbo
         guide = elbo.guide if isinstance(elbo, StepObjective) else diffusion.posterior_guide
         model, guide = (handlers.scale(program, scale=1 / batch_size) for program in (diffusion.model, guide))
         self.svi = SVI(model, guide, optimiser, elbo)
         self._bound = jax.jit(self._validation_bound)
-        self._advance = jax.jit(self._scan, static_argnames="count")
+        self._advance = jax.jit(self._scan, static_argnames=("count", "guarded"))
 
     def init(self, key, settings):
         init_key, *keys = jax.random.split(key, 3)
-        svi = self.svi.init(init_key, self.data[: self.batch_size])
+        # Compiled, because it then computes no more than the state.
+        svi = jax.jit(self.svi.init)(init_key, self.data[: self.batch_size])
         best_bound = jnp.full((), -jnp.inf, jnp.zeros(()).dtype)
-        histories = np.zeros(0, np.float32), np.zeros((0, 2))
+        histories = np.zeros(0, best_bound.dtype), np.zeros((0, 2))
         return FitState(svi, tuple(keys), self.averaged(svi), best_bound, *histories, settings)
 
     def averaged(self, svi_state):
@@ -277,19 +293,34 @@ class _Loop:
         """The rows of the data in a minibatch."""
         return jax.random.randint(jax.random.fold_in(key, iteration), (self.batch_size,), 0, len(self.data))
 
-    def _scan(self, svi_state, data, key, start, count):
-        def body(old, iteration):
-            new, loss = self.svi.update(old, data[self._rows(key, iteration)])
-            good = jnp.isfinite(loss) & _all_finite((new.optim_state, new.mutable_state))
-            kept = jax.tree.map(functools.partial(jnp.where, good), new._replace(rng_key=None), old._replace(rng_key=None))
+    def _scan(self, svi_state, data, key, start, count, guarded):
+        """``count`` updates: the state, the losses and whether all is finite; if ``guarded``, without those that are not."""
+
+        def update(old, iteration):
+            return self.svi.update(old, spread(data[self._rows(key, iteration)], self.mesh))
+
+        def update_if_finite(old, iteration):
+            new, loss = update(old, iteration)
+            good = _all_finite(loss, new.optim_state, new.mutable_state)
+            kept = jax.lax.cond(good, lambda: new._replace(rng_key=None), lambda: old._replace(rng_key=None))
             return kept._replace(rng_key=new.rng_key), jnp.where(good, loss, jnp.nan)
 
-        return jax.lax.scan(body, svi_state, start + jnp.arange(count))
+        new, losses = jax.lax.scan(update_if_finite if guarded else update, svi_state, start + jnp.arange(count))
+        good = guarded or _all_finite(losses, new.optim_state, new.mutable_state)
+        return gathered((new, losses, jnp.asarray(good)), self.mesh)
 
     def advance(self, state, count):
+        """The state after ``count`` updates more.
+
+        What is not finite stays so: one look at the end says whether every update was good, and only if not, they are made again,
+        with a look at each.
+        """
         start = len(state.losses)
-        svi_state, losses = self._advance(state.svi, self.data, state.keys[0], start, count)
-        losses = np.concatenate([state.losses, np.asarray(losses, np.float32)])
+        given = state.svi, self.data, state.keys[0], start, count
+        svi_state, losses, good = self._advance(*given, guarded=False)
+        if not good:
+            svi_state, losses, _ = self._advance(*given, guarded=True)
+        losses = np.concatenate([state.losses, np.asarray(losses)])
         self._refuse_many_skipped(losses, start, state.keys[0])
         return state._replace(svi=svi_state, losses=losses)
 

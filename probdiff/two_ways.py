@@ -78,7 +78,7 @@ class TwoWays(NamedTuple):
         return bool(abs(self.z) <= Z_AGREE)
 
 
-def compute_both_ways(diffusion, x, *, key, num_draws, progress=False):
+def compute_both_ways(diffusion, x, *, key, num_draws, devices=None, progress=False):
     """The bound on ``x`` by the analytic terms and by ``Trace_ELBO``: a :class:`TwoWays`.
 
     Args:
@@ -89,5 +89,6 @@ def compute_both_ways(diffusion, x, *, key, num_draws, progress=False):
         progress: Show progress bars.
     """
     terms_key, path_key = jax.random.split(key)
-    terms = elbo_terms(diffusion, {}, x, key=terms_key, num_draws=num_draws, progress=progress)
-    return TwoWays(terms, path_elbo(diffusion, x, key=path_key, num_draws=num_draws, progress=progress))
+    options = {"num_draws": num_draws, "devices": devices, "progress": progress}
+    terms = elbo_terms(diffusion, {}, x, key=terms_key, **options)
+    return TwoWays(terms, path_elbo(diffusion, x, key=path_key, **options))
