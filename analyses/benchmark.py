@@ -1,13 +1,17 @@
 # %% [markdown]
 # # What does a probabilistic program cost?
 #
-# One SVI update through NumPyro against the same mathematics written by hand in JAX, and compile time against the
-# number of steps. Every ratio is the median over interleaved repetitions in this one run: first one program, then the
-# other, so that a machine that slows down slows both.
+# Each claim is a ratio of two times (or bytes), measured in turns in this one run: first one program, then the other, so that a machine
+# that slows down slows both. A row gives the median of each, and the median and the quartiles of the ratios pair by pair.
 
 # %%
 import argparse
+import json
+import os
 import platform
+import subprocess
+import sys
+import tempfile
 import time
 
 import equinox as eqx
@@ -15,41 +19,224 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
 
 import probdiff
 
+try:
+    import torch
+except ImportError:  # an extra: pip install 'probdiff[torch]'
+    torch = None
+
 parser = argparse.ArgumentParser(description="What does a probabilistic program cost?")
 parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-quick = parser.parse_args().quick
+parser.add_argument("--json", action="store_true", help="print one JSON document")
+parser.add_argument("--only", metavar="SECTION", help="step, elbo, parallel, compile, evaluation, sampling, matmul or start")
+arguments = parser.parse_args()
+quick = arguments.quick
 
 REPETITIONS = 3 if quick else 15
-OPTIMISER = optax.adam(1e-3)
+machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}"
+rows = []
 
+
+def say(text):
+    print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+
+
+def report(section, setting, first, second, names, unit="ms"):
+    """A row: two quantities and their ratio."""
+    first, second = np.asarray(first, float), np.asarray(second, float)
+    low, ratio, high = np.quantile(first / second, [0.25, 0.5, 0.75])
+    row = {"section": section, "setting": setting, "unit": unit, "ratio": ratio, "quartiles": [low, high]}
+    row |= {name: float(np.median(values)) for name, values in zip(names, (first, second))}
+    rows.append(row)
+    values = "  ".join(f"{name} {row[name]:.4g} {unit}" for name in names)
+    say(f"{section:11}{setting:58}{values:62} ratio {ratio:.2f} [{low:.2f}, {high:.2f}]")
+
+
+def wanted(section):
+    return arguments.only in (None, section)
+
+
+def seconds(function, *args):
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - start
+
+
+def in_turns(*calls):
+    """Milliseconds of each of some functions, in turns, after a warm-up: shape ``(function, repetition)``."""
+    times = [[seconds(call) for call in calls] for _ in range(REPETITIONS + 2)]
+    return 1e3 * np.array(times[2:]).T
+
+
+def make(num_steps, dim, hidden):
+    network = probdiff.MLP(dim, key=jax.random.key(0), hidden=hidden, num_blocks=3)
+    return probdiff.Diffusion(probdiff.log_snr_schedule(num_steps), network)
+
+
+say(f"machine: {machine}; jax {jax.__version__}" + ("" if torch is None else f", torch {torch.__version__}"))
 
 # %% [markdown]
-# ## The same mathematics by hand
+# ## A training step
 #
-# A network, arrays of constants, `lax.scan`, `value_and_grad`. The path estimate runs the forward chain once and adds
-# up log p − log q on the way; the analytic one evaluates all steps in one batch. The optimiser is the same.
+# `probdiff.fit` with one uniform step a datum, against the same mathematics written by hand: minibatch, noise, network, weighted error, Adam
+# with its learning rate, moving average. By hand there is one dispatch for each step; PyTorch is eager. The rivals run between two stretches of
+# the fit, where it saves its checkpoint.
 
 
 # %%
-def log_normal(x, mean, variance):
-    return -((x - mean) ** 2 / variance + jnp.log(2 * jnp.pi * variance)).sum() / 2
-
-
 class Tables:
     def __init__(self, schedule):
         previous = np.concatenate([[1.0], schedule.alpha_bar[:-1]])
         variance = schedule.beta * (1 - previous) / (1 - schedule.alpha_bar)
         variance[0] = schedule.beta[0]
         self.num_steps = schedule.num_steps
+        self.log_snr = schedule.log_snr
         self.beta, self.variance, self.alpha_bar = (
             jnp.asarray(t, jnp.float32) for t in (schedule.beta, variance, schedule.alpha_bar)
         )
         weight = schedule.beta**2 / (2 * variance * schedule.alpha * (1 - schedule.alpha_bar))
         self.weight = jnp.asarray(weight, jnp.float32)
+
+
+def one_step_loss(network, tables, x, key):
+    """Nats per datum, all but a constant."""
+    step_key, noise_key = jax.random.split(key)
+    n = jax.random.randint(step_key, (len(x),), 1, tables.num_steps + 1)
+    eps = jax.random.normal(noise_key, x.shape)
+    alpha_bar = tables.alpha_bar[n - 1][:, None]
+    eps_hat = network(jnp.sqrt(alpha_bar) * x + jnp.sqrt(1 - alpha_bar) * eps, n)
+    errors = tables.num_steps * tables.weight[n - 1] * ((eps - eps_hat) ** 2).sum(-1)
+    return (errors + tables.alpha_bar[-1] * (x**2).sum(-1) / 2).mean()
+
+
+def loop_by_hand(diffusion, data, batch, iterations):
+    """A function that makes that many updates."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, min(200, iterations // 10), iterations)
+    optimiser, tables = optax.adam(rate), Tables(diffusion.schedule)
+    params, static = eqx.partition(diffusion.network, eqx.is_inexact_array)
+
+    @jax.jit
+    def update(state, data):
+        params, optimiser_state, average, key = state
+        key, row_key, loss_key = jax.random.split(key, 3)
+        x = data[jax.random.randint(row_key, (batch,), 0, len(data))]
+        loss, grads = jax.value_and_grad(lambda p: one_step_loss(eqx.combine(p, static), tables, x, loss_key))(params)
+        updates, optimiser_state = optimiser.update(grads, optimiser_state)
+        params = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, p: a + 0.001 * (p - a), average, params)
+        return (params, optimiser_state, average, key), loss
+
+    state = [(params, optimiser.init(params), params, jax.random.key(0))]
+    data = jnp.asarray(data)
+
+    def run(count):
+        losses = []
+        for _ in range(count):
+            state[0], loss = update(state[0], data)
+            losses.append(loss)
+        return np.array(jax.device_get(losses))
+
+    return run
+
+
+def loop_in_torch(diffusion, data, batch, iterations):
+    """The same network, loss and optimiser in eager PyTorch."""
+    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    network, tables = diffusion.network, Tables(diffusion.schedule)
+    hidden, dim = network.hidden, network.dim
+    linear, silu = torch.nn.Linear, torch.nn.functional.silu
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Sequential(linear(16, 32), torch.nn.SiLU(), linear(32, 32), torch.nn.SiLU())
+            self.read, self.write, self.skip = linear(dim, hidden), linear(hidden, dim), linear(32, dim)
+            parts = (lambda: torch.nn.LayerNorm(hidden), lambda: linear(32, 2 * hidden), *(lambda: linear(hidden, hidden),) * 2)
+            self.blocks = torch.nn.ModuleList(torch.nn.ModuleList(part() for part in parts) for _ in network.blocks)
+            self.register_buffer("log_snr", torch.tensor(tables.log_snr, dtype=torch.float32))
+            self.register_buffer("frequencies", torch.tensor(np.geomspace(0.05, 5, 8), dtype=torch.float32))
+
+        def forward(self, z, n):
+            angles = self.log_snr[n - 1][:, None] * self.frequencies
+            embedding = self.embed(torch.cat([angles.sin(), angles.cos()], -1))
+            h = self.read(z)
+            for norm, modulate, up, down in self.blocks:
+                scale, shift = modulate(embedding).chunk(2, -1)
+                h = h + down(silu(up(norm(h)) * (1 + scale) + shift))
+            return self.write(silu(h)) + z * self.skip(embedding)
+
+    net = Net().to(device)
+    data, weight, alpha_bar = (torch.tensor(np.array(a), device=device) for a in (data, tables.weight, tables.alpha_bar))
+    optimiser = torch.optim.Adam(net.parameters(), 1e-3)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
+    average = [p.detach().clone() for p in net.parameters()]
+
+    def run(count):
+        for _ in range(count):
+            x = data[torch.randint(len(data), (batch,), device=device)]
+            n = torch.randint(1, tables.num_steps + 1, (batch,), device=device)
+            eps, level = torch.randn_like(x), alpha_bar[n - 1][:, None]
+            error = (eps - net(level.sqrt() * x + (1 - level).sqrt() * eps, n)).square().sum(-1)
+            loss = (tables.num_steps * weight[n - 1] * error).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            rate.step()
+            torch._foreach_lerp_(average, [p.detach() for p in net.parameters()], 0.001)
+        return float(loss)
+
+    return run
+
+
+class BetweenStretches:
+    """A checkpoint that keeps nothing: it times the stretches of a fit, and rivals between them."""
+
+    def __init__(self, rivals, count):
+        self.rivals, self.count, self.times, self.since = rivals, count, [], None
+
+    def load(self, template):
+        return None
+
+    def save(self, state):
+        now = time.perf_counter()
+        if self.since is not None:
+            others = [seconds(rival, self.count) for rival in self.rivals]
+            self.times.append([now - self.since, *others])
+        self.since = time.perf_counter()
+
+
+if wanted("step"):
+    COUNT = 5 if quick else 100
+    for dim, hidden, batch in [(2, 8, 4)] if quick else [(2, 128, 128), (64, 256, 128), (64, 512, 512)]:
+        diffusion = make(10 if quick else 1000, dim, hidden)
+        data = np.random.default_rng(0).normal(size=(2000, dim)).astype(np.float32)
+        iterations = COUNT * (REPETITIONS + 3)
+        loops = {"by hand": loop_by_hand(diffusion, data, batch, iterations)}
+        if torch is not None:
+            loops["PyTorch"] = loop_in_torch(diffusion, data, batch, iterations)
+        between = BetweenStretches(list(loops.values()), COUNT)
+        options = {"iterations": iterations, "batch_size": batch, "validate_every": COUNT, "ema_decay": 0.999}
+        elbo = probdiff.AnalyticELBO(diffusion, "uniform")
+        probdiff.fit(diffusion, data, elbo=elbo, checkpoint=between, progress=False, **options)
+        times = np.array(between.times[2:]).T * 1e3 / COUNT
+        for name, other in zip(loops, times[1:]):
+            report("step", f"dim {dim}, hidden {hidden}, batch {batch}", times[0], other, ("fit", name))
+
+
+# %% [markdown]
+# ## The objectives on all steps
+#
+# One SVI update through NumPyro against `value_and_grad` by hand. The path estimate runs the forward chain once and adds up log p − log q on
+# the way; the analytic one evaluates all steps in one batch. The two must agree in value, within 4.9 standard errors.
+
+
+# %%
+def log_normal(x, mean, variance):
+    return -((x - mean) ** 2 / variance + jnp.log(2 * jnp.pi * variance)).sum() / 2
 
 
 def path_loss(network, tables, x, key):
@@ -81,98 +268,225 @@ def analytic_loss(network, tables, x, key):
     return prior_kl + kl - log_normal(x, mean, beta)
 
 
-def by_hand(loss, diffusion, x):
+OPTIMISER = optax.adam(1e-3)
+
+
+def update_by_hand(loss, diffusion, x):
     params, static = eqx.partition(diffusion.network, eqx.is_inexact_array)
     tables = Tables(diffusion.schedule)
 
-    def update(state, x):
-        params, optimiser_state, key = state
-        key, step_key = jax.random.split(key)
-        value, grads = jax.value_and_grad(lambda p: loss(eqx.combine(p, static), tables, x, step_key))(params)
+    @jax.jit
+    def update(key, params, optimiser_state):
+        value, grads = jax.value_and_grad(lambda p: loss(eqx.combine(p, static), tables, x, key))(params)
         updates, optimiser_state = OPTIMISER.update(grads, optimiser_state)
-        return (optax.apply_updates(params, updates), optimiser_state, key), value
+        return value, optax.apply_updates(params, updates), optimiser_state
 
-    return jax.jit(update), (params, OPTIMISER.init(params), jax.random.key(0)), x
+    state = params, OPTIMISER.init(params)
+    return lambda key: update(key, *state)
 
 
-def by_program(elbo, diffusion, x):
-    svi = SVI(diffusion.model, diffusion.guide, OPTIMISER, elbo(diffusion))
-    return jax.jit(svi.update), jax.jit(svi.init)(jax.random.key(0), x), x
+def update_by_program(model, guide, elbo, x):
+    svi = SVI(model, guide, OPTIMISER, elbo)
+    state = jax.jit(svi.init)(jax.random.key(0), x)
+
+    @jax.jit
+    def update(key, state):
+        new, value = svi.update(state._replace(rng_key=key), x)
+        return value, new
+
+    return lambda key: update(key, state)
+
+
+def check_same(first, second):
+    values = np.array([[first(key)[0], second(key)[0]] for key in jax.random.split(jax.random.key(2), 20)])
+    error = values.std(0, ddof=1) / np.sqrt(len(values))
+    z = (values[:, 0].mean() - values[:, 1].mean()) / np.hypot(*error)
+    assert abs(z) < 4.9, f"the two do not compute the same: {z:.1f} standard errors"
+
+
+KEY = jax.random.key(3)
+SIZES = [(5, 2, 16, 8)] if quick else [(100, 2, 128, 128), (100, 64, 256, 128), (1000, 2, 128, 32)]
+if wanted("elbo"):
+    for name, elbo, loss in (
+        ("Trace_ELBO", lambda diffusion: Trace_ELBO(), path_loss),
+        ("AnalyticELBO, all", probdiff.AnalyticELBO, analytic_loss),
+    ):
+        for num_steps, dim, hidden, batch in SIZES:
+            x = jax.random.normal(jax.random.key(1), (batch, dim))
+            diffusion = make(num_steps, dim, hidden)
+            program = update_by_program(diffusion.model, diffusion.guide, elbo(diffusion), x)
+            hand = update_by_hand(loss, diffusion, x)
+            check_same(program, hand)
+            times = in_turns(lambda p=program: p(KEY), lambda h=hand: h(KEY))
+            setting = f"{name}: N {num_steps}, dim {dim}, hidden {hidden}, batch {batch}"
+            report("elbo", setting, *times, ("program", "by hand"))
 
 
 # %% [markdown]
-# ## Measuring
+# ## Parallel in n
+#
+# The programs with one site per chain (`ParallelPrograms`) against those that scan: a `Trace_ELBO` update, its value alone, and a path of the forward chain.
 
 
 # %%
-def seconds(update, state, x):
-    start = time.perf_counter()
-    jax.block_until_ready(update(state, x))
-    return time.perf_counter() - start
+def value_by_program(model, guide, x):
+    elbo = Trace_ELBO()
+    evaluate = jax.jit(lambda key: (elbo.loss(key, {}, model, guide, x),))
+    return evaluate
 
 
-def compare(a, b):
-    """Seconds of each and their ratios, pair by pair, after a warm-up."""
-    pairs = [(seconds(*a), seconds(*b)) for _ in range(REPETITIONS + 3)][3:]
-    first, second = np.array(pairs).T
-    return first, second, first / second
-
-
-def make(num_steps, dim, hidden):
-    network = probdiff.MLP(dim, key=jax.random.key(0), hidden=hidden, num_blocks=3)
-    return probdiff.Diffusion(probdiff.log_snr_schedule(num_steps), network)
-
-
-def compile_seconds(num_steps, elbo):
-    """Seconds to trace and compile an update; the state is only described, not computed."""
-    diffusion, x = make(num_steps, 2, 128), jnp.ones((4, 2))
-    svi = SVI(diffusion.model, diffusion.guide, OPTIMISER, elbo(diffusion))
-    state = jax.eval_shape(svi.init, jax.random.key(0), x)
-    start = time.perf_counter()
-    jax.jit(svi.update).lower(state, x).compile()
-    return time.perf_counter() - start
-
-
-objectives = {
-    "Trace_ELBO": (lambda diffusion: Trace_ELBO(), path_loss),
-    "AnalyticELBO, all steps": (probdiff.AnalyticELBO, analytic_loss),
-}
-sizes = [(5, 2, 16, 8)] if quick else [(100, 2, 128, 128), (100, 64, 256, 128), (1000, 2, 128, 32)]
-
-print(f"machine: {platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}; jax {jax.__version__}")
-print("\nOne SVI update, program against the same mathematics by hand; median [quartiles] of pairwise ratios")
-print(f"{'objective':26}{'N':>6}{'dim':>5}{'hidden':>8}{'batch':>7}{'program':>11}{'by hand':>11}   ratio")
-for name, (elbo, loss) in objectives.items():
-    for num_steps, dim, hidden, batch in sizes:
+if wanted("parallel"):
+    for num_steps, dim, hidden, batch in SIZES if quick else [*SIZES, (1000, 64, 512, 8), (1000, 2, 128, 1)]:
         x = jax.random.normal(jax.random.key(1), (batch, dim))
         diffusion = make(num_steps, dim, hidden)
-        program, hand = by_program(elbo, diffusion, x), by_hand(loss, diffusion, x)
-        values = np.array(
-            [
-                [
-                    update(state._replace(rng_key=key) if hasattr(state, "_replace") else (*state[:2], key), x)[1]
-                    for update, state, x in (program, hand)
-                ]
-                for key in jax.random.split(jax.random.key(2), 20)
-            ]
-        )
-        error = values.std(0, ddof=1) / np.sqrt(len(values))
-        z = (values[:, 0].mean() - values[:, 1].mean()) / np.hypot(*error)
-        assert abs(z) < 4.9, f"the two do not compute the same: {z:.1f} standard errors"
-        a, b, ratio = compare(program, hand)
-        low, middle, high = np.quantile(ratio, [0.25, 0.5, 0.75])
-        print(
-            f"{name:26}{num_steps:6}{dim:5}{hidden:8}{batch:7}{np.median(a) * 1e3:9.1f}ms{np.median(b) * 1e3:9.1f}ms"
-            f"   {middle:.2f} [{low:.2f}, {high:.2f}]",
-            flush=True,
-        )
+        programs = probdiff.ParallelPrograms(diffusion)
+        setting = f"N {num_steps}, dim {dim}, hidden {hidden}, batch {batch}"
+        pairs = [update_by_program(each.model, each.guide, Trace_ELBO(), x) for each in (programs, diffusion)]
+        check_same(*pairs)
+        report("parallel", f"update: {setting}", *in_turns(*(lambda p=p: p(KEY) for p in pairs)), ("parallel", "scan"))
+        bound = diffusion.bind({})
+        pairs = [value_by_program(each.model, each.guide, x) for each in (probdiff.ParallelPrograms(bound), bound)]
+        report("parallel", f"value: {setting}", *in_turns(*(lambda p=p: p(KEY) for p in pairs)), ("parallel", "scan"))
+        paths = [
+            jax.jit(lambda key, g=each.guide, x=x: handlers.trace(handlers.seed(g, key)).get_trace(x)["z"]["value"])
+            for each in (programs, diffusion)
+        ]
+        report("parallel", f"path: {setting}", *in_turns(*(lambda p=p: p(KEY) for p in paths)), ("parallel", "scan"))
 
-print("\nCompile time of an update at N = 1000 against N = 10; median [range] of pairwise ratios")
-for name, (elbo, _) in list(objectives.items())[: 1 if quick else None]:
-    pairs = np.array([[compile_seconds(n, elbo) for n in (1000, 10)] for _ in range(1 if quick else 9)])
-    ratio = pairs[:, 0] / pairs[:, 1]
-    print(
-        f"{name:26}{np.median(pairs[:, 0]):8.2f}s{np.median(pairs[:, 1]):8.2f}s   {np.median(ratio):.2f} "
-        f"[{ratio.min():.2f}, {ratio.max():.2f}]",
-        flush=True,
+# %% [markdown]
+# ## Compilation and working memory against N
+#
+# Seconds to compile, and bytes beside arguments and results, each against the same at N = 10: of a training step (one uniform step a datum), of one on all
+# steps, and of `elbo_terms` in its reduced form.
+
+
+# %%
+def lowered(kind, num_steps):
+    diffusion, x = make(num_steps, 2, 128), jnp.ones((2048 if kind == "elbo_terms" else 128, 2))
+    if kind == "elbo_terms":
+        return jax.jit(
+            lambda x, key: probdiff.elbo_terms(diffusion, {}, x, key=key, num_draws=2, reduce=True)
+        ).lower(x, KEY)
+    svi = SVI(diffusion.model, diffusion.guide, OPTIMISER, probdiff.AnalyticELBO(diffusion, kind))
+    return jax.jit(svi.update).lower(jax.eval_shape(svi.init, KEY, x), x)
+
+
+def compiled(kind, num_steps):
+    """Seconds to trace and compile, and bytes."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    executable = lowered(kind, num_steps).compile()
+    return time.perf_counter() - start, executable.memory_analysis().temp_size_in_bytes
+
+
+if wanted("compile"):
+    for kind in ("uniform",) if quick else ("uniform", "all", "elbo_terms"):
+        for num_steps in (20,) if quick else (100, 1000, 10_000):
+            pairs = np.array([(compiled(kind, num_steps), compiled(kind, 10)) for _ in range(1 if quick else 5)])
+            setting = f"{kind}, N {num_steps}"
+            report("compile", setting, *pairs[:, :, 0].T, ("this N", "N 10"), "s")
+            report("memory", setting, *pairs[:, :, 1].T / 2**20, ("this N", "N 10"), "MiB")
+
+# %% [markdown]
+# ## Evaluation of all steps
+#
+# Network evaluations per second of `elbo_terms`, and the share of them that its matrix products alone would allow at the peak of this machine: the fastest of a
+# few large products, in the same turns.
+
+# %%
+if wanted("evaluation"):
+    dim, hidden, num_steps, size = (4, 16, 10, 8) if quick else (64, 512, 100, 512)
+    diffusion = make(num_steps, dim, hidden).bind({})
+    x = jax.random.normal(jax.random.key(1), (size, dim))
+    products = [dim * hidden, hidden * dim, 32 * dim] + [32 * 2 * hidden + 2 * hidden * hidden] * 3 + [16 * 32 + 32 * 32]
+    operations = 2 * sum(products) * num_steps * size
+    sides = (64,) if quick else (1024, 2048, 4096)
+    squares = [jax.random.normal(KEY, (side, side)) for side in sides]
+    product = jax.jit(jnp.matmul)
+    times = in_turns(
+        lambda: probdiff.elbo_terms(diffusion, {}, x, key=KEY).elbo, *(lambda a=a: product(a, a) for a in squares)
     )
+    peak = np.max([2 * side**3 / times[1 + i] for i, side in enumerate(sides)], 0) / 1e6
+    report("evaluation", f"dim {dim}, hidden {hidden}, N {num_steps}, {size} data", operations / times[0] / 1e6, peak, ("elbo_terms", "peak"), "GFLOP/s")
+    rate = num_steps * size / times[0] * 1e3
+    say(f"{'':11}{np.median(rate):.4g} network evaluations per second")
+
+# %% [markdown]
+# ## Sampling
+#
+# Time per network evaluation of the ancestral sampler, against the network alone on as many rows.
+
+# %%
+if wanted("sampling"):
+    dim, hidden, num_steps, size = (2, 8, 5, 8) if quick else (64, 256, 100, 1024)
+    diffusion = make(num_steps, dim, hidden).bind({})
+    network = eqx.filter_jit(diffusion.network)
+    z, n = jax.random.normal(KEY, (size, dim)), jnp.full(size, 3)
+    times = in_turns(
+        lambda: probdiff.ancestral(diffusion, {}, key=KEY, num_samples=size), lambda: [network(z, n) for _ in range(num_steps)]
+    )
+    report("sampling", f"dim {dim}, hidden {hidden}, {size} samples", *times / num_steps, ("ancestral", "network"))
+
+# %% [markdown]
+# ## Precision
+#
+# The bound on the same noise with cheaper matrix products, against that with float32 ones: what each does to the bound, in nats, and to the time.
+
+# %%
+if wanted("matmul"):
+    for num_steps in (10,) if quick else (100, 1000, 10_000):
+        dim, hidden, size = (4, 16, 8) if quick else (64, 256, 16)
+        diffusion = make(num_steps, dim, hidden)
+        # (The network's last layer starts from 0: give it something to say.)
+        noisy = jax.tree.map(lambda a: a + 0.02 * jax.random.normal(KEY, a.shape), diffusion.trainable())
+        diffusion = diffusion.bind({"diffusion$params": noisy})
+        x = jax.random.normal(jax.random.key(1), (size, dim))
+
+        def evaluate(precision, diffusion=diffusion, x=x):
+            with jax.default_matmul_precision(precision):
+                return probdiff.elbo_terms(diffusion, {}, x, key=KEY).elbo
+
+        exact = np.asarray(evaluate("float32"), np.float64)
+        for precision in ("tensorfloat32", "bfloat16"):
+            change = np.abs(np.asarray(evaluate(precision), np.float64) - exact).max()
+            times = in_turns(lambda p=precision: evaluate(p), lambda: evaluate("float32"))
+            report("matmul", f"{precision}, N {num_steps}: bound changed by {change:.1e} nats", *times, (precision, "float32"))
+
+# %% [markdown]
+# ## Start-up
+#
+# Importing probdiff against importing NumPyro, and a small `probdiff fit` that finds what the first one compiled against that first one.
+
+
+# %%
+def start(*command, **environment):
+    begin = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | environment)
+    return time.perf_counter() - begin
+
+
+if wanted("start"):
+    count = 1 if quick else 11
+    for name in ("numpyro", "probdiff"):
+        start(sys.executable, "-c", f"import {name}")
+    times = np.array(
+        [[start(sys.executable, "-c", f"import {name}") for name in ("probdiff", "numpyro")] for _ in range(count)]
+    ).T
+    report("start", "import", *times, ("probdiff", "NumPyro"), "s")
+    extra = np.median(times[0] - times[1])
+    say(f"{'':11}probdiff takes {extra:.2f} s more than NumPyro")
+    command = [sys.executable, "-m", "probdiff.cli", "fit", "--num-steps", "5", "--iterations", "5", "--batch-size", "8"]
+    pairs = []
+    for _ in range(0 if quick else 3):
+        with tempfile.TemporaryDirectory() as folder:
+            data = os.path.join(folder, "x.npy")
+            np.save(data, np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32))
+            out = [[*command, "--data", data, "--out", os.path.join(folder, run)] for run in ("first", "second")]
+            cache = {"XDG_CACHE_HOME": folder, "JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "compiled")}
+            pairs.append([start(*each, **cache) for each in out])
+    if pairs:
+        first, second = np.array(pairs).T
+        report("start", "probdiff fit, a second time", second, first, ("second", "first"), "s")
+
+if arguments.json:
+    print(json.dumps({"machine": machine, "jax": jax.__version__, "rows": rows}))

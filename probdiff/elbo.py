@@ -127,65 +127,112 @@ def even_chunk(size, largest):
     return -(-size // max(1, -(-size // max(1, largest))))
 
 
-def _filled(function, size, chunk, out):
-    """``out`` with ``function(i)`` at row i, for ``size`` rows, ``chunk`` rows at a time, in place.
+def _parts(size, largest):
+    """The number of parts that ``size`` rows are cut in, and a function from a part to its rows and which of them are new.
 
-    The last chunk is moved back to end with the last row, so nothing is padded.
+    The last part is moved back to end with the last row, so nothing is padded.
     """
-    chunk = even_chunk(size, chunk)
+    chunk = even_chunk(size, largest)
+
+    def rows(k):
+        first = jnp.minimum(k * chunk, size - chunk)
+        each = first + jnp.arange(chunk)
+        return each, each >= k * chunk
+
+    return -(-size // chunk) if size else 0, rows
+
+
+def _filled(function, size, largest, out):
+    """``out`` with ``function(i)`` at row i, for ``size`` rows, at most ``largest`` rows at a time, in place."""
+    count, rows = _parts(size, largest)
 
     def body(k, out):
-        start = jnp.minimum(k * chunk, size - chunk)
-        return jax.lax.dynamic_update_slice_in_dim(out, function(start + jnp.arange(chunk)), start, 0)
+        each, _ = rows(k)
+        return jax.lax.dynamic_update_slice_in_dim(out, function(each), each[0], 0)
 
-    return jax.lax.fori_loop(0, -(-size // chunk), body, out)
+    return jax.lax.fori_loop(0, count, body, out) if count else out
+
+
+class _Terms(eqx.Module):
+    """The terms of the bound for the draws numbered ``draws``, on noise of their own or on what is given."""
+
+    diffusion: Diffusion
+    x: jax.Array
+    x0: jax.Array
+    key: jax.Array | None
+    draws: jax.Array
+    noise: jax.Array | None
+
+    def step_kl(self, index, n):
+        """KLs of steps ``n`` of the draws at ``index``, both of shape ``(row,)``: shape ``(row, datum)``."""
+        own = jax.random.key(0) if self.key is None else self.key
+        more_key = jax.random.fold_in(own, 2**32 - 1)  # no draw has this number
+        eps = self._eps(index, n)
+        return _step_kl(self.diffusion, self.x0, n[:, None], eps, lambda: self._draw(more_key, index, n))
+
+    def reconstruction(self, index):
+        """log p(x | z_1) of the draws at ``index``, shape ``(row, datum)``."""
+        return _reconstruction(self.diffusion, self.x, self.x0, self._eps(index, jnp.ones_like(index)))
+
+    def _eps(self, index, n):
+        return self._draw(self.key, index, n) if self.noise is None else self.noise[index, n - 1].astype(self.x0.dtype)
+
+    def _draw(self, key, index, n):
+        return jax.vmap(_noise, (None, 0, 0, None))(key, self.draws[index], n, self.x0)
 
 
 @eqx.filter_jit
 def _evaluate(diffusion, x, key, draws, noise, mesh):
     """ELBOTerms of the draws numbered ``draws``; ``noise`` is None or shape ``(len(draws), num_steps, datum, dim)``."""
     x = spread(x, mesh)
-    x0 = diffusion.likelihood.encode(x)
-    num_draws, num_steps = len(draws), diffusion.schedule.num_steps
-    chunk = ROWS // len(x)
-    more_key = jax.random.fold_in(jax.random.key(0) if key is None else key, 2**32 - 1)  # no draw has this number
-
-    def draw(key, index, n):
-        return jax.vmap(_noise, (None, 0, 0, None))(key, draws[index], n, x0)
-
-    def eps(index, n):
-        return draw(key, index, n) if noise is None else noise[index, n - 1].astype(x0.dtype)
+    terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
+    chunk, later, dtype = ROWS // len(x), diffusion.schedule.num_steps - 1, terms.x0.dtype
 
     def step_kl(i):
-        index, n = i // (num_steps - 1), 2 + i % (num_steps - 1)
-        return _step_kl(diffusion, x0, n[:, None], eps(index, n), lambda: draw(more_key, index, n))
+        return terms.step_kl(i // later, 2 + i % later)
 
-    def reconstruction(index):
-        return _reconstruction(diffusion, x, x0, eps(index, jnp.ones_like(index)))
-
-    step_rows = num_draws * (num_steps - 1)
-    kls = jnp.zeros((step_rows, len(x)), x0.dtype)
-    if step_rows:
-        kls = _filled(step_kl, step_rows, chunk, kls)
-    log_lik = _filled(reconstruction, num_draws, chunk, jnp.zeros((num_draws, len(x)), x0.dtype))
-    kls = kls.reshape(num_draws, num_steps - 1, len(x))
-    return gathered(ELBOTerms(prior_kl(diffusion.schedule, x0), kls, log_lik, diffusion.kernel.closed_form), mesh)
+    kls = _filled(step_kl, len(draws) * later, chunk, jnp.zeros((len(draws) * later, len(x)), dtype))
+    log_lik = _filled(terms.reconstruction, len(draws), chunk, jnp.zeros((len(draws), len(x)), dtype))
+    kls = kls.reshape(len(draws), later, len(x))
+    return gathered(ELBOTerms(prior_kl(diffusion.schedule, terms.x0), kls, log_lik, diffusion.kernel.closed_form), mesh)
 
 
 @eqx.filter_jit
 def _accumulate(diffusion, x, key, draws, noise, state, mesh):
-    """Welford's update of (count, means, sums of squares) by the draws, one at a time."""
+    """Welford's update of (count, means, sums of squares) by the draws, one at a time, in place and a part of the steps at a time."""
+    x = spread(x, mesh)
+    terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
+    later = diffusion.schedule.num_steps - 1
+    count, rows = _parts(later, ROWS // len(x))
+    prior = prior_kl(diffusion.schedule, terms.x0)
 
-    def body(state, each):
-        count, mean, square = state
-        draw, eps = each
-        terms = _evaluate(diffusion, x, key, draw[None], None if eps is None else eps[None], mesh)
-        value = (terms.step_kl[0], terms.reconstruction[0], terms.elbo[0])
-        mean_new = jax.tree.map(lambda m, v: m + (v - m) / (count + 1), mean, value)
-        square = jax.tree.map(lambda s, m, w, v: s + (v - m) * (v - w), square, mean, mean_new, value)
-        return (count + 1, mean_new, square), None
+    def updated(seen, mean, square, value, new=True):
+        change = jnp.where(new, value - mean, 0)
+        mean = mean + change / (seen + 1)
+        return mean, square + change * (value - mean)
 
-    return jax.lax.scan(body, state, (draws, noise))[0]
+    def one_draw(index, state):
+        seen, (kl_mean, *means), (kl_square, *squares) = state
+
+        def part(k, carry):
+            total, *moments = carry
+            each, new = rows(k)
+            kl = terms.step_kl(jnp.full_like(each, index), 2 + each)
+            before = tuple(jax.lax.dynamic_slice_in_dim(moment, each[0], len(each)) for moment in moments)
+            # (Read before anything is written, or XLA keeps a copy of the whole.)
+            after = updated(seen, *jax.lax.optimization_barrier(before), kl, new[:, None])
+            moments = (jax.lax.dynamic_update_slice_in_dim(m, a, each[0], 0) for m, a in zip(moments, after))
+            return total + jnp.where(new[:, None], kl, 0).sum(0), *moments
+
+        sums = jnp.zeros_like(prior), kl_mean, kl_square
+        total, kl_mean, kl_square = jax.lax.fori_loop(0, count, part, sums) if count else sums
+        log_lik = terms.reconstruction(index[None])[0]
+        values = log_lik, log_lik - total - prior
+        pairs = [updated(seen, *each) for each in zip(means, squares, values)]
+        means, squares = zip(*pairs)
+        return seen + 1, (kl_mean, *means), (kl_square, *squares)
+
+    return gathered(jax.lax.fori_loop(0, len(draws), one_draw, state), mesh)
 
 
 def elbo_terms(

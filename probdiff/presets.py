@@ -18,7 +18,7 @@ def default_options(dataset):
         return {"num_steps": 1000, "iterations": 5_000, "batch_size": 64, "learning_rate": 3e-3, "seed": 0}
     if dataset.levels is not None:
         return {"num_steps": 1000, "iterations": 4_000, "batch_size": 128, "learning_rate": 1e-3, "seed": 0}
-    return {"num_steps": 1000, "iterations": 20_000, "batch_size": 512, "learning_rate": 2e-3, "seed": 0}
+    return {"num_steps": 2000, "iterations": 25_000, "batch_size": 512, "learning_rate": 2e-3, "seed": 0}
 
 
 def default_diffusion(dataset, num_steps, seed=0):
@@ -37,7 +37,7 @@ def default_diffusion(dataset, num_steps, seed=0):
     key = jax.random.key(seed)
     if dataset.levels is None:
         network = MLP(dataset.dim, key=key, hidden=128, num_blocks=3, num_harmonics=3)
-        return Diffusion(log_snr_schedule(num_steps, 15.0, -8.0), network, dataset.likelihood(), "optimal")
+        return Diffusion(log_snr_schedule(num_steps, 15.0, -6.0), network, dataset.likelihood(), "optimal")
     width = dataset.levels - 1
     if not _has_few_levels(dataset):
         harmonics = int(np.ceil(np.log2(width))) + 1

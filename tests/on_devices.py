@@ -50,16 +50,15 @@ for x64 in (False, True):
 with jax.enable_x64(True):
     options = {"key": jax.random.key(1), "devices": devices}
     terms = probdiff.elbo_terms(fit.diffusion, {}, X, num_draws=2, **options)
-    moments = probdiff.elbo_terms(fit.diffusion, {}, X, num_draws=2, reduce=True, **options)
-    comparison = probdiff.compare_estimators(fit.diffusion, {}, X[:2], num_draws=3, estimators=["kl_uniform"], **options)
-    both = probdiff.compute_both_ways(fit.diffusion, X[:5], num_draws=2, **options)
-    found |= {
-        "elbo": terms.elbo,
-        "mean": moments.elbo.mean,
-        "estimates": comparison.draws,
-        "gradients": comparison.projections["kl_uniform"],
-        "paths": both.path,
-        "samples": probdiff.ancestral(fit.diffusion, {}, num_samples=7, **options),
-    }
+    found |= {"elbo": terms.elbo, "samples": probdiff.ancestral(fit.diffusion, {}, num_samples=7, **options)}
+    if not process:
+        moments = probdiff.elbo_terms(fit.diffusion, {}, X, num_draws=2, reduce=True, **options)
+        comparison = probdiff.compare_estimators(fit.diffusion, {}, X[:2], num_draws=3, estimators=["kl_uniform"], **options)
+        found |= {
+            "mean": moments.elbo.mean,
+            "estimates": comparison.draws,
+            "gradients": comparison.projections["kl_uniform"],
+            "paths": probdiff.path_elbo(fit.diffusion, X[:5], num_draws=2, **options),
+        }
 if jax.process_index() == 0:
     np.savez(out, **found)

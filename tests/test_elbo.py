@@ -81,11 +81,24 @@ def test_working_memory_does_not_grow_with_steps_or_draws():
     def working_memory(num_steps, num_draws):
         diffusion = make(num_steps).bind({})
         static = eqx.filter_jit(elbo_module._evaluate.__wrapped__)
-        compiled = static.lower(diffusion, X, jax.random.key(0), jnp.arange(num_draws), None).compile()
+        compiled = static.lower(diffusion, X, jax.random.key(0), jnp.arange(num_draws), None, None).compile()
         return compiled.compiled.memory_analysis().temp_size_in_bytes
 
     base = working_memory(1000, 10)
     assert working_memory(10_000, 10) <= 1.15 * base and working_memory(1000, 100) <= 1.15 * base
+
+
+def test_the_reduced_form_works_in_place():
+    """At N = 10 000 with the working memory of N = 10, where the data fill a part by themselves."""
+
+    def working_memory(num_steps):
+        diffusion, x = make(num_steps).bind({}), jnp.ones((2048, X.shape[1]), X.dtype)
+        state = elbo_module._no_draws(diffusion, x)
+        static = eqx.filter_jit(elbo_module._accumulate.__wrapped__)
+        compiled = static.lower(diffusion, x, jax.random.key(0), jnp.arange(3), None, state, None).compile()
+        return compiled.compiled.memory_analysis().temp_size_in_bytes
+
+    assert working_memory(10_000) <= 1.2 * working_memory(10)
 
 
 @pytest.mark.parametrize("schedule", [probdiff.cosine_schedule, probdiff.linear_schedule, probdiff.log_snr_schedule])
