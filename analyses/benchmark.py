@@ -187,7 +187,7 @@ def loop_in_torch(diffusion, data, batch, iterations):
             optimiser.step()
             rate.step()
             torch._foreach_lerp_(average, [p.detach() for p in net.parameters()], 0.001)
-        return float(loss)
+        return float(loss.detach())
 
     return run
 

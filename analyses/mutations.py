@@ -48,6 +48,13 @@ BUGS = [
     ("the schedule of the guide is not trained", "programs.py", "else self.with_param_site().schedule", "else self.schedule", "learned"),
     ("the optimal variance without β̃", "variances.py", "jnp.log1p(jnp.asarray(factor", "jnp.log(jnp.asarray(factor", "learned"),
     ("the shape of the schedule raises the variance", "objective.py", "jax.lax.stop_gradient(mean_square) - mean_square", "mean_square - jax.lax.stop_gradient(mean_square)", "learned"),
+    ("the sum of an ensemble for its mean", "networks.py", " / len(self.networks)", "", "networks"),
+    ("the last part of the steps is counted twice", "elbo.py", "jnp.where(new[:, None], kl, 0).sum(0)", "kl.sum(0)", "elbo"),
+    # parallel in n, and on several devices
+    ("maps composed in the wrong order", "parallel.py", "later[0] * earlier[1] + later[1]", "earlier[0] * later[1] + earlier[1]", "parallel"),
+    ("a path that begins at 0", "parallel.py", "        added = added.at[-1].add(factor[-1] * x0)", "        added = added", "parallel"),
+    ("the network is told the step before", "parallel.py", "self.steps[:-1, 0], path[:-1]", "self.steps[1:, 0], path[:-1]", "parallel"),
+    ("the whole batch on each device", "training.py", "spread(data[self._rows(key, iteration)], self.mesh)", "data[self._rows(key, iteration)]", "devices"),
     # files
     ("a checksum that is not looked at", "storage.py", "hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]", "True", "runs"),
     ("arrays written in place", "storage.py", "    replace(path, lambda temporary: temporary.write_bytes(content))", "    path.write_bytes(content)", "runs"),
@@ -58,10 +65,11 @@ BUGS = [
     ("a folder that exists is written into", "runs.py", "require_type(\"diffusion\", diffusion, Diffusion)\n    path = Path(path)\n    check_free(path)", "path = Path(path)", "runs"),
     ("a figure is overwritten", "runs.py", "for each in paths:\n            require(not each.exists()", "for each in paths[:1]:\n            require(not each.exists()", "cli"),
     # the fit
-    ("an update that is not finite is taken", "training.py", "jnp.where, good)", "jnp.where, True)", "training"),
+    ("an update that is not finite is taken", "training.py", "jax.lax.cond(good, lambda", "jax.lax.cond(True, lambda", "training"),
+    ("updates that are not finite are not noticed", "training.py", "        if not good:", "        if False:", "training"),
     ("a resumed fit may be asked for anything", "training.py", "require(saved == value, name", "require(True, name", "training"),
     ("the keys of a resumed fit are new", "training.py", "state = (checkpoint and checkpoint.load(state)) or state", "fresh = state\n    state = (checkpoint and checkpoint.load(state)) or state\n    state = state._replace(keys=fresh.keys)", "training"),
-    ("the position in the data is lost on a resume", "training.py", "        start = len(state.losses)\n        svi_state", "        start = 0\n        svi_state", "training"),
+    ("the position in the data is lost on a resume", "training.py", "        start = len(state.losses)\n        given", "        start = 0\n        given", "training"),
     ("data rows by the wrong key", "training.py", "jax.random.fold_in(key, iteration)", "jax.random.fold_in(key, 0)", "training"),
 ]  # fmt: skip
 

@@ -54,3 +54,22 @@ def test_takes_key():
     assert takes_key(probdiff.MLP(2, key=jax.random.key(0)))
     assert takes_key(lambda z, n, *, key=None: z) and takes_key(lambda z, n, **kwargs: z)
     assert not takes_key(lambda z, n: z)
+
+
+def test_an_ensemble_is_the_mean_of_its_networks():
+    """On a schedule that all are told, with a key of its own for each that takes one; its step KLs are at most the mean of theirs."""
+    own = [awake(probdiff.MLP(2, key=jax.random.key(seed), hidden=8, dropout=0.5)) for seed in (0, 1)]
+    schedule, x = probdiff.cosine_schedule(6), jax.random.normal(jax.random.key(2), (5, 2))
+    models = [probdiff.Diffusion(schedule, network, dim=2).bind({}) for network in (*own, lambda z, n: z)]
+    together = probdiff.Diffusion(schedule, probdiff.Ensemble([*own, lambda z, n: z])).bind({})
+    n = jnp.full(5, 3)
+    expected = np.mean([model.network(x, n) for model in models], 0)
+    np.testing.assert_allclose(together.network(x, n), expected, rtol=1e-5)
+    kls = [probdiff.elbo_terms(model, {}, x, key=jax.random.key(3)).step_kl for model in (together, *models)]
+    assert np.all(kls[0] <= np.mean(kls[1:], 0) + 1e-5)
+    dropped = together.network(x, n, key=jax.random.key(4))
+    assert np.any(dropped != together.network(x, n, key=jax.random.key(5)))
+    other = probdiff.MLP(3, key=jax.random.key(0))
+    for networks, got in (([], r"\[\]"), ([1], "1"), ([own[0], other], r"dimensions \[2, 3\]")):
+        with pytest.raises(ValueError, match=f"networks: Expected .*{got}"):
+            probdiff.Ensemble(networks)
