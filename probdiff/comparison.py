@@ -18,8 +18,9 @@ from tqdm import tqdm
 from probdiff.bounds import log_mean_exp, pareto_khat
 from probdiff.checks import require, require_count, require_key, require_type
 from probdiff.devices import data_mesh, gathered, on_each, spread
-from probdiff.elbo import ROWS, bits_per_dim
+from probdiff.elbo import bits_per_dim
 from probdiff.estimators import ESTIMATORS
+from probdiff.networks import rows_at_once
 from probdiff.objective import StepObjective
 from probdiff.programs import PARAMS, Diffusion
 from probdiff.two_ways import Estimate
@@ -197,7 +198,7 @@ def _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions, mes
     learned = _learn(diffusion, *by_value, x, learn_key)
     rows = evaluations * len(x)
     # A path goes through the network step by step, the terms of the analytic bound as many at a time as fit.
-    at_once = min(rows, ROWS) if isinstance(elbo, StepObjective) else len(x)
+    at_once = min(rows, rows_at_once(diffusion.network)) if isinstance(elbo, StepObjective) else len(x)
     together = max(1, ROWS_AT_ONCE // at_once)
     value = functools.partial(_value, diffusion, *by_value, x, learned)
     more = min(MORE_DRAWS, max(1, diffusion.schedule.num_steps // evaluations))

@@ -6,7 +6,7 @@ r"""The evidence lower bound in closed form, as far as it has one.
 
 in nats, summed over the dimensions of a datum. Source: Ho et al. (2020), arXiv:2006.11239, eq. 5. Each term needs
 only the marginal q(z_n | x_0), so that every step has noise of its own and steps can be evaluated in any order:
-in chunks of about ``ROWS`` network inputs, which bounds the working memory whatever N and the number of draws are.
+in chunks of a few hundred to a few thousand network inputs, which bounds the working memory whatever N and the number of draws are.
 """
 
 import equinox as eqx
@@ -18,10 +18,9 @@ from tqdm import tqdm
 from probdiff.checks import require, require_count, require_key, require_type
 from probdiff.devices import at_home, data_mesh, gathered, on_each, spread
 from probdiff.kernels import NoiseMoments
+from probdiff.networks import rows_at_once
 from probdiff.programs import Diffusion
 from probdiff.schedules import array_module, at_step
-
-ROWS = 4096
 
 
 def bits_per_dim(nats, dim):
@@ -186,7 +185,7 @@ def _evaluate(diffusion, x, key, draws, noise, mesh):
     """ELBOTerms of the draws numbered ``draws``; ``noise`` is None or shape ``(len(draws), num_steps, datum, dim)``."""
     x = spread(x, mesh)
     terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
-    chunk, later, dtype = ROWS // len(x), diffusion.schedule.num_steps - 1, terms.x0.dtype
+    chunk, later, dtype = rows_at_once(diffusion.network) // len(x), diffusion.schedule.num_steps - 1, terms.x0.dtype
 
     def step_kl(i):
         return terms.step_kl(i // later, 2 + i % later)
@@ -203,7 +202,7 @@ def _accumulate(diffusion, x, key, draws, noise, state, mesh):
     x = spread(x, mesh)
     terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
     later = diffusion.schedule.num_steps - 1
-    count, rows = _parts(later, ROWS // len(x))
+    count, rows = _parts(later, rows_at_once(diffusion.network) // len(x))
     prior = prior_kl(diffusion.schedule, terms.x0)
 
     def updated(seen, mean, square, value, new=True):

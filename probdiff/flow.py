@@ -23,9 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from probdiff.checks import require, require_count, require_finite, require_key, require_type
-from probdiff.elbo import ROWS, even_chunk, log_likelihood, predict, prior_kl
+from probdiff.elbo import even_chunk, log_likelihood, predict, prior_kl
 from probdiff.gaussians import forward_marginal
-from probdiff.networks import predict_noise
+from probdiff.networks import predict_noise, rows_at_once
 from probdiff.programs import Diffusion
 
 MAX_STEPS = 100_000
@@ -178,7 +178,7 @@ def _flow(diffusion, eps, base, z, key, num_probes, rtol, atol, progress):
     else:
         directions, scale = jax.random.rademacher(key, (size, num_probes, dim), z.dtype), 1 / num_probes
     ends = tuple(diffusion.schedule.log_snr[[0, -1]].tolist())
-    block = even_chunk(size, max(1, ROWS // directions.shape[1]))
+    block = even_chunk(size, max(1, rows_at_once(diffusion.network) // directions.shape[1]))
     log_prob, counts = [], []
     with tqdm(total=size, unit="datum", desc="flow", disable=not progress) as bar:
         for start in range(0, size, block):

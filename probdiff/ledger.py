@@ -17,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from probdiff.checks import require, require_key, require_type
-from probdiff.elbo import ROWS, elbo_terms, predict
+from probdiff.elbo import elbo_terms, predict
 from probdiff.likelihoods import NormalLikelihood
-from probdiff.networks import predict_noise
+from probdiff.networks import predict_noise, rows_at_once
 from probdiff.objective import AnalyticELBO
 from probdiff.programs import Diffusion
 from probdiff.schedules import at_dims
@@ -154,4 +154,4 @@ def _network_cost(diffusion, exact, x, key):
         return (at_dims(weight, n, x0.dtype) * jnp.square(eps_hat - predict_noise(exact, z, n))).sum(-1)
 
     steps = jnp.arange(1, diffusion.schedule.num_steps + 1)
-    return jax.lax.map(one, steps, batch_size=max(1, ROWS // len(x)))
+    return jax.lax.map(one, steps, batch_size=max(1, rows_at_once(diffusion.network) // len(x)))

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from probdiff.checks import require, require_count, require_key, require_type
-from probdiff.elbo import ROWS, predict
+from probdiff.elbo import predict
+from probdiff.networks import rows_at_once
 from probdiff.programs import PARAMS, Diffusion
 from probdiff.variances import OptimalVariance
 
@@ -49,4 +50,4 @@ def _squared_error(diffusion, x, key, num_draws):
         return jnp.square(eps - eps_hat).mean()
 
     steps = jnp.arange(1, diffusion.schedule.num_steps + 1)
-    return jax.lax.map(one, steps, batch_size=max(1, ROWS // (len(x) * num_draws)))
+    return jax.lax.map(one, steps, batch_size=max(1, rows_at_once(diffusion.network) // (len(x) * num_draws)))

@@ -23,8 +23,8 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 from probdiff.checks import require, require_type
-from probdiff.elbo import ROWS
 from probdiff.gaussians import forward_marginal, forward_posterior, forward_step
+from probdiff.networks import rows_at_once
 from probdiff.programs import Diffusion, _minibatch
 from probdiff.schedules import at_step
 
@@ -113,7 +113,7 @@ class PosteriorChain(ForwardChain):
 class ReverseChain(Chain):
     r"""The reverse chain :math:`p_\theta(z_{1:N}) = p(z_N) \prod_{n \ge 2} p_\theta(z_{n-1} | z_n)`.
 
-    Its density is one call of the network, in parts of about 4096 rows, whose inner values are computed again for the gradient: memory then
+    Its density is one call of the network, in parts (:func:`~probdiff.networks.rows_at_once`), whose inner values are computed again for the gradient: memory then
     does not grow with N but by the path itself. To draw from it takes one step after the other.
 
     Args:
@@ -152,14 +152,14 @@ class ReverseChain(Chain):
             n = n.reshape(-1, *(1,) * (z.ndim - 2))
             return diffusion.reverse_kernel(z, n, own_key).log_prob(before)
 
-        later = _in_parts(factors, self.steps[:-1, 0], path[:-1], path[1:])
+        later = _in_parts(factors, rows_at_once(diffusion.network), self.steps[:-1, 0], path[:-1], path[1:])
         return jnp.moveaxis(jnp.concatenate([first, later]), 0, -2)
 
 
-def _in_parts(function, *arrays):
-    """``function`` of arrays along their first axis, in equal parts of about ``ROWS`` rows, and the rest."""
+def _in_parts(function, at_once, *arrays):
+    """``function`` of arrays along their first axis, in equal parts of about ``at_once`` rows, and the rest."""
     size, rows = len(arrays[0]), math.prod(arrays[1].shape[1:-1])
-    part = max(1, ROWS // rows)
+    part = max(1, at_once // rows)
     if size <= part:
         return function(*arrays)
     whole = size - size % part

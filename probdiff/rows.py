@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from probdiff.control import LinearControl
-from probdiff.elbo import ROWS, even_chunk, predict
-from probdiff.networks import is_trainable
+from probdiff.elbo import even_chunk, predict
+from probdiff.networks import is_trainable, rows_at_once
 from probdiff.noise import PathNoise, RowNoise
 from probdiff.schedules import at_step
 from probdiff.shortfall import PosteriorNoise, sampled_noise
@@ -61,7 +61,7 @@ def _seen(n, weight, term, control, terms, prediction):
 
 def sum_rows(diffusion, rows):
     """The sum over rows and data, and that over rows of each datum; and, of one or two rows, what can be learned."""
-    chunk = even_chunk(len(rows.n), max(2, ROWS // len(rows.x)))
+    chunk = even_chunk(len(rows.n), max(2, rows_at_once(diffusion.network) // len(rows.x)))
     if chunk < len(rows.n):
         return *_sum_in_chunks(diffusion, rows, chunk), None
     values, seen = rows.evaluate(diffusion, jnp.arange(chunk))
