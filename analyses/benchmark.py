@@ -382,7 +382,7 @@ def compiled(kind, num_steps):
 if wanted("compile"):
     for kind in ("uniform",) if quick else ("uniform", "all", "elbo_terms"):
         for num_steps in (20,) if quick else (100, 1000, 10_000):
-            pairs = np.array([(compiled(kind, num_steps), compiled(kind, 10)) for _ in range(1 if quick else 5)])
+            pairs = np.array([(compiled(kind, num_steps), compiled(kind, 10)) for _ in range(1 if quick else 3)])
             setting = f"{kind}, N {num_steps}"
             report("compile", setting, *pairs[:, :, 0].T, ("this N", "N 10"), "s")
             report("memory", setting, *pairs[:, :, 1].T / 2**20, ("this N", "N 10"), "MiB")

@@ -186,6 +186,21 @@ def test_ctrl_c_leaves_a_run_to_go_on_with(kind, tmp_path):
 
 
 BAD = {
+    "more devices than there are": (["--devices", "2"], "devices: Expected 1 to 1, the devices that JAX has; got 2"),
+    "a process without the first": (["--process", "1"], "--coordinator: Expected the address HOST:PORT of the first process"),
+    "processes without a folder": (["--coordinator", "a:1"], "--out: Expected a folder that all processes see; got none"),
+    "a process too many": (
+        ["--coordinator", "a:1", "--out", "{tmp}/r", "--processes", "2", "--process", "2"],
+        "--process: Expected one of 0 … P−1 out of --processes P; got 2 of 2",
+    ),
+    "an address without a port": (
+        ["--coordinator", "a", "--out", "{tmp}/r", "--processes", "2", "--process", "0"],
+        "--coordinator: Expected HOST:PORT or auto; got a",
+    ),
+    "auto and by hand": (
+        ["--coordinator", "auto", "--out", "{tmp}/r", "--processes", "2"],
+        "--coordinator: Expected no --processes and --process with auto",
+    ),
     "zero steps": (["--num-steps", "0"], "--num-steps: Expected an integer of at least 1; got 0"),
     "negative iterations": (["--iterations", "-5"], "--iterations: Expected an integer of at least 1; got -5"),
     "empty batch": (["--batch-size", "0"], "--batch-size: Expected"),
