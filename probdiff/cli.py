@@ -48,7 +48,7 @@ def _keep_what_is_compiled():
     """Have JAX keep what it compiles in the user's cache folder, for the next run; what the user has set goes first."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probdiff"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _interrupt(*_):
