@@ -26,7 +26,7 @@ from probdiff.checks import require, require_type
 from probdiff.gaussians import forward_marginal, forward_posterior, forward_step
 from probdiff.networks import rows_at_once
 from probdiff.programs import Diffusion, _minibatch
-from probdiff.schedules import at_step
+from probdiff.schedules import NoiseSchedule, at_step
 
 
 class Chain(dist.Distribution):
@@ -69,6 +69,8 @@ class ForwardChain(Chain):
     """
 
     def __init__(self, schedule, x0, *, validate_args=None):
+        require_type("schedule", schedule, NoiseSchedule)
+        require(jnp.ndim(x0) == 2, "x0", "shape (datum, dim)", jnp.shape(x0))
         super().__init__((schedule, x0), (schedule.num_steps, *x0.shape), validate_args=validate_args)
 
     def sample(self, key, sample_shape=()):
@@ -123,6 +125,8 @@ class ReverseChain(Chain):
     """
 
     def __init__(self, diffusion, shape, key=None, *, validate_args=None):
+        require_type("diffusion", diffusion, Diffusion)
+        require(len(shape) == 2, "shape", "(datum, dim)", tuple(shape))
         super().__init__((diffusion, key), (diffusion.schedule.num_steps, *shape), validate_args=validate_args)
 
     def sample(self, key, sample_shape=()):

@@ -418,6 +418,37 @@ CALLS = {
         ValueError,
         "dim: Expected a positive integer; got 2.5",
     ),
+    "an ensemble of none": (lambda: probdiff.Ensemble([]), ValueError, "networks: Expected a list of callables"),
+    "networks on two dimensions": (
+        lambda: probdiff.Ensemble([NETWORK, probdiff.MLP(3, key=KEY)]),
+        ValueError,
+        r"networks: Expected networks of one dimension; got dimensions \[2, 3\]",
+    ),
+    "parallel programs of a network": (
+        lambda: probdiff.ParallelPrograms(NETWORK),
+        TypeError,
+        "diffusion: Expected a Diffusion; got MLP",
+    ),
+    "a forward chain of no schedule": (
+        lambda: probdiff.ForwardChain(NORMAL, X),
+        TypeError,
+        "schedule: Expected a NoiseSchedule; got Diffusion",
+    ),
+    "a forward chain of one datum": (
+        lambda: probdiff.PosteriorChain(SCHEDULE, X[0]),
+        ValueError,
+        r"x0: Expected shape \(datum, dim\); got \(2,\)",
+    ),
+    "a reverse chain of a network": (
+        lambda: probdiff.ReverseChain(NETWORK, X.shape),
+        TypeError,
+        "diffusion: Expected a Diffusion; got MLP",
+    ),
+    "a reverse chain of one datum": (
+        lambda: probdiff.ReverseChain(NORMAL, (2,)),
+        ValueError,
+        r"shape: Expected \(datum, dim\); got \(2,\)",
+    ),
     "hidden": (
         lambda: probdiff.MLP(2, key=jax.random.key(0), hidden=0),
         ValueError,
