@@ -495,7 +495,7 @@ def start(*command, **environment):
 
 if wanted("start"):
     count = 1 if quick else 11
-    for name in ("numpyro", "probdiff"):
+    for name in () if quick else ("numpyro", "probdiff"):
         start(sys.executable, "-c", f"import {name}")
     times = np.array(
         [[start(sys.executable, "-c", f"import {name}") for name in ("probdiff", "numpyro")] for _ in range(count)]

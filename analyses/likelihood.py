@@ -28,7 +28,7 @@ quick = arguments.quick
 SEEDS = 1 if quick else 3
 ITERATIONS = {"iterations": 2, "batch_size": 8} if quick else {}
 ITEMS = 4 if quick else None
-FEW = 5 if quick else 20
+FEW = 10 if quick else 20
 PLANAR = ("moons",) if quick else ("moons", "circles", "8gaussians", "swissroll", "checkerboard")
 
 
@@ -41,12 +41,10 @@ def model_of(data, num_steps, seed=0):
     model = default_diffusion(data, num_steps, seed)
     if not quick:
         return model
-    key = jax.random.key(seed)
-    if data.levels is None:
-        network = probdiff.MLP(data.dim, key=key, hidden=8, num_blocks=1)
-        return probdiff.Diffusion(model.schedule, network, model.likelihood, "optimal")
-    network = probdiff.ConvNet(data.image_shape, key=key, channels=4, num_blocks=1, outputs=data.levels)
-    return probdiff.Diffusion(model.schedule, probdiff.CategoricalHead(network, data.levels), model.likelihood)
+    network = probdiff.MLP(data.dim, key=jax.random.key(seed), hidden=8, num_blocks=1, outputs=data.levels)
+    if data.levels is not None:
+        network = probdiff.CategoricalHead(network, data.levels)
+    return probdiff.Diffusion(model.schedule, network, model.likelihood, kernel=model.kernel)
 
 
 def fit(data, diffusion, seed):

@@ -25,6 +25,7 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
 gc.freeze()  # what was imported stays
+gc.set_threshold(100_000)  # going through all that JAX has traced takes long
 
 Z_MAX = 4.9
 
