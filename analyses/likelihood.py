@@ -42,8 +42,7 @@ def model_of(data, num_steps, seed=0):
     if not quick:
         return model
     network = probdiff.MLP(data.dim, key=jax.random.key(seed), hidden=8, num_blocks=1, outputs=data.levels)
-    if data.levels is not None:
-        network = probdiff.CategoricalHead(network, data.levels)
+    network = probdiff.DensityHead(network) if data.levels is None else probdiff.CategoricalHead(network, data.levels)
     return probdiff.Diffusion(model.schedule, network, model.likelihood, kernel=model.kernel)
 
 

@@ -44,6 +44,7 @@ BUGS = [
     ("the same noise in every batch of samples", "sampling.py", "start + np.arange(batch)", "np.arange(batch)", "sampling"),
     # the parts of a model
     ("the evidence of z_n without its ½", "heads.py", "jnp.square(distance) / 2", "jnp.square(distance)", "heads"),
+    ("the noise for its root in a head", "heads.py", "jnp.sqrt(noise) * self.output", "noise * self.output", "heads"),
     ("the SNR gained at another step", "mixture_kernel.py", "gained = snr[:-1]", "gained = snr[1:]", "heads"),
     ("the schedule of the guide is not trained", "programs.py", "else self.with_param_site().schedule", "else self.schedule", "learned"),
     ("the optimal variance without β̃", "variances.py", "jnp.log1p(jnp.asarray(factor", "jnp.log(jnp.asarray(factor", "learned"),

@@ -10,7 +10,7 @@ from probdiff.estimators import ESTIMATORS
 from probdiff.export import to_datatree
 from probdiff.flow import flow_likelihood, flow_log_prob
 from probdiff.gaussians import forward_marginal, forward_posterior, forward_step
-from probdiff.heads import CategoricalHead, VHead, X0Head
+from probdiff.heads import CategoricalHead, DensityHead, VHead, X0Head
 from probdiff.kernels import GaussianKernel
 from probdiff.learned_schedules import LearnedSchedule
 from probdiff.ledger import ledger

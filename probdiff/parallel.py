@@ -24,6 +24,7 @@ from numpyro.distributions import constraints
 
 from probdiff.checks import require, require_type
 from probdiff.gaussians import forward_marginal, forward_posterior, forward_step
+from probdiff.learned_schedules import ScheduleTables
 from probdiff.networks import rows_at_once
 from probdiff.programs import Diffusion, _minibatch
 from probdiff.schedules import NoiseSchedule, at_step
@@ -69,7 +70,8 @@ class ForwardChain(Chain):
     """
 
     def __init__(self, schedule, x0, *, validate_args=None):
-        require_type("schedule", schedule, NoiseSchedule)
+        known = isinstance(schedule, NoiseSchedule | ScheduleTables)
+        require(known, "schedule", "a NoiseSchedule", type(schedule).__name__, TypeError)
         require(jnp.ndim(x0) == 2, "x0", "shape (datum, dim)", jnp.shape(x0))
         super().__init__((schedule, x0), (schedule.num_steps, *x0.shape), validate_args=validate_args)
 

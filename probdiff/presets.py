@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from probdiff.convolutions import ConvNet
-from probdiff.heads import CategoricalHead
+from probdiff.heads import CategoricalHead, DensityHead
 from probdiff.networks import MLP
 from probdiff.programs import Diffusion
 from probdiff.schedules import log_snr_schedule
@@ -37,7 +37,7 @@ def default_diffusion(dataset, num_steps, seed=0):
     key = jax.random.key(seed)
     if dataset.levels is None:
         network = MLP(dataset.dim, key=key, hidden=128, num_blocks=3, num_harmonics=3)
-        return Diffusion(log_snr_schedule(num_steps, 15.0, -6.0), network, dataset.likelihood(), "optimal")
+        return Diffusion(log_snr_schedule(num_steps, 15.0, -6.0), DensityHead(network), dataset.likelihood(), "optimal")
     width = dataset.levels - 1
     if not _has_few_levels(dataset):
         harmonics = int(np.ceil(np.log2(width))) + 1

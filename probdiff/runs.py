@@ -27,7 +27,7 @@ from probdiff.checkpoint import Checkpoint, leaves_by_name, restore
 from probdiff.checks import require, require_type
 from probdiff.convolutions import ConvNet
 from probdiff.export import from_datatree, to_datatree
-from probdiff.heads import CategoricalHead, VHead, X0Head
+from probdiff.heads import CategoricalHead, DensityHead, VHead, X0Head
 from probdiff.learned_schedules import LearnedSchedule
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
 from probdiff.mixture_kernel import MixtureKernel
@@ -45,7 +45,7 @@ from probdiff.storage import (
     write_json,
 )
 
-NETWORKS = {kind.__name__: kind for kind in (MLP, ConvNet, X0Head, VHead, CategoricalHead)}
+NETWORKS = {kind.__name__: kind for kind in (MLP, ConvNet, X0Head, VHead, DensityHead, CategoricalHead)}
 LIKELIHOODS = {kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood)}
 
 

@@ -50,7 +50,12 @@ def test_a_head_gives_back_the_noise(n, float64):
     eps_hat = ORACLE.network(SCHEDULE, 0.9)(z, steps)
     signal, noise = np.sqrt(SCHEDULE.alpha_bar[n - 1]), np.sqrt(1 - SCHEDULE.alpha_bar[n - 1])
     x0_hat = (z - noise * eps_hat) / signal
-    for head, output in ((probdiff.X0Head, x0_hat), (probdiff.VHead, signal * eps_hat - noise * x0_hat)):
+    outputs = {
+        probdiff.X0Head: x0_hat,
+        probdiff.VHead: signal * eps_hat - noise * x0_hat,
+        probdiff.DensityHead: eps_hat / (1 - SCHEDULE.alpha_bar[n - 1]) ** 0.25,
+    }
+    for head, output in outputs.items():
         diffusion = probdiff.Diffusion(SCHEDULE, head(lambda z, n, output=output: output))
         np.testing.assert_allclose(diffusion.network(z, steps), eps_hat, rtol=1e-9, atol=1e-12, err_msg=head.__name__)
 
@@ -72,7 +77,7 @@ def test_the_categorical_head_is_the_score_of_the_mixture(n, float64):
     np.testing.assert_allclose(categorical().network(z, jnp.full(6, n)), expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("head", [probdiff.X0Head, probdiff.VHead, probdiff.CategoricalHead])
+@pytest.mark.parametrize("head", [probdiff.X0Head, probdiff.VHead, probdiff.DensityHead, probdiff.CategoricalHead])
 def test_a_head_is_trained_and_told_the_schedule(head):
     outputs = LEVELS if head is probdiff.CategoricalHead else None
     network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.5, outputs=outputs)
