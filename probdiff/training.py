@@ -276,7 +276,7 @@ class _Loop:
         model, guide = (handlers.scale(program, scale=1 / batch_size) for program in (diffusion.model, guide))
         self.svi = SVI(model, guide, optimiser, elbo)
         self._bound = jax.jit(self._validation_bound)
-        self._advance = jax.jit(self._scan, static_argnames=("count", "guarded"))
+        self._advance = jax.jit(self._updates, static_argnames="guarded")
 
     def init(self, key, settings):
         init_key, *keys = jax.random.split(key, 3)
@@ -293,8 +293,9 @@ class _Loop:
         """The rows of the data in a minibatch."""
         return jax.random.randint(jax.random.fold_in(key, iteration), (self.batch_size,), 0, len(self.data))
 
-    def _scan(self, svi_state, data, key, start, count, guarded):
-        """``count`` updates: the state, the losses and whether all is finite; if ``guarded``, without those that are not."""
+    def _updates(self, svi_state, data, key, start, count, guarded):
+        """``count`` updates: the state, the losses (and 0 up to ``CHUNK``) and whether all is finite; if ``guarded``, without those that
+        are not."""
 
         def update(old, iteration):
             return self.svi.update(old, spread(data[self._rows(key, iteration)], self.mesh))
@@ -305,7 +306,13 @@ class _Loop:
             kept = jax.lax.cond(good, lambda: new._replace(rng_key=None), lambda: old._replace(rng_key=None))
             return kept._replace(rng_key=new.rng_key), jnp.where(good, loss, jnp.nan)
 
-        new, losses = jax.lax.scan(update_if_finite if guarded else update, svi_state, start + jnp.arange(count))
+        def body(i, carry):
+            state, losses = carry
+            state, loss = (update_if_finite if guarded else update)(state, start + i)
+            return state, losses.at[i].set(loss)
+
+        # The number of updates is a value and not a shape, so that no other number is compiled again.
+        new, losses = jax.lax.fori_loop(0, count, body, (svi_state, jnp.zeros(CHUNK)))
         good = guarded or _all_finite(losses, new.optim_state, new.mutable_state)
         return gathered((new, losses, jnp.asarray(good)), self.mesh)
 
@@ -320,7 +327,7 @@ class _Loop:
         svi_state, losses, good = self._advance(*given, guarded=False)
         if not good:
             svi_state, losses, _ = self._advance(*given, guarded=True)
-        losses = np.concatenate([state.losses, np.asarray(losses)])
+        losses = np.concatenate([state.losses, np.asarray(losses)[:count]])
         self._refuse_many_skipped(losses, start, state.keys[0])
         return state._replace(svi=svi_state, losses=losses)
 

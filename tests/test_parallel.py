@@ -43,7 +43,7 @@ def data_of(model):
 
 
 def joint(program, path, x, **kwargs):
-    return log_density(handlers.seed(program, 0), (x,), kwargs, {"z": path})[0]
+    return jax.jit(lambda path: log_density(handlers.seed(program, 0), (x,), kwargs, {"z": path})[0])(path)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_the_scanned_programs(float64, monkeypatch):
     path = jax.random.normal(jax.random.key(1), (7, 3, 2))
 
     def gradient(program):
-        return jax.grad(lambda p, z: joint(handlers.substitute(program, p), z, X), (0, 1))(params, path)
+        return jax.jit(jax.grad(lambda p, z: joint(handlers.substitute(program, p), z, X), (0, 1)))(params, path)
 
     expected = gradient(model.model)
     for rows in (4096, 3 * 4):
@@ -107,7 +107,7 @@ def test_paths_are_those_of_the_forward_chain(float64):
 def test_a_long_chain_does_not_overflow():
     """At N = 10 000 √ᾱ_N underflows float32, by which a cumulative sum would divide."""
     schedule = probdiff.NoiseSchedule.from_betas(np.full(10_000, 0.03))
-    path = probdiff.ForwardChain(schedule, jnp.ones((2, 1))).sample(jax.random.key(0))
+    path = jax.jit(probdiff.ForwardChain(schedule, jnp.ones((2, 1))).sample)(jax.random.key(0))
     assert np.isfinite(path).all() and abs(float(path[:5000].std()) - 1) < 0.05
 
 
@@ -162,7 +162,7 @@ def test_svi_fits_it_and_the_estimators_agree():
     assert not np.array_equal(fitted.network.write.weight, network.write.weight)
     bound = probdiff.ParallelPrograms(fitted)
     losses = [
-        elbo.loss(jax.random.key(2), {}, bound.model, bound.guide, x)
+        jax.jit(lambda key, elbo=elbo: elbo.loss(key, {}, bound.model, bound.guide, x))(jax.random.key(2))
         for elbo in (Trace_ELBO(), TraceMeanField_ELBO())
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
