@@ -424,6 +424,11 @@ CALLS = {
         ValueError,
         r"networks: Expected networks of one dimension; got dimensions \[2, 3\]",
     ),
+    "a head on data": (
+        lambda: probdiff.DensityHead(X),
+        TypeError,
+        r"network: Expected a callable network\(z, n\); got ndarray",
+    ),
     "parallel programs of a network": (
         lambda: probdiff.ParallelPrograms(NETWORK),
         TypeError,
