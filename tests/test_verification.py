@@ -240,18 +240,8 @@ def test_every_check_has_a_bug():
     assert list(BUGS) == list(CHECKS)
 
 
-@pytest.fixture
-def compiled_anew():
-    """What elbo_terms and the flow keep compiled has neither a bug from before nor one for later."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 @pytest.mark.parametrize("name, bug", [(name, bug) for name in BUGS for bug in BUGS[name]])
-def test_a_bug_is_found(name, bug, request, monkeypatch):
-    if not name.startswith("estimator"):
-        request.getfixturevalue("compiled_anew")
+def test_a_bug_is_found(name, bug, compiled_anew, monkeypatch):
     place, attribute, wrong = BUGS[name][bug]
     (monkeypatch.setitem if isinstance(place, dict) else monkeypatch.setattr)(place, attribute, wrong)
     finding = find(name, "float32" if (name, "float64") in LEFT_OUT else "float64")
