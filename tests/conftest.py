@@ -28,9 +28,17 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
 gc.freeze()  # what was imported stays
-gc.set_threshold(100_000)  # going through all that JAX has traced takes long
+gc.disable()  # going through all that JAX has traced takes long
 
 Z_MAX = 4.9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """After each module forget what was compiled: it takes memory maps, of which a process may have 65 530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

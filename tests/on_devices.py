@@ -1,17 +1,16 @@
-"""What tests/test_devices.py runs on one device, on four, and in two processes: fits and evaluations, into an .npz file."""
+"""What tests/test_devices.py runs on one device and on four, or in two processes: fits and evaluations, into .npz files."""
 
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 
 import probdiff
 
-out, devices, *process = sys.argv[1:]
+folder, *process = sys.argv[1:]
 if process:
     jax.distributed.initialize(process[0], 2, int(process[1]))
-devices = int(devices) or None
-assert jax.device_count() >= (devices or 1)
 
 X = np.random.default_rng(0).normal(size=(41, 2))
 STOP = 100
@@ -30,35 +29,41 @@ class Keeper:
         self.state = state if len(state.losses) == STOP else self.state
 
 
-found = {}
-for x64 in (False, True):
-    with jax.enable_x64(x64):
-        x = X if x64 else X.astype(np.float32)
-        network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.2)
-        model = probdiff.Diffusion(probdiff.log_snr_schedule(6), network)
-        # 30 data and 41 cannot be cut into four equal parts.
-        options = {"iterations": 200, "batch_size": 30, "validate_every": STOP, "progress": False}
-        keeper = Keeper()
-        fit = probdiff.fit(model, x, devices=devices, checkpoint=keeper, **options)
-        if devices and x64:
-            resumed = probdiff.fit(model, x, checkpoint=Keeper(keeper.state), **options)
-            np.testing.assert_allclose(resumed.losses, fit.losses, rtol=1e-10)
-        name = "float64" if x64 else "float32"
-        found[f"{name} losses"] = fit.losses
-        found[f"{name} parameters"] = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(fit.params)])
+def everything(devices):
+    """By name: losses, parameters and evaluations."""
+    found = {}
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            x = X if x64 else X.astype(np.float32)
+            network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.2)
+            model = probdiff.Diffusion(probdiff.log_snr_schedule(6), network)
+            # 30 data and 41 cannot be cut into four equal parts.
+            options = {"iterations": 200, "batch_size": 30, "validate_every": STOP, "progress": False}
+            keeper = Keeper()
+            fit = probdiff.fit(model, x, devices=devices, checkpoint=keeper, **options)
+            if devices and x64:
+                resumed = probdiff.fit(model, x, checkpoint=Keeper(keeper.state), **options)
+                np.testing.assert_allclose(resumed.losses, fit.losses, rtol=1e-10)
+            name = "float64" if x64 else "float32"
+            found[f"{name} losses"] = fit.losses
+            found[f"{name} parameters"] = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(fit.params)])
+    with jax.enable_x64(True):
+        options = {"key": jax.random.key(1), "devices": devices}
+        terms = probdiff.elbo_terms(fit.diffusion, {}, X, num_draws=2, **options)
+        found |= {"elbo": terms.elbo, "samples": probdiff.ancestral(fit.diffusion, {}, num_samples=7, **options)}
+        if not process:
+            moments = probdiff.elbo_terms(fit.diffusion, {}, X, num_draws=2, reduce=True, **options)
+            comparison = probdiff.compare_estimators(fit.diffusion, {}, X[:2], num_draws=3, estimators=["kl_uniform"], **options)
+            found |= {
+                "mean": moments.elbo.mean,
+                "estimates": comparison.draws,
+                "gradients": comparison.projections["kl_uniform"],
+                "paths": probdiff.path_elbo(fit.diffusion, X[:5], num_draws=2, **options),
+            }
+    return found
 
-with jax.enable_x64(True):
-    options = {"key": jax.random.key(1), "devices": devices}
-    terms = probdiff.elbo_terms(fit.diffusion, {}, X, num_draws=2, **options)
-    found |= {"elbo": terms.elbo, "samples": probdiff.ancestral(fit.diffusion, {}, num_samples=7, **options)}
-    if not process:
-        moments = probdiff.elbo_terms(fit.diffusion, {}, X, num_draws=2, reduce=True, **options)
-        comparison = probdiff.compare_estimators(fit.diffusion, {}, X[:2], num_draws=3, estimators=["kl_uniform"], **options)
-        found |= {
-            "mean": moments.elbo.mean,
-            "estimates": comparison.draws,
-            "gradients": comparison.projections["kl_uniform"],
-            "paths": probdiff.path_elbo(fit.diffusion, X[:5], num_draws=2, **options),
-        }
-if jax.process_index() == 0:
-    np.savez(out, **found)
+
+for where, devices in {"two processes": 2}.items() if process else {"one": None, "four": 4}.items():
+    found = everything(devices)
+    if jax.process_index() == 0:
+        np.savez(Path(folder) / f"{where}.npz", **found)
