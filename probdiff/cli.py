@@ -46,9 +46,13 @@ def main(argv=None):
 
 def _keep_what_is_compiled():
     """Have JAX keep what it compiles in the user's cache folder, for the next run; what the user has set goes first."""
+    import jax
+
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probdiff"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # Not by way of the environment, which JAX has read by now.
+    for option, value in {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0}.items():
+        if option.upper() not in os.environ:
+            jax.config.update(option, value)
 
 
 def _interrupt(*_):

@@ -59,6 +59,21 @@ def test_fit(run):
     np.testing.assert_allclose(opened.terms.elbo.mean(), elbo, rtol=1e-5)
 
 
+def test_what_is_compiled_is_kept_for_the_next_run(monkeypatch, tmp_path):
+    """In the user's cache folder, unless the user says otherwise; JAX has read its environment before."""
+    option = "jax_compilation_cache_dir"
+    before = getattr(jax.config, option)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        cli._keep_what_is_compiled()
+        assert getattr(jax.config, option) == before == os.environ[option.upper()]
+        monkeypatch.delenv(option.upper())
+        cli._keep_what_is_compiled()
+        assert getattr(jax.config, option) == str(tmp_path / "probdiff")
+    finally:
+        jax.config.update(option, before)
+
+
 def test_inspect(run, capsys):
     path, _, _ = run
     for file in (path / "figures").iterdir():
