@@ -17,7 +17,9 @@ from conftest import assert_mean
 from numpyro.infer import SVI
 
 import probdiff
-from probdiff import cli, datasets, report, training
+from probdiff import cli, datasets, presets, report, training
+from probdiff.oracles import GaussianOracle, exact_terms
+from probdiff.programs import PARAMS
 from probdiff.storage import load_arrays
 
 pytestmark = pytest.mark.xdist_group("cli")  # its tests share what is costly to make
@@ -155,6 +157,173 @@ def test_known_entropy_and_one_step(tmp_path, capsys, monkeypatch):
     results = json.loads(capsys.readouterr().out)
     assert results["reference"]["entropy"]["nats"] == pytest.approx(2.832, abs=1e-3)
     assert results["reference"]["gap"]["nats"] > 0 and results["test"]["step_kl"]["nats"] == 0
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What ``probdiff fit`` gives to the fit, of data of one's own and with options of one's own; and the run."""
+    folder, seen = tmp_path_factory.mktemp("told"), {}
+    np.save(folder / "mine.npy", np.random.default_rng(0).normal(size=(50, 2)))
+
+    def fit(diffusion, data, **given):
+        seen.update(given, diffusion=diffusion, data=data)
+        raise KeyboardInterrupt
+
+    options = ["--num-steps", "6", "--iterations", "7", "--batch-size", "5", "--learning-rate", "0.0123", "--seed", "3"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(probdiff, "fit", fit)
+        assert cli.main(["fit", "--data", str(folder / "mine.npy"), "--out", str(folder / "run"), *options]) == 130
+    return seen, probdiff.open_run(folder / "run"), np.load(folder / "mine.npy").astype(np.float32)
+
+
+def test_the_fit_has_the_training_data_and_validates_on_those_for_validation(told):
+    seen, run, rows = told
+    parts = [{tuple(row) for row in part} for part in (seen["data"], seen["validation"], run.data.test)]
+    assert [len(part) for part in parts] == [40, 5, 5] and set.union(*parts) == set(map(tuple, rows))
+    np.testing.assert_array_equal(seen["data"], run.data.train)
+    np.testing.assert_array_equal(seen["validation"], run.data.validation)
+
+
+def test_a_run_has_the_splits_of_its_seed(told):
+    _, run, _ = told
+    same, other = (datasets.load(run.config["data"], seed) for seed in (3, 0))
+    for name in ("train", "validation", "test"):
+        np.testing.assert_array_equal(getattr(run.data, name), getattr(same, name))
+        assert not np.array_equal(getattr(same, name), getattr(other, name))
+
+
+def test_the_fit_has_the_options(told):
+    seen, _, _ = told
+    options = {"iterations": 7, "batch_size": 5, "learning_rate": 0.0123}
+    assert {name: seen[name] for name in options} == options and seen["diffusion"].schedule.num_steps == 6
+
+
+@pytest.fixture(scope="module")
+def unmistakable(tmp_path_factory):
+    """Two runs with parameters unlike the initial ones, and data in splits unlike one another.
+
+    For each run the bound on test data, its standard error and that of one draw; and what it must not be: the bound
+    on the other splits, and that of the initial model.
+    """
+    oracle, rng = GaussianOracle([0.0, 0.0], 0.25 * np.eye(2)), np.random.default_rng(0)
+    splits = [(oracle.sample(rng, 30) + shift).astype(np.float32) for shift in (0, 3, 6)]
+    dataset = datasets.Dataset("points", *splits, oracle=oracle)
+    network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1)
+    diffusion = probdiff.Diffusion(probdiff.log_snr_schedule(4, 4.0, -3.0), network, dataset.likelihood())
+    bounds = {}
+    for k in (1, 2):
+        params = {PARAMS: jax.tree.map(lambda leaf, k=k: leaf + 0.05 * k, diffusion.trainable())}
+        fit = training.Fit(diffusion.bind(params), params, np.ones(3), np.array([[3.0, -1.0]]), None)
+        cases = [(fit.diffusion, x) for x in reversed(splits)] + [(diffusion.bind({}), dataset.test)]
+        terms = [probdiff.elbo_terms(model, {}, x, key=jax.random.key(9), num_draws=100) for model, x in cases]
+        draws = np.array([np.asarray(each.elbo).mean(1) for each in terms])
+        path = tmp_path_factory.mktemp("unmistakable") / "run"
+        run = probdiff.create_run(path, diffusion, {"data": "points", "seed": 0})
+        run.save(fit=fit, terms=terms[0], results={})
+        bounds[str(run.path)] = draws[0].mean(), draws[0].std(ddof=1) / 10, draws[0].std(ddof=1), draws[1:].mean(1)
+    return bounds, dataset
+
+
+@pytest.fixture
+def unmistakable_runs(unmistakable, monkeypatch):
+    bounds, dataset = unmistakable
+    monkeypatch.setattr(datasets, "load", lambda name, seed=0: dataset)
+    return bounds, dataset
+
+
+def assert_is_the_bound_on_test_data(found, bound, draws):
+    """Found with so many draws: within 4.9 standard errors; what it must not be is twice as far."""
+    expected, error, of_one, others = bound
+    error = np.hypot(error, of_one / np.sqrt(draws))
+    assert abs(found - expected) <= 4.9 * error
+    assert np.all(np.abs(others - expected) > 9.7 * error)
+
+
+def test_models_are_compared_by_their_bound_on_test_data(unmistakable_runs, capsys):
+    bounds, _ = unmistakable_runs
+    assert cli.main(["compare", *bounds, "--num-draws", "4", "--json"]) == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    for path, bound in bounds.items():
+        assert_is_the_bound_on_test_data(models[path]["elbo"], bound, 4)
+
+
+def test_estimators_are_compared_on_test_data_for_the_trained_model(unmistakable_runs, monkeypatch):
+    bounds, dataset = unmistakable_runs
+    path, seen = next(iter(bounds)), []
+
+    def compare(diffusion, params, x, **options):
+        seen.extend([diffusion.bind(params) if params else diffusion, x])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probdiff, "compare_estimators", compare)
+    assert cli.main(["compare", path]) == 130
+    diffusion, x = seen
+    np.testing.assert_array_equal(x, dataset.test)
+    leaves = zip(jax.tree.leaves(diffusion.trainable()), jax.tree.leaves(probdiff.open_run(path).diffusion.trainable()))
+    assert all(np.array_equal(*pair) for pair in leaves)
+
+
+def test_the_ledger_of_inspect_is_of_test_data(unmistakable_runs, capsys):
+    bounds, dataset = unmistakable_runs
+    path, bound = next(iter(bounds.items()))
+    assert cli.main(["inspect", path, "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)["ledger"]
+    elbo = account["reconstruction"]["mean"] - account["step_kl"]["mean"] - account["prior_kl"]["mean"]
+    assert_is_the_bound_on_test_data(elbo, bound, 1)
+    assert_is_the_bound_on_test_data(dataset.oracle.log_prob(dataset.test).mean() - account["gap"]["mean"], bound, 1)
+
+
+def test_samples_are_of_the_trained_model(unmistakable_runs, capsys):
+    """Their moments, against draws in Python."""
+    bounds, _ = unmistakable_runs
+    path = list(bounds)[1]
+    assert cli.main(["sample", path, "--num-samples", "400", "--json"]) == 0
+    run = probdiff.open_run(path)
+    samples = [np.load(json.loads(capsys.readouterr().out)["samples"])]
+    for diffusion in (run.diffusion, run.untrained.bind({})):
+        samples.append(probdiff.SAMPLERS["ancestral"](diffusion, {}, key=jax.random.key(7), num_samples=400))
+    found, trained, initial = (np.concatenate([each, np.square(each)], 1) for each in samples)
+    error = np.hypot(found.std(0), trained.std(0)) / 20
+    assert np.all(np.abs(found.mean(0) - trained.mean(0)) <= 4.9 * error)
+    assert np.any(np.abs(initial.mean(0) - trained.mean(0)) > 9.7 * error)
+
+
+def test_the_report_is_of_test_data():
+    """Of more of them than are evaluated both ways, which are the first; by closed form."""
+    oracle, rng = GaussianOracle([0.0, 0.0], 0.25 * np.eye(2)), np.random.default_rng(0)
+    cases = ((700, 0), (650, 1), (600, 2))
+    train, validation, test = ((oracle.sample(rng, size) + shift).astype(np.float32) for size, shift in cases)
+    test[512:] += 2
+    schedule = probdiff.log_snr_schedule(4, 4.0, -3.0)
+    diffusion = probdiff.Diffusion(schedule, oracle.network(schedule))
+    dataset = datasets.Dataset("points", train, validation, test, oracle=oracle)
+    _, results = report.evaluate(diffusion, dataset, key=jax.random.key(0))
+    whole, first, other = (exact_terms(diffusion, x)["elbo"].mean() for x in (test, test[:512], train[:512]))
+    ways, error = results["two_ways"], results["two_ways"]["difference_error"]
+    for way in ("analytic", "trace_elbo"):
+        assert abs(ways[way]["nats"] - first) <= 4.9 * error
+    assert abs(results["test"]["elbo"]["nats"] - whole) <= 9.8 * error  # of one draw each, not four
+    assert min(abs(first - other), abs(first - whole)) > 30 * error
+    gap = oracle.log_prob(test).mean() - results["test"]["elbo"]["nats"]
+    assert results["reference"]["gap"]["nats"] == pytest.approx(gap, rel=1e-5)
+
+
+@pytest.mark.parametrize("levels, image_shape", [(17, (8, 8)), (2, None), (100_000, None)])
+def test_on_a_grid_the_last_noise_is_a_third_of_the_half_width_of_a_level(levels, image_shape):
+    x = np.random.default_rng(0).integers(0, levels, (20, 1 if image_shape is None else 64)).astype(np.int32)
+    dataset = datasets.Dataset("grid", x, x, x, levels=levels, image_shape=image_shape)
+    diffusion = presets.default_diffusion(dataset, 10)
+    lowest, next_lowest = np.asarray(diffusion.likelihood.encode(np.array([0, 1])), np.float64)
+    half_width = (next_lowest - lowest) / 2
+    assert diffusion.schedule.sigma[0] == pytest.approx(half_width / 3, rel=0.15)
+
+
+def test_continuous_data_are_standardised_by_the_training_split():
+    rng = np.random.default_rng(0)
+    splits = [rng.normal(loc, scale, (30, 3)).astype(np.float32) for loc, scale in ((1, 2), (5, 3), (-4, 1))]
+    likelihood = presets.default_diffusion(datasets.Dataset("points", *splits), 5).likelihood
+    np.testing.assert_allclose(likelihood.loc, splits[0].mean(0, np.float64), rtol=1e-6)
+    np.testing.assert_allclose(likelihood.scale, splits[0].std(0, np.float64), rtol=1e-6)
 
 
 def test_resume(run, tmp_path, capsys):

@@ -80,6 +80,19 @@ def test_files(tmp_path, suffix, kind):
     data.likelihood().check(data.train)
 
 
+def test_data_are_standardised_by_the_training_split(tmp_path):
+    """Of a data set whose splits differ, and of a file, whose training split is by chance unlike the others."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "mine.npy", rng.normal([5, -2], [3, 0.1], (50, 2)))
+    splits = [rng.normal(loc, scale, (30, 2)) for loc, scale in ((1, 2), (5, 3), (-4, 1))]
+    for dataset in (datasets.Dataset("points", *splits), datasets.load(tmp_path / "mine.npy", 1)):
+        likelihood = dataset.likelihood()
+        np.testing.assert_allclose(likelihood.loc, dataset.train.mean(0, np.float64), rtol=1e-6)
+        np.testing.assert_allclose(likelihood.scale, dataset.train.std(0, np.float64), rtol=1e-6)
+        x0 = np.asarray(likelihood.encode(dataset.train))
+        np.testing.assert_allclose([x0.mean(0), x0.std(0)], [[0, 0], [1, 1]], atol=1e-5)
+
+
 FLOATS = np.random.default_rng(0).normal(size=(20, 2))
 BAD_FILES = {
     "nan": (np.where(np.arange(40).reshape(20, 2) == 7, np.nan, FLOATS), ValueError, r"nan at index \[3, 1\]"),

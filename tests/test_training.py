@@ -1,5 +1,6 @@
 """The SVI loop: it learns, resumes bit for bit, averages parameters, and keeps the best."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,8 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import probdiff
 from probdiff import training
-from probdiff.oracles import GaussianOracle, exact_terms
+from probdiff.oracles import GaussianOracle, LinearNetwork, exact_terms
+from probdiff.programs import PARAMS
 
 ORACLE = GaussianOracle([1.0, -2.0], [[2.0, 0.8], [0.8, 0.5]])
 
@@ -144,6 +146,122 @@ def test_the_best_parameters_in_validation_are_the_result():
     assert float(fit.state.best_bound) == pytest.approx(fit.validation[:, 1].max(), rel=1e-6)
     bound = probdiff.elbo_terms(fit.diffusion, {}, X[:200], key=jax.random.key(0), num_draws=3).elbo.mean()
     assert bound > fit.validation[-1, 1] + 1
+
+
+class Line(eqx.Module):
+    """The network w z, of one parameter."""
+
+    weight: jax.Array
+
+    def __call__(self, z, n):
+        return self.weight * z
+
+
+class Slope(Trace_ELBO):
+    """Not a bound but a slope: the parameter falls by what the optimiser makes of it; each loss says where it was."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
+        return self.slope * param_map[PARAMS].network.weight
+
+
+LINE_SCHEDULE = probdiff.log_snr_schedule(5, 4.0, -4.0)
+DECAY = 0.95
+
+
+def fit_line(iterations, start=0.0, slope=1.0, reverse_variance="forward", data=X, **kwargs):
+    diffusion = probdiff.Diffusion(LINE_SCHEDULE, Line(jnp.array(start)), None, reverse_variance, dim=2)
+    arguments = dict(batch_size=4, iterations=iterations, elbo=Slope(slope), ema_decay=DECAY, progress=False)
+    return probdiff.fit(diffusion, data, **arguments | kwargs)
+
+
+def line_bound(weight, x):
+    """By closed form, of each datum."""
+    network = LinearNetwork(np.tile(weight * np.eye(2), (5, 1, 1)), np.zeros((5, 2)))
+    return exact_terms(probdiff.Diffusion(LINE_SCHEDULE, network, reverse_variance="forward"), x)["elbo"]
+
+
+def averages(path):
+    """The running average after each update, of the parameter at the start and after each."""
+    found = [path[0]]
+    for t, value in enumerate(path[1:], 1):
+        decay = min(DECAY, (1 + t) / (10 + t))
+        found.append(decay * found[-1] + (1 - decay) * value)
+    return np.array(found)
+
+
+@pytest.fixture(scope="module")
+def validated_line():
+    """A parameter that goes from -1 through its best to 2; the validation data are not alike."""
+    x = np.random.default_rng(3).normal(0, 1, (40, 2)).astype(np.float32)
+    x[20:] = 1.5 * x[20:] + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "VALIDATION_ROWS", 2**14)
+        fit = fit_line(90, -1.0, -1 / 30, learning_rate=optax.sgd(1.0), validation=x, validate_every=30)
+    return fit, x, np.linspace(-1, 2, 91)
+
+
+def test_without_validation_the_last_average_is_the_result():
+    fit = fit_line(40, -1.0, -1 / 40, learning_rate=optax.sgd(1.0))
+    path = np.linspace(-1, 0, 41)
+    np.testing.assert_allclose(fit.losses, -path[:-1] / 40, atol=1e-6)  # it went where it was to go
+    for network in (fit.diffusion.network, fit.params[PARAMS].network):
+        assert float(network.weight) == pytest.approx(averages(path)[-1], abs=1e-5)
+    assert averages(path)[-1] < path[-1] - 0.1
+
+
+def test_with_validation_the_best_average_is_the_result(validated_line):
+    fit, x, path = validated_line
+    candidates = averages(path)[[30, 60, 90]]
+    bounds = [line_bound(weight, x).mean() for weight in candidates]
+    assert max(bounds[0], bounds[2]) < bounds[1] - 1 and abs(candidates[1] - path[60]) > 0.1
+    for network in (fit.diffusion.network, fit.params[PARAMS].network):
+        assert float(network.weight) == pytest.approx(candidates[1], abs=1e-5)
+
+
+def test_validation_is_the_bound_of_the_averages_on_all_validation_data(validated_line):
+    fit, x, path = validated_line
+    expected, of_last, of_half = (
+        np.array([line_bound(weight, rows).mean() for weight in weights[[30, 60, 90]]])
+        for weights, rows in ((averages(path), x), (path, x), (averages(path), x[:20]))
+    )
+    np.testing.assert_array_equal(fit.validation[:, 0], [30, 60, 90])
+    error = np.abs(fit.validation[:, 1] - expected)
+    for other in (of_last, of_half):
+        assert error.max() < 0.2 * np.abs(other - expected).max(), (error, other - expected)
+
+
+def test_the_learning_rate_rises_to_the_number_given_and_falls_to_nothing_at_the_end(float64):
+    """On a slope, Adam's steps are the learning rate; each is seen between two losses."""
+    fit = fit_line(120, learning_rate=0.02)
+    rate = -np.diff(fit.losses)
+    top = int(rate.argmax())
+    assert rate[top] == pytest.approx(0.02, rel=1e-5) and 0 < top < 60
+    np.testing.assert_allclose(rate[:top], 0.02 * np.arange(top) / top, rtol=1e-5, atol=1e-12)
+    phase = (np.arange(top, 119) - top) / (120 - top)
+    np.testing.assert_allclose(rate[top:], 0.02 * (1 + np.cos(np.pi * phase)) / 2, rtol=1e-5)
+
+
+def test_the_optimal_variances_are_those_of_the_result_on_many_data():
+    """Of a line, E|eps - w z|^2 is known. The first data are unlike the rest, the average unlike the last parameter."""
+    rng = np.random.default_rng(4)
+    x = np.concatenate([np.zeros((20, 2)), rng.normal(0, 3, (4000, 2))]).astype(np.float32)
+    fit = fit_line(40, -1.0, -1 / 20, "optimal", x, learning_rate=optax.sgd(1.0))
+    weight, schedule = averages(np.linspace(-1, 1, 41))[-1], LINE_SCHEDULE
+
+    def variances(weight, x):
+        square = np.square(np.asarray(x, np.float64)).mean()
+        error = (1 - weight * schedule.noise) ** 2 + weight**2 * schedule.alpha_bar * square
+        return schedule.posterior_variance + schedule.beta**2 / (schedule.alpha * schedule.one_minus_alpha_bar) * error
+
+    found = np.asarray(fit.diffusion.kernel.variance(schedule))[1:]
+    # Relative error of a mean of 8040 squares, which are no more spread than those of a normal.
+    np.testing.assert_allclose(found, variances(weight, x)[1:], rtol=4.9 * np.sqrt(2 / 8040))
+    for other in (variances(weight, x[:20]), variances(1.0, x)):
+        assert np.abs(found / other[1:] - 1).max() > 0.2
 
 
 def test_ten_iterations_trace_once():
