@@ -43,6 +43,7 @@ def path_elbo(diffusion, x, *, key, num_draws, devices=None, progress=False):
     """
 
     require_type("diffusion", diffusion, Diffusion)
+    diffusion = diffusion.evaluated()
     diffusion.check(x)
     require_count("num_draws", num_draws)
     require_key(key)
@@ -88,7 +89,7 @@ def iwae(diffusion, params, x, *, key, num_particles, num_draws=1, progress=Fals
     require_count("num_particles", num_particles)
     require_count("num_draws", num_draws)
     log_weights = path_elbo(
-        diffusion.bind(params), x, key=key, num_draws=num_particles * num_draws, progress=progress
+        diffusion.bind(params).evaluated(), x, key=key, num_draws=num_particles * num_draws, progress=progress
     )
     return log_mean_exp(log_weights.reshape(num_draws, num_particles, -1), 1)
 
@@ -182,7 +183,7 @@ def sandwich(diffusion, params, *, key, num_data, num_particles=(1, 10, 100), pr
     for count in counts:
         require_count("num_particles", count)
     require(num_data >= 2, "num_data", "at least 2, for an error", num_data)
-    diffusion = diffusion.bind(params)
+    diffusion = diffusion.bind(params).evaluated()
     model_key, path_key = jax.random.split(key)
     x, own = _generate(diffusion, model_key, num_data)
     below = path_elbo(diffusion, x, key=path_key, num_draws=max(counts), progress=progress)

@@ -23,15 +23,34 @@ def leaves_by_name(tree):
     return {f"leaf_{i:04}": jax.random.key_data(leaf) if _is_key(leaf) else leaf for i, leaf in enumerate(leaves)}
 
 
-def restore(tree, arrays, path):
-    """``tree`` with its leaves taken from ``arrays``, which must have the same shapes and dtypes."""
+def restore(tree, arrays, path, wider=False):
+    """``tree`` with its leaves taken from ``arrays``, which must have the same shapes and dtypes.
+
+    Args:
+        tree: A tree of arrays.
+        arrays: The arrays by name, as :func:`leaves_by_name` gives them.
+        path: Where they are from, for the message.
+        wider: Take arrays of less precision than those of ``tree``, too: no number changes.
+
+    Raises:
+        ValueError: If they are those of another model, or were made in another precision.
+    """
     expected, structure = jax.tree.flatten(tree)
     found = [arrays[name] for name in sorted(arrays) if name.startswith("leaf_")]
-    template = leaves_by_name(tree).values()
+    template = list(leaves_by_name(tree).values())
     fits = len(found) == len(expected) and all(
-        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(found, template)
+        a.shape == b.shape and a.dtype.kind == b.dtype.kind for a, b in zip(found, template)
     )
     require(fits, str(path), "the arrays of this model and optimiser", "those of another configuration")
+    for a, b in zip(found, template):
+        x64 = a.dtype.itemsize > b.dtype.itemsize
+        require(
+            a.dtype == b.dtype or (wider and not x64),
+            str(path),
+            f"arrays of {b.dtype}, the precision that JAX is set to",
+            f"{a.dtype}: the fit had JAX_ENABLE_X64={int(x64)}; set it so and try again",
+        )
+    found = [a.astype(b.dtype) for a, b in zip(found, template)]
     leaves = [
         jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else jnp.asarray(new)
         for new, old in zip(found, expected)

@@ -4,6 +4,9 @@ Exit codes: 0, done; 1, the fit or a check failed; 2, something given was not us
 """
 
 import argparse
+import contextlib
+import ctypes
+import io
 import json
 import os
 import signal
@@ -33,7 +36,8 @@ def main(argv=None):
         warnings.showwarning = _warn
         warnings.simplefilter("ignore", DeprecationWarning)  # of what is not the user's code
         try:
-            return arguments.command(arguments)
+            with _document_only() if arguments.json else contextlib.nullcontext(sys.stdout) as arguments.output:
+                return arguments.command(arguments)
         except UsageError as error:
             print(f"probdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
@@ -61,6 +65,25 @@ def _interrupt(*_):
 
 def _warn(message, *_, **__):
     print(f"probdiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _document_only():
+    """A stream whose text is all that reaches standard output, at the end; what else is printed, by libraries in C as well, goes to
+    standard error."""
+    document = io.StringIO()
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield document
+    finally:
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        print(document.getvalue(), end="", flush=True)
 
 
 def _parser():
@@ -163,7 +186,7 @@ def _fit(arguments):
     if not first:
         return 0
     if arguments.json:
-        print(json.dumps(results))
+        print(json.dumps(results), file=arguments.output)
         return 0
     from probdiff.report import format_table
 
@@ -343,7 +366,7 @@ def _inspect(arguments):
     if arguments.json:
         results |= {} if account is None else {"ledger": account.to_dict()}
         summary = json.loads(found["summary"].to_json(orient="index"))
-        print(json.dumps(results | {"inspection": found | {"summary": summary}, "figures": [str(p) for p in paths]}))
+        print(json.dumps(results | {"inspection": found | {"summary": summary}, "figures": [str(p) for p in paths]}), file=arguments.output)
         return 0
     print(f"{format_table(results)}\n")
     print(found["text"])
@@ -386,7 +409,7 @@ def _compare(arguments):
         draws = arguments.num_draws or 4
         items = test[: max(2, MODEL_ROWS // (largest * draws))]
         result = _usage(probdiff.compare_models, models, items, key=key, num_draws=draws, progress=True)
-        print(json.dumps(result.to_dict()) if arguments.json else result)
+        print(json.dumps(result.to_dict()) if arguments.json else result, file=arguments.output)
         return 0
     items = test[: min(ESTIMATOR_ITEMS[1], max(ESTIMATOR_ITEMS[0], ESTIMATOR_ROWS // diffusion.schedule.num_steps))]
     draws = arguments.num_draws or 48
@@ -400,7 +423,7 @@ def _compare(arguments):
         path, problem = str(runs[0].save_comparison(result)), None
     except OSError as error:
         path, problem = None, error
-    print(json.dumps(result.to_dict() | {"figure": path}) if arguments.json else f"{result}\nfigure: {path}")
+    print(json.dumps(result.to_dict() | {"figure": path}) if arguments.json else f"{result}\nfigure: {path}", file=arguments.output)
     if problem is not None:
         raise UsageError(problem)
     return 0
@@ -439,7 +462,7 @@ def _sample(arguments):
     if arguments.json:
         names = ("run", "sampler", "steps", "seed")
         written = {"num_samples": count, "samples": str(paths[0]), "figure": str(paths[1]), "seconds": round(seconds, 1)}
-        print(json.dumps({name: getattr(arguments, name) for name in names} | written))
+        print(json.dumps({name: getattr(arguments, name) for name in names} | written), file=arguments.output)
         return 0
     print(f"{count} samples of {dataset.name} by {arguments.sampler}{steps} in {seconds:.1f} s")
     print(f"samples: {paths[0]}\nfigure: {paths[1]}")
@@ -450,7 +473,7 @@ def _verify(arguments):
     from probdiff.verification import format_table, verify
 
     results = verify(progress=True)
-    print(json.dumps(results) if arguments.json else format_table(results))
+    print(json.dumps(results) if arguments.json else format_table(results), file=arguments.output)
     return 0 if results["holds"] else 1
 
 

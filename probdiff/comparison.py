@@ -192,9 +192,11 @@ def check_names(names):
 
 def _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions, mesh):
     """Draws of one estimator: values, projections of gradients, variance of gradients, cost."""
-    guide, elbo = ESTIMATORS[name](diffusion)
+    # Values are those of the bound model; a gradient needs its ``param`` site.
+    trainable, diffusion = diffusion.trainable_without_dropout(), diffusion.evaluated()
+    guide, elbo = by_value = _adapted(*ESTIMATORS[name](diffusion), "value")
+    by_gradient = _adapted(*ESTIMATORS[name](trainable), "gradient")
     evaluations = getattr(elbo, "evaluations", diffusion.schedule.num_steps)
-    by_value, by_gradient = (_adapted(guide, elbo, purpose) for purpose in ("value", "gradient"))
     learned = _learn(diffusion, *by_value, x, learn_key)
     rows = evaluations * len(x)
     # A path goes through the network step by step, the terms of the analytic bound as many at a time as fit.
@@ -207,7 +209,7 @@ def _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions, mes
     if directions.size:
         count = int(np.clip(GRADIENT_ROWS // rows, *GRADIENT_DRAWS))
         together = max(1, min(together, KEPT_ROWS // rows, KEPT_NUMBERS // directions.shape[1]))
-        gradient = functools.partial(_gradient, diffusion, *by_gradient, x, learned, directions)
+        gradient = functools.partial(_gradient, trainable, *by_gradient, x, learned, directions)
         (projections, squares), total, seconds = _in_blocks(gradient, _keys(draw_key, count), together, rows, mesh)
         square_of_mean = float(jnp.square(total / count).sum())
         variance = (squares.mean() - square_of_mean) * count / (count - 1)

@@ -261,7 +261,7 @@ def elbo_terms(
         ValueError, TypeError: If the data, ``noise`` or ``num_draws`` do not fit the model.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.bind(params)
+    diffusion = diffusion.bind(params).evaluated()
     diffusion.check(x)
     require(
         (key is None) != (noise is None), "key, noise", "exactly one of the two", "neither" if key is None else "both"

@@ -36,7 +36,7 @@ class LearnedSchedule(eqx.Module):
 
     The log-SNR is piecewise linear in n between knots, each piece a positive share of the range. It starts as
     :func:`~probdiff.log_snr_schedule`. It has the tables of a :class:`~probdiff.NoiseSchedule`, as JAX arrays that can be differentiated
-    with respect to the parameters. ``diffusion.bind(params)`` makes a ``NoiseSchedule`` of it.
+    with respect to the parameters. :meth:`fixed` makes a ``NoiseSchedule`` of it, which is what evaluations use.
 
     With many steps the bound hardly depends on the shape, but the variance of a one-step estimate does:
     see ``AnalyticELBO(…, shape="variance")``. Source: Kingma et al. (2021), arXiv:2107.00630, section 4 and appendix H.
@@ -111,8 +111,10 @@ class LearnedSchedule(eqx.Module):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def fixed(self):
-        """The :class:`~probdiff.NoiseSchedule` of the present log-SNR."""
-        return NoiseSchedule.from_log_snr(np.asarray(self.log_snr, np.float64))
+        """The :class:`~probdiff.NoiseSchedule` of the present log-SNR, also while JAX is tracing something else."""
+        with jax.ensure_compile_time_eval():
+            log_snr = self.log_snr
+        return NoiseSchedule.from_log_snr(np.asarray(log_snr, np.float64))
 
 
 def require_schedule(schedule):

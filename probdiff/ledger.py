@@ -99,7 +99,7 @@ def ledger(diffusion, params, oracle, x, *, key, progress=False):
     require(isinstance(likelihood, NormalLikelihood), "diffusion.likelihood", "a NormalLikelihood", kind, TypeError)
     known = all(hasattr(oracle, name) for name in ("log_prob", "entropy", "standardized"))
     require(known, "oracle", "a distribution out of probdiff.oracles", type(oracle).__name__, TypeError)
-    diffusion = diffusion.bind(params)
+    diffusion = diffusion.bind(params).evaluated()
     diffusion.check(x)
     require(len(x) >= 2, "x", "at least two data", len(x))
     require_key(key)

@@ -148,6 +148,12 @@ class StepObjective(ELBO):
         other.adapt_to = purpose
         return other
 
+    def of(self, diffusion):
+        """This objective for the same model bound or not; what it learns is the same."""
+        other = copy.copy(self)
+        other.diffusion = diffusion
+        return other
+
     @property
     def evaluations(self):
         """Network evaluations for each datum and particle."""

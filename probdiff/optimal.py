@@ -34,7 +34,7 @@ def optimal_variance(diffusion, params, x, *, key, num_draws=1):
     diffusion.check(x)
     require_key(key)
     require_count("num_draws", num_draws)
-    found = _squared_error(diffusion.bind(params), jnp.asarray(x), key, num_draws)
+    found = _squared_error(diffusion.bind(params).evaluated(), jnp.asarray(x), key, num_draws)
     own = params.get(PARAMS, diffusion.trainable())
     return {**params, PARAMS: eqx.tree_at(lambda d: d.kernel.log_ratio.squared_error, own, found)}
 

@@ -12,6 +12,7 @@ One pattern serves every program that runs in the model's order: a ``scan`` over
 that the likelihood reads, so that N latents cost N evaluations of the network.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import equinox as eqx
@@ -50,8 +51,9 @@ class Diffusion(eqx.Module):
         dim: Dimension of the data; ``network.dim`` if not given. Needed only to generate, and for ``"learned"``.
         kernel: A reverse kernel in the place of the Gaussian one: a :class:`~probdiff.MixtureKernel`.
 
-    Until it is bound (:meth:`bind`), a model that is given data is taken to be training: its network gets ``key=``, also in
-    ``svi.evaluate``, which NumPyro does not tell apart. Evaluate the bound model.
+    Until it is bound (:meth:`bind`), its programs have the parameters as a NumPyro ``param`` site, and a model that is given
+    data is taken to be training: its network gets ``key=``, also in ``svi.evaluate``, which NumPyro does not tell apart.
+    A bound model is frozen: inside of another program nothing trains it. :meth:`unbind` goes back.
     """
 
     schedule: NoiseSchedule | LearnedSchedule
@@ -59,7 +61,8 @@ class Diffusion(eqx.Module):
     kernel: GaussianKernel | MixtureKernel
     likelihood: NormalLikelihood | DiscretizedNormalLikelihood
     dim: int | None
-    training: bool
+    training: bool = eqx.field(static=True)
+    frozen: bool = eqx.field(static=True)
 
     def __init__(self, schedule, network, likelihood=None, reverse_variance="posterior", dim=None, kernel=None):
         require_schedule(schedule)
@@ -83,6 +86,7 @@ class Diffusion(eqx.Module):
         self.kernel = GaussianKernel(reverse_variance, schedule, self.dim) if kernel is None else kernel
         require_kernel(self.kernel, network, likelihood)
         self.training = True
+        self.frozen = False
 
     def model(self, x, num_data=None):
         """The reverse chain.
@@ -150,7 +154,10 @@ class Diffusion(eqx.Module):
         return self.kernel(self.schedule, z, self.kernel.predict(self.network, z, n, key), n)
 
     def bind(self, params: Mapping):
-        """The trained model: these parameters in place of the initial ones, dropout off, a learned schedule fixed.
+        """The trained model: these parameters in place of the initial ones, frozen, dropout off.
+
+        Its programs have no ``param`` site, so that it can be part of another program without being trained along with it. JAX
+        gradients with respect to its arrays are as ever.
 
         Args:
             params: ``SVIRunResult.params`` or ``svi.get_params(state)``; an empty mapping keeps the weights.
@@ -161,15 +168,35 @@ class Diffusion(eqx.Module):
         require_type("params", params, Mapping)
         unknown = sorted(set(params) - {PARAMS}, key=str)
         require(not unknown, "params", f"only the site {PARAMS!r}", f"{unknown}")
-        trained = self
+        trained = self.unbind()
         if PARAMS in params:
-            own, given = (jax.tree.map(jnp.shape, tree) for tree in (self.trainable(), params[PARAMS]))
+            own, given = (jax.tree.map(jnp.shape, tree) for tree in (trained.trainable(), params[PARAMS]))
             require(own == given, "params", "the parameters of this model", "another structure or other shapes")
-            trained = self._with(params[PARAMS])
-        if isinstance(trained.schedule, LearnedSchedule) and is_concrete(trained.schedule.start):
-            trained = trained._on_schedule(trained.schedule.fixed())
-        trained = eqx.tree_at(lambda d: d.network, trained, eqx.nn.inference_mode(trained.network))
-        return eqx.tree_at(lambda d: d.training, trained, False)
+            trained = trained._with(params[PARAMS])
+        return trained._marked(frozen=True, training=False)
+
+    def unbind(self):
+        """The model before it was bound, at the parameters it has now: with its ``param`` site and dropout, to train on."""
+        return self._marked(frozen=False, training=True)
+
+    def evaluated(self):
+        """The bound model, with a learned schedule whose values are known replaced by its :class:`~probdiff.NoiseSchedule`."""
+        own = self._marked(frozen=True, training=False)
+        learned = isinstance(self.schedule, LearnedSchedule) and is_concrete(self.schedule.start)
+        return own._on_schedule(self.schedule.fixed()) if learned else own
+
+    def trainable_without_dropout(self):
+        """The model with its ``param`` site, whose network gets no ``key=``: for gradients of what :meth:`evaluated` gives."""
+        return self._marked(frozen=False, training=False)
+
+    def _marked(self, **marks):
+        """This model with other static marks."""
+        if all(getattr(self, name) == mark for name, mark in marks.items()):
+            return self
+        other = object.__new__(type(self))
+        for field in dataclasses.fields(self):
+            object.__setattr__(other, field.name, marks.get(field.name, getattr(self, field.name)))
+        return other
 
     def trainable(self):
         """This model with everything but its parameters replaced by None: the value of its ``param`` site."""
@@ -185,12 +212,13 @@ class Diffusion(eqx.Module):
     def from_param_site(self):
         """:meth:`with_param_site` before :meth:`tabulated`."""
         own = self.trainable()
-        return self._with(numpyro.param(PARAMS, own)) if jax.tree.leaves(own) else self
+        return self._with(numpyro.param(PARAMS, own)) if jax.tree.leaves(own) and not self.frozen else self
 
     def tabulated(self):
         """This model with the tables of a learned schedule computed once, not in every step of a scan."""
-        learned = isinstance(self.schedule, LearnedSchedule)
-        return self._on_schedule(self.schedule.tables()) if learned else self
+        known = self.evaluated() if self.frozen else self
+        learned = isinstance(known.schedule, LearnedSchedule)
+        return known._on_schedule(known.schedule.tables()) if learned else known
 
     def _schedule_site(self):
         """The schedule for a guide: the guide has parameters only if the schedule has."""

@@ -135,7 +135,7 @@ class Run:
         )
         diffusion = self.untrained
         own = diffusion.trainable()
-        return diffusion.bind({PARAMS: restore(own, load_arrays(path), path)} if jax.tree.leaves(own) else {})
+        return diffusion.bind({PARAMS: restore(own, load_arrays(path), path, wider=True)} if jax.tree.leaves(own) else {})
 
     @property
     def losses(self):

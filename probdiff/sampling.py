@@ -47,8 +47,9 @@ def ancestral(diffusion, params, *, key, num_samples, devices=None, progress=Fal
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
-    evaluations = len(_subsequence(diffusion, None))
-    return _draw(_ancestral, diffusion, params, (), key, num_samples, evaluations, devices, progress)
+    diffusion = _evaluated(diffusion, params)
+    evaluations = diffusion.schedule.num_steps
+    return _draw(_ancestral, diffusion, (), key, num_samples, evaluations, devices, progress)
 
 
 def _ancestral(diffusion, key):
@@ -80,10 +81,11 @@ def ddim(diffusion, params, *, key, num_samples, steps=None, eta=0.0, devices=No
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
+    diffusion = _evaluated(diffusion, params)
     taken = _subsequence(diffusion, steps)
     require(0 <= eta <= 1, "eta", "0 <= eta <= 1", eta)
     coefficients = _ddim_coefficients(diffusion.schedule, taken, eta)
-    return _draw(_ddim, diffusion, params, (taken, *coefficients), key, num_samples, len(taken), devices, progress)
+    return _draw(_ddim, diffusion, (taken, *coefficients), key, num_samples, len(taken), devices, progress)
 
 
 def _ddim_coefficients(schedule, taken, eta):
@@ -135,12 +137,13 @@ def annealed_langevin(
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
+    diffusion = _evaluated(diffusion, params)
     taken = _subsequence(diffusion, steps)
     require_count("num_updates", num_updates)
     require(0 < step_size < np.inf, "step_size", "a positive number", step_size)
     levels = np.repeat(taken, num_updates)
     arguments = levels, jnp.asarray(step_size)
-    return _draw(_annealed_langevin, diffusion, params, arguments, key, num_samples, len(levels) + 1, devices, progress)
+    return _draw(_annealed_langevin, diffusion, arguments, key, num_samples, len(levels) + 1, devices, progress)
 
 
 def _annealed_langevin(diffusion, key, levels, step_size):
@@ -177,13 +180,13 @@ def probability_flow(diffusion, params, *, key, num_samples, steps=None, rtol=1e
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
-    _subsequence(diffusion, None)
+    diffusion = _evaluated(diffusion, params)
     require_tolerances(rtol, atol)
     if steps is not None:
         require_count("steps", steps)
     evaluations = ADAPTIVE if steps is None else 4 * steps + 1
     options = steps, rtol, atol
-    return _draw(_probability_flow, diffusion, params, options, key, num_samples, evaluations, devices, progress)
+    return _draw(_probability_flow, diffusion, options, key, num_samples, evaluations, devices, progress)
 
 
 def _probability_flow(diffusion, key, steps, rtol, atol):
@@ -204,9 +207,17 @@ def _denoised(diffusion, z, n):
     return diffusion.likelihood.decode((z - noise * predict_noise(diffusion.network, z, n)) / signal)
 
 
+def _evaluated(diffusion, params):
+    """The model with the parameters, before any table of it is read."""
+    require_type("diffusion", diffusion, Diffusion)
+    require(
+        diffusion.dim is not None, "diffusion", "one that knows its dimension: Diffusion(…, dim=…) or network.dim", None
+    )
+    return diffusion.bind(params).evaluated()
+
+
 def _subsequence(diffusion, steps):
     """The steps taken, an increasing array: all, a number of them, or as given."""
-    require_type("diffusion", diffusion, Diffusion)
     num_steps = diffusion.schedule.num_steps
     if steps is None:
         return np.arange(1, num_steps + 1)
@@ -221,14 +232,10 @@ def _subsequence(diffusion, steps):
     return steps
 
 
-def _draw(one, diffusion, params, arguments, key, num_samples, evaluations, devices, progress):
+def _draw(one, diffusion, arguments, key, num_samples, evaluations, devices, progress):
     """``one(diffusion, key, *arguments)`` for the key of each sample, a batch at a time."""
-    require(
-        diffusion.dim is not None, "diffusion", "one that knows its dimension: Diffusion(…, dim=…) or network.dim", None
-    )
     require_count("num_samples", num_samples)
     require_key(key)
-    diffusion = diffusion.bind(params)
     mesh = data_mesh(devices)
     diffusion, arguments, key = on_each((diffusion, arguments, key), mesh)
     batch = even_chunk(num_samples, max(64, EVALUATIONS // evaluations))

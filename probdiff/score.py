@@ -23,9 +23,10 @@ import jax.numpy as jnp
 
 from probdiff.checks import require_step, require_type
 from probdiff.gaussians import isotropic_normal
+from probdiff.learned_schedules import require_schedule
 from probdiff.networks import predict_noise
 from probdiff.programs import Diffusion
-from probdiff.schedules import NoiseSchedule, at_step
+from probdiff.schedules import at_step
 
 
 def noising(schedule, x0, n):
@@ -125,7 +126,7 @@ def score(diffusion, params, x_n, n):
         Shape ``(*batch, dim)``. In VP coordinates the score is this divided by :math:`\sqrt{\bar\alpha_n}`.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.bind(params)
+    diffusion = diffusion.bind(params).evaluated()
     eps_hat = predict_noise(diffusion.network, vp_from_ve(diffusion.schedule, x_n, n), n)
     return score_from_eps(diffusion.schedule, eps_hat, n)
 
@@ -144,6 +145,6 @@ def _noise(schedule):
 
 def _at(schedule, table, n, like):
     """Entry n of a table of the schedule, with an axis for the dimension."""
-    require_type("schedule", schedule, NoiseSchedule)
+    require_schedule(schedule)
     require_step(n, 1, schedule.num_steps)
     return at_step(table(schedule), n, like.dtype)[..., None]

@@ -124,7 +124,7 @@ def fit(
     """Fit a diffusion by SVI.
 
     Args:
-        diffusion: The model; it is not changed.
+        diffusion: The model, bound or not; it is not changed. A bound one is fitted further, from the parameters that it has.
         data: Training data as the user has it, shape ``(datum, dim)``.
         iterations: Number of SVI updates in all, those of a resumed fit included (which can be given more of them only with an
             optimiser of your own, see ``learning_rate``). An update whose loss or gradient is not finite
@@ -154,6 +154,9 @@ def fit(
         FloatingPointError: If ten updates in a row had to be skipped; what the checkpoint holds is finite.
     """
     require_type("diffusion", diffusion, Diffusion)
+    given, diffusion = diffusion, diffusion.unbind()
+    if isinstance(elbo, StepObjective) and elbo.diffusion is given:
+        elbo = elbo.of(diffusion)
     for name, value in (("iterations", iterations), ("batch_size", batch_size), ("validate_every", validate_every)):
         require_count(name, value)
     require(0 <= ema_decay < 1, "ema_decay", "0 <= ema_decay < 1", ema_decay)
@@ -344,7 +347,7 @@ class _Loop:
                 )
 
     def _validation_bound(self, params, x, key):
-        trained = self.diffusion.bind(params)
+        trained = self.diffusion.bind(params).evaluated()
         particles = min(1024, -(-VALIDATION_ROWS // len(x)))
         elbo = AnalyticELBO(trained, "stratified", num_particles=particles, vectorize_particles=False)
         return -elbo.loss(key, {}, trained.model, trained.guide, x) / len(x)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from probdiff.bounds import path_elbo
+from probdiff.checks import require, require_count
 from probdiff.elbo import ELBOTerms, elbo_terms
 
 Z_AGREE = 3.0
@@ -70,7 +71,7 @@ class TwoWays(NamedTuple):
     def z(self):
         """The difference in Monte Carlo standard errors; 0 where both are exactly equal."""
         difference, error = self.difference
-        return difference / error if error > 0 else (0.0 if difference == 0 else np.inf)
+        return difference / error if error > 0 else (0.0 if difference == 0 else float(np.copysign(np.inf, difference)))
 
     @property
     def agree(self):
@@ -87,7 +88,12 @@ def compute_both_ways(diffusion, x, *, key, num_draws, devices=None, progress=Fa
         key: JAX key.
         num_draws: Draws per datum, at least 2, of each of the two.
         progress: Show progress bars.
+
+    Raises:
+        ValueError, TypeError: If the data do not suit the model, or there are fewer than two draws.
     """
+    require_count("num_draws", num_draws)
+    require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
     terms_key, path_key = jax.random.split(key)
     options = {"num_draws": num_draws, "devices": devices, "progress": progress}
     terms = elbo_terms(diffusion, {}, x, key=terms_key, **options)

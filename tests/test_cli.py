@@ -373,6 +373,24 @@ def test_ctrl_c_leaves_a_run_to_go_on_with(kind, tmp_path):
     assert 500 <= len(losses) < 3000 and np.isfinite(losses).all()
 
 
+def test_standard_output_is_the_document_alone_whatever_a_library_prints(run, capfd, monkeypatch):
+    """In Python, and past it by the file descriptor, as libraries in C do."""
+
+    def load(*arguments):
+        print("from Python")
+        os.write(1, b"[Gloo] Rank 0 is connected to 1 peer ranks\n")
+        return right(*arguments)
+
+    right = datasets.load
+    monkeypatch.setattr(datasets, "load", load)
+    assert cli.main(["inspect", str(run[0]), "--json"]) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["data"] == "digits" and captured.out.count("\n") == 1
+    assert "[Gloo]" in captured.err and "from Python" in captured.err
+    assert cli.main(["inspect", str(run[0])]) == 0
+    assert "[Gloo]" in capfd.readouterr().out
+
+
 BAD = {
     "more devices than there are": (["--devices", "2"], "devices: Expected 1 to 1, the devices that JAX has; got 2"),
     "a process without the first": (["--process", "1"], "--coordinator: Expected the address HOST:PORT of the first process"),

@@ -96,6 +96,18 @@ def test_the_error_from_interpolation_is_estimated(float64):
     assert np.abs(report.interpolation[0] - error).mean() < 0.5 * np.abs(error).mean()
 
 
+def test_the_error_from_the_solver_is_estimated(float64):
+    """Against tolerances a thousand times tighter: never by much too small, and not a mere bound."""
+    x = ORACLE.sample(np.random.default_rng(2), 100)
+    options = {"key": jax.random.key(0), "rtol": 1e-4, "atol": 1e-4}
+    report = probdiff.flow_likelihood(exact(), {}, x, **options)
+    tight = probdiff.flow_likelihood(exact(), {}, x, **options | {"rtol": 1e-8, "atol": 1e-8})
+    error, estimate = np.abs(report.log_q - tight.log_q), np.abs(report.solver)
+    assert 1e-6 < error.mean() < estimate.mean() < 30 * error.mean() and error.max() < 2 * estimate.max()
+    assert np.abs(tight.solver).max() < estimate.mean() / 10
+    assert f"without its sign{'':4}{estimate.mean():12.5f}" in str(report)
+
+
 @pytest.mark.parametrize("every", [1, 4])
 def test_interpolation_is_linear_in_log_snr(every, float64):
     """Of a network that is log-SNR itself, it is log-SNR; in between and at the ends."""

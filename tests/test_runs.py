@@ -61,6 +61,21 @@ def test_a_run_comes_back(tmp_path, num_steps):
     assert_same(*(probdiff.elbo_terms(d, {}, X[:4], key=key) for d in (run.diffusion, fit.diffusion)))
 
 
+def test_a_run_of_single_precision_opens_in_double_and_not_the_other_way_round(tmp_path):
+    """No number changes on the way up; on the way down, and for a fit to go on, it says what to set."""
+    single, _ = fitted_run(tmp_path / "single", make())
+    with jax.enable_x64(True):
+        run = probdiff.open_run(tmp_path / "single")
+        for a, b in zip(*(jax.tree.leaves(d.trainable()) for d in (run.diffusion, single.diffusion)), strict=True):
+            assert a.dtype == np.float64 and np.array_equal(a, b)
+        assert probdiff.elbo_terms(run.diffusion, {}, X[:4].astype(np.float64), key=jax.random.key(0)).elbo.dtype == np.float64
+        with pytest.raises(ValueError, match="Expected arrays of int64, .* got int32: the fit had JAX_ENABLE_X64=0; set it so"):
+            probdiff.fit(run.untrained, X, iterations=20, batch_size=16, checkpoint=run.checkpoint, progress=False)
+        fitted_run(tmp_path / "double", make())
+    with pytest.raises(ValueError, match="Expected arrays of float32, .* got float64: the fit had JAX_ENABLE_X64=1; set it so"):
+        _ = probdiff.open_run(tmp_path / "double").diffusion
+
+
 def test_discretised_run_comes_back(tmp_path):
     diffusion = probdiff.Diffusion(
         probdiff.cosine_schedule(4),
