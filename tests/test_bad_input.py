@@ -286,7 +286,7 @@ CALLS = {
     ),
     "no oracle": (lambda: probdiff.ledger(NORMAL, {}, None, X, key=KEY), TypeError, "oracle: Expected a distribution"),
     "both ways of nan": (
-        lambda: probdiff.compute_both_ways(NORMAL, NAN, key=KEY, num_draws=1),
+        lambda: probdiff.compute_both_ways(NORMAL, NAN, key=KEY, num_draws=2),
         ValueError,
         r"x: Expected finite values; got nan at index \[2, 1\]",
     ),

@@ -8,6 +8,7 @@ from conftest import Z_MAX, assert_mean
 from numpyro.infer import RenyiELBO
 
 import probdiff
+from probdiff.bounds import Sandwich
 from probdiff.oracles import GaussianOracle, exact_log_prob, exact_terms
 
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
@@ -84,6 +85,31 @@ def test_iwae_groups_its_paths(float64):
     weights = probdiff.path_elbo(diffusion, X, key=jax.random.key(0), num_draws=6)
     values = probdiff.iwae(diffusion, {}, X, key=jax.random.key(0), num_particles=3, num_draws=2)
     np.testing.assert_allclose(values[1], np.log(np.exp(weights[3:]).mean(0)), rtol=1e-12)
+
+
+def test_the_upper_bound_of_k_paths_has_one_from_the_model_and_k_minus_one_of_the_lower_bound(float64):
+    """Weights add up: K exp(upper K) = exp(upper 1) + (K − 1) exp(lower K − 1), and the lower bounds share theirs."""
+    bounds = probdiff.sandwich(make(), {}, key=jax.random.key(2), num_data=6, num_particles=(1, 2, 3, 7, 8))
+    lower, upper = ({k: np.exp(values) for k, values in each.items()} for each in (bounds.lower, bounds.upper))
+    for k in (2, 3, 8):
+        np.testing.assert_allclose(k * upper[k], upper[1] + (k - 1) * lower[k - 1], rtol=1e-9)
+        assert np.all(k * lower[k] > (k - 1) * lower[k - 1])
+    assert len(np.unique(np.concatenate([lower[1], upper[1]]))) == 12
+
+
+def test_the_sandwich_prints_errors_and_paired_distances():
+    """Of bounds that move together, their distance is known better than either."""
+    rng = np.random.default_rng(0)
+    levels = 5 * rng.standard_normal(40)
+    rows = [levels + shift + 0.3 * rng.standard_normal(40) for shift in (0.0, 1.0, 2.5, 4.5)]
+    lines = str(Sandwich(levels[:, None], {10: rows[1], 1: rows[0]}, {1: rows[3], 10: rows[2]})).splitlines()
+    assert lines[0].startswith("40 data")
+    names = ["lower, K = 1 ", "lower, K = 10 ", "upper, K = 10 ", "upper, K = 1 "]
+    for i, (name, line) in enumerate(zip(names, lines[1:], strict=True)):
+        numbers = [float(word) for word in line[len(name) :].split() if word not in "±+"]
+        shown = [rows[i]] if i == 0 else [rows[i], rows[i] - rows[i - 1]]
+        expected = [part for each in shown for part in (each.mean(), each.std(ddof=1) / np.sqrt(40))]
+        assert line.startswith(name) and numbers == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_is_not_usable_is_refused():

@@ -18,6 +18,7 @@ from numpyro.infer import SVI
 
 import probdiff
 from probdiff import cli, datasets, presets, report, training
+from probdiff.inspection import inspect_terms
 from probdiff.oracles import GaussianOracle, exact_terms
 from probdiff.programs import PARAMS
 from probdiff.storage import load_arrays
@@ -61,6 +62,100 @@ def test_fit(run):
     np.testing.assert_allclose(opened.terms.elbo.mean(), elbo, rtol=1e-5)
 
 
+def test_errors_of_the_fit_in_nats_and_in_bits_are_those_over_the_test_items(run):
+    path, results, _ = run
+    terms = probdiff.open_run(path).terms
+    per_item = {
+        "prior_kl": terms.prior_kl,
+        "step_kl": terms.step_kl.sum(1).mean(0),
+        "reconstruction": terms.reconstruction.mean(0),
+        "elbo": terms.elbo.mean(0),
+    }
+    rows = [(results["test"][name], values) for name, values in per_item.items()]
+    rows.append((results["two_ways"]["analytic"], per_item["elbo"]))
+    for row, values in rows:
+        values = np.asarray(values, np.float64)
+        assert len(values) == 447 and row["nats"] == pytest.approx(values.mean(), rel=1e-4)
+        assert row["error"] == pytest.approx(values.std(ddof=1) / np.sqrt(447), rel=1e-4)
+    others = results["two_ways"]["trace_elbo"], results["reference"]["independent_dimensions"]
+    for row in (*(row for row, _ in rows), *others):
+        assert row["bits_error"] == pytest.approx(row["error"] / (64 * np.log(2)), rel=1e-9) and row["error"] > 0
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    """What is said of data with a known density: the draws, the results and the data."""
+    oracle = GaussianOracle(np.zeros(3), np.eye(3))
+    x = oracle.sample(np.random.default_rng(0), 30).astype(np.float32)
+    schedule = probdiff.log_snr_schedule(4, 1.0, -4.0)
+    diffusion = probdiff.Diffusion(schedule, oracle.network(schedule, 0.9), dim=3)
+    dataset = datasets.Dataset("gaussian", x, x, x, oracle=oracle)
+    both, results = report.evaluate(diffusion, dataset, key=jax.random.key(0))
+    return both, results, dataset
+
+
+def test_the_gap_is_paired_item_by_item(evaluated):
+    """What makes an item improbable makes its bound low: that must not count as an error of the gap."""
+    both, results, dataset = evaluated
+    log_p, elbo = dataset.log_prob(dataset.test), np.asarray(both.terms.elbo, np.float64).mean(0)
+    gap = results["reference"]["gap"]
+    assert gap["nats"] == pytest.approx((log_p - elbo).mean(), rel=1e-4)
+    assert gap["error"] == pytest.approx((log_p - elbo).std(ddof=1) / np.sqrt(30), rel=1e-4)
+    assert gap["error"] < 0.7 * np.hypot(log_p.std(), elbo.std()) / np.sqrt(30)
+
+
+def test_the_difference_of_the_two_ways_comes_with_its_monte_carlo_error(evaluated):
+    both, results, _ = evaluated
+    found = results["two_ways"]
+    draws = [np.asarray(each, np.float64) for each in (both.terms.elbo, both.path)]
+    difference = draws[0].mean() - draws[1].mean()
+    error = np.sqrt(sum((each.var(0, ddof=1) / len(each)).sum() for each in draws)) / 30
+    assert found["num_items"] == 30 and found["num_draws"] == len(draws[0]) == len(draws[1])
+    assert found["difference"] == pytest.approx(difference, abs=1e-5)
+    assert found["difference_error"] == pytest.approx(error, rel=1e-4)
+    assert found["z"] == pytest.approx(difference / error, abs=1e-3) and abs(found["z"]) <= 4.9
+    for name, each in zip(("analytic", "trace_elbo"), draws):
+        assert found[name]["nats"] == pytest.approx(each.mean(), rel=1e-5)
+        assert found[name]["error"] == pytest.approx(each.mean(0).std(ddof=1) / np.sqrt(30), rel=1e-4)
+
+
+@pytest.mark.parametrize("bits", [True, False])
+@pytest.mark.parametrize("agree", [True, False])
+def test_the_table_says_what_the_results_say(bits, agree):
+    """Every number in the row of its name; of the entropy its negative, to be held against the bound."""
+
+    def row(k):
+        more = {"bits_per_dim": k + 0.5, "bits_error": k + 0.75} if bits else {}
+        return {"nats": -k - 0.125, "error": k + 0.25} | more
+
+    names = ("prior_kl", "step_kl", "reconstruction", "elbo")
+    test = {name: row(k) for k, name in enumerate(names, 10)}
+    entropy, gap = {"nats": 17.5, "error": 0.5}, {"nats": 3.5, "error": 0.25}
+    two_ways = {"analytic": row(15), "trace_elbo": row(16), "difference": 1.5, "difference_error": 0.375}
+    results = {
+        "data": "mine",
+        "dim": 6,
+        "num_steps": 9,
+        "test": {"num_items": 33, "num_draws": 1} | test,
+        "two_ways": {"num_items": 22, "num_draws": 4, "z": -4.0, "agree": agree} | two_ways,
+        "reference": {"independent_dimensions": row(14)} if bits else {"entropy": entropy, "gap": gap},
+    }
+    title, header, *lines = report.format_table(results).splitlines()
+    assert "mine" in title and "33 items of 6 dimensions, 1 draw each" in title and "N = 9 steps" in title
+    assert ("bits/dim" in header) is bits and "the first 22 items, 4 draws each" in "\n".join(lines)
+    labels = ("prior KL", "Σ step KL", "reconstruction", "ELBO")
+    rows = [(label, list(test[name].values())) for label, name in zip(labels, names)]
+    rows += [("log-likelihood of independent", list(row(14).values()))] if bits else []
+    rows += [] if bits else [("minus entropy", [-17.5, 0.5]), ("gap", [3.5, 0.25])]
+    rows += [("ELBO, analytic", list(row(15).values())), ("ELBO, Trace_ELBO", list(row(16).values()))]
+    numbered = [line for line in lines if line[38:].lstrip(" -")[:1].isdigit()]
+    for (label, numbers), line in zip(rows, numbered[:-1], strict=True):
+        assert line.startswith(label) and [float(word) for word in line[38:].split()] == numbers
+    verdict = "they agree" if agree else "THEY DISAGREE"
+    assert numbered[-1].startswith("difference")
+    assert numbered[-1][38:].split(maxsplit=2) == ["1.5000", "0.3750", f"4.0 standard errors: {verdict}"]
+
+
 def test_what_is_compiled_is_kept_for_the_next_run(monkeypatch, tmp_path):
     """In the user's cache folder, unless the user says otherwise; JAX has read its environment before."""
     option = "jax_compilation_cache_dir"
@@ -93,6 +188,36 @@ def test_inspect(run, capsys):
     assert document["inspection"]["dominant_step"] == largest and document["inspection"]["worst_item"] == worst
     row = document["inspection"]["summary"][f"step_kl[{largest}]"]
     assert float(row["mean"]) == pytest.approx(float(terms.step_kl[:, largest - 2].mean()), abs=1e-3)
+
+
+def test_the_figures_of_an_inspection_are_those_of_the_terms():
+    """Of 13 steps whose KLs are known, 3 make up half; the worst item's error is that of its mean over draws."""
+    rng = np.random.default_rng(0)
+    size = np.array([1, 2, 30, 4, 1, 20, 3, 15, 2, 1, 6, 5, 10.0])
+    step_kl = size[:, None] * rng.uniform(0.9, 1.1, (4, 13, 7))
+    reconstruction = rng.normal(-3, 1, (4, 7))
+    reconstruction[:, 5] -= 40
+    terms = probdiff.ELBOTerms(rng.uniform(1, 2, 7), step_kl, reconstruction)
+    found = inspect_terms(probdiff.to_datatree(terms), dim=7)
+    elbo = reconstruction - step_kl.sum(1) - terms.prior_kl
+    worst = elbo[:, 5].mean()
+    assert found["worst_item"] == 5 and found["worst_elbo"] == pytest.approx(worst, rel=1e-9)
+    error = elbo[:, 5].std(ddof=1) / 2
+    assert found["worst_error"] == pytest.approx(error, rel=1e-9)
+    share = step_kl[:, 2].mean() / step_kl.mean((0, 2)).sum()
+    assert found["dominant_step"] == 4 and found["dominant_share"] == pytest.approx(share, rel=1e-9)
+    assert found["half_of_kl"] == 3 and f"{share:.2%} of Σ step KL; the 3 largest of 13" in found["text"]
+    bits = -worst / (7 * np.log(2))
+    assert f"test item 5, ELBO {worst:.2f} ± {error:.2f} nats = {bits:.3f} bits/dim" in found["text"]
+    assert f"(median of the items: {np.median(elbo.mean(0)):.2f})" in found["text"]
+    summary = found["summary"]
+    largest = np.argsort(-size, kind="stable")[:4]
+    assert list(summary.index[:4]) == [f"step_kl[{k + 2}]" for k in largest] and len(summary) == 10
+    for k in largest:
+        row, values = summary.loc[f"step_kl[{k + 2}]"], step_kl[:, k].ravel()
+        assert float(row["mean"]) == pytest.approx(values.mean(), abs=1e-3)
+        assert float(row["sd"]) == pytest.approx(values.std(ddof=1), rel=1e-2)
+        assert float(row["mcse"]) == pytest.approx(values.std(ddof=1) / np.sqrt(28), abs=1e-4)
 
 
 def test_sample(run, capsys):

@@ -1,5 +1,6 @@
 """The comparison of estimators and of models: statistics by another route, verdicts that can be wrong, outputs."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 
@@ -16,6 +18,7 @@ import probdiff
 from probdiff import cli, comparison
 from probdiff.estimators import ESTIMATORS
 from probdiff.oracles import GaussianOracle, LinearNetwork, exact_terms
+from probdiff.ranking import ModelComparison
 
 pytestmark = pytest.mark.xdist_group("comparison")  # its tests share what is costly to make
 
@@ -77,6 +80,116 @@ def test_costs_by_another_route(result):
     cost = table["gradient_variance"] * table["gradient_seconds"]
     np.testing.assert_allclose(table["gradient_by_seconds"], cost / cost["kl_uniform"], rtol=1e-9)
     assert result.best("value_by_evaluations") == table["value_by_evaluations"].idxmin()
+
+
+def test_each_cost_is_that_of_its_own_variance_and_time(result):
+    table = result.table
+    for cost, variance, unit in (
+        ("value_by_evaluations", table["sd"] ** 2, "evaluations"),
+        ("value_by_seconds", table["sd"] ** 2, "seconds"),
+        ("gradient_by_evaluations", table["gradient_variance"], "evaluations"),
+        ("gradient_by_seconds", table["gradient_variance"], "gradient_seconds"),
+    ):
+        product = variance * table[unit]
+        np.testing.assert_allclose(table[cost], product / product["kl_uniform"], rtol=1e-9)
+        assert result.best(cost) == product.idxmin()
+    text = str(result)
+    for kind in ("value", "gradient"):
+        line = next(line for line in text.splitlines() if line.startswith(f"best for {kind}s: "))
+        best, seconds = result.best(f"{kind}_by_evaluations"), result.best(f"{kind}_by_seconds")
+        assert line.startswith(f"best for {kind}s: {best}, ") and line.endswith(f"by seconds, {seconds}")
+        assert f" {table[f'{kind}_by_evaluations'].min():.3g} of kl_uniform" in line
+
+
+def test_errors_in_nats_and_in_bits_are_those_of_the_draws(result):
+    """An estimator with one evaluation a datum is drawn six times as often as those with six, of which all are kept."""
+    for name, draws in zip(NAMES, result.draws):
+        row, printed = result.table.loc[name], next(s for s in str(result).splitlines() if s.startswith(f"{name} "))
+        count = 64 * 6 // int(row["evaluations"])
+        assert row["se"] == pytest.approx(row["sd"] / np.sqrt(count), rel=1e-9)
+        if count == 64:
+            assert row["sd"] == pytest.approx(draws.mean(1).std(ddof=1), rel=1e-9)
+        assert row["bits_se"] == pytest.approx(row["sd"] / np.sqrt(count) / (2 * np.log(2)), rel=1e-9)
+        assert result.to_dict()["estimators"][name]["bits_se"] == row["bits_se"]
+        shown = [f"{row[key]:.4f}" for key in ("elbo", "se", "bits_per_dim", "bits_se")]
+        assert printed.split()[1:5] == shown and float(shown[3]) > 0
+
+
+def test_the_importance_weighted_bound_is_that_of_the_paths_of_trace(result):
+    weights = result.draws[0]
+    per_item = scipy.special.logsumexp(weights, 0) - np.log(64)
+    assert result.iwae.mean == pytest.approx(per_item.mean(), rel=1e-9)
+    assert result.iwae.error == pytest.approx(per_item.std(ddof=1) / np.sqrt(5), rel=1e-9)
+    line = next(line for line in str(result).splitlines() if line.startswith("importance-weighted"))
+    assert "64 paths" in line and f"{per_item.mean():.4f} nats" in line
+    assert f"{per_item.mean() - weights.mean():.4f} above the ELBO" in line
+    khat = [0.2, 0.69, 0.71, 0.9, 0.5]
+    text = str(dataclasses.replace(result, khat=np.array(khat)))
+    assert "median 0.69, above 0.7 for 40%" in text
+
+
+def test_the_limit_of_z_is_for_all_pairs_and_directions_together(result):
+    """Three standard errors' tail probability, 0.27 %, for all scores in one."""
+    directions = result.projections["trace"].shape[1]
+    assert directions > 1
+    assert result.z_limit == pytest.approx(scipy.stats.norm.isf(0.0027 / 2 / (10 * (1 + directions))), rel=1e-9)
+    diffusion = probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE))
+    names = ["kl_marginal", "kl_uniform"]
+    without = probdiff.compare_estimators(diffusion, {}, X, key=jax.random.key(0), num_draws=2, estimators=names)
+    assert not without.projections and without.z_limit == pytest.approx(scipy.stats.norm.isf(0.0027 / 2), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["value_z", "gradient_z"])
+def test_the_verdict_is_the_largest_score_against_its_limit(result, kind):
+    for factor, words in ((0.99, "5 estimators agree"), (1.01, "5 estimators DO NOT AGREE")):
+        scores = getattr(result, kind).copy()
+        scores.loc["kl_uniform", "trace"] = factor * result.z_limit
+        scores.loc["trace", "kl_uniform"] = -factor * result.z_limit
+        other = dataclasses.replace(result, **{kind: scores})
+        assert other.largest_z == pytest.approx(factor * result.z_limit, rel=1e-9)
+        assert other.agree is (factor < 1) is other.to_dict()["agree"] and words in str(other)
+        assert f"|z| is {factor * result.z_limit:.1f}, and {result.z_limit:.1f} is" in str(other)
+
+
+class Offsets(eqx.Module):
+    """A prediction of its own at each step, whatever z is."""
+
+    offset: jax.Array
+
+    def __call__(self, z, n):
+        return self.offset[n - 1] + 0 * z
+
+
+def test_what_learns_is_adapted_to_the_value_for_values_and_to_the_gradient_for_gradients():
+    """Against the closed form: with ε̂ = b_n, the term of step n is w_n ‖ε − b_n‖² and its gradient 2 w_n (b_n − ε)."""
+    schedule = probdiff.log_snr_schedule(16, 4.0, -1.0)
+    offset = np.zeros((16, 2), np.float32)
+    offset[11] = 9, -9
+    diffusion = probdiff.Diffusion(schedule, Offsets(jnp.asarray(offset)), dim=2)
+    result = probdiff.compare_estimators(
+        diffusion, {}, X[:4], key=jax.random.key(0), num_draws=64, estimators=["kl_importance"]
+    )
+    weight, square = diffusion.kernel.weight(schedule), (offset**2.0).sum(1)
+    mean_square = {
+        "value": weight**2 * (2 * (2 + 2 * square) + (2 + square) ** 2),
+        "gradient": 4 * weight**2 * (2 + square),
+    }
+    square_of_mean = {"value": (weight * (2 + square)).sum() ** 2, "gradient": (4 * weight**2 * square).sum()}
+
+    def variance(kind, adapted_to):
+        """That of the mean over four data: the probabilities are as the root mean squares, a twentieth is uniform."""
+        size = np.sqrt(mean_square[adapted_to])
+        probability = 0.95 * size / size.sum() + 0.05 / 16
+        return ((mean_square[kind] / probability).sum() - square_of_mean[kind]) / 4
+
+    row = result.table.loc["kl_importance"]
+    for kind, other, ours, count in (
+        ("value", "gradient", row["sd"] ** 2, 64 * 16),
+        ("gradient", "value", row["gradient_variance"], row["gradient_draws"]),
+    ):
+        tolerance = 4.9 * np.sqrt(5 / count)
+        assert ours == pytest.approx(variance(kind, kind), rel=tolerance)
+        assert variance(kind, other) > (1 + 2 * tolerance) * variance(kind, kind)
 
 
 def test_common_random_numbers(result):
@@ -183,6 +296,42 @@ def test_models_are_ranked_with_paired_differences():
         probdiff.compare_models([make(), make()], x, key=jax.random.key(0))
     with pytest.raises(ValueError, match="models: Expected at least two; got 1"):
         probdiff.compare_models({"one": make()}, x, key=jax.random.key(0))
+
+
+def test_the_errors_of_the_ranking_are_those_of_the_draws():
+    """``se`` over data, ``dse`` over data and paired, ``mc_error`` over draws, the data being given."""
+    models, key = {"worse": make(0.3), "best": make(1.0)}, jax.random.key(3)
+    table = probdiff.compare_models(models, X, key=key, num_draws=6).table
+    draws = {
+        name: np.asarray(probdiff.elbo_terms(model, {}, X, key=key, num_draws=6).elbo, np.float64)
+        for name, model in models.items()
+    }
+    for name, each in draws.items():
+        row, per_item = table.loc[name], each.mean(0)
+        less = draws["best"].mean(0) - per_item
+        assert row["elbo"] == pytest.approx(per_item.mean(), rel=1e-4)
+        assert row["se"] == pytest.approx(per_item.std(ddof=1) / np.sqrt(5), rel=1e-4)
+        assert row["mc_error"] == pytest.approx(np.sqrt((each.var(0, ddof=1) / 6).sum()) / 5, rel=1e-4)
+        assert row["elbo_diff"] == pytest.approx(less.mean(), rel=1e-4)
+        assert row["dse"] == pytest.approx(less.std(ddof=1) / np.sqrt(5), rel=1e-4)
+
+
+@pytest.mark.parametrize("levels", [True, False])
+def test_the_ranking_prints_each_number_in_its_column(levels):
+    columns = ["rank", "elbo", "se", "elbo_diff", "dse", "mc_error"]
+    rows = {"good": [0, -20.5, 0.7, 0.0, 0.0, 0.11], "bad": [1, -33.25, 0.9, 12.75, 0.35, 0.13]}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    ranking = ModelComparison(table, {name: np.zeros(17) for name in rows}, 5, levels, 6)
+    title, header, *lines, _ = str(ranking).splitlines()
+    assert "17 items" in title and "5 draws" in title and ("bits/dim" in header) is levels
+    assert header.split()[:2] == ["rank", "ELBO"] and header.index("difference") < header.index("MC error")
+    for (name, row), line in zip(rows.items(), lines, strict=True):
+        bits = [-row[1] / (6 * np.log(2))] if levels else []
+        assert line.split()[0] == name
+        assert [float(word) for word in line.split()[1:]] == pytest.approx(row + bits, abs=1e-4)
+    document = ranking.to_dict()
+    assert document["num_items"] == 17 and document["num_draws"] == 5
+    assert {name: list(row.values()) for name, row in document["models"].items()} == rows
 
 
 @pytest.fixture(scope="module")

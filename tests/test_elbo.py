@@ -124,3 +124,49 @@ def test_discretised_data_both_ways():
     both = probdiff.compute_both_ways(diffusion.bind({}), x, key=jax.random.key(0), num_draws=4000)
     assert both.agree and abs(both.z) < 4.9
     assert 9.7 * both.difference[1] < 0.05 * abs(both.analytic.mean)
+
+
+def simulated_ways(seed, shift=0.0, num_draws=8, num_data=30):
+    """Both estimates of bounds that differ by 50 nats between data and by 1 (the path: 2) between draws."""
+    rng = np.random.default_rng(seed)
+    levels = 50 * rng.standard_normal(num_data)
+    kl, reconstruction, path = rng.standard_normal((3, num_draws, num_data)) * np.array([0.6, 0.8, 2.0])[:, None, None]
+    terms = probdiff.ELBOTerms(np.ones(num_data), kl[:, None], levels + shift + 1 + reconstruction)
+    return probdiff.TwoWays(terms, levels + path)
+
+
+def noise_of_the_means(*draws):
+    """Standard error of the difference of two means over data, which are the same in both: the data do not matter."""
+    return np.sqrt(sum((each.var(0, ddof=1) / len(each)).sum() / each.shape[1] ** 2 for each in draws))
+
+
+def test_the_error_of_the_difference_is_that_of_the_mean_over_draws():
+    both = simulated_ways(0)
+    elbo = both.terms.reconstruction - both.terms.step_kl[:, 0] - 1
+    difference, error = both.difference
+    assert difference == pytest.approx(elbo.mean() - both.path.mean(), rel=1e-9)
+    assert error == pytest.approx(noise_of_the_means(elbo, both.path), rel=1e-9)
+    for estimate, draws in ((both.analytic, elbo), (both.trace, both.path)):
+        assert estimate.monte_carlo_error == pytest.approx(noise_of_the_means(draws), rel=1e-9)
+        assert estimate.error == pytest.approx(draws.mean(0).std(ddof=1) / np.sqrt(30), rel=1e-9)
+    square = np.mean([simulated_ways(seed).z ** 2 for seed in range(500)])
+    assert abs(square - 1) < 4.9 * np.sqrt(2 / 500)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_two_ways_disagree_beyond_three_monte_carlo_errors_however_much_the_data_differ(sign):
+    before = simulated_ways(1)
+    elbo = before.terms.reconstruction - before.terms.step_kl[:, 0] - 1
+    error = noise_of_the_means(elbo, before.path)
+    for size, agree in ((2.9, True), (3.1, False), (30.0, False)):
+        shift = sign * size * error - (elbo.mean() - before.path.mean())
+        assert abs(shift) < before.path.mean(0).std() / np.sqrt(30)  # that of the population of data
+        both = simulated_ways(1, shift)
+        assert both.agree is agree and both.z == pytest.approx(sign * size, rel=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_without_any_noise_two_ways_agree_if_they_are_equal(shift):
+    levels = np.arange(6.0)[None].repeat(2, 0)
+    both = probdiff.TwoWays(probdiff.ELBOTerms(np.zeros(6), np.zeros((2, 0, 6)), levels + shift), levels)
+    assert both.difference == (shift, 0) and both.agree is (shift == 0)

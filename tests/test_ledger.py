@@ -9,10 +9,13 @@ import pytest
 from conftest import Z_MAX
 
 import probdiff
+from probdiff.ledger import Ledger
 from probdiff.oracles import GaussianMixture, GaussianOracle, UniformBoxes, exact_terms
+from probdiff.two_ways import Estimate
 
 SCHEDULE = probdiff.log_snr_schedule(8, 5.0, -3.0)
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
+PARTS = ("gap", "irreducible", "network", "residual", "prior_kl", "step_kl", "reconstruction")
 
 
 def make(scale, oracle=ORACLE, reverse_variance="posterior"):
@@ -79,6 +82,36 @@ def test_a_datum_on_the_edge_of_a_box(float64):
     with jax.enable_x64(False):
         found = probdiff.ledger(probdiff.Diffusion(SCHEDULE, boxes.network(SCHEDULE)), {}, boxes, x, key=jax.random.key(0))
     assert np.isfinite(found.gap.mean)
+
+
+def test_the_account_prints_each_number_with_its_error_and_every_share():
+    """Of 16 steps in blocks of two; a term that lowers the bound is printed negative."""
+    per_step = np.arange(1.0, 17.0) / 10
+    estimates = {name: Estimate(k + 0.25, k / 100, 0.0) for k, name in enumerate(PARTS, 1)}
+    steps = {"network_per_step": per_step, "network_per_step_error": per_step / 9, "log_snr": np.linspace(5, -3, 16)}
+    account = Ledger((1.5, 0.005), **estimates, **steps)
+    lines = str(account).splitlines()
+    printed = {line[:30].strip(): [float(word) for word in line[30:].split()] for line in lines[2:12] if line}
+    assert printed == {
+        "minus entropy of the data": [-1.5, 0.005],
+        "− irreducible gap, exact ε": [-2.25, 0.02],
+        "− what the network adds": [-3.25, 0.03],
+        "− rest: 0 but for its error": [-4.25, 0.04],
+        "= ELBO": [-1.5 - 1.25, 0.01],
+        "− prior KL": [-5.25, 0.05],
+        "− Σ step KL": [-6.25, 0.06],
+        "+ reconstruction": [7.25, 0.07],
+    }
+    blocks = [line for line in lines if line.startswith("  n = ")]
+    assert len(blocks) == 8
+    for i, line in enumerate(blocks):
+        first, last = 2 * i, 2 * i + 1
+        nats = per_step[first] + per_step[last]
+        span = f"{account.log_snr[first]:.1f} … {account.log_snr[last]:.1f}"
+        assert line.split("  ")[1] == f"n = {first + 1} … {last + 1}" and span in line
+        assert line.split()[-2:] == [f"{nats:.5f}", f"{nats / 13.6:.1%}"]
+    document = account.to_dict()
+    assert document["network_per_step_error"] == list(per_step / 9) and document["gap"] == estimates["gap"]._asdict()
 
 
 @pytest.mark.parametrize(
