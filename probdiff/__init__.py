@@ -1,37 +1,18 @@
 """Denoising diffusion models as pairs of NumPyro programs, with the bound computed two ways."""
 
 from probdiff import datasets, oracles
-from probdiff.bounds import iwae, pareto_khat, path_elbo, sandwich
-from probdiff.checkpoint import Checkpoint
-from probdiff.comparison import compare_estimators
-from probdiff.convolutions import ConvNet
-from probdiff.elbo import ELBOMoments, ELBOTerms, bits_per_dim, elbo_terms
-from probdiff.estimators import ESTIMATORS
-from probdiff.export import to_datatree
-from probdiff.flow import flow_likelihood, flow_log_prob
-from probdiff.gaussians import forward_marginal, forward_posterior, forward_step
-from probdiff.heads import CategoricalHead, DensityHead, VHead, X0Head
-from probdiff.kernels import GaussianKernel
-from probdiff.learned_schedules import LearnedSchedule
-from probdiff.ledger import ledger
-from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
-from probdiff.mixture_kernel import MixtureKernel
-from probdiff.networks import MLP, Ensemble
-from probdiff.objective import AnalyticELBO
-from probdiff.optimal import optimal_variance
-from probdiff.parallel import ForwardChain, ParallelPrograms, PosteriorChain, ReverseChain
-from probdiff.programs import Diffusion
-from probdiff.ranking import compare_models
-from probdiff.runs import create_run, open_run
-from probdiff.sampling import SAMPLERS, ancestral, annealed_langevin, ddim, probability_flow
-from probdiff.schedules import (
+from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step
+from probdiff.chain.learned_schedules import LearnedSchedule
+from probdiff.chain.mixture_kernel import MixtureKernel
+from probdiff.chain.reverse import GaussianKernel
+from probdiff.chain.schedules import (
     NoiseSchedule,
     cosine_schedule,
     geometric_schedule,
     linear_schedule,
     log_snr_schedule,
 )
-from probdiff.score import (
+from probdiff.chain.score import (
     conditional_score,
     eps_from_score,
     eps_from_vp_score,
@@ -43,6 +24,25 @@ from probdiff.score import (
     vp_from_ve,
     vp_score_from_eps,
 )
-from probdiff.score_matching import ScoreMatching, likelihood_weights
+from probdiff.diagnostics.agreement import TwoWays, compute_both_ways
+from probdiff.diagnostics.compare_estimators import compare_estimators
+from probdiff.diagnostics.compare_models import compare_models
+from probdiff.diagnostics.datatree import to_datatree
+from probdiff.diagnostics.gap import ledger
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.estimators import ESTIMATORS
+from probdiff.elbo.importance import iwae, pareto_khat, path_elbo, sandwich
+from probdiff.elbo.objective import AnalyticELBO
+from probdiff.elbo.score_matching import ScoreMatching, likelihood_weights
+from probdiff.elbo.terms import ELBOMoments, ELBOTerms, bits_per_dim, elbo_terms
+from probdiff.flow import flow_likelihood, flow_log_prob
+from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
+from probdiff.networks.base import MLP, Ensemble
+from probdiff.networks.convnet import ConvNet
+from probdiff.networks.heads import CategoricalHead, DensityHead, VHead, X0Head
+from probdiff.optimal import optimal_variance
+from probdiff.programs.parallel import ForwardChain, ParallelPrograms, PosteriorChain, ReverseChain
+from probdiff.samplers import SAMPLERS, ancestral, annealed_langevin, ddim, probability_flow
+from probdiff.storage.checkpoint import Checkpoint
+from probdiff.storage.run import create_run, open_run
 from probdiff.training import fit
-from probdiff.two_ways import TwoWays, compute_both_ways

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from probdiff.checks import require, require_finite
+from probdiff._checks import require, require_finite
+from probdiff._files import MAX_BYTES, read_npy, read_npz
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
-from probdiff.oracles import GaussianMixture, UniformBoxes
-from probdiff.storage import MAX_BYTES, read_npy, read_npz
+from probdiff.oracles.distributions import GaussianMixture, UniformBoxes
 
 SIZES = {"train": 100_000, "validation": 5_000, "test": 20_000}
 
@@ -27,7 +27,7 @@ class Dataset:
         name: Name of the set, or stem of the file.
         train, validation, test: Arrays of shape ``(datum, dim)``: floats, or integers for data on a grid.
         levels: Number of levels of data on a grid; None for continuous data.
-        oracle: The true distribution (see :mod:`probdiff.oracles`), where it is known; otherwise None.
+        oracle: The true distribution (see :mod:`probdiff.oracles.distributions`), where it is known; otherwise None.
         image_shape: Shape of a datum seen as an image; None if it is not one.
     """
 

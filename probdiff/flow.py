@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from probdiff.checks import require, require_count, require_finite, require_key, require_type
-from probdiff.elbo import even_chunk, log_likelihood, predict, prior_kl
-from probdiff.gaussians import forward_marginal
-from probdiff.networks import predict_noise, rows_at_once
-from probdiff.programs import Diffusion
+from probdiff._checks import require, require_count, require_finite, require_key, require_type
+from probdiff.chain.forward import forward_marginal
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.terms import even_chunk, log_likelihood, predict, prior_kl
+from probdiff.networks.base import predict_noise, rows_at_once
 
 MAX_STEPS = 100_000
 LOOSER = 10  # times the tolerances, for what the solver's error is

@@ -17,7 +17,7 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.util import promote_shapes
 
-from probdiff.checks import is_concrete, require, require_finite
+from probdiff._checks import is_concrete, require, require_finite
 
 MOST_LEVELS = 2**22
 

@@ -4,11 +4,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from probdiff.checks import require, require_count, require_key, require_type
-from probdiff.elbo import predict
-from probdiff.networks import rows_at_once
-from probdiff.programs import PARAMS, Diffusion
-from probdiff.variances import OptimalVariance
+from probdiff._checks import require, require_count, require_key, require_type
+from probdiff.chain.variances import OptimalVariance
+from probdiff.diffusion import PARAMS, Diffusion
+from probdiff.elbo.terms import predict
+from probdiff.networks.base import rows_at_once
 
 
 def optimal_variance(diffusion, params, x, *, key, num_draws=1):

@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 
-from probdiff.convolutions import ConvNet
-from probdiff.heads import CategoricalHead, DensityHead
-from probdiff.networks import MLP
-from probdiff.programs import Diffusion
-from probdiff.schedules import log_snr_schedule
+from probdiff.chain.schedules import log_snr_schedule
+from probdiff.diffusion import Diffusion
+from probdiff.networks.base import MLP
+from probdiff.networks.convnet import ConvNet
+from probdiff.networks.heads import CategoricalHead, DensityHead
 
 MOST_LOGITS = 2**14
 

@@ -17,13 +17,13 @@ from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
-from probdiff.checks import require, require_count, require_key, require_type
-from probdiff.devices import at_home, data_mesh, gathered, on_each, spread
-from probdiff.elbo import bits_per_dim
-from probdiff.objective import AnalyticELBO, StepObjective
+from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._sharding import at_home, data_mesh, gathered, on_each, spread
+from probdiff.chain.variances import OptimalVariance
+from probdiff.diffusion import PARAMS, Diffusion
+from probdiff.elbo.objective import AnalyticELBO, StepObjective
+from probdiff.elbo.terms import bits_per_dim
 from probdiff.optimal import optimal_variance
-from probdiff.programs import PARAMS, Diffusion
-from probdiff.variances import OptimalVariance
 
 CHUNK = 100
 VALIDATION_ROWS = 2**14

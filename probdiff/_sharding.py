@@ -1,0 +1,99 @@
+"""Several devices, of one process or of many: the data axis is spread over them, everything else is on each.
+
+What is computed is the program of one device: XLA's partitioner cuts it along the data. An element of random noise depends on the key and
+on its place in the array alone, so that the noise is that of one device, too, and results differ by rounding only.
+Processes are JAX's (``jax.distributed.initialize``); all of them make the same calls with the same arguments.
+"""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from probdiff._checks import require
+
+AXIS = "data"
+
+
+def data_mesh(devices):
+    """A mesh of one axis for the data.
+
+    Args:
+        devices: Number of devices, out of those that JAX has; or JAX devices; None for JAX's default device and no mesh.
+
+    Raises:
+        ValueError: If there are not so many; TypeError if it is neither.
+    """
+    if devices is None:
+        return None
+    if isinstance(devices, int | np.integer) and not isinstance(devices, bool):
+        there = jax.devices()
+        require(1 <= devices <= len(there), "devices", f"1 to {len(there)}, the devices that JAX has", devices)
+        devices = there[: int(devices)]
+    good = isinstance(devices, Sequence) and len(devices) > 0 and all(isinstance(each, jax.Device) for each in devices)
+    require(good, "devices", "a number of devices, or a list of JAX devices", repr(devices), TypeError)
+    require(len(set(devices)) == len(devices), "devices", "different devices", devices)
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def on_each(tree, mesh):
+    """The arrays of a tree on every device of the mesh."""
+    if mesh is None:
+        return tree
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    if everywhere.is_fully_addressable:
+        return eqx.combine(jax.device_put(arrays, everywhere), rest)
+    return eqx.combine(jax.tree.map(lambda array: _from_each_process(array, everywhere), arrays), rest)
+
+
+def _from_each_process(array, sharding):
+    """An array that each process has, on devices of all of them."""
+    if _is_key(array):
+        return jax.random.wrap_key_data(
+            _from_each_process(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array)
+        )
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _is_key(array):
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def at_home(tree, mesh):
+    """The arrays of a tree, there on every device of the mesh, on JAX's default device (that of each process)."""
+    if mesh is None:
+        return tree
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.tree.map(_at_home, arrays), rest)
+
+
+def _at_home(array):
+    if not isinstance(array, jax.Array):
+        return array
+    own = array.addressable_data(0)
+    if _is_key(own):
+        return jax.random.wrap_key_data(np.asarray(jax.random.key_data(own)), impl=jax.random.key_impl(own))
+    return jnp.asarray(np.asarray(own))
+
+
+def spread(array, mesh):
+    """In a compiled function: an array cut along its first axis, a part for each device."""
+    return array if mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def gathered(tree, mesh):
+    """In a compiled function: the arrays of a tree put together again on every device."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def wait_for_all(name):
+    """Wait until every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(name)

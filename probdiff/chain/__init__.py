@@ -1,0 +1,1 @@
+"""The two Markov chains: forward noising in closed form, and the reverse kernels. No network is known here."""

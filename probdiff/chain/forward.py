@@ -1,0 +1,83 @@
+r"""The closed-form facts of the forward chain, as NumPyro distributions.
+
+Everything here is a consequence of :math:`q(z_n | z_{n-1}) = N(\sqrt{\alpha_n} z_{n-1}, \beta_n I)` and of
+:math:`z_0 = x_0`. Source: Ho et al. (2020), arXiv:2006.11239, eqs. 2, 4, 6 and 7. Steps are 1-based integers and
+may be arrays that broadcast against the batch; distributions have ``event_shape == (dim,)``.
+"""
+
+import jax.numpy as jnp
+from numpyro import distributions as dist
+
+from probdiff._checks import require_step
+from probdiff.chain.learned_schedules import require_schedule
+from probdiff.chain.schedules import at_step
+
+
+def isotropic_normal(loc, variance):
+    """N(loc, variance · I): ``loc`` of shape ``(*batch, dim)``, ``variance`` a scalar or of shape ``batch``."""
+    return dist.Normal(loc, jnp.sqrt(jnp.asarray(variance))[..., None]).to_event(1)
+
+
+def _table(table, n, like):
+    return at_step(table, n, like.dtype)
+
+
+def forward_step(schedule, z_prev, n):
+    r"""One step of the chain, :math:`q(z_n | z_{n-1})`; with n = 1, ``z_prev`` is :math:`x_0`.
+
+    Args:
+        schedule: The noise schedule.
+        z_prev: :math:`z_{n-1}`, shape ``(*batch, dim)``.
+        n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
+
+    Raises:
+        ValueError: If n is outside [1, N]; TypeError if it is not an integer.
+    """
+    require_schedule(schedule)
+    require_step(n, 1, schedule.num_steps)
+    z_prev = jnp.asarray(z_prev)
+    alpha = _table(schedule.alpha, n, z_prev)
+    return isotropic_normal(jnp.sqrt(alpha)[..., None] * z_prev, _table(schedule.beta, n, z_prev))
+
+
+def forward_marginal(schedule, x0, n):
+    r"""All n steps at once, :math:`q(z_n | x_0) = N(\sqrt{\bar\alpha_n} x_0, (1-\bar\alpha_n) I)`.
+
+    Args:
+        schedule: The noise schedule.
+        x0: Encoded data, shape ``(*batch, dim)``.
+        n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
+
+    Raises:
+        ValueError: If n is outside [1, N]; TypeError if it is not an integer.
+    """
+    require_schedule(schedule)
+    require_step(n, 1, schedule.num_steps)
+    x0 = jnp.asarray(x0)
+    alpha_bar = _table(schedule.alpha_bar, n, x0)
+    return isotropic_normal(jnp.sqrt(alpha_bar)[..., None] * x0, _table(schedule.one_minus_alpha_bar, n, x0))
+
+
+def forward_posterior(schedule, z, x0, n):
+    r"""Bayes' rule on the chain, :math:`q(z_{n-1} | z_n, x_0)`, variance :math:`\tilde\beta_n`.
+
+    Args:
+        schedule: The noise schedule.
+        z: :math:`z_n`, shape ``(*batch, dim)``.
+        x0: Encoded data, same shape.
+        n: Step, 2 ≤ n ≤ N (:math:`z_0` is :math:`x_0` itself), an integer or an integer array.
+
+    Raises:
+        ValueError: If n is outside [2, N]; TypeError if it is not an integer.
+    """
+    require_schedule(schedule)
+    require_step(n, 2, schedule.num_steps)
+    z, x0 = jnp.asarray(z), jnp.asarray(x0)
+    beta = _table(schedule.beta, n, z)
+    variance = _table(schedule.posterior_variance, n, z)
+    variance_z = _table(schedule.one_minus_alpha_bar, n, z)
+    alpha = _table(schedule.alpha, n, z)
+    alpha_bar_prev = _table(schedule.alpha_bar / schedule.alpha, n, z)
+    from_x0 = jnp.sqrt(alpha_bar_prev) * beta / variance_z
+    from_z = jnp.sqrt(alpha) * variance / beta
+    return isotropic_normal(from_x0[..., None] * x0 + from_z[..., None] * z, variance)

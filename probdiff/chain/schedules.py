@@ -1,0 +1,258 @@
+r"""Noise schedules: how much noise the forward chain has added after each step.
+
+The chain is :math:`q(z_n | z_{n-1}) = N(\sqrt{\alpha_n} z_{n-1}, \beta_n I)` with
+:math:`\alpha_n = 1 - \beta_n` and :math:`\bar\alpha_n = \prod_{i \le n} \alpha_i`, for steps
+n = 1 … N. Arrays over steps hold step n at ``[n - 1]``.
+
+Tables are float64 NumPy arrays whatever JAX's precision; they are cast when they are looked up.
+They are constants: neither an optimiser nor weight decay can move them.
+"""
+
+import operator
+
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff._checks import require
+
+
+class NoiseSchedule:
+    r"""The variances :math:`\beta_n` of a forward chain, and the tables that follow from them.
+
+    Immutable and hashable (two schedules with the same ``beta`` are equal), so that a schedule is a
+    static part of every compiled function. Build one with :meth:`from_betas`, :meth:`from_sigmas`, :meth:`from_log_snr`,
+    :func:`linear_schedule`, :func:`cosine_schedule`, :func:`log_snr_schedule` or :func:`geometric_schedule`.
+
+    Attributes (each of shape ``(num_steps,)``):
+        beta: :math:`\beta_n`, strictly between 0 and 1.
+        alpha: :math:`\alpha_n = 1 - \beta_n`.
+        alpha_bar: :math:`\bar\alpha_n`, the squared signal coefficient of :math:`q(z_n | x_0)`.
+        one_minus_alpha_bar: :math:`1 - \bar\alpha_n`, the variance of :math:`q(z_n | x_0)`.
+        signal, noise: :math:`\sqrt{\bar\alpha_n}` and :math:`\sqrt{1-\bar\alpha_n}`, what multiplies the data and the noise in z_n.
+        log_snr: :math:`\log \bar\alpha_n / (1 - \bar\alpha_n)`.
+        sigma: :math:`\sigma_n = \sqrt{(1-\bar\alpha_n)/\bar\alpha_n}`, increasing: noise per signal, the standard deviation of
+            the same noising in variance-exploding coordinates, :math:`x_n = z_n / \sqrt{\bar\alpha_n}`
+            (:mod:`probdiff.chain.score`).
+        posterior_variance: :math:`\tilde\beta_n = \beta_n (1-\bar\alpha_{n-1})/(1-\bar\alpha_n)`, the
+            variance of :math:`q(z_{n-1} | z_n, x_0)`; zero at n = 1, where :math:`z_0 = x_0` is known.
+            Source: Ho et al. (2020), arXiv:2006.11239, eq. 7.
+    """
+
+    def __init__(self, beta):
+        """Use :meth:`from_betas`."""
+        log_alpha_bar = np.cumsum(np.log1p(-beta))
+        self.beta = beta
+        self.alpha = 1 - beta
+        self.alpha_bar = np.exp(log_alpha_bar)
+        self.one_minus_alpha_bar = -np.expm1(log_alpha_bar)
+        self.signal = np.exp(log_alpha_bar / 2)
+        self.noise = np.sqrt(self.one_minus_alpha_bar)
+        self.log_snr = log_alpha_bar - np.log(self.one_minus_alpha_bar)
+        self.sigma = np.exp(-self.log_snr / 2)
+        previous = np.concatenate([[0.0], self.one_minus_alpha_bar[:-1]])
+        self.posterior_variance = beta * previous / self.one_minus_alpha_bar
+        for table in vars(self).values():
+            table.setflags(write=False)
+        self._hash = hash(beta.tobytes())
+
+    @classmethod
+    def from_betas(cls, betas):
+        r"""Schedule with given variances.
+
+        Args:
+            betas: :math:`\beta_1 … \beta_N`, shape ``(num_steps,)``, each strictly between 0 and 1.
+
+        Raises:
+            ValueError: If the array is empty, not 1-D, not finite, or leaves (0, 1).
+        """
+        beta = _numbers("betas", betas)
+        _require_each("betas", beta, (beta > 0) & (beta < 1), "0 < beta < 1 at every step")
+        return cls(beta)
+
+    @classmethod
+    def from_sigmas(cls, sigmas):
+        r"""Schedule with given noise levels of variance-exploding noising, :math:`x_n = x_0 + \sigma_n \epsilon`.
+
+        The chain is the same in other coordinates, :math:`z_n = \sqrt{\bar\alpha_n} x_n` with
+        :math:`\bar\alpha_n = 1 / (1 + \sigma_n^2)`, so that
+        :math:`\beta_n = (\sigma_n^2 - \sigma_{n-1}^2) / (1 + \sigma_n^2)`, :math:`\sigma_0 = 0`.
+        Source: Song et al. (2021), arXiv:2011.13456, appendix B and C, for the two kinds of noising.
+
+        Args:
+            sigmas: Standard deviations :math:`\sigma_1 < … < \sigma_N`, shape ``(num_steps,)``, positive.
+
+        Raises:
+            ValueError: If the array is empty, not 1-D, not finite, not positive or not increasing, or if two levels
+                are too close or too far apart for float64.
+        """
+        sigma = _numbers("sigmas", sigmas)
+        _require_each("sigmas", sigma, np.isfinite(sigma) & (sigma > 0), "positive finite numbers")
+        previous = np.concatenate([[0.0], sigma[:-1]])
+        _require_each("sigmas", sigma, sigma > previous, "numbers that increase with the step")
+        with np.errstate(over="ignore", invalid="ignore"):
+            beta = (sigma - previous) * (sigma + previous) / (1 + sigma**2)
+        _require_each("sigmas", sigma, (beta > 0) & (beta < 1), "levels whose beta float64 tells from 0 and from 1")
+        return cls(beta)
+
+    @classmethod
+    def from_log_snr(cls, log_snr):
+        r"""Schedule with given log-SNR, :math:`\bar\alpha_n = sigmoid(log\_snr_n)`.
+
+        Args:
+            log_snr: Shape ``(num_steps,)``, decreasing.
+
+        Raises:
+            ValueError: If the array is empty, not 1-D, not finite or not decreasing.
+        """
+        log_snr = _numbers("log_snr", log_snr)
+        previous = np.concatenate([[np.inf], log_snr[:-1]])
+        decreasing = np.isfinite(log_snr) & (log_snr < previous)
+        _require_each("log_snr", log_snr, decreasing, "finite numbers that decrease with the step")
+        return cls.from_betas(-np.expm1(np.diff(-np.logaddexp(0, -log_snr), prepend=0.0)))
+
+    @property
+    def num_steps(self):
+        """The number of steps N."""
+        return len(self.beta)
+
+    def __eq__(self, other):
+        return isinstance(other, NoiseSchedule) and np.array_equal(self.beta, other.beta)
+
+    def __hash__(self):
+        return self._hash
+
+    def __repr__(self):
+        return f"NoiseSchedule(num_steps={self.num_steps}, log_snr={self.log_snr[0]:.2f} … {self.log_snr[-1]:.2f})"
+
+
+def _numbers(name, values):
+    """A non-empty 1-D float64 array."""
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: Expected a non-empty 1-D array of numbers; got {values!r:.80}") from None
+    require(array.ndim == 1 and array.size > 0, name, "a non-empty 1-D array", f"shape {array.shape}")
+    return array
+
+
+def _require_each(name, values, good, expected):
+    """Refuse ``values``, an array over steps, unless all are ``good``, naming the first step that is not."""
+    bad = np.flatnonzero(~good)
+    if bad.size:
+        require(False, name, expected, f"{values[bad[0]]} at step n = {bad[0] + 1}")
+
+
+def at_step(table, n, dtype):
+    """Entry of step n, as a JAX array of ``dtype``; NaN for a step outside 1 … N that only shows at run time.
+
+    Args:
+        table: Array over steps, shape ``(num_steps,)``.
+        n: 1-based step, an integer or an integer array of any shape.
+        dtype: Floating dtype of the result.
+    """
+    table = jnp.asarray(table, dtype)
+    return table.at[n - 1].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def at_dims(table, n, dtype):
+    """:func:`at_step` with an axis for the dimensions, of length 1 unless the table has them: ``(num_steps[, dim])``."""
+    entry = at_step(table, n, dtype)
+    return entry if table.ndim == 2 else entry[..., None]
+
+
+def per_step(table):
+    """A table over steps, averaged over the dimensions if it has them."""
+    return table.mean(-1) if table.ndim == 2 else table
+
+
+def array_module(*arrays):
+    """NumPy for arrays of NumPy's, which are constants; otherwise jax.numpy."""
+    return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
+
+
+def _num_steps(num_steps):
+    try:
+        count = operator.index(num_steps)
+    except TypeError:
+        raise TypeError(f"num_steps: Expected an integer; got {num_steps!r}") from None
+    require(count >= 1, "num_steps", "at least 1", count)
+    return count
+
+
+def linear_schedule(num_steps, beta_min=1e-4, beta_max=0.02):
+    r"""The linear schedule of Ho et al. (2020), arXiv:2006.11239, section 4, at any number of steps.
+
+    At N = 1000 :math:`\beta_n` rises linearly from ``beta_min`` to ``beta_max``, as published. At other N the
+    *rate* :math:`-\log(1-\beta_n)` is scaled by 1000/N, so that the chain ends equally noisy and every
+    :math:`\beta_n` stays below 1. (Scaling :math:`\beta_n` itself gives :math:`\beta > 1` below N = 20.)
+
+    Args:
+        num_steps: N, at least 1.
+        beta_min: First variance, at N = 1000.
+        beta_max: Last variance, at N = 1000.
+    """
+    num_steps = _num_steps(num_steps)
+    require(
+        0 < beta_min <= beta_max < 1, "beta_min, beta_max", "0 < beta_min <= beta_max < 1", f"{beta_min}, {beta_max}"
+    )
+    middle = (beta_min + beta_max) / 2
+    beta = np.linspace(beta_min, beta_max, num_steps) if num_steps > 1 else np.array([middle])
+    if num_steps != 1000:
+        beta = -np.expm1(1000 / num_steps * np.log1p(-beta))
+    return NoiseSchedule.from_betas(beta)
+
+
+def cosine_schedule(num_steps):
+    r"""The cosine schedule of Nichol and Dhariwal (2021), arXiv:2102.09672, eq. 17, offset s = 0.008.
+
+    :math:`\bar\alpha` follows a squared cosine; as published, :math:`\beta_n` is cut off at 0.999.
+
+    Args:
+        num_steps: N, at least 1.
+    """
+    num_steps = _num_steps(num_steps)
+    time = np.arange(num_steps + 1) / num_steps
+    log_f = 2 * np.log(np.cos((time + 0.008) / 1.008 * np.pi / 2))
+    return NoiseSchedule.from_betas(np.minimum(-np.expm1(np.diff(log_f)), 0.999))
+
+
+def log_snr_schedule(num_steps, log_snr_max=10.0, log_snr_min=-8.0):
+    r"""Log-SNR falling linearly from ``log_snr_max`` at n = 1 to ``log_snr_min`` at n = N.
+
+    Of the fixed schedules the one whose one-step estimator of the bound varies least. Source: Kingma et al.
+    (2021), arXiv:2107.00630, section 3.1 and fig. 4b. At N = 1 the only step is at ``log_snr_min``.
+
+    Args:
+        num_steps: N, at least 1.
+        log_snr_max: Log-SNR after the first step; :math:`\beta_1` = sigmoid(−``log_snr_max``).
+        log_snr_min: Log-SNR after the last step.
+    """
+    num_steps = _num_steps(num_steps)
+    require(
+        np.isfinite([log_snr_min, log_snr_max]).all() and log_snr_min < log_snr_max,
+        "log_snr_max, log_snr_min",
+        "finite, log_snr_min < log_snr_max",
+        f"{log_snr_max}, {log_snr_min}",
+    )
+    return NoiseSchedule.from_log_snr(np.linspace(log_snr_min, log_snr_max, num_steps)[::-1])
+
+
+def geometric_schedule(num_steps, sigma_min=0.01, sigma_max=50.0):
+    r"""Noise levels :math:`\sigma_n` in geometric progression from ``sigma_min`` to ``sigma_max``.
+
+    As :math:`\log \sigma_n^2` is minus the log-SNR, this is :func:`log_snr_schedule` by its other name: the same chain in
+    variance-exploding coordinates. Source: Song and Ermon (2019), arXiv:1907.05600, section 4; with ``sigma_max`` about the
+    largest distance between two data, Song and Ermon (2020), arXiv:2006.09011, technique 1.
+
+    Args:
+        num_steps: N, at least 1; at N = 1 the only level is ``sigma_max``.
+        sigma_min: :math:`\sigma_1`, the standard deviation of the least noise, in units of the encoded data.
+        sigma_max: :math:`\sigma_N`.
+    """
+    require(
+        0 < sigma_min < sigma_max < np.inf,
+        "sigma_min, sigma_max",
+        "0 < sigma_min < sigma_max, finite",
+        f"{sigma_min}, {sigma_max}",
+    )
+    return log_snr_schedule(num_steps, -2 * np.log(sigma_min), -2 * np.log(sigma_max))

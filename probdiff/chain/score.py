@@ -1,0 +1,150 @@
+r"""Noise and score: the same prediction, read two ways, in two systems of coordinates.
+
+A chain that adds noise has a twin whose signal is not shrunk, with :math:`\sigma_n^2 = (1-\bar\alpha_n)/\bar\alpha_n`:
+
+    variance-preserving (VP), the chain of this package    z_n = √ᾱ_n x_0 + √(1−ᾱ_n) ε     q(z_n | x_0) = N(√ᾱ_n x_0, (1−ᾱ_n) I)
+    variance-exploding (VE)                                x_n = x_0 + σ_n ε               p(x_n | x_0) = N(x_0, σ_n² I)
+
+with z_n = √ᾱ_n x_n, path by path. A score is the gradient of a log density; given x_0 it is a multiple of the noise, and the
+score of the *marginal* is the same multiple of the noise's conditional mean, which is what an ε-network learns:
+
+    VE      ∇ log p(x_n | x_0) = −(x_n − x_0)/σ_n² = −ε/σ_n            ∇ log p(x_n) = −E[ε | x_n]/σ_n  ≈ −ε_θ/σ_n
+    VP      ∇ log q(z_n | x_0) = −ε/√(1−ᾱ_n)                           ∇ log q(z_n) ≈ −ε_θ/√(1−ᾱ_n)
+
+One network serves both: it is always called with z_n. A network of your own that takes x_n becomes one that takes z_n
+by :func:`ve_from_vp`. Functions without a prefix are of VE coordinates. Texts that write N(x_0, σ_n I) mean
+the variance σ_n².
+
+Sources: Song and Ermon (2019), arXiv:1907.05600, eqs. 2 and 5; Song et al. (2021), arXiv:2011.13456, section 3.4;
+Vincent (2011), doi:10.1162/NECO_a_00142.
+"""
+
+import jax.numpy as jnp
+
+from probdiff._checks import require_step, require_type
+from probdiff.chain.forward import isotropic_normal
+from probdiff.chain.learned_schedules import require_schedule
+from probdiff.chain.schedules import at_step
+from probdiff.diffusion import Diffusion
+from probdiff.networks.base import predict_noise
+
+
+def noising(schedule, x0, n):
+    r"""Variance-exploding noising, :math:`p(x_n | x_0) = N(x_0, \sigma_n^2 I)`, as a NumPyro distribution.
+
+    Texts that write :math:`N(x_0, \sigma_n I)` mean this: :math:`\sigma_n` is the standard deviation.
+
+    Args:
+        schedule: The noise schedule.
+        x0: Encoded data, shape ``(*batch, dim)``.
+        n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
+
+    Raises:
+        ValueError: If n is outside [1, N]; TypeError if it is not an integer.
+    """
+    x0 = jnp.asarray(x0)
+    return isotropic_normal(x0, jnp.square(_at(schedule, _sigma, n, x0))[..., 0])
+
+
+def conditional_score(schedule, x_n, x0, n):
+    r"""Score of the noising, :math:`\nabla_{x_n} \log p(x_n | x_0) = -(x_n - x_0) / \sigma_n^2`.
+
+    Args:
+        schedule: The noise schedule.
+        x_n: Noisy data in VE coordinates, shape ``(*batch, dim)``.
+        x0: Encoded data, same shape.
+        n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
+
+    Returns:
+        Shape ``(*batch, dim)``, nats per unit of ``x_n``.
+    """
+    x_n, x0 = jnp.asarray(x_n), jnp.asarray(x0)
+    return -(x_n - x0) / jnp.square(_at(schedule, _sigma, n, x_n))
+
+
+def vp_conditional_score(schedule, z, x0, n):
+    r"""Score of the chain, :math:`\nabla_{z_n} \log q(z_n | x_0) = -(z_n - \sqrt{\bar\alpha_n} x_0) / (1-\bar\alpha_n)`.
+
+    Arguments as for :func:`conditional_score`, with ``z`` for ``x_n``.
+    """
+    z, x0 = jnp.asarray(z), jnp.asarray(x0)
+    return -(z - _at(schedule, _signal, n, z) * x0) / jnp.square(_at(schedule, _noise, n, z))
+
+
+def score_from_eps(schedule, eps_hat, n):
+    r"""The score that a noise prediction is, :math:`s = -\hat\epsilon / \sigma_n`.
+
+    Args:
+        schedule: The noise schedule.
+        eps_hat: Predicted noise, shape ``(*batch, dim)``.
+        n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
+    """
+    eps_hat = jnp.asarray(eps_hat)
+    return -eps_hat / _at(schedule, _sigma, n, eps_hat)
+
+
+def eps_from_score(schedule, score, n):
+    r"""The noise prediction that a score is, :math:`\hat\epsilon = -\sigma_n s`; the inverse of :func:`score_from_eps`."""
+    score = jnp.asarray(score)
+    return -score * _at(schedule, _sigma, n, score)
+
+
+def vp_score_from_eps(schedule, eps_hat, n):
+    r"""The score of the chain that a noise prediction is, :math:`-\hat\epsilon / \sqrt{1-\bar\alpha_n}`."""
+    eps_hat = jnp.asarray(eps_hat)
+    return -eps_hat / _at(schedule, _noise, n, eps_hat)
+
+
+def eps_from_vp_score(schedule, score, n):
+    r"""The noise prediction, :math:`-\sqrt{1-\bar\alpha_n}\, s`; the inverse of :func:`vp_score_from_eps`."""
+    score = jnp.asarray(score)
+    return -score * _at(schedule, _noise, n, score)
+
+
+def vp_from_ve(schedule, x_n, n):
+    r"""From VE to VP coordinates, :math:`z_n = \sqrt{\bar\alpha_n} x_n`; shape ``(*batch, dim)``, ``n`` broadcasts to ``batch``."""
+    x_n = jnp.asarray(x_n)
+    return _at(schedule, _signal, n, x_n) * x_n
+
+
+def ve_from_vp(schedule, z, n):
+    r"""From VP to VE coordinates, :math:`x_n = z_n / \sqrt{\bar\alpha_n}`; the inverse of :func:`vp_from_ve`."""
+    z = jnp.asarray(z)
+    return z / _at(schedule, _signal, n, z)
+
+
+def score(diffusion, params, x_n, n):
+    r"""The fitted model's score of the noisy data, :math:`\nabla \log p(x_n) \approx -\epsilon_\theta(z_n, n) / \sigma_n`.
+
+    Args:
+        diffusion: The model.
+        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
+        x_n: Noisy encoded data in VE coordinates, shape ``(*batch, dim)``.
+        n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
+
+    Returns:
+        Shape ``(*batch, dim)``. In VP coordinates the score is this divided by :math:`\sqrt{\bar\alpha_n}`.
+    """
+    require_type("diffusion", diffusion, Diffusion)
+    diffusion = diffusion.bind(params).evaluated()
+    eps_hat = predict_noise(diffusion.network, vp_from_ve(diffusion.schedule, x_n, n), n)
+    return score_from_eps(diffusion.schedule, eps_hat, n)
+
+
+def _sigma(schedule):
+    return schedule.sigma
+
+
+def _signal(schedule):
+    return schedule.signal
+
+
+def _noise(schedule):
+    return schedule.noise
+
+
+def _at(schedule, table, n, like):
+    """Entry n of a table of the schedule, with an axis for the dimension."""
+    require_schedule(schedule)
+    require_step(n, 1, schedule.num_steps)
+    return at_step(table(schedule), n, like.dtype)[..., None]

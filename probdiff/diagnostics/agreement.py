@@ -1,0 +1,100 @@
+"""The bound computed two ways on the same data, and whether they agree."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from probdiff._checks import require, require_count
+from probdiff.elbo.importance import path_elbo
+from probdiff.elbo.terms import ELBOTerms, elbo_terms
+
+Z_AGREE = 3.0
+
+
+class Estimate(NamedTuple):
+    """A mean over data, in nats per datum.
+
+    Attributes:
+        mean: The mean.
+        error: Standard error of the mean as an estimate for the population of data (noise included).
+        monte_carlo_error: Standard error from the noise alone, these data being given.
+    """
+
+    mean: float
+    error: float
+    monte_carlo_error: float
+
+    @classmethod
+    def of(cls, mean, variance=None, num_draws=1):
+        """From each datum's mean over draws, and the variance between its draws (None: there is no noise)."""
+        mean = np.asarray(mean, np.float64)
+        monte_carlo = 0.0 if variance is None else np.sqrt(np.sum(np.asarray(variance, np.float64)) / num_draws)
+        error = mean.std(ddof=1) / np.sqrt(len(mean)) if len(mean) > 1 else np.nan
+        return cls(float(mean.mean()), float(error), float(monte_carlo / len(mean)))
+
+    @classmethod
+    def of_draws(cls, draws):
+        """From draws of shape ``(draw, datum)``, at least two of them."""
+        draws = np.asarray(draws, np.float64)
+        return cls.of(draws.mean(0), draws.var(0, ddof=1), len(draws))
+
+
+class TwoWays(NamedTuple):
+    """The analytic decomposition and NumPyro's ``Trace_ELBO`` on the same data.
+
+    Attributes:
+        terms: The analytic terms, :class:`~probdiff.ELBOTerms`.
+        path: ``Trace_ELBO`` of every datum on sampled paths, shape ``(draw, datum)``, nats.
+    """
+
+    terms: ELBOTerms
+    path: np.ndarray
+
+    @property
+    def analytic(self):
+        """:class:`Estimate` by the analytic terms."""
+        return Estimate.of_draws(self.terms.elbo)
+
+    @property
+    def trace(self):
+        """:class:`Estimate` by ``Trace_ELBO``."""
+        return Estimate.of_draws(self.path)
+
+    @property
+    def difference(self):
+        """Analytic minus path estimate, nats per datum, and its Monte Carlo standard error."""
+        a, b = self.analytic, self.trace
+        return a.mean - b.mean, float(np.hypot(a.monte_carlo_error, b.monte_carlo_error))
+
+    @property
+    def z(self):
+        """The difference in Monte Carlo standard errors; 0 where both are exactly equal."""
+        difference, error = self.difference
+        return difference / error if error > 0 else (0.0 if difference == 0 else float(np.copysign(np.inf, difference)))
+
+    @property
+    def agree(self):
+        """Whether the difference is at most three standard errors."""
+        return bool(abs(self.z) <= Z_AGREE)
+
+
+def compute_both_ways(diffusion, x, *, key, num_draws, devices=None, progress=False):
+    """The bound on ``x`` by the analytic terms and by ``Trace_ELBO``: a :class:`TwoWays`.
+
+    Args:
+        diffusion: A trained Diffusion.
+        x: Data, shape ``(datum, dim)``.
+        key: JAX key.
+        num_draws: Draws per datum, at least 2, of each of the two.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError, TypeError: If the data do not suit the model, or there are fewer than two draws.
+    """
+    require_count("num_draws", num_draws)
+    require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
+    terms_key, path_key = jax.random.split(key)
+    options = {"num_draws": num_draws, "devices": devices, "progress": progress}
+    terms = elbo_terms(diffusion, {}, x, key=terms_key, **options)
+    return TwoWays(terms, path_elbo(diffusion, x, key=path_key, **options))

@@ -1,0 +1,98 @@
+"""Models compared by their bound on the same data, in the manner of ArviZ's ``compare``."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff._checks import require, require_count, require_type
+from probdiff.diagnostics.agreement import Estimate
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.terms import elbo_terms
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelComparison:
+    """The result of :func:`compare_models`. Prints as a table.
+
+    Attributes:
+        table: One row per model, best first, a pandas DataFrame in nats per datum: ``rank``; ``elbo`` and ``se``, over data;
+            ``elbo_diff`` to the best model and ``dse``, its standard error over data, paired item by item;
+            ``mc_error``, the part of ``se`` that comes from the noise.
+        elbo: Each model's bound of each datum, a dict from name to shape ``(datum,)``.
+        num_draws: Draws per datum that it is the mean of.
+        levels: Whether the data are on a grid, so that bits/dim mean something.
+        dim: Number of dimensions.
+    """
+
+    table: object
+    elbo: dict
+    num_draws: int
+    levels: bool
+    dim: int
+
+    def to_dict(self):
+        """The table, for JSON."""
+        table = self.table.astype(object).where(self.table.notna(), None)
+        return {
+            "models": {name: dict(row) for name, row in table.iterrows()},
+            "num_items": len(next(iter(self.elbo.values()))),
+            "num_draws": self.num_draws,
+        }
+
+    def __str__(self):
+        """The table."""
+        from probdiff.diagnostics.report import format_models
+
+        return format_models(self)
+
+
+def compare_models(models, x, *, key, num_draws=4, progress=False):
+    """Rank models by their bound on the same data.
+
+    The difference of two models is taken item by item: what makes an item hard for both cancels. Models of equal N
+    are evaluated on the same noise.
+
+    Args:
+        models: A dict from name to trained Diffusion, at least two.
+        x: Data that none was fitted to, shape ``(datum, dim)``.
+        key: JAX key.
+        num_draws: Draws per datum.
+        progress: Show a progress bar for each model.
+
+    Returns:
+        A :class:`ModelComparison`.
+
+    Raises:
+        ValueError, TypeError: If the data do not suit one of the models, or their likelihoods are of different kinds: a
+            density and a probability cannot be compared.
+    """
+    import pandas as pd
+
+    require(isinstance(models, dict), "models", "a dict from name to Diffusion", type(models).__name__, TypeError)
+    require(len(models) >= 2, "models", "at least two", len(models))
+    require_count("num_draws", num_draws)
+    require(len(x) >= 2, "x", "at least two data", len(x))
+    for name, diffusion in models.items():
+        require_type(str(name), diffusion, Diffusion)
+        diffusion.check(x)
+    moments = {
+        name: elbo_terms(diffusion, {}, x, key=key, num_draws=num_draws, reduce=True, progress=progress).elbo
+        for name, diffusion in models.items()
+    }
+    elbo = {name: np.asarray(each.mean, np.float64) for name, each in moments.items()}
+    best = max(elbo, key=lambda name: elbo[name].mean())
+    rows = {}
+    for name in sorted(elbo, key=lambda name: -elbo[name].mean()):
+        estimate = Estimate.of(elbo[name], moments[name].variance, num_draws)
+        difference = Estimate.of(elbo[best] - elbo[name])
+        rows[name] = {
+            "rank": len(rows),
+            "elbo": estimate.mean,
+            "se": estimate.error,
+            "elbo_diff": difference.mean,
+            "dse": difference.error,
+            "mc_error": estimate.monte_carlo_error,
+        }
+    levels = jnp.issubdtype(np.asarray(x).dtype, jnp.integer)
+    return ModelComparison(pd.DataFrame.from_dict(rows, orient="index"), elbo, num_draws, levels, x.shape[1])

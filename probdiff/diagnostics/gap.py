@@ -1,0 +1,157 @@
+r"""The bound, accounted for: where a model of data with a known density loses its nats.
+
+    E log p(x) − E L(x)  =  irreducible gap + Σ_n network_n
+
+The *irreducible gap* is that of the same chain with the exact :math:`\epsilon^*_n(z) = E[\epsilon | z_n = z]`: what N
+Gaussian steps, the prior and the reverse variances cost, whatever the network. What the network adds at step n is
+:math:`w_n E\|\hat\epsilon - \epsilon^*\|^2`, because :math:`\epsilon - \epsilon^*` is orthogonal to every function of
+:math:`z_n`; at n = 1 it is so under a normal likelihood.
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from probdiff._checks import require, require_key, require_type
+from probdiff.chain.schedules import at_dims
+from probdiff.diagnostics.agreement import Estimate
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.objective import AnalyticELBO
+from probdiff.elbo.terms import elbo_terms, predict
+from probdiff.likelihoods import NormalLikelihood
+from probdiff.networks.base import predict_noise, rows_at_once
+
+BLOCK_ROWS = 2**18
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """The result of :func:`ledger`. Prints as a table; everything in nats per datum.
+
+    Attributes:
+        entropy: Differential entropy of the data and its (numerical) error.
+        gap: E log p − ELBO, an ``Estimate``, paired per datum.
+        irreducible: The same with the exact ε-network.
+        network: What the network adds, Σ_n.
+        network_per_step, network_per_step_error: The same for each step n = 1 … N, and its standard error.
+        residual: gap − irreducible − network, paired per datum: 0 but for its error.
+        prior_kl, step_kl, reconstruction: The terms of the bound, ``Estimate``; ``step_kl`` is their sum over steps.
+        log_snr: That of each step.
+    """
+
+    entropy: tuple
+    gap: Estimate
+    irreducible: Estimate
+    network: Estimate
+    network_per_step: np.ndarray
+    network_per_step_error: np.ndarray
+    residual: Estimate
+    prior_kl: Estimate
+    step_kl: Estimate
+    reconstruction: Estimate
+    log_snr: np.ndarray
+
+    def to_dict(self):
+        """Everything, for JSON."""
+        return {
+            name: value.tolist() if isinstance(value, np.ndarray) else getattr(value, "_asdict", lambda v=value: v)()
+            for name, value in vars(self).items()
+        }
+
+    def plot(self):
+        """A figure: what the network adds at each step, and its running sum."""
+        from probdiff.diagnostics.plots import plot_ledger
+
+        return plot_ledger(self)
+
+    def __str__(self):
+        """The account as a table."""
+        from probdiff.diagnostics.report import format_ledger
+
+        return format_ledger(self)
+
+
+def ledger(diffusion, params, oracle, x, *, key, progress=False):
+    """Account for the bound of a model on data whose distribution is known.
+
+    Args:
+        diffusion: The model, with a NormalLikelihood.
+        params: Trained parameters; ``{}`` for the weights that the model holds.
+        oracle: The true distribution of the data (see :mod:`probdiff.oracles.distributions`); ``dataset.oracle`` of a data set.
+        x: Data drawn from it, shape ``(datum, dim)``, at least two.
+        key: JAX key. Model and exact network are evaluated on the same noise.
+        progress: Show progress bars.
+
+    Returns:
+        A :class:`Ledger`.
+
+    Raises:
+        ValueError, TypeError: If the data do not suit the model, the model has another likelihood, or the oracle has no
+            density.
+    """
+    require_type("diffusion", diffusion, Diffusion)
+    likelihood = diffusion.likelihood
+    kind = type(likelihood).__name__
+    require(isinstance(likelihood, NormalLikelihood), "diffusion.likelihood", "a NormalLikelihood", kind, TypeError)
+    known = all(hasattr(oracle, name) for name in ("log_prob", "entropy", "standardized"))
+    require(known, "oracle", "a distribution out of probdiff.oracles", type(oracle).__name__, TypeError)
+    diffusion = diffusion.bind(params).evaluated()
+    diffusion.check(x)
+    require(len(x) >= 2, "x", "at least two data", len(x))
+    require_key(key)
+    require(oracle.dim == x.shape[1], "oracle", f"{x.shape[1]} dimensions, as the data have", oracle.dim)
+    log_p = oracle.log_prob(np.asarray(x))
+    require(np.isfinite(log_p).all(), "x", "data that the oracle may have drawn", "data where its density is 0")
+    schedule = diffusion.schedule
+    network = oracle.standardized(likelihood.loc, likelihood.scale).network(schedule)
+    exact = eqx.tree_at(lambda d: d.network, diffusion, network)
+    terms_key, bound_key, network_key = jax.random.split(key, 3)
+    own = elbo_terms(diffusion, {}, x, key=terms_key, reduce=True, progress=progress)
+    x = jnp.asarray(x)
+    gap, irreducible = (log_p - _bound(d, x, bound_key, progress) for d in (diffusion, exact))
+    added = np.asarray(_network_cost(diffusion, exact.network, x, network_key), np.float64)
+    return Ledger(
+        entropy=oracle.entropy(),
+        gap=Estimate.of(gap),
+        irreducible=Estimate.of(irreducible),
+        network=Estimate.of(added.sum(0)),
+        network_per_step=added.mean(1),
+        network_per_step_error=added.std(1, ddof=1) / np.sqrt(len(x)),
+        residual=Estimate.of(gap - irreducible - added.sum(0)),
+        prior_kl=Estimate.of(own.prior_kl),
+        step_kl=Estimate.of(np.asarray(own.step_kl.mean, np.float64).sum(0)),
+        reconstruction=Estimate.of(own.reconstruction.mean),
+        log_snr=schedule.log_snr,
+    )
+
+
+def _bound(diffusion, x, key, progress):
+    """All steps of every datum's bound, minus a control variate: the gap is small, and so must its noise be."""
+    objective = AnalyticELBO(diffusion, "all", control="linear")
+    evaluate = jax.jit(lambda key, x: objective.per_datum(key, {}, x))
+    count = -(-diffusion.schedule.num_steps * len(x) // BLOCK_ROWS)
+    blocks = np.array_split(np.arange(len(x)), min(count, len(x)))
+    bounds = [
+        np.asarray(evaluate(jax.random.fold_in(key, i), x[block]), np.float64)
+        for i, block in enumerate(tqdm(blocks, unit="block", desc="bound", disable=not progress))
+    ]
+    return np.concatenate(bounds)
+
+
+@eqx.filter_jit
+def _network_cost(diffusion, exact, x, key):
+    """w_n ‖ε̂ − ε*‖² at one z_n for each step and datum, shape ``(num_steps, datum)``."""
+    x0 = diffusion.likelihood.encode(x)
+    weight = diffusion.kernel.weight(diffusion.schedule)
+
+    def one(n):
+        eps = jax.random.normal(jax.random.fold_in(key, n), x0.shape, x0.dtype)
+        z, eps_hat = predict(diffusion, x0, n, eps)
+        return (at_dims(weight, n, x0.dtype) * jnp.square(eps_hat - predict_noise(exact, z, n))).sum(-1)
+
+    steps = jnp.arange(1, diffusion.schedule.num_steps + 1)
+    return jax.lax.map(one, steps, batch_size=max(1, rows_at_once(diffusion.network) // len(x)))

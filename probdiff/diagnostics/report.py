@@ -1,0 +1,253 @@
+"""The final table of a fit: the bound on the test split, two ways, beside what is known about the data."""
+
+import jax
+import numpy as np
+
+from probdiff.diagnostics.agreement import Estimate, compute_both_ways
+from probdiff.elbo.terms import bits_per_dim, elbo_terms
+
+ITEMS = 512
+DRAWS = 4
+EVALUATIONS = 2**18  # of the network, by each of the two ways
+BLOCKS = 8
+
+
+def evaluate(diffusion, dataset, *, key, devices=None, progress=False):
+    """The bound on the test split.
+
+    Both ways on the first items, as many as take 2¹⁸ network evaluations each way (512 at most); by the analytic terms on
+    all of them.
+
+    Args:
+        diffusion: A trained Diffusion.
+        dataset: A :class:`~probdiff.datasets.Dataset`.
+        key: JAX key.
+        devices: Number of devices that share the data.
+        progress: Show progress bars.
+
+    Returns:
+        The :class:`~probdiff.diagnostics.agreement.TwoWays`, and the table as a dict for JSON (nats per datum throughout).
+    """
+    both_key, test_key = jax.random.split(key)
+    num_steps = diffusion.schedule.num_steps
+    items = dataset.test[: min(ITEMS, max(2, EVALUATIONS // (num_steps * DRAWS)))]
+    both = compute_both_ways(diffusion, items, key=both_key, num_draws=DRAWS, devices=devices, progress=progress)
+    if len(items) == len(dataset.test):
+        draws, terms = DRAWS, both.terms
+        parts = [np.asarray(part).mean(0) for part in (terms.step_kl.sum(1), terms.reconstruction, terms.elbo)]
+    else:
+        draws = 1
+        terms = elbo_terms(diffusion, {}, dataset.test, key=test_key, reduce=True, devices=devices, progress=progress)
+        parts = [np.asarray(part.mean, np.float64) for part in (terms.step_kl, terms.reconstruction, terms.elbo)]
+        parts[0] = parts[0].sum(0)
+    signs = {"prior_kl": -1, "step_kl": -1, "reconstruction": 1, "elbo": 1}
+    test = {
+        name: _row(Estimate.of(part), dataset, sign)
+        for (name, sign), part in zip(signs.items(), (terms.prior_kl, *parts))
+    }
+    difference, difference_error = both.difference
+    results = {
+        "data": dataset.name,
+        "dim": dataset.dim,
+        "num_steps": num_steps,
+        "test": {"num_items": len(dataset.test), "num_draws": draws, **test},
+        "two_ways": {
+            "num_items": len(items),
+            "num_draws": DRAWS,
+            "analytic": _row(both.analytic, dataset),
+            "trace_elbo": _row(both.trace, dataset),
+            "difference": difference,
+            "difference_error": difference_error,
+            "z": both.z,
+            "agree": both.agree,
+        },
+        "reference": _reference(dataset, parts[-1]),
+    }
+    return both, results
+
+
+def _row(estimate, dataset, sign=1):
+    """Nats as they are; bits/dim as a code length, to which a KL (``sign`` −1) adds."""
+    row = {"nats": estimate.mean, "error": estimate.error}
+    if dataset.levels is not None:
+        bits, error = (float(bits_per_dim(nats, dataset.dim)) for nats in (sign * estimate.mean, -estimate.error))
+        row |= {"bits_per_dim": bits, "bits_error": error}
+    return row
+
+
+def _reference(dataset, elbo):
+    """What the bound is held against: independent dimensions on a grid, the true density where it is known."""
+    if dataset.levels is not None:
+        mean, error = dataset.independent_levels()
+        return {"independent_dimensions": _row(Estimate(float(mean), float(error), 0.0), dataset)}
+    if dataset.log_prob is None:
+        return {}
+    entropy, entropy_error = dataset.entropy()
+    gap = Estimate.of(dataset.log_prob(dataset.test) - elbo)
+    return {
+        "entropy": {"nats": float(entropy), "error": float(entropy_error)},
+        "gap": {"nats": gap.mean, "error": gap.error},
+    }
+
+
+LABELS = {
+    "prior_kl": "prior KL",
+    "step_kl": "Σ step KL",
+    "reconstruction": "reconstruction, E log p(x | z_1)",
+    "elbo": "ELBO",
+    "analytic": "ELBO, analytic decomposition",
+    "trace_elbo": "ELBO, Trace_ELBO on sampled paths",
+    "independent_dimensions": "log-likelihood of independent pixels",
+    "entropy": "minus entropy of the data",
+    "gap": "gap: E log p(x) − ELBO",
+}
+
+
+def format_table(results):
+    """The table of :func:`evaluate` as text."""
+    test, both, reference = results["test"], results["two_ways"], dict(results["reference"])
+    bits = "bits_per_dim" in test["elbo"]
+    width = 38
+    header = f"{'':{width}}{'nats':>10}{'± s.e.':>9}" + (f"{'bits/dim':>12}{'± s.e.':>9}" if bits else "")
+
+    def line(name, row):
+        text = f"{LABELS[name]:{width}}{row['nats']:10.4f}{row['error']:9.4f}"
+        return text + (f"{row['bits_per_dim']:12.4f}{row['bits_error']:9.4f}" if "bits_per_dim" in row else "")
+
+    if "entropy" in reference:
+        reference["entropy"] = reference["entropy"] | {"nats": -reference["entropy"]["nats"]}
+    draws = f"{test['num_draws']} draw{'s' * (test['num_draws'] > 1)} each"
+    verdict = "they agree" if both["agree"] else "THEY DISAGREE"
+    lines = [
+        f"{results['data']}, test split: {test['num_items']} items of {results['dim']} dimensions, {draws}; "
+        f"N = {results['num_steps']} steps",
+        header,
+        *(line(name, test[name]) for name in ("prior_kl", "step_kl", "reconstruction", "elbo")),
+        *(line(name, row) for name, row in reference.items()),
+        "",
+        f"The bound two ways, on the first {both['num_items']} items, {both['num_draws']} draws each",
+        header,
+        *(line(name, both[name]) for name in ("analytic", "trace_elbo")),
+        f"{'difference (± Monte Carlo error)':{width}}{both['difference']:10.4f}{both['difference_error']:9.4f}"
+        f"   {abs(both['z']):.1f} standard errors: {verdict}",
+    ]
+    return "\n".join(lines)
+
+
+COLUMNS = (
+    ("ELBO", "elbo", "10.4f"),
+    ("± s.e.", "se", "9.4f"),
+    ("bits/dim", "bits_per_dim", "10.4f"),
+    ("± s.e.", "bits_se", "8.4f"),
+    ("sd/draw", "sd", "9.3g"),
+    ("grad var", "gradient_variance", "10.3g"),
+    ("evals", "evaluations", "7d"),
+    ("s/draw", "seconds", "9.2g"),
+    ("by evals", "value_by_evaluations", "10.3g"),
+    ("by secs", "value_by_seconds", "9.3g"),
+    ("by evals", "gradient_by_evaluations", "10.3g"),
+    ("by secs", "gradient_by_seconds", "9.3g"),
+)
+
+
+def format_estimators(comparison):
+    """An :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison` as text: table, pairwise z-scores, verdict."""
+    table = comparison.table
+    _, num_draws, num_items = comparison.draws.shape
+    name_width = 2 + max(len(name) for name in table.index)
+    widths = [int(form.rstrip("dfg").split(".")[0]) for *_, form in COLUMNS]
+    costs = sum(widths[8:10]), sum(widths[10:])
+    lines = [
+        f"The bound of {num_items} items in nats, mean per item, {num_draws} draws; errors are Monte Carlo errors",
+        " " * (name_width + sum(widths[:8])) + f"{'values: var ×':>{costs[0]}}{'gradients: var ×':>{costs[1]}}",
+        " " * name_width + "".join(f"{title:>{width}}" for (title, *_), width in zip(COLUMNS, widths)),
+    ]
+    for name, row in table.iterrows():
+        cells = (f"{int(row[key]) if form.endswith('d') else row[key]:{form}}" for _, key, form in COLUMNS)
+        lines.append(f"{name:{name_width}}" + "".join(cells).replace("nan", "  –"))
+    lines.append("evals: network evaluations per item; var × cost is relative to kl_uniform, below 1 is better")
+    for title, scores in (("values", comparison.value_z), ("gradients", comparison.gradient_z)):
+        if len(scores) > 1:
+            lines += ["", f"Pairwise z-scores, {title}", *_triangle(scores, name_width)]
+    return "\n".join([*lines, "", *_verdict(comparison)])
+
+
+def _triangle(scores, name_width):
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    yield " " * (name_width + 3) + "".join(f"{letters[i]:>6}" for i in range(len(scores) - 1))
+    for i, (name, row) in enumerate(scores.iterrows()):
+        yield f"{letters[i]}  {name:{name_width}}" + "".join(f"{z:6.1f}" for z in row.values[:i])
+
+
+def _verdict(comparison):
+    if len(comparison.table) > 1:
+        words = "agree" if comparison.agree else "DO NOT AGREE"
+        yield (
+            f"The {len(comparison.table)} estimators {words}: the largest |z| is {comparison.largest_z:.1f}, "
+            f"and {comparison.z_limit:.1f} is to be expected of so many"
+        )
+    for purpose, kind in (("values", "value"), ("gradients", "gradient")):
+        best = comparison.best(f"{kind}_by_evaluations")
+        if best is not None:
+            cost = comparison.table.loc[best]
+            yield (
+                f"best for {purpose}: {best}, variance × evaluations {cost[f'{kind}_by_evaluations']:.3g} of kl_uniform's; "
+                f"by seconds, {comparison.best(f'{kind}_by_seconds')}"
+            )
+    if comparison.iwae is not None:
+        yield (
+            f"importance-weighted bound on the {comparison.draws.shape[1]} paths of trace: {comparison.iwae.mean:.4f} nats "
+            f"per item, {comparison.iwae.mean - comparison.table.loc["trace", "elbo"]:.4f} above the ELBO"
+        )
+        if np.isnan(comparison.khat).any():
+            yield "Pareto k̂ of their weights: not from so few draws"
+        else:
+            high = np.mean(comparison.khat > 0.7)
+            yield (
+                f"Pareto k̂ of their weights: median {np.median(comparison.khat):.2f}, above 0.7 for {high:.0%} of the items. "
+                "k̂ says whether the weights can be trusted; it does not measure the gap of the bound"
+            )
+
+
+def format_models(comparison):
+    """A :class:`~probdiff.diagnostics.compare_models.ModelComparison` as text."""
+    table = comparison.table
+    width = 2 + max(len(str(name)) for name in table.index)
+    bits = f"{'bits/dim':>10}" if comparison.levels else ""
+    lines = [
+        f"The bound of {len(next(iter(comparison.elbo.values())))} items, mean per item in nats, "
+        f"{comparison.num_draws} draws each",
+        f"{'':{width}}{'rank':>5}{'ELBO':>12}{'± s.e.':>9}{'difference':>12}{'± paired':>10}{'MC error':>10}{bits}",
+    ]
+    for name, row in table.iterrows():
+        line = f"{name:{width}}{int(row['rank']):5d}{row['elbo']:12.4f}{row['se']:9.4f}{row['elbo_diff']:12.4f}"
+        line += f"{row['dse']:10.4f}{row['mc_error']:10.4f}"
+        lines.append(line + (f"{bits_per_dim(row['elbo'], comparison.dim):10.4f}" if comparison.levels else ""))
+    return "\n".join([*lines, "difference: what the best model has more, paired item by item"])
+
+
+def format_ledger(ledger):
+    """A :class:`~probdiff.diagnostics.gap.Ledger` as text."""
+    entropy, entropy_error = ledger.entropy
+    elbo = -entropy - ledger.gap.mean
+    rows = [
+        ("minus entropy of the data", -entropy, entropy_error),
+        ("− irreducible gap, exact ε", -ledger.irreducible.mean, ledger.irreducible.error),
+        ("− what the network adds", -ledger.network.mean, ledger.network.error),
+        ("− rest: 0 but for its error", -ledger.residual.mean, ledger.residual.error),
+        ("= ELBO", elbo, ledger.gap.error),
+        ("", None, None),
+        ("− prior KL", -ledger.prior_kl.mean, ledger.prior_kl.error),
+        ("− Σ step KL", -ledger.step_kl.mean, ledger.step_kl.error),
+        ("+ reconstruction", ledger.reconstruction.mean, ledger.reconstruction.error),
+    ]
+    lines = ["The bound, accounted for, nats per datum", f"{'':30}{'nats':>10}{'± s.e.':>9}"]
+    lines += [f"{name:30}{value:10.4f}{error:9.4f}" if name else "" for name, value, error in rows]
+    per_step, num_steps = ledger.network_per_step, len(ledger.network_per_step)
+    edges = np.unique(np.linspace(0, num_steps, min(BLOCKS, num_steps) + 1).astype(int))
+    lines += ["", f"{'what the network adds, by steps':36}{'log-SNR':>16}{'nats':>10}{'share':>8}"]
+    for first, last in zip(edges, edges[1:]):
+        nats = per_step[first:last].sum()
+        span = f"{ledger.log_snr[first]:.1f} … {ledger.log_snr[last - 1]:.1f}"
+        lines.append(f"  n = {first + 1} … {last}".ljust(36) + f"{span:>16}{nats:10.5f}" + (f"{nats / per_step.sum():8.1%}" if per_step.any() else f"{'–':>8}"))
+    return "\n".join(lines)

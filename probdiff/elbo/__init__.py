@@ -1,0 +1,1 @@
+"""The evidence lower bound and its estimators."""

@@ -1,0 +1,57 @@
+"""Every estimator of the bound, by name.
+
+``ESTIMATORS[name](diffusion, **options)`` gives ``(guide, elbo)`` for ``SVI(diffusion.model, guide, optim, elbo)``. All are
+unbiased, for the value and for the gradient: they differ in variance and in cost. The first three are NumPyro's
+own; the others put :class:`~probdiff.AnalyticELBO` together from its parts. Options are those of the ELBO class.
+
+| name | noise of the terms | steps | network evaluations per datum |
+|---|---|---|---|
+| ``trace``, ``trace_posterior`` | one path, log p − log q | all | N |
+| ``mean_field`` | one path, NumPyro's analytic KLs | all | N |
+| ``kl_path`` | one path, analytic KLs | all | N |
+| ``kl_marginal`` | independent | all | N |
+| ``kl_uniform`` | independent | one, uniform | 1 |
+| ``kl_stratified`` | independent | one, evenly spread over the batch | 1 |
+| ``kl_importance`` | independent | one, from learned probabilities | 1 |
+| ``kl_antithetic`` | ε and −ε | one, uniform | 2 |
+| ``kl_controlled`` | independent, minus a control variate | one, uniform | 1 |
+| ``kl_combined`` | independent, minus a control variate | one, from learned probabilities, evenly spread | 1 |
+| ``kl_posterior_target`` | its mean and variance given z_n | one, from learned probabilities, evenly spread | 1 |
+
+``kl_posterior_target`` estimates the mean over the batch as a set (or over ``points``), not the bound of each datum.
+"""
+
+import functools
+
+from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
+
+from probdiff.elbo.objective import AnalyticELBO
+
+
+def _numpyro(elbo, guide, diffusion, **options):
+    return getattr(diffusion, guide), elbo(**options)
+
+
+def _analytic(preset, diffusion, **options):
+    objective = AnalyticELBO(diffusion, **(preset | options))
+    return objective.guide, objective
+
+
+_PRESETS = {
+    "kl_path": {"steps": "all", "noise": "path"},
+    "kl_marginal": {"steps": "all"},
+    "kl_uniform": {"steps": "uniform"},
+    "kl_stratified": {"steps": "stratified"},
+    "kl_importance": {"steps": "importance"},
+    "kl_antithetic": {"steps": "uniform", "noise": "antithetic"},
+    "kl_controlled": {"steps": "uniform", "control": "linear"},
+    "kl_combined": {"steps": "stratified_importance", "control": "linear"},
+    "kl_posterior_target": {"steps": "stratified_importance", "points": "batch"},
+}
+
+ESTIMATORS = {
+    "trace": functools.partial(_numpyro, Trace_ELBO, "guide"),
+    "trace_posterior": functools.partial(_numpyro, Trace_ELBO, "posterior_guide"),
+    "mean_field": functools.partial(_numpyro, TraceMeanField_ELBO, "posterior_guide"),
+    **{name: functools.partial(_analytic, preset) for name, preset in _PRESETS.items()},
+}

@@ -1,0 +1,208 @@
+r"""Tighter bounds from the same paths: importance-weighted below, and above where x is drawn from the model.
+
+With log weights :math:`\log w_k = \log p_\theta(x, z^k) - \log q(z^k | x)` of paths :math:`z^k`,
+
+    lower, K paths from q:                        E log 1/K Σ_k w_k  ≤  log p_θ(x)      (K = 1: the ELBO)
+    upper, one path from p_θ(z | x), K−1 from q:  E log 1/K Σ_k w_k  ≥  log p_θ(x)
+
+A path from :math:`p_\theta(z | x)` is at hand exactly when x was generated along with it.
+Sources: Burda et al. (2016), arXiv:1509.00519, eq. 8; Sobolev and Vetrov (2019), arXiv:1910.03115, theorem 1, with
+q for the auxiliary distribution.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro import handlers
+from numpyro.infer import Trace_ELBO
+from tqdm import tqdm
+
+from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._sharding import data_mesh, gathered, on_each, spread
+from probdiff.diffusion import Diffusion
+
+PATH_ELEMENTS = 2**24
+FEWEST_DRAWS = 25
+
+
+def path_elbo(diffusion, x, *, key, num_draws, devices=None, progress=False):
+    r"""NumPyro's ``Trace_ELBO`` of every datum by itself, with the forward guide: :math:`\log p - \log q` of paths.
+
+    Args:
+        diffusion: A trained Diffusion.
+        x: Data, shape ``(datum, dim)``.
+        key: JAX key.
+        num_draws: Number of sampled paths per datum.
+        devices: Number of devices (or a list of them) that share the data.
+        progress: Show a progress bar.
+
+    Returns:
+        Nats, shape ``(draw, datum)``.
+    """
+
+    require_type("diffusion", diffusion, Diffusion)
+    diffusion = diffusion.evaluated()
+    diffusion.check(x)
+    require_count("num_draws", num_draws)
+    require_key(key)
+    mesh = data_mesh(devices)
+    diffusion, x, key = on_each((diffusion, jnp.asarray(x), key), mesh)
+
+    def one(key, x):
+        return -Trace_ELBO().loss(key, {}, diffusion.model, diffusion.guide, x[None])
+
+    @jax.jit
+    def evaluate(keys, x):
+        return gathered(jax.vmap(one)(spread(keys, mesh), spread(x, mesh)), mesh)
+
+    block = max(1, PATH_ELEMENTS // (diffusion.schedule.num_steps * x.shape[1]))
+    draws = []
+    with tqdm(total=num_draws, unit="path", desc="Trace_ELBO", disable=not progress) as bar:
+        for draw_key in jax.random.split(key, num_draws):
+            keys = jax.random.split(draw_key, len(x))
+            blocks = range(0, len(x), block)
+            draws.append(np.concatenate([evaluate(keys[i : i + block], x[i : i + block]) for i in blocks]))
+            bar.update()
+    return np.stack(draws)
+
+
+def iwae(diffusion, params, x, *, key, num_particles, num_draws=1, progress=False):
+    """The importance-weighted bound of every datum; it rises to log p(x) with the number of particles.
+
+    NumPyro's ``RenyiELBO(alpha=0, num_particles=K)`` on a single datum has the same expectation.
+
+    Args:
+        diffusion: The model.
+        params: Trained parameters; ``{}`` for the weights that the model holds.
+        x: Data, shape ``(datum, dim)``.
+        key: JAX key.
+        num_particles: Paths K in each bound: N K network evaluations for each datum and draw.
+        num_draws: Number of independent bounds per datum.
+        progress: Show a progress bar.
+
+    Returns:
+        Nats, shape ``(draw, datum)``.
+    """
+    require_type("diffusion", diffusion, Diffusion)
+    require_count("num_particles", num_particles)
+    require_count("num_draws", num_draws)
+    log_weights = path_elbo(
+        diffusion.bind(params).evaluated(), x, key=key, num_draws=num_particles * num_draws, progress=progress
+    )
+    return log_mean_exp(log_weights.reshape(num_draws, num_particles, -1), 1)
+
+
+def log_mean_exp(log_weights, axis):
+    """The log of the mean of exp(``log_weights``), in float64."""
+    log_weights = np.asarray(log_weights, np.float64)
+    highest = log_weights.max(axis, keepdims=True)
+    return np.log(np.exp(log_weights - highest).mean(axis)) + highest.squeeze(axis)
+
+
+def pareto_khat(log_weights):
+    """The Pareto shape k̂ of the largest importance weights p/q of each datum (PSIS), by ArviZ.
+
+    k̂ says whether the importance-weighted estimate of p(x) can be trusted (below 0.7) from this many draws. It does *not*
+    measure the gap of the bound: weights with a light tail, k̂ < 0, can have any variance.
+    Source: Vehtari et al. (2024), arXiv:1507.02646.
+
+    Args:
+        log_weights: log p − log q, shape ``(draw, datum)``, from :func:`path_elbo`.
+
+    Returns:
+        Shape ``(datum,)``; −inf where all weights are equal: the guide is the exact posterior. NaN throughout if there
+        are fewer than 25 draws: the tail is then too short.
+    """
+    import arviz  # noqa: F401  (registers the accessor)
+    import xarray as xr
+
+    log_weights = np.asarray(log_weights, np.float64)
+    require(log_weights.ndim == 2, "log_weights", "shape (draw, datum)", f"shape {log_weights.shape}")
+    vary = np.ptp(log_weights, axis=0) > 1e-6 * (1 + np.abs(log_weights).max(0))
+    khat = np.full(log_weights.shape[1], -np.inf)
+    if len(log_weights) < FEWEST_DRAWS:
+        khat[:] = np.nan
+    elif vary.any():
+        # ArviZ takes the negated log weights.
+        array = xr.DataArray(-log_weights[:, vary], dims=("sample", "datum"))
+        khat[vary] = array.azstats.psislw(dim="sample")[1].values
+    return khat
+
+
+class Sandwich(NamedTuple):
+    """Bounds on both sides of log p_θ(x), for data drawn from the model.
+
+    Attributes:
+        x: The data, shape ``(datum, dim)``.
+        lower: For each number of paths K, the lower bound in nats, shape ``(datum,)``; K = 1 is the ELBO.
+        upper: For each K, the upper bound in nats, shape ``(datum,)``.
+    """
+
+    x: jax.Array
+    lower: dict
+    upper: dict
+
+    def __str__(self):
+        """The bounds from below to above, each with its error and its paired distance to the one before."""
+        rows = [(f"lower, K = {k}", self.lower[k]) for k in sorted(self.lower)]
+        rows += [(f"upper, K = {k}", self.upper[k]) for k in sorted(self.upper, reverse=True)]
+        lines = [f"{len(self.x)} data drawn from the model; nats per datum, ± standard error over data"]
+        for i, (name, values) in enumerate(rows):
+            line = f"{name:18}{values.mean():10.4f} ± {values.std(ddof=1) / np.sqrt(len(values)):.4f}"
+            if i:
+                step = values - rows[i - 1][1]
+                line += f"   + {step.mean():.4f} ± {step.std(ddof=1) / np.sqrt(len(step)):.4f}"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def sandwich(diffusion, params, *, key, num_data, num_particles=(1, 10, 100), progress=False):
+    r"""Draw data from the model, and bound their log-likelihood from below and from above.
+
+    Each datum is generated with its path, an exact draw of :math:`p_\theta(z | x)`. Every bound is one draw for each
+    datum; those of different K share their paths. The bounds hold for data drawn from the model, and for no others.
+
+    Args:
+        diffusion: The model.
+        params: Trained parameters; ``{}`` for the weights that the model holds.
+        key: JAX key.
+        num_data: Number of data to draw, at least 2.
+        num_particles: Numbers of paths K, or one number.
+        progress: Show a progress bar.
+
+    Returns:
+        A :class:`Sandwich`.
+    """
+    require_type("diffusion", diffusion, Diffusion)
+    require_count("num_data", num_data)
+    require_key(key)
+    counts = np.atleast_1d(num_particles).tolist()
+    require(counts, "num_particles", "at least one number", "none")
+    for count in counts:
+        require_count("num_particles", count)
+    require(num_data >= 2, "num_data", "at least 2, for an error", num_data)
+    diffusion = diffusion.bind(params).evaluated()
+    model_key, path_key = jax.random.split(key)
+    x, own = _generate(diffusion, model_key, num_data)
+    below = path_elbo(diffusion, x, key=path_key, num_draws=max(counts), progress=progress)
+    lower = {k: log_mean_exp(below[:k], 0) for k in counts}
+    upper = {k: log_mean_exp(np.concatenate([own[None], below[: k - 1]]), 0) for k in counts}
+    return Sandwich(x, lower, upper)
+
+
+def _generate(diffusion, key, num_data):
+    """Data from the model, and log p(x, z) − log q(z | x) of the path that each came from."""
+
+    def one(key):
+        with handlers.seed(rng_seed=key):
+            model = handlers.trace(diffusion.model).get_trace(None, num_data=1)
+            x = model["x"]["value"]
+            given = handlers.substitute(diffusion.posterior_guide, {"z": model["z"]["value"]})
+            guide = handlers.trace(given).get_trace(x)
+        log_p = sum(model[name]["fn"].log_prob(model[name]["value"]).sum() for name in ("z", "x"))
+        return x[0], log_p - guide["z"]["fn"].log_prob(guide["z"]["value"]).sum()
+
+    x, log_weight = jax.jit(jax.vmap(one))(jax.random.split(key, num_data))
+    return x, np.asarray(log_weight, np.float64)

@@ -1,0 +1,337 @@
+"""A sum of one term per step as a NumPyro program and as an objective for ``SVI``; the analytic bound is one.
+
+The estimate of the bound of one datum is its ceiling (see :mod:`probdiff.elbo.analytic`) minus
+
+    Σ_rows [shortfall_n − c_n · control_n] / p_n   +   Σ_n c_n E[control_n]
+
+over the rows (n, ε) that were drawn for it. Which rows, what noise and what control variate are the three parts that an
+estimator is put together from.
+"""
+
+import copy
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from numpyro import handlers
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.elbo import ELBO
+from numpyro.primitives import Messenger, mutable
+
+from probdiff._checks import require, require_count, require_type
+from probdiff.chain.learned_schedules import LearnedSchedule
+from probdiff.chain.schedules import NoiseSchedule, per_step
+from probdiff.diffusion import Diffusion, _minibatch
+from probdiff.elbo.analytic import PosteriorNoise, Shortfall
+from probdiff.elbo.control import LinearControl
+from probdiff.elbo.rows import Rows, sum_rows
+from probdiff.elbo.steps import PROBABILITIES, AllSteps, Learner, OneStep, independent_points, stratified_points
+from probdiff.elbo.variance_reduction import NOISE
+from probdiff.networks.base import is_trainable
+
+LEARNED = "diffusion$learned"
+
+STEPS = {
+    "all": AllSteps(),
+    "uniform": OneStep(independent_points),
+    "stratified": OneStep(stratified_points),
+    "importance": OneStep(independent_points, learned=True),
+    "stratified_importance": OneStep(stratified_points, learned=True),
+}
+
+
+CONTROLS = {None: None, "linear": LinearControl}
+
+
+class StepObjective(ELBO):
+    """A sum over the steps of a term that depends on x_0, the noise and its prediction, as an objective for ``SVI``.
+
+    The sum is itself a NumPyro program, :meth:`program`: its only log density is one ``factor``. The loss is
+    ``Trace_ELBO`` on that program and an empty guide. A subclass says what the terms are: its ``term`` is an object like
+    :class:`~probdiff.elbo.analytic.Shortfall`. The estimate is put together from three parts:
+
+    Args:
+        diffusion: The model. ``SVI`` must be given this model's ``model``, and its ``guide`` or ``posterior_guide``, or
+            this objective's :attr:`guide`; ``handlers.scale`` by a number may be wrapped around both alike.
+        steps: ``"all"``: every step, N network evaluations a datum. Otherwise one step n a datum, the term divided by its
+            probability: ``"uniform"`` on 1 … N; ``"stratified"``: the same, spread evenly over the data of the batch;
+            ``"importance"``: from probabilities that are learned; ``"stratified_importance"``: both.
+        noise: ``"independent"``; ``"antithetic"``: each term twice, with ε and −ε; ``"path"``: that of one path
+            z_1 … z_N of the forward chain (all steps only).
+        control: ``"linear"`` subtracts a control variate, the shortfall of the best linear prediction of the noise
+            (:mod:`probdiff.elbo.control`), with a coefficient that is learned (with all steps: 1); None subtracts nothing.
+        points: None, or the data whose mean bound is wanted (the whole training set, say), shape ``(point, dim)``: the
+            noise in each step KL is then replaced by its mean and variance over all the points that z_n may come from.
+            The estimate is right for the mean over ``points`` when ``x`` is drawn from them, not for a single datum.
+            ``"batch"``: the points are ``x`` itself.
+        adapt_to: What is kept quiet by what is learned: ``"gradient"`` (for training) or ``"value"`` of the bound.
+        shape: What the shape of a :class:`~probdiff.LearnedSchedule` is trained for: ``"bound"``, like everything else, or
+            ``"variance"``: the least variance of the estimate between steps and draws (its ends still raise the bound). Costs a second
+            evaluation of the network. Source: Kingma et al. (2021), arXiv:2107.00630, section 5.1 and appendix I.2.
+        num_particles: Independent estimates to average, as in NumPyro.
+        vectorize_particles: As in NumPyro.
+
+    What is learned is a ``mutable`` site, which ``SVI`` carries in its state if it is given :attr:`guide` for a guide;
+    otherwise it stays at its initial guess (which is right, but not the best) and a warning says so.
+
+    With many rows the loss can be differentiated with respect to the parameters, not the data.
+
+    Raises:
+        ValueError: In the constructor if an option is not one of those; in use, if the model or the guide that
+            ``SVI`` was given is not this model's.
+    """
+
+    def __init__(
+        self,
+        diffusion,
+        steps="all",
+        *,
+        noise="independent",
+        control=None,
+        points=None,
+        adapt_to="gradient",
+        shape="bound",
+        num_particles=1,
+        vectorize_particles=True,
+    ):
+        require_type("diffusion", diffusion, Diffusion)
+        for name, value, known in (
+            ("steps", steps, STEPS),
+            ("noise", noise, NOISE),
+            ("control", control, CONTROLS),
+            ("adapt_to", adapt_to, PROBABILITIES),
+            ("shape", shape, SHAPES),
+        ):
+            found = (value is None or isinstance(value, str)) and value in known
+            require(found, name, f"one of {list(known)}", repr(value))
+        require(noise != "path" or steps == "all", "noise", "steps='all' with noise='path'", f"steps={steps!r}")
+        require_count("num_particles", num_particles)
+        learned_shape = isinstance(diffusion.schedule, LearnedSchedule) and steps != "all"
+        require(shape == "bound" or learned_shape, "shape", "a LearnedSchedule and one step a datum for 'variance'", repr(shape))
+        super().__init__(num_particles, vectorize_particles)
+        self.diffusion = diffusion
+        self.adapt_to = adapt_to
+        self.shape = shape
+        self._steps = STEPS[steps]
+        self._noise, self._copies = NOISE[noise]
+        self._control = CONTROLS[control]
+        self._points = points
+        kernel = type(diffusion.kernel).__name__
+        require(points is None or diffusion.kernel.closed_form, "points", f"None with a {kernel}", f"{points!r:.40}")
+        if isinstance(points, str):
+            require(points == "batch", "points", "an array, 'batch' or None", repr(points))
+        elif points is not None:
+            try:
+                diffusion.check(points)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"points: {error}") from None
+            self._points = diffusion.likelihood.encode(points)
+        self._learner = None
+        if isinstance(self._steps, OneStep) and (self._steps.learned or self._control is not None):
+            weight = per_step(np.asarray(self.term.weight(diffusion), np.float64))
+            schedule = diffusion.schedule if isinstance(diffusion.schedule, NoiseSchedule) else diffusion.schedule.fixed()
+            self._learner = Learner(schedule, tuple(weight.tolist()), self._steps.points is stratified_points)
+        self._trace_elbo = Trace_ELBO()
+
+    @property
+    def initial_state(self):
+        """What it starts from if it learns, by site, as ``SVIState.mutable_state`` holds it; otherwise empty."""
+        return {} if self._learner is None else {LEARNED: self._learner.initial()}
+
+    def adapted_to(self, purpose):
+        """This objective with another ``adapt_to``; what it learns is the same."""
+        require(purpose in PROBABILITIES, "purpose", f"one of {list(PROBABILITIES)}", repr(purpose))
+        other = copy.copy(self)
+        other.adapt_to = purpose
+        return other
+
+    def of(self, diffusion):
+        """This objective for the same model bound or not; what it learns is the same."""
+        other = copy.copy(self)
+        other.diffusion = diffusion
+        return other
+
+    @property
+    def evaluations(self):
+        """Network evaluations for each datum and particle."""
+        return self._steps.num_rows(self.diffusion.schedule.num_steps) * self._copies
+
+    def guide(self, x, num_data=None):
+        """``diffusion.guide``, with the site that holds what this objective has learned (if it learns anything)."""
+        if self._learner is not None:
+            mutable(LEARNED, self._learner.initial())
+        self.diffusion.guide(x, num_data)
+
+    def program(self, x, num_data=None):
+        """The bound on ``x`` as a NumPyro program; arguments as for :meth:`Diffusion.model`.
+
+        Sites: ``param`` of the model; ``deterministic`` ``ceiling`` and ``shortfall``, shape ``(datum,)``, whose difference
+        is the estimate of each datum's bound; ``factor`` ``elbo``; and ``mutable``, what is learned.
+        """
+        self.diffusion.check(x)
+        with_params = self.diffusion.from_param_site()
+        diffusion = SHAPES[self.shape](with_params).tabulated()
+        x = jnp.asarray(x)
+        x0 = diffusion.likelihood.encode(x)
+        learned = None if self._learner is None else mutable(LEARNED, self._learner.initial())
+        key = numpyro.prng_key()
+        rows = self._rows(diffusion, x, x0, key, learned)
+        total, per_datum, seen = sum_rows(diffusion, rows)
+        if rows.control is not None:
+            expected = rows.control.expected(rows.coefficient, x0)
+            total, per_datum = total + expected.sum(), per_datum + expected
+        if learned is not None:
+            learned.update(self._learner.updated(learned, *seen()))
+        top = numpyro.deterministic("ceiling", self.term.ceiling(diffusion, x, x0))
+        numpyro.deterministic("shortfall", per_datum)
+        with _minibatch(x, num_data):
+            numpyro.factor("elbo", top.sum() - total)
+            if self.shape == "variance":
+                numpyro.factor("variance", self._minus_variance(with_params, x, x0, key, learned))
+
+    def _minus_variance(self, diffusion, x, x0, key, learned):
+        """0, with the gradient of minus the mean square of the estimates with respect to the schedule's shape."""
+        other = _trained_shape_only(diffusion).tabulated()
+        rows = self._rows(other, x, x0, key, learned)
+        values = rows.evaluate(other, jnp.arange(len(rows.n)))[0].sum(0)
+        mean_square = jnp.square(values).sum() / jax.lax.stop_gradient(jnp.abs(values).mean())
+        return jax.lax.stop_gradient(mean_square) - mean_square
+
+    def _rows(self, diffusion, x, x0, key, learned):
+        """Draw the steps and the noise."""
+        step_key, noise_key, more_key = jax.random.split(key, 3)
+        num_steps = diffusion.schedule.num_steps
+        # The mean of the control is exact whatever the schedule: it need not be differentiated.
+        control = None if self._control is None else jax.lax.stop_gradient(self._control(diffusion, x0))
+        coefficient, probability = jnp.full(num_steps, 0.0 if control is None else 1.0, x0.dtype), None
+        if learned is not None:
+            if control is not None:
+                coefficient = self._learner.coefficient(learned).astype(x0.dtype)
+            if self._steps.learned:
+                probability = self._learner.probability(learned, self.adapt_to, coefficient)
+        n, inverse_probability = self._steps.draw(step_key, len(x), num_steps, probability)
+        n, weight = (
+            jnp.repeat(each, self._copies, 0) for each in (n, inverse_probability.astype(x0.dtype) / self._copies)
+        )
+        points = x0 if isinstance(self._points, str) else self._points
+        return Rows(
+            term=self.term,
+            n=n,
+            weight=weight,
+            noise=self._noise(noise_key, diffusion, x0),
+            known=None if points is None else PosteriorNoise(points),
+            control=control,
+            coefficient=coefficient,
+            x=x,
+            x0=x0,
+            network_key=diffusion.training_key(x),
+            more_key=more_key,
+        )
+
+    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+        """Minus the bound, summed over the data; called by ``SVI``."""
+        scales, _ = _scales_around(model, "model", (self.diffusion.model,))
+        guides = (self.diffusion.guide, self.diffusion.posterior_guide, self.guide)
+        guide_scales, own_guide = _scales_around(guide, "guide", guides)
+        require(
+            len(scales) == len(guide_scales) and all(map(_same, scales, guide_scales)),
+            "guide",
+            f"the same handlers.scale as around the model, {scales}",
+            guide_scales,
+        )
+        program = self.program
+        for scale in reversed(scales):
+            program = handlers.scale(program, scale=scale)
+        carried = LEARNED in param_map
+        # (svi.evaluate does not pass the state on; that is no reason to warn.)
+        if self._learner is not None and not carried and own_guide.__self__ is not self:
+            warnings.warn(
+                f"{type(self).__name__} learns nothing, because SVI does not carry its state: give SVI the guide of this "
+                "objective, SVI(diffusion.model, objective.guide, optim, objective)",
+                stacklevel=2,
+            )
+
+        def one(key):
+            # A copy, because the program changes the state in place.
+            own = {LEARNED: dict(param_map[LEARNED])} if carried else {}
+            result = self._trace_elbo.loss_with_mutable_state(
+                key, {**param_map, **own}, program, _empty_guide, *args, **kwargs
+            )
+            return result["loss"], result["mutable_state"] if carried else None
+
+        if self.num_particles == 1:
+            loss, state = one(rng_key)
+        else:
+            particles = self.vectorize_particles_fn(one, jax.random.split(rng_key, self.num_particles))
+            # Each particle's state is the old one decayed, plus what it has seen: their mean is of that form, too.
+            loss, state = jax.tree.map(lambda each: each.mean(0), particles)
+        return {"loss": loss, "mutable_state": state}
+
+    def per_datum(self, rng_key, params, x):
+        """The estimate of each datum's bound, in nats, shape ``(datum,)``.
+
+        Args:
+            rng_key: JAX key.
+            params: Parameters, and what was learned, by site, as :meth:`loss` takes them.
+            x: Data, shape ``(datum, dim)``.
+        """
+        given = {name: dict(value) if name == LEARNED else value for name, value in params.items()}
+        trace = handlers.trace(handlers.seed(handlers.substitute(self.program, given), rng_key)).get_trace(x)
+        return trace["ceiling"]["value"] - trace["shortfall"]["value"]
+
+
+class AnalyticELBO(StepObjective):
+    """The analytic bound as an objective for ``SVI``, in the place of ``Trace_ELBO``: a :class:`StepObjective`.
+
+    ``AnalyticELBO(diffusion, steps="all", *, noise=, control=, points=, adapt_to=, num_particles=, vectorize_particles=)``
+    """
+
+    term = Shortfall()
+
+
+def _fixed_shape(diffusion):
+    return eqx.tree_at(lambda d: d.schedule.shape, diffusion, replace_fn=jax.lax.stop_gradient)
+
+
+def _trained_shape_only(diffusion):
+    """The model without any gradient but that of the shape of its schedule."""
+    fixed = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if is_trainable(leaf) else leaf, diffusion)
+    return eqx.tree_at(lambda d: d.schedule.shape, fixed, diffusion.schedule.shape)
+
+
+SHAPES = {"bound": lambda diffusion: diffusion, "variance": _fixed_shape}
+
+
+def _empty_guide(*args, **kwargs):
+    pass
+
+
+def _same(a, b):
+    return a is b or bool(np.all(np.asarray(a) == np.asarray(b)))
+
+
+def _scales_around(program, name, own):
+    """The scales of the ``handlers.scale`` around one of the programs ``own``, outermost first; and which it is."""
+    scales = []
+    while isinstance(program, Messenger):
+        require(
+            type(program) is handlers.scale,
+            name,
+            "no handler but handlers.scale around it",
+            f"handlers.{type(program).__name__}",
+        )
+        require(jnp.ndim(program.scale) == 0, name, "handlers.scale by a number", f"shape {jnp.shape(program.scale)}")
+        scales.append(program.scale)
+        program = program.fn
+    mine = any(
+        getattr(program, "__func__", None) is p.__func__ and getattr(program, "__self__", None) is p.__self__
+        for p in own
+    )
+    names = " or ".join(
+        f"{'diffusion' if isinstance(p.__self__, Diffusion) else 'objective'}.{p.__func__.__name__}" for p in own
+    )
+    require(mine, name, f"{names} of the Diffusion that the objective was given", f"{program!r:.80}")
+    return scales, program

@@ -1,0 +1,115 @@
+r"""Denoising score matching, as an objective for ``SVI``.
+
+    Σ_n λ_n E‖s_θ(x_n, n) + ε/σ_n‖²,   s_θ = −ε_θ/σ_n  (:mod:`probdiff.chain.score`),
+
+the expected squared distance of the model's score from that of the noising, whose conditional mean is the score of the
+noisy data. As the distance is ‖ε − ε_θ‖/σ_n, weights λ_n of scores are weights λ_n/σ_n² of noise. Two choices have a name:
+
+    λ_n = σ_n²          every noise level counts the same; the loss is Σ_n E‖ε − ε_θ‖²
+    λ_n = w_n σ_n²      the bound itself: each term n ≥ 2 is the part of step KL n that depends on the network, and the
+                        whole KL for v_n = β̃_n, where λ_n = ½ σ_n² (σ_n²/σ_{n−1}² − 1)
+
+The likelihood weights of continuous time are the limit of the latter, and not exact on a discrete chain.
+
+Sources: Vincent (2011), doi:10.1162/NECO_a_00142; Song and Ermon (2019), arXiv:1907.05600, eqs. 5 and 6; Ho et al. (2020),
+arXiv:2006.11239, eqs. 12 and 14; Song et al. (2021), arXiv:2101.09258, theorem 1, for continuous time.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff._checks import require, require_finite, require_type
+from probdiff.chain.reverse import weighted_error
+from probdiff.chain.schedules import NoiseSchedule
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.objective import StepObjective
+
+
+def sigma_squared_weights(diffusion):
+    r"""The usual weights, :math:`\lambda_n = \sigma_n^2`, shape ``(num_steps,)``, float64."""
+    return diffusion.schedule.sigma**2
+
+
+def likelihood_weights(diffusion):
+    r"""The weights of the bound, :math:`\lambda_n = w_n \sigma_n^2`, shape ``(num_steps,)``, float64.
+
+    :math:`w_n = \beta_n^2 / (2 v_n \alpha_n (1-\bar\alpha_n))`; with :math:`v_n = \tilde\beta_n`, that is
+    :math:`\tfrac12 \sigma_n^2 (\sigma_n^2/\sigma_{n-1}^2 - 1)` for n ≥ 2. The first, :math:`w_1 = 1/(2\alpha_1)`, makes the
+    first term minus the reconstruction of a :class:`~probdiff.NormalLikelihood`, up to a constant.
+    """
+    require_type("diffusion", diffusion, Diffusion)
+    _require_fixed(diffusion)
+    return diffusion.kernel.weight(diffusion.schedule) * diffusion.schedule.sigma**2
+
+
+def _require_fixed(diffusion):
+    """Refuse a model whose terms are not N numbers times squared errors of the noise."""
+    schedule = type(diffusion.schedule).__name__
+    require(isinstance(diffusion.schedule, NoiseSchedule), "diffusion", "a NoiseSchedule for score matching", f"a {schedule}")
+    fixed = diffusion.kernel.closed_form and np.ndim(diffusion.kernel.weight(diffusion.schedule)) == 1
+    kernel = type(diffusion.kernel).__name__
+    got = getattr(diffusion.kernel, "reverse_variance", f"a {kernel}")
+    require(fixed, "diffusion", "a Gaussian kernel with one variance a step for score matching", got)
+
+
+WEIGHTS = {"sigma_squared": sigma_squared_weights, "likelihood": likelihood_weights}
+
+
+class ScoreMatching(StepObjective):
+    r"""Denoising score matching, :math:`\sum_n \lambda_n E\|s_\theta + \epsilon/\sigma_n\|^2`, in the place of an ELBO.
+
+    ``SVI(diffusion.model, diffusion.guide, optim, ScoreMatching(diffusion))`` minimises it, summed over the data and the
+    dimensions. With ``weights="likelihood"`` and a :class:`~probdiff.NormalLikelihood` it is minus the bound, up to a
+    constant that the network does not change.
+
+    Args:
+        diffusion: The model. ``SVI`` must be given this model's ``model`` and ``guide``.
+        weights: ``"sigma_squared"``, ``"likelihood"`` (:func:`likelihood_weights`), or :math:`\lambda_1 … \lambda_N`,
+            shape ``(num_steps,)``, positive.
+        steps: As in :class:`~probdiff.elbo.objective.StepObjective`: ``"stratified"`` is one step a datum, spread evenly over the batch.
+        num_particles, vectorize_particles: As in NumPyro.
+
+    Raises:
+        ValueError: If an option is not one of those, or the weights are not N positive numbers.
+    """
+
+    def __init__(
+        self, diffusion, weights="sigma_squared", *, steps="stratified", num_particles=1, vectorize_particles=True
+    ):
+        require_type("diffusion", diffusion, Diffusion)
+        _require_fixed(diffusion)
+        if isinstance(weights, str):
+            require(weights in WEIGHTS, "weights", f"one of {list(WEIGHTS)} or an array", repr(weights))
+            weights = WEIGHTS[weights](diffusion)
+        weights = np.asarray(weights, np.float64)
+        shape = (diffusion.schedule.num_steps,)
+        require(weights.shape == shape, "weights", f"shape (num_steps,) = {shape}", f"shape {weights.shape}")
+        require_finite("weights", weights)
+        require(np.all(weights > 0), "weights", "positive numbers", weights.min())
+        self.term = ScoreError(tuple((weights / diffusion.schedule.sigma**2).tolist()))
+        super().__init__(diffusion, steps, num_particles=num_particles, vectorize_particles=vectorize_particles)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreError:
+    r"""The term :math:`\lambda_n \|s_\theta + \epsilon/\sigma_n\|^2 = (\lambda_n/\sigma_n^2) \|\epsilon - \epsilon_\theta\|^2`.
+
+    Args:
+        noise_weights: :math:`\lambda_n/\sigma_n^2`, N numbers.
+    """
+
+    noise_weights: tuple
+
+    def weight(self, diffusion):
+        """The table that squared errors of the noise are weighed with, shape ``(num_steps,)``, float64."""
+        return np.asarray(self.noise_weights)
+
+    def ceiling(self, diffusion, x, x0):
+        """Minus the loss of a network that knew the noise: 0, shape ``(datum,)``."""
+        return jnp.zeros(len(x0), x0.dtype)
+
+    def __call__(self, diffusion, x, x0, n, z, noise, eps_hat, more):
+        """The terms of steps ``n``, shape ``(row, datum)``; see :class:`~probdiff.elbo.analytic.Shortfall`."""
+        return weighted_error(self.weight(diffusion), n, noise, eps_hat)

@@ -1,0 +1,186 @@
+r"""How the steps n of an estimator are drawn, and what it learns about the terms in order to draw them well.
+
+A one-step estimator draws n from :math:`p_n` and divides the term by :math:`p_n`. Its variance is least at
+:math:`p_n \propto` root mean square of the term (for the bound itself) or of the term's gradient (for training);
+for the gradient, that with respect to :math:`\hat\epsilon` stands in for that of all parameters, as it costs nothing.
+Source: Katharopoulos and Fleuret (2018), arXiv:1803.00942, section 3; Nichol and Dhariwal (2021), arXiv:2102.09672,
+section 3.3.
+
+The mean squares are learned from the terms that were drawn *before*, as functions of log-SNR, so that each estimate
+stays unbiased given what was known when it was drawn.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff.chain.schedules import NoiseSchedule, at_step
+
+BINS = 32
+DECAY = 0.995
+UNIFORM_SHARE = 0.05
+
+
+def independent_points(key, size):
+    """``size`` independent uniform points of [0, 1)."""
+    return jax.random.uniform(key, (size,))
+
+
+def stratified_points(key, size):
+    """Points each uniform on [0, 1) and together evenly spread: a lattice with a random shift.
+
+    Source: Kingma et al. (2021), arXiv:2107.00630, appendix I.1.
+    """
+    return (jax.random.uniform(key) + jnp.arange(size) / size) % 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AllSteps:
+    """Every step once for each datum."""
+
+    learned = False
+
+    def num_rows(self, num_steps):
+        """Terms for each datum: N."""
+        return num_steps
+
+    def draw(self, key, size, num_steps, probability=None):
+        """Steps and their inverse probabilities (1: every step is there), both of shape ``(num_steps, size)``."""
+        n = jnp.broadcast_to(jnp.arange(1, num_steps + 1)[:, None], (num_steps, size))
+        return n, jnp.ones(n.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStep:
+    """One random step for each datum.
+
+    Args:
+        points: How uniform points are drawn, one per datum.
+        learned: Whether the probabilities of the steps are learned; otherwise they are 1/N.
+    """
+
+    points: Callable
+    learned: bool = False
+
+    def num_rows(self, num_steps):
+        """Terms for each datum: one."""
+        return 1
+
+    def draw(self, key, size, num_steps, probability=None):
+        """Steps and their inverse probabilities, both of shape ``(1, size)``.
+
+        Args:
+            key: JAX key.
+            size: Number of data.
+            num_steps: N.
+            probability: Probabilities of the steps, shape ``(num_steps,)``; 1/N if None.
+        """
+        point = self.points(key, size)
+        if probability is None:
+            n = jnp.clip(jnp.floor(num_steps * point).astype(jnp.int32) + 1, 1, num_steps)
+            return n[None], jnp.full((1, size), float(num_steps))
+        upper = jnp.cumsum(probability)
+        # The intervals as they come out in working precision are the probabilities.
+        upper = upper.at[-1].set(1.0)
+        n = jnp.clip(jnp.searchsorted(upper, point, side="right").astype(jnp.int32), 0, num_steps - 1) + 1
+        return n[None], 1 / jnp.diff(upper, prepend=0.0)[n - 1][None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    r"""What an estimator learns: decayed moments of its terms, in bins of log-SNR (n = 1 has a bin of its own).
+
+    Terms are measured in units of what they would be for standard normal data and the best network,
+    :math:`w_n \bar\alpha_n`; before anything was learned, that is the guess. The state is a dict of arrays of shape
+    ``(bin,)``: ``weight``, how many uniformly drawn terms a bin has seen; ``term`` and ``control``, their sums;
+    ``term_term``, ``term_control`` and ``control_control``, the sums of the products; ``gradient``, that of the squared
+    gradients.
+
+    Args:
+        schedule: The noise schedule.
+        weight: :math:`w_n` of the kernel, as a tuple.
+        centred: Whether moments are about the mean of the bin: where the steps are spread evenly, the differences
+            between their means cost no variance.
+    """
+
+    schedule: NoiseSchedule
+    weight: tuple
+    centred: bool
+
+    def __post_init__(self):
+        log_snr = self.schedule.log_snr
+        place = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1]) if len(log_snr) > 1 else np.zeros(1)
+        bins = 1 + np.minimum((BINS * place).astype(int), BINS - 1)
+        bins[0] = 0
+        values = np.asarray(self.weight) * self.schedule.alpha_bar
+        gradients = np.asarray(self.weight) * self.schedule.signal
+        for name, table in (("bins", bins), ("values", values), ("gradients", gradients)):
+            object.__setattr__(self, name, table)
+
+    def initial(self):
+        """The state before anything was learned."""
+        return {name: jnp.zeros(BINS + 1) for name in STATE}
+
+    def updated(self, state, n, inverse_probability, term, control, squared_gradient):
+        """The state after the terms of steps ``n`` were seen; arrays of one shape."""
+        dtype = state["weight"].dtype
+        count = (inverse_probability / self.schedule.num_steps).astype(dtype)
+        unit, slope = (at_step(table, n, dtype) for table in (self.values, self.gradients))
+        term, control = term / unit, control / unit
+        seen = {
+            "weight": jnp.ones_like(count),
+            "term": term,
+            "control": control,
+            "term_term": term * term,
+            "term_control": term * control,
+            "control_control": control * control,
+            "gradient": squared_gradient / jnp.square(slope),
+        }
+        bins = jnp.asarray(self.bins)[n - 1]
+        return {
+            name: DECAY * state[name] + jnp.zeros_like(state[name]).at[bins].add(count * value)
+            for name, value in seen.items()
+        }
+
+    def coefficient(self, state):
+        """What multiplies the control variate at each step, shape ``(num_steps,)``; 1 before anything was learned."""
+        slope, power = self._moment(state, "term", "control"), self._moment(state, "control", "control")
+        guess = 1 / (state["weight"] + 1)
+        return ((slope + guess) / (power + guess))[self.bins]
+
+    def probability(self, state, adapt_to, coefficient):
+        """Probabilities of the steps, shape ``(num_steps,)``.
+
+        Args:
+            state: The state.
+            adapt_to: ``"value"`` or ``"gradient"``.
+            coefficient: That of the control variate, which is subtracted, shape ``(num_steps,)``; 0 if none is.
+        """
+        return PROBABILITIES[adapt_to](self, state, coefficient)
+
+    def _for_value(self, state, coefficient):
+        pairs = (("term", "term"), ("term", "control"), ("control", "control"))
+        term, both, control = (self._moment(state, *pair)[self.bins] for pair in pairs)
+        return self._normalised(self.values, term - 2 * coefficient * both + jnp.square(coefficient) * control)
+
+    def _for_gradient(self, state, coefficient):
+        return self._normalised(self.gradients, self._mean(state, "gradient")[self.bins])
+
+    def _moment(self, state, a, b):
+        product = self._mean(state, f"{a}_{b}")
+        return product - self._mean(state, a) * self._mean(state, b) if self.centred else product
+
+    def _mean(self, state, name):
+        """Mean over what each bin has seen, and one term more that is as guessed."""
+        return (state[name] + 1) / (state["weight"] + 1)
+
+    def _normalised(self, unit, mean_square):
+        size = jnp.asarray(unit, mean_square.dtype) * jnp.sqrt(jnp.maximum(mean_square, 1e-12))
+        return (1 - UNIFORM_SHARE) * size / size.sum() + UNIFORM_SHARE / len(size)
+
+
+STATE = ("weight", "term", "control", "term_term", "term_control", "control_control", "gradient")
+PROBABILITIES = {"value": Learner._for_value, "gradient": Learner._for_gradient}

@@ -1,0 +1,317 @@
+r"""The evidence lower bound in closed form, as far as it has one.
+
+    L(x) = - KL[q(z_N | x_0) ‖ p(z_N)]                                   prior_kl         closed form
+           - Σ_{n=2..N} E_q KL[q(z_{n-1} | z_n, x_0) ‖ p_θ(z_{n-1} | z_n)]   step_kl          closed form given z_n
+           + E_q log p_θ(x | z_1)                                        reconstruction
+
+in nats, summed over the dimensions of a datum. Source: Ho et al. (2020), arXiv:2006.11239, eq. 5. Each term needs
+only the marginal q(z_n | x_0), so that every step has noise of its own and steps can be evaluated in any order:
+in chunks of a few hundred to a few thousand network inputs, which bounds the working memory whatever N and the number of draws are.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._sharding import at_home, data_mesh, gathered, on_each, spread
+from probdiff.chain.reverse import NoiseMoments
+from probdiff.chain.schedules import array_module, at_step
+from probdiff.diffusion import Diffusion
+from probdiff.networks.base import rows_at_once
+
+
+def bits_per_dim(nats, dim):
+    """Code length in bits per dimension of an ELBO or log-likelihood in nats: −nats / (dim ln 2)."""
+    return -nats / (dim * np.log(2))
+
+
+class ELBOTerms(eqx.Module):
+    """The terms of the bound, in nats, summed over the dimensions of each datum.
+
+    Attributes:
+        prior_kl: KL of q(z_N | x_0) to N(0, I), shape ``(datum,)``; exact, no sampling.
+        step_kl: KL of step n, shape ``(draw, step, datum)``, steps n = 2 … N ascending (N = 1: no steps).
+        reconstruction: log p(x | z_1), shape ``(draw, datum)``.
+        closed_form: Whether the KLs are computed in closed form given z_n; otherwise each is a sampled log-ratio, unbiased.
+    """
+
+    prior_kl: jax.Array
+    step_kl: jax.Array
+    reconstruction: jax.Array
+    closed_form: bool = eqx.field(static=True, default=True)
+
+    @property
+    def elbo(self):
+        """The bound, −prior_kl − Σ step_kl + reconstruction, shape ``(draw, datum)``."""
+        return self.reconstruction - self.step_kl.sum(1) - self.prior_kl
+
+
+class Moments(eqx.Module):
+    """Mean and variance over draws.
+
+    Attributes:
+        mean: Mean.
+        variance: Variance between draws (divisor ``num_draws`` − 1; NaN for a single draw). The mean's own Monte
+            Carlo variance is ``variance / num_draws``.
+    """
+
+    mean: jax.Array
+    variance: jax.Array
+
+
+class ELBOMoments(eqx.Module):
+    """The reduced form of :class:`ELBOTerms`: moments over draws instead of the draws.
+
+    Attributes:
+        prior_kl: As in :class:`ELBOTerms`, shape ``(datum,)``.
+        step_kl: Moments of shape ``(step, datum)``.
+        reconstruction: Moments of shape ``(datum,)``.
+        elbo: Moments of shape ``(datum,)``.
+        num_draws: Number of draws that they summarise.
+    """
+
+    prior_kl: jax.Array
+    step_kl: Moments
+    reconstruction: Moments
+    elbo: Moments
+    num_draws: int
+
+
+def prior_kl(schedule, x0):
+    r"""KL of :math:`q(z_N | x_0)` to N(0, I), in nats, shape ``batch`` for ``x0`` of shape ``(*batch, dim)``."""
+    alpha_bar = schedule.alpha_bar[-1]
+    constant = -alpha_bar - 2 * array_module(schedule.noise).log(schedule.noise[-1:])[0]
+    return (jnp.asarray(alpha_bar, x0.dtype) * jnp.square(x0).sum(-1) + x0.shape[-1] * constant) / 2
+
+
+def predict(diffusion, x0, n, eps, key=None):
+    """z_n made from x_0 and eps, and what the kernel wants to know of the network there (the noise, mostly)."""
+    signal = at_step(diffusion.schedule.signal, n, x0.dtype)
+    noise = at_step(diffusion.schedule.noise, n, x0.dtype)
+    z = signal[..., None] * x0 + noise[..., None] * eps
+    return z, diffusion.kernel.predict(diffusion.network, z, n, key)
+
+
+def _step_kl(diffusion, x0, n, eps, more):
+    """KL of step n at z_n made from ``eps``, shape ``batch``; ``more()`` is noise for a kernel that has to sample."""
+    z, prediction = predict(diffusion, x0, n, eps)
+    kernel, schedule = diffusion.kernel, diffusion.schedule
+    constant = at_step(kernel.constants(schedule, x0.shape[-1]), n, x0.dtype)
+    return constant + kernel.shortfall(schedule, x0, NoiseMoments(eps, 0.0), z, prediction, n, more)
+
+
+def log_likelihood(diffusion, x, z, n, prediction):
+    """log p(x | z_1), shape ``batch``; n is 1, or what a masked-out entry has there."""
+    last = diffusion.kernel(diffusion.schedule, z, prediction, n)
+    return diffusion.kernel.observation(diffusion.likelihood, last).log_prob(x)
+
+
+def _reconstruction(diffusion, x, x0, eps):
+    """log p(x | z_1) at z_1 made from ``eps``, shape ``batch``."""
+    n = jnp.ones((), jnp.int32)
+    z, prediction = predict(diffusion, x0, n, eps)
+    return log_likelihood(diffusion, x, z, n, prediction)
+
+
+def _noise(key, draw, n, like):
+    """The noise of draw ``draw`` at step ``n``: the same whatever else is evaluated along with it."""
+    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, draw), n), like.shape, like.dtype)
+
+
+def even_chunk(size, largest):
+    """The size of the fewest chunks, none larger than ``largest`` (or 1), that ``size`` can be cut in evenly."""
+    return -(-size // max(1, -(-size // max(1, largest))))
+
+
+def _parts(size, largest):
+    """The number of parts that ``size`` rows are cut in, and a function from a part to its rows and which of them are new.
+
+    The last part is moved back to end with the last row, so nothing is padded.
+    """
+    chunk = even_chunk(size, largest)
+
+    def rows(k):
+        first = jnp.minimum(k * chunk, size - chunk)
+        each = first + jnp.arange(chunk)
+        return each, each >= k * chunk
+
+    return -(-size // chunk) if size else 0, rows
+
+
+def _filled(function, size, largest, out):
+    """``out`` with ``function(i)`` at row i, for ``size`` rows, at most ``largest`` rows at a time, in place."""
+    count, rows = _parts(size, largest)
+
+    def body(k, out):
+        each, _ = rows(k)
+        return jax.lax.dynamic_update_slice_in_dim(out, function(each), each[0], 0)
+
+    return jax.lax.fori_loop(0, count, body, out) if count else out
+
+
+class _Terms(eqx.Module):
+    """The terms of the bound for the draws numbered ``draws``, on noise of their own or on what is given."""
+
+    diffusion: Diffusion
+    x: jax.Array
+    x0: jax.Array
+    key: jax.Array | None
+    draws: jax.Array
+    noise: jax.Array | None
+
+    def step_kl(self, index, n):
+        """KLs of steps ``n`` of the draws at ``index``, both of shape ``(row,)``: shape ``(row, datum)``."""
+        own = jax.random.key(0) if self.key is None else self.key
+        more_key = jax.random.fold_in(own, 2**32 - 1)  # no draw has this number
+        eps = self._eps(index, n)
+        return _step_kl(self.diffusion, self.x0, n[:, None], eps, lambda: self._draw(more_key, index, n))
+
+    def reconstruction(self, index):
+        """log p(x | z_1) of the draws at ``index``, shape ``(row, datum)``."""
+        return _reconstruction(self.diffusion, self.x, self.x0, self._eps(index, jnp.ones_like(index)))
+
+    def _eps(self, index, n):
+        return self._draw(self.key, index, n) if self.noise is None else self.noise[index, n - 1].astype(self.x0.dtype)
+
+    def _draw(self, key, index, n):
+        return jax.vmap(_noise, (None, 0, 0, None))(key, self.draws[index], n, self.x0)
+
+
+@eqx.filter_jit
+def _evaluate(diffusion, x, key, draws, noise, mesh):
+    """ELBOTerms of the draws numbered ``draws``; ``noise`` is None or shape ``(len(draws), num_steps, datum, dim)``."""
+    x = spread(x, mesh)
+    terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
+    chunk, later, dtype = rows_at_once(diffusion.network) // len(x), diffusion.schedule.num_steps - 1, terms.x0.dtype
+
+    def step_kl(i):
+        return terms.step_kl(i // later, 2 + i % later)
+
+    kls = _filled(step_kl, len(draws) * later, chunk, jnp.zeros((len(draws) * later, len(x)), dtype))
+    log_lik = _filled(terms.reconstruction, len(draws), chunk, jnp.zeros((len(draws), len(x)), dtype))
+    kls = kls.reshape(len(draws), later, len(x))
+    return gathered(ELBOTerms(prior_kl(diffusion.schedule, terms.x0), kls, log_lik, diffusion.kernel.closed_form), mesh)
+
+
+@eqx.filter_jit
+def _accumulate(diffusion, x, key, draws, noise, state, mesh):
+    """Welford's update of (count, means, sums of squares) by the draws, one at a time, in place and a part of the steps at a time."""
+    x = spread(x, mesh)
+    terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
+    later = diffusion.schedule.num_steps - 1
+    count, rows = _parts(later, rows_at_once(diffusion.network) // len(x))
+    prior = prior_kl(diffusion.schedule, terms.x0)
+
+    def updated(seen, mean, square, value, new=True):
+        change = jnp.where(new, value - mean, 0)
+        mean = mean + change / (seen + 1)
+        return mean, square + change * (value - mean)
+
+    def one_draw(index, state):
+        seen, (kl_mean, *means), (kl_square, *squares) = state
+
+        def part(k, carry):
+            total, *moments = carry
+            each, new = rows(k)
+            kl = terms.step_kl(jnp.full_like(each, index), 2 + each)
+            before = tuple(jax.lax.dynamic_slice_in_dim(moment, each[0], len(each)) for moment in moments)
+            # (Read before anything is written, or XLA keeps a copy of the whole.)
+            after = updated(seen, *jax.lax.optimization_barrier(before), kl, new[:, None])
+            moments = (jax.lax.dynamic_update_slice_in_dim(m, a, each[0], 0) for m, a in zip(moments, after))
+            return total + jnp.where(new[:, None], kl, 0).sum(0), *moments
+
+        sums = jnp.zeros_like(prior), kl_mean, kl_square
+        total, kl_mean, kl_square = jax.lax.fori_loop(0, count, part, sums) if count else sums
+        log_lik = terms.reconstruction(index[None])[0]
+        values = log_lik, log_lik - total - prior
+        pairs = [updated(seen, *each) for each in zip(means, squares, values)]
+        means, squares = zip(*pairs)
+        return seen + 1, (kl_mean, *means), (kl_square, *squares)
+
+    return gathered(jax.lax.fori_loop(0, len(draws), one_draw, state), mesh)
+
+
+def elbo_terms(
+    diffusion, params, x, *, key=None, num_draws=None, noise=None, reduce=False, devices=None, progress=False
+):
+    r"""The terms of the bound on each datum, each from noise of its own.
+
+    Draw s at step n sees :math:`z_n = \sqrt{\bar\alpha_n} x_0 + \sqrt{1-\bar\alpha_n}\, \epsilon_{s,n}`, independent over
+    draws, steps and data. The same ``key`` gives the same noise to any model of equal N and dimension.
+
+    Args:
+        diffusion: The model.
+        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
+        x: Data as the user has it, shape ``(datum, dim)``.
+        key: JAX key of the noise.
+        num_draws: Number of draws; 1 if not given.
+        noise: The noise itself, instead of ``key``: shape ``(draw, num_steps, datum, dim)``, step n at
+            ``[:, n - 1]``. Two models on the same noise are compared on common random numbers.
+        reduce: Return the moments over draws (:class:`ELBOMoments`): memory then does not grow with draws.
+        devices: Number of devices (or a list of them) that share the data; the terms are those of one device, up to rounding.
+        progress: Show a progress bar.
+
+    Returns:
+        :class:`ELBOTerms`, or :class:`ELBOMoments` if ``reduce``. Nats.
+
+    Raises:
+        ValueError, TypeError: If the data, ``noise`` or ``num_draws`` do not fit the model.
+    """
+    require_type("diffusion", diffusion, Diffusion)
+    diffusion = diffusion.bind(params).evaluated()
+    diffusion.check(x)
+    require(
+        (key is None) != (noise is None), "key, noise", "exactly one of the two", "neither" if key is None else "both"
+    )
+    if noise is None:
+        require_key(key)
+    else:
+        noise = jnp.asarray(noise)
+        shape = (len(noise) if num_draws is None else num_draws, diffusion.schedule.num_steps, *x.shape)
+        require(
+            noise.shape == shape and len(noise) > 0,
+            "noise",
+            f"shape (draw, num_steps, datum, dim) = {shape}",
+            noise.shape,
+        )
+        require(jnp.issubdtype(noise.dtype, jnp.floating), "noise", "floats", f"dtype {noise.dtype}", TypeError)
+        num_draws = len(noise)
+    num_draws = 1 if num_draws is None else num_draws
+    require_count("num_draws", num_draws)
+    mesh = data_mesh(devices)
+    diffusion, x, key, noise = on_each((diffusion, jnp.asarray(x), key, noise), mesh)
+    return at_home(_in_blocks(diffusion, x, key, int(num_draws), noise, reduce, mesh, progress), mesh)
+
+
+def _in_blocks(diffusion, x, key, num_draws, noise, reduce, mesh, progress):
+    """Blocks of draws, a second or so each, so that a progress bar can move and Ctrl-C is heard."""
+    per_draw = diffusion.schedule.num_steps * len(x)
+    block = max(1, min(num_draws, 2**20 // per_draw))
+    blocks, state = [], None
+    with tqdm(total=num_draws, unit="draw", desc="ELBO", disable=not progress) as bar:
+        for start in range(0, num_draws, block):
+            draws = on_each(jnp.arange(start, min(start + block, num_draws)), mesh)
+            eps = None if noise is None else noise[start : start + block]
+            if reduce:
+                state = _accumulate(diffusion, x, key, draws, eps, state or _no_draws(diffusion, x), mesh)
+            else:
+                blocks.append(_evaluate(diffusion, x, key, draws, eps, mesh))
+            jax.block_until_ready((blocks, state))
+            bar.update(len(draws))
+    if reduce:
+        _, means, squares = state
+        moments = [Moments(m, s / (num_draws - 1) if num_draws > 1 else s * jnp.nan) for m, s in zip(means, squares)]
+        return ELBOMoments(prior_kl(diffusion.schedule, diffusion.likelihood.encode(x)), *moments, num_draws)
+    if len(blocks) == 1:
+        return blocks[0]
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)
+    return eqx.tree_at(lambda terms: terms.prior_kl, joined, blocks[0].prior_kl)
+
+
+def _no_draws(diffusion, x):
+    per_datum = jnp.zeros(len(x), diffusion.likelihood.encode(x[:1]).dtype)
+    zeros = (jnp.zeros((diffusion.schedule.num_steps - 1, len(x)), per_datum.dtype), per_datum, per_datum)
+    return jnp.zeros((), per_datum.dtype), zeros, zeros

@@ -1,0 +1,1 @@
+"""Networks that predict, and heads that make noise of what they predict."""

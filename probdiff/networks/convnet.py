@@ -1,0 +1,134 @@
+"""A network for small images: residual 3×3 convolutions, with a bias of its own for every pixel."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff._checks import require, require_count
+from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, LogSNREmbedding, batched
+
+AT_ONCE = 128  # images, on CPU: their hidden layers then stay in its cache
+
+
+class _Convolution(eqx.Module):
+    """A 3×3 convolution that keeps the size of an image, shape ``(*batch, height, width, channels)``.
+
+    As one matrix product: inside of a loop, on CPU, XLA's own convolution takes many times as long.
+    """
+
+    weight: jax.Array
+    bias: jax.Array
+
+    def __init__(self, inputs, outputs, key):
+        bound = (9 * inputs) ** -0.5
+        weight_key, bias_key = jax.random.split(key)
+        self.weight = jax.random.uniform(weight_key, (3, 3, inputs, outputs), minval=-bound, maxval=bound)
+        self.bias = jax.random.uniform(bias_key, (outputs,), minval=-bound, maxval=bound)
+
+    def __call__(self, image):
+        height, width, inputs = image.shape[-3:]
+        padded = jnp.pad(image, [(0, 0)] * (image.ndim - 3) + [(1, 1), (1, 1), (0, 0)])
+        shifted = [padded[..., i : i + height, j : j + width, :] for i in range(3) for j in range(3)]
+        return jnp.concatenate(shifted, -1) @ self.weight.reshape(9 * inputs, -1) + self.bias
+
+
+class ConvNet(eqx.Module):
+    """Residual convolutional network on images of one channel, told the step by an embedding of its log-SNR.
+
+    It keeps the resolution: in an image of 8×8 every pixel sees every other after four convolutions. In each block the
+    embedding scales and shifts the hidden layer, and every pixel has a bias of its own, so that the network knows where it is.
+
+    Args:
+        shape: Height and width; data are images in row-major order, of dimension height × width.
+        key: JAX key for the initial weights.
+        channels: Width of the hidden layers.
+        num_blocks: Number of residual blocks of two convolutions.
+        dropout: Probability of dropping a hidden channel of a pixel while training.
+        outputs: Outputs for each pixel, on a new last axis; None for one, shaped like the input.
+    """
+
+    shape: tuple
+    embed: LogSNREmbedding
+    read: _Convolution
+    place: jax.Array
+    blocks: list
+    write: eqx.nn.Linear
+    write_place: jax.Array
+    dropout: eqx.nn.Dropout
+    outputs: int | None
+
+    def __init__(self, shape, *, key, channels=64, num_blocks=3, dropout=0.0, outputs=None):
+        require(np.shape(shape) == (2,), "shape", "(height, width)", repr(shape))
+        counts = (("shape", shape[0]), ("shape", shape[1]), ("channels", channels), ("num_blocks", num_blocks))
+        for name, value in counts + ((("outputs", outputs),) if outputs is not None else ()):
+            require_count(name, value)
+        require(num_blocks <= MOST_BLOCKS, "num_blocks", f"at most {MOST_BLOCKS}", num_blocks)
+        require(isinstance(dropout, float | int) and 0 <= dropout < 1, "dropout", "0 <= dropout < 1", repr(dropout))
+        keys = jax.random.split(key, 3 + num_blocks)
+        self.shape = tuple(int(side) for side in shape)
+        self.embed = LogSNREmbedding(keys[0])
+        self.read = _Convolution(1, channels, keys[1])
+        self.place = jnp.zeros((*self.shape, channels))
+        self.blocks = [_Block(self.shape, channels, key) for key in keys[3:]]
+        self.write = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(channels, outputs or 1, key=keys[2]))
+        self.write_place = jnp.zeros((*self.shape, outputs or 1))
+        self.dropout = eqx.nn.Dropout(dropout)
+        self.outputs = outputs
+
+    @property
+    def dim(self):
+        """Dimension of the data, height × width."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def arguments(self):
+        """The arguments that this network was made with, without the key."""
+        return {
+            "shape": self.shape,
+            "channels": self.place.shape[-1],
+            "num_blocks": len(self.blocks),
+            "dropout": self.dropout.p,
+            "outputs": self.outputs,
+        }
+
+    def on_schedule(self, schedule):
+        """This network, embedding the log-SNR of ``schedule``."""
+        return eqx.tree_at(lambda network: network.embed, self, self.embed.on_schedule(schedule))
+
+    def __call__(self, z, n, *, key=None):
+        """Predict for ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+        if key is None and n.size > AT_ONCE and jax.default_backend() == "cpu":
+            rows = z.reshape(-1, self.dim), n.reshape(-1)
+            output = jax.lax.map(lambda row: self(*row), rows, batch_size=AT_ONCE)
+            return output.reshape(*z.shape, *output.shape[2:])
+        embedding = self.embed(n, z.dtype)[..., None, None, :]
+        image = z.reshape(*z.shape[:-1], *self.shape, 1)
+        h = self.read(image) + self.place
+        keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
+        for block, block_key in zip(self.blocks, keys):
+            h = block(h, embedding, self.dropout, block_key)
+        output = (batched(self.write, jax.nn.silu(h)) + self.write_place).reshape(*z.shape, -1)
+        return output[..., 0] if self.outputs is None else output
+
+
+class _Block(eqx.Module):
+    norm: eqx.nn.LayerNorm
+    modulate: eqx.nn.Linear
+    place: jax.Array
+    up: _Convolution
+    down: _Convolution
+
+    def __init__(self, shape, channels, key):
+        keys = jax.random.split(key, 3)
+        self.norm = eqx.nn.LayerNorm(channels)
+        self.modulate = eqx.nn.Linear(EMBEDDING, 2 * channels, key=keys[0])
+        self.place = jnp.zeros((*shape, channels))
+        self.up = _Convolution(channels, channels, keys[1])
+        self.down = _Convolution(channels, channels, keys[2])
+
+    def __call__(self, h, embedding, dropout, key):
+        scale, shift = jnp.split(batched(self.modulate, embedding), 2, -1)
+        inner = self.up(batched(self.norm, h)) + self.place
+        inner = dropout(jax.nn.silu(inner * (1 + scale) + shift), key=key, inference=key is None)
+        return h + self.down(inner)

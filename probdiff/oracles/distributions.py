@@ -1,0 +1,343 @@
+r"""Cases in which everything is known: what the programs and the estimators are held against.
+
+An oracle is a distribution of data of which everything is known: its density, its entropy in nats, draws, and the
+best ε-network there is, :math:`E[\epsilon | z_n] = -\sqrt{1-\bar\alpha_n}\, \nabla \log q(z_n)`. No network's expected
+error :math:`E \|\epsilon - \hat\epsilon\|^2` is smaller, at any step. ``standardized`` gives the oracle of the encoded
+data of a :class:`~probdiff.NormalLikelihood`. Three have this interface: :class:`GaussianOracle`,
+:class:`GaussianMixture` and :class:`UniformBoxes`.
+
+For Gaussian data the best ε-network is linear, :math:`\hat\epsilon = A_n z + b_n`. With *any* linear network the
+reverse chain is linear-Gaussian, so that every term of the bound and :math:`\log p_\theta(x)` have closed forms. They
+are computed here in float64 NumPy, from means and covariances: no sampling, and no code shared with the programs.
+"""
+
+import functools
+
+import numpy as np
+
+from probdiff._checks import require, require_finite
+from probdiff.likelihoods import NormalLikelihood
+from probdiff.oracles.networks import BoxesNetwork, LinearNetwork, MixtureNetwork
+
+GRID_POINTS = 1_000_000
+
+
+class GaussianOracle:
+    """Gaussian data :math:`x_0 ~ N(m, S)`.
+
+    Args:
+        mean: m, shape ``(dim,)``.
+        covariance: S, shape ``(dim, dim)``, positive definite.
+    """
+
+    def __init__(self, mean, covariance):
+        self.mean = np.asarray(mean, np.float64)
+        self.covariance = np.asarray(covariance, np.float64)
+        require_finite("mean", self.mean)
+        require(self.mean.ndim == 1, "mean", "shape (dim,)", f"shape {self.mean.shape}")
+        require(
+            self.covariance.shape == 2 * self.mean.shape,
+            "covariance",
+            f"shape {2 * self.mean.shape}",
+            f"shape {self.covariance.shape}",
+        )
+        _require_positive_definite("covariance", self.covariance)
+
+    @property
+    def dim(self):
+        """Dimension of the data."""
+        return len(self.mean)
+
+    def network(self, schedule, scale=1.0):
+        r"""The network with the smallest expected error, :math:`E[\epsilon | z_n]`, times ``scale``."""
+        alpha_bar = schedule.alpha_bar[:, None, None]
+        noise = schedule.one_minus_alpha_bar[:, None, None]
+        weight = np.sqrt(noise) * np.linalg.inv(alpha_bar * self.covariance + noise * np.eye(self.dim))
+        bias = -weight @ self.mean * np.sqrt(schedule.alpha_bar)[:, None]
+        return LinearNetwork(scale * weight, scale * bias)
+
+    def sample(self, rng, size):
+        """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``."""
+        return rng.multivariate_normal(self.mean, self.covariance, size)
+
+    def log_prob(self, x):
+        """Log-density in nats of ``x`` of shape ``(*batch, dim)``, shape ``batch``."""
+        return _log_normal(np.asarray(x, np.float64), self.mean, self.covariance)
+
+    def entropy(self):
+        """Differential entropy in nats, and its error, 0: it has a closed form."""
+        return float(np.linalg.slogdet(2 * np.pi * np.e * self.covariance)[1] / 2), 0.0
+
+    def standardized(self, loc, scale):
+        """The oracle of (x − loc) / scale; each is a number or one per dimension, ``scale`` positive."""
+        loc, scale = _loc_and_scale(loc, scale, self.dim)
+        return GaussianOracle((self.mean - loc) / scale, self.covariance / np.outer(scale, scale))
+
+
+class GaussianMixture:
+    """Data from a mixture of K Gaussians.
+
+    Args:
+        weights: Probability of each component, shape ``(K,)``, positive, with sum 1.
+        means: Means, shape ``(K, dim)``.
+        covariances: Positive definite covariances, shape ``(K, dim, dim)``, or ``(dim, dim)`` for one that all
+            components share (kept as ``(1, dim, dim)``).
+
+    Raises:
+        ValueError: If a shape does not fit, a number is not finite, or the values are not such.
+    """
+
+    def __init__(self, weights, means, covariances):
+        self.weights, self.means, covariances = (np.asarray(a, np.float64) for a in (weights, means, covariances))
+        require_finite("weights", self.weights)
+        require_finite("means", self.means)
+        require(self.weights.ndim == 1, "weights", "shape (K,)", f"shape {self.weights.shape}")
+        require(
+            np.all(self.weights > 0) and abs(self.weights.sum() - 1) < 1e-6,
+            "weights",
+            "positive numbers that sum to 1",
+            f"{self.weights}, whose sum is {self.weights.sum()}",
+        )
+        self.weights = self.weights / self.weights.sum()
+        size = len(self.weights)
+        require(
+            self.means.ndim == 2 and len(self.means) == size and self.dim > 0,
+            "means",
+            f"shape (K, dim), K = {size}",
+            f"shape {self.means.shape}",
+        )
+        one = (self.dim, self.dim)
+        require(
+            covariances.shape in (one, (1, *one), (size, *one)),
+            "covariances",
+            f"shape {(size, *one)} or {one}",
+            f"shape {covariances.shape}",
+        )
+        self.covariances = covariances.reshape(-1, *one)
+        for k, covariance in enumerate(self.covariances):
+            _require_positive_definite(f"covariances[{k}]", covariance)
+
+    @property
+    def dim(self):
+        """Dimension of the data."""
+        return self.means.shape[1]
+
+    def network(self, schedule, scale=1.0):
+        r"""The network with the smallest expected error, :math:`E[\epsilon | z_n]`, times ``scale``."""
+        variances, axes = np.linalg.eigh(self.covariances)
+        means = np.einsum("ki,kij->kj", self.means, axes)
+        return MixtureNetwork(np.log(self.weights), means, variances, axes, schedule, scale)
+
+    def sample(self, rng, size):
+        """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``."""
+        counts = rng.multinomial(size, self.weights)
+        draws = [rng.multivariate_normal(mean, S, count) for (_, mean, S), count in zip(self._components(), counts)]
+        return rng.permutation(np.concatenate(draws))
+
+    def log_prob(self, x):
+        """Log-density in nats of ``x`` of shape ``(*batch, dim)``, shape ``batch``."""
+        x = np.asarray(x, np.float64)
+        joint = (np.log(weight) + _log_normal(x, mean, S) for weight, mean, S in self._components())
+        return functools.reduce(np.logaddexp, joint)
+
+    def entropy(self, rng=None, num_samples=100_000):
+        """Differential entropy in nats, and an estimate of its error.
+
+        By quadrature where a grid of a million points resolves the narrowest component (always so for few
+        components of similar width in one or two dimensions): the error is then numerical. Otherwise the mean of
+        −log p over draws, and its standard error.
+
+        Args:
+            rng: NumPy generator; not used by quadrature.
+            num_samples: Number of draws; not used by quadrature.
+
+        Raises:
+            ValueError: If draws are needed and ``rng`` was not given.
+        """
+        spread = 8 * np.sqrt(np.diagonal(self.covariances, axis1=1, axis2=2))
+        lower, upper = (self.means - spread).min(0), (self.means + spread).max(0)
+        narrowest = np.sqrt(np.linalg.eigvalsh(self.covariances).min())
+        cells = 4 * (upper - lower) / narrowest
+        if np.log(cells).sum() <= np.log(GRID_POINTS):
+            fine, coarse = (self._entropy_on_grid(lower, upper, np.ceil(part * cells)) for part in (1, 0.8))
+            return fine, abs(fine - coarse)
+        require(rng is not None, "rng", f"a NumPy generator, where {GRID_POINTS} points are no fine enough grid", None)
+        surprise = -self.log_prob(self.sample(rng, num_samples))
+        return float(surprise.mean()), float(surprise.std(ddof=1) / np.sqrt(num_samples))
+
+    def standardized(self, loc, scale):
+        """The oracle of (x − loc) / scale; each is a number or one per dimension, ``scale`` positive."""
+        loc, scale = _loc_and_scale(loc, scale, self.dim)
+        return GaussianMixture(self.weights, (self.means - loc) / scale, self.covariances / np.outer(scale, scale))
+
+    def _components(self):
+        return zip(self.weights, self.means, np.broadcast_to(self.covariances, (len(self.means), self.dim, self.dim)))
+
+    def _entropy_on_grid(self, lower, upper, cells):
+        """−∫ p log p over a box by the midpoint rule, ``cells`` per dimension."""
+        width = (upper - lower) / cells
+        centres = [low + w * (np.arange(count) + 0.5) for low, w, count in zip(lower, width, cells)]
+        log_p = self.log_prob(np.stack(np.meshgrid(*centres), -1))
+        return float(-np.sum(np.exp(log_p) * log_p) * width.prod())
+
+
+class UniformBoxes:
+    """Data uniform on the union of K boxes that do not overlap.
+
+    Args:
+        lower: Lower ends of each box, shape ``(K, dim)``.
+        upper: Upper ends, shape ``(K, dim)``, above the lower ones.
+
+    Raises:
+        ValueError: If a shape does not fit, a number is not finite, a box is empty, or two overlap.
+    """
+
+    def __init__(self, lower, upper):
+        self.lower, self.upper = np.asarray(lower, np.float64), np.asarray(upper, np.float64)
+        require_finite("lower", self.lower)
+        require_finite("upper", self.upper)
+        require(self.lower.ndim == 2 and self.lower.size > 0, "lower", "shape (K, dim)", f"shape {self.lower.shape}")
+        require(self.upper.shape == self.lower.shape, "upper", f"shape {self.lower.shape}", f"shape {self.upper.shape}")
+        require(np.all(self.upper > self.lower), "upper", "numbers above lower", f"{self.upper}, lower {self.lower}")
+        overlap = np.all(np.minimum(self.upper[:, None], self.upper) > np.maximum(self.lower[:, None], self.lower), -1)
+        pairs = np.argwhere(np.triu(overlap, 1))
+        require(len(pairs) == 0, "lower, upper", "boxes that do not overlap", f"an overlap of boxes {pairs[:1]}")
+
+    @property
+    def dim(self):
+        """Dimension of the data."""
+        return self.lower.shape[1]
+
+    def network(self, schedule, scale=1.0):
+        r"""The network with the smallest expected error, :math:`E[\epsilon | z_n]`, times ``scale``."""
+        return BoxesNetwork((self.upper + self.lower) / 2, (self.upper - self.lower) / 2, schedule, scale)
+
+    def sample(self, rng, size):
+        """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``."""
+        volumes = np.prod(self.upper - self.lower, -1)
+        box = rng.choice(len(volumes), size, p=volumes / volumes.sum())
+        return rng.uniform(self.lower[box], self.upper[box])
+
+    def log_prob(self, x):
+        """Log-density in nats of ``x`` of shape ``(*batch, dim)``, shape ``batch``; edges count as inside."""
+        x = np.asarray(x, np.float64)[..., None, :]
+        inside = np.all((self.lower <= x) & (x <= self.upper), -1).any(-1)
+        return np.where(inside, -self.entropy()[0], -np.inf)
+
+    def entropy(self):
+        """Differential entropy in nats, the log of the volume, and its error, 0."""
+        return float(np.log(np.prod(self.upper - self.lower, -1).sum())), 0.0
+
+    def standardized(self, loc, scale):
+        """The oracle of (x − loc) / scale; each is a number or one per dimension, ``scale`` positive."""
+        loc, scale = _loc_and_scale(loc, scale, self.dim)
+        return UniformBoxes((self.lower - loc) / scale, (self.upper - loc) / scale)
+
+
+def _log_normal(x, mean, covariance):
+    """Log-density in nats of N(mean, covariance) at ``x`` of shape ``(*batch, dim)``."""
+    white = (x - mean) @ np.linalg.inv(np.linalg.cholesky(covariance)).T
+    return -((white**2).sum(-1) + np.linalg.slogdet(2 * np.pi * covariance)[1]) / 2
+
+
+def _require_positive_definite(name, matrix):
+    require_finite(name, matrix)
+    definite = np.allclose(matrix, matrix.T) and np.linalg.eigvalsh(matrix).min() > 0
+    require(definite, name, "a positive definite matrix", matrix)
+
+
+def _loc_and_scale(loc, scale, dim):
+    """Both as arrays of shape ``(dim,)``, under the rules of the likelihood."""
+    likelihood = NormalLikelihood(loc, scale)
+    likelihood.check(np.zeros((1, dim)))
+    return np.broadcast_to(likelihood.loc, dim), np.broadcast_to(likelihood.scale, dim)
+
+
+def exact_terms(diffusion, x):
+    """Every term of the bound of a diffusion with a :class:`LinearNetwork`, in closed form.
+
+    Args:
+        diffusion: A Diffusion with a LinearNetwork and a NormalLikelihood.
+        x: Data, shape ``(datum, dim)``.
+
+    Returns:
+        A dict of float64 arrays, in nats: ``prior_kl`` and ``reconstruction`` and ``elbo``, shape ``(datum,)``, and
+        ``step_kl``, shape ``(step, datum)``, n = 2 … N.
+    """
+    schedule, x0, log_jacobian = _encoded(diffusion, x)
+    dim = x0.shape[1]
+    identity = np.eye(dim)
+    final = schedule.alpha_bar[-1]
+    prior_kl = (final * (x0**2).sum(1) - dim * (final + np.log1p(-final))) / 2
+    step_kl = []
+    for n in range(1, schedule.num_steps + 1):
+        signal, noise = np.sqrt(schedule.alpha_bar[n - 1]), np.sqrt(1 - schedule.alpha_bar[n - 1])
+        alpha, beta = schedule.alpha[n - 1], schedule.beta[n - 1]
+        gain, offset = _reverse_mean(diffusion, n)
+        previous = schedule.alpha_bar[n - 2] if n > 1 else 1.0
+        # Mean of q(z_{n-1} | z_n, x0) minus that of p, as from_x0 @ x0 + from_eps @ eps - offset.
+        z_weight = np.sqrt(alpha) * (1 - previous) / noise**2 * identity - gain
+        from_x0 = signal * z_weight + np.sqrt(previous) * beta / noise**2 * identity
+        from_eps = noise * z_weight
+        distance = ((x0 @ from_x0.T - offset) ** 2).sum(1) + (from_eps**2).sum()
+        variance = _reverse_variance(diffusion, n)
+        if n == 1:
+            reconstruction = -dim / 2 * np.log(2 * np.pi * variance) - distance / (2 * variance) - log_jacobian
+        else:
+            ratio = beta * (1 - previous) / noise**2 / variance
+            step_kl.append(distance / (2 * variance) + dim / 2 * (ratio - 1 - np.log(ratio)))
+    step_kl = np.reshape(step_kl, (schedule.num_steps - 1, len(x0)))
+    elbo = reconstruction - step_kl.sum(0) - prior_kl
+    return {"prior_kl": prior_kl, "step_kl": step_kl, "reconstruction": reconstruction, "elbo": elbo}
+
+
+def exact_log_prob(diffusion, x):
+    r""":math:`\log p_\theta(x)` of a diffusion with a :class:`LinearNetwork`, in nats, shape ``(datum,)``.
+
+    The reverse chain is propagated as a Gaussian from z_N to x.
+    """
+    schedule, x0, log_jacobian = _encoded(diffusion, x)
+    dim = x0.shape[1]
+    mean, covariance = np.zeros(dim), np.eye(dim)
+    for n in range(schedule.num_steps, 0, -1):
+        gain, offset = _reverse_mean(diffusion, n)
+        mean = gain @ mean + offset
+        covariance = gain @ covariance @ gain.T + _reverse_variance(diffusion, n) * np.eye(dim)
+    return _log_normal(x0, mean, covariance) - log_jacobian
+
+
+def _encoded(diffusion, x):
+    require(
+        isinstance(diffusion.network, LinearNetwork),
+        "diffusion.network",
+        "a LinearNetwork",
+        type(diffusion.network).__name__,
+        TypeError,
+    )
+    require(
+        isinstance(diffusion.likelihood, NormalLikelihood),
+        "diffusion.likelihood",
+        "a NormalLikelihood",
+        type(diffusion.likelihood).__name__,
+        TypeError,
+    )
+    variance = getattr(diffusion.kernel, "reverse_variance", type(diffusion.kernel).__name__)
+    require(variance in ("posterior", "forward"), "diffusion", "reverse_variance 'posterior' or 'forward'", repr(variance))
+    x = np.asarray(x, np.float64)
+    scale = np.broadcast_to(diffusion.likelihood.scale, x.shape[1:])
+    return diffusion.schedule, (x - np.asarray(diffusion.likelihood.loc)) / scale, np.log(scale).sum()
+
+
+def _reverse_mean(diffusion, n):
+    """Gain and offset of the reverse mean at step n: gain @ z_n + offset."""
+    schedule, network = diffusion.schedule, diffusion.network
+    per_eps = schedule.beta[n - 1] / np.sqrt(1 - schedule.alpha_bar[n - 1])
+    gain = (np.eye(network.dim) - per_eps * network.weight[n - 1]) / np.sqrt(schedule.alpha[n - 1])
+    return gain, -per_eps * network.bias[n - 1] / np.sqrt(schedule.alpha[n - 1])
+
+
+def _reverse_variance(diffusion, n):
+    schedule = diffusion.schedule
+    if n == 1 or diffusion.kernel.reverse_variance == "forward":
+        return schedule.beta[n - 1]
+    return schedule.beta[n - 1] * (1 - schedule.alpha_bar[n - 2]) / (1 - schedule.alpha_bar[n - 1])

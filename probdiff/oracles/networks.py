@@ -1,0 +1,154 @@
+r"""The best ε-networks there are, :math:`E[\epsilon | z_n]`, of the distributions in :mod:`probdiff.oracles.distributions`.
+
+They are ε-networks like any other, ``network(z, n) -> eps_hat``, but constant: nothing in them is trained. Those of mixtures and of
+boxes are also known in continuous time, ``network.at_log_snr(z, log_snr)``.
+"""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff.chain.schedules import NoiseSchedule, at_step
+
+NODES = 40  # of the quadrature over a truncated normal,
+REACH = 8.5  # which leaves out what is below exp(-REACH²/2) of its largest density.
+
+# Accelerators round the factors of a product to fewer bits unless told not to.
+_einsum = functools.partial(jnp.einsum, precision="highest")
+
+
+class LinearNetwork(eqx.Module):
+    r"""The ε-network :math:`\hat\epsilon = A_n z + b_n`; constant, nothing in it is trained.
+
+    Args:
+        weight: :math:`A_n`, shape ``(num_steps, dim, dim)``.
+        bias: :math:`b_n`, shape ``(num_steps, dim)``.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    @property
+    def dim(self):
+        """Dimension of the data."""
+        return self.bias.shape[-1]
+
+    def __call__(self, z, n):
+        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+        weight, bias = jnp.asarray(self.weight, z.dtype)[n - 1], jnp.asarray(self.bias, z.dtype)[n - 1]
+        return _einsum("...ij,...j->...i", weight, z) + bias
+
+
+class MixtureNetwork(eqx.Module):
+    r""":math:`E[\epsilon | z_n]` of a mixture of Gaussians; constant, nothing in it is trained.
+
+    Component k of :math:`q(z_n)` is :math:`N(\sqrt{\bar\alpha_n} m_k, C_k)`, :math:`C_k = \bar\alpha_n S_k +
+    (1-\bar\alpha_n) I`. Given z and k, the mean of ε is :math:`\sqrt{1-\bar\alpha_n}\, C_k^{-1} (z -
+    \sqrt{\bar\alpha_n} m_k)`; it is averaged over k given z. In the axes of :math:`S_k` every :math:`C_k` is diagonal.
+
+    Args:
+        log_weights: Log-probability of each component, shape ``(K,)``.
+        means: :math:`m_k` in the axes of component k, shape ``(K, dim)``.
+        variances: Eigenvalues of :math:`S_k`, shape ``(K, dim)``, or ``(1, dim)`` if all are the same.
+        axes: Its eigenvectors, in columns, shape ``(K, dim, dim)``, or ``(1, dim, dim)``.
+        schedule: The noise schedule.
+        scale: Factor of the result.
+    """
+
+    log_weights: np.ndarray
+    means: np.ndarray
+    variances: np.ndarray
+    axes: np.ndarray
+    schedule: NoiseSchedule
+    scale: float
+
+    @property
+    def dim(self):
+        """Dimension of the data."""
+        return self.means.shape[-1]
+
+    def __call__(self, z, n):
+        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+        return self.at_log_snr(z, at_step(self.schedule.log_snr, n, z.dtype))
+
+    def at_log_snr(self, z, log_snr):
+        """The same in continuous time: ``log_snr`` of shape ``batch`` is that of ``z``."""
+        constants = (self.log_weights, self.means, self.variances, self.axes)
+        log_weights, means, variances, axes = (jnp.asarray(a, z.dtype) for a in constants)
+        signal, noise = _signal_and_noise(log_snr)
+        precision = 1 / (signal**2 * variances + noise**2)
+        residual = _einsum("...i,kij->...kj", z, axes) - signal * means
+        eps = noise * precision * residual
+        log_joint = log_weights - jnp.sum(precision * residual**2 - jnp.log(precision), -1) / 2
+        return self.scale * _einsum("...kj,kij->...i", _given_z(log_joint) * eps, axes)
+
+
+class BoxesNetwork(eqx.Module):
+    r""":math:`E[\epsilon | z_n]` of data uniform on boxes; constant, nothing in it is trained.
+
+    As :math:`\epsilon = (z - \sqrt{\bar\alpha_n} x_0) / \sqrt{1-\bar\alpha_n}`, ε given z and the box of :math:`x_0`
+    is a standard normal confined to a box; it is averaged over the boxes given z.
+
+    Args:
+        centre: Centre of each box, shape ``(K, dim)``.
+        half_width: Half of its width, shape ``(K, dim)``.
+        schedule: The noise schedule.
+        scale: Factor of the result.
+    """
+
+    centre: np.ndarray
+    half_width: np.ndarray
+    schedule: NoiseSchedule
+    scale: float
+
+    @property
+    def dim(self):
+        """Dimension of the data."""
+        return self.centre.shape[-1]
+
+    def __call__(self, z, n):
+        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+        return self.at_log_snr(z, at_step(self.schedule.log_snr, n, z.dtype))
+
+    def at_log_snr(self, z, log_snr):
+        """The same in continuous time: ``log_snr`` of shape ``batch`` is that of ``z``."""
+        centre, half_width = (jnp.asarray(a, z.dtype) for a in (self.centre, self.half_width))
+        signal, noise = _signal_and_noise(log_snr)
+        log_mass, eps = _confined_normal((z[..., None, :] - signal * centre) / noise, signal * half_width / noise)
+        return self.scale * jnp.sum(_given_z(log_mass.sum(-1)) * eps, -2)
+
+
+def _confined_normal(centre, half_width):
+    r"""Log-probability, up to a constant, and mean of a standard normal confined to ``centre`` ± ``half_width``.
+
+    Both are integrals over the part of the interval where the density is not negligible. They are computed by
+    Gauss-Legendre quadrature, to about 1e-12, because :math:`(\phi(a)-\phi(b)) / (\Phi(b)-\Phi(a))` is all rounding
+    in a narrow interval and 0/0 in a tail.
+    """
+    node, weight = (jnp.asarray(a, centre.dtype) for a in np.polynomial.legendre.leggauss(NODES))
+    # Mirrored where needed, the interval starts at its end of largest density, or left of 0 if 0 is inside.
+    end = jnp.abs(centre) - half_width
+    start = jnp.maximum(end, -REACH)
+    peak = jnp.maximum(start, 0)
+    length = jnp.minimum(2 * half_width - (start - end), peak - start + REACH**2 / (peak + jnp.hypot(peak, REACH)))
+    step, start = length[..., None] * (node + 1) / 2, start[..., None]
+    density = weight * jnp.exp(-step * (start + step / 2))
+    mass = density.sum(-1)
+    mean = jnp.sum(density * (start + step), -1) / mass
+    return jnp.log(length * mass) - start[..., 0] ** 2 / 2, jnp.where(centre < 0, -mean, mean)
+
+
+def _given_z(log_joint):
+    """Probability of each component given z, shape ``(*batch, K, 1)``, from its log-weights up to a constant.
+
+    So far out that every square overflows, all components count the same.
+    """
+    return jax.nn.softmax(jnp.maximum(log_joint, jnp.finfo(log_joint.dtype).min), -1)[..., None]
+
+
+def _signal_and_noise(log_snr):
+    """Square roots of alpha_bar and of 1 − alpha_bar at some log-SNR, with axes for component and dimension."""
+    return (jnp.exp(jax.nn.log_sigmoid(sign * log_snr) / 2)[..., None, None] for sign in (1, -1))

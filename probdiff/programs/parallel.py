@@ -1,0 +1,215 @@
+r"""The same three programs with one site per chain: all steps at once.
+
+    guide            z ~ ForwardChain      q(z_1:N | x_0), by the steps
+    posterior_guide  z ~ PosteriorChain    the same distribution, by Bayes' rule
+    model            z ~ ReverseChain      p_θ(z_1:N), then x | z_1
+
+Where the programs of :mod:`probdiff.diffusion` ``scan`` over the steps, here a path of the forward chain is one associative scan (a
+composition of affine maps), and the density of a path under the reverse chain one call of the network. Sites and
+parameters are the same, so that a guide of one encoding can be used with the model of the other. No values are paired with steps by a loop:
+the forward guide takes given values, too.
+
+``log_prob`` of a chain gives its factors by the chain rule, shape ``(num_steps, datum)``, as the scanned site does; its log-density is their
+sum.
+"""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+
+from probdiff._checks import require, require_type
+from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step
+from probdiff.chain.learned_schedules import ScheduleTables
+from probdiff.chain.schedules import NoiseSchedule, at_step
+from probdiff.diffusion import Diffusion, _minibatch
+from probdiff.networks.base import rows_at_once
+
+
+class Chain(dist.Distribution):
+    """A distribution over paths z_N … z_1, shape ``(num_steps, datum, dim)``, made from a tree of ``parts``."""
+
+    support = constraints.real_vector
+    reparametrized_params = []
+    pytree_data_fields = ("_arrays",)
+    pytree_aux_fields = ("_static",)
+
+    def __init__(self, parts, shape, *, validate_args=None):
+        self._arrays, self._static = eqx.partition(parts, eqx.is_array)
+        super().__init__(tuple(shape[:-1]), tuple(shape[-1:]), validate_args=validate_args)
+
+    @property
+    def parts(self):
+        """What the chain was made from."""
+        return eqx.combine(self._arrays, self._static)
+
+    def check(self, value):
+        """Refuse values that are not paths of this chain."""
+        shape = (*self.batch_shape, *self.event_shape)
+        require(jnp.shape(value)[-3:] == shape, "z", f"shape (num_steps, datum, dim) = {shape}", jnp.shape(value))
+
+    @property
+    def steps(self):
+        """The steps N … 1 of a path, shape ``(num_steps, 1)``."""
+        return jnp.arange(self.batch_shape[0], 0, -1)[:, None]
+
+
+class ForwardChain(Chain):
+    r"""The forward chain :math:`q(z_{1:N} | x_0) = \prod_n q(z_n | z_{n-1})`.
+
+    A path is an associative scan: step n is the affine map :math:`z \mapsto \sqrt{\alpha_n} z + \sqrt{\beta_n} \xi_n`, and maps
+    are composed in a tree. Nothing is divided by :math:`\sqrt{\bar\alpha_n}`, which underflows for long chains.
+
+    Args:
+        schedule: The noise schedule.
+        x0: Encoded data, shape ``(datum, dim)``.
+    """
+
+    def __init__(self, schedule, x0, *, validate_args=None):
+        known = isinstance(schedule, NoiseSchedule | ScheduleTables)
+        require(known, "schedule", "a NoiseSchedule", type(schedule).__name__, TypeError)
+        require(jnp.ndim(x0) == 2, "x0", "shape (datum, dim)", jnp.shape(x0))
+        super().__init__((schedule, x0), (schedule.num_steps, *x0.shape), validate_args=validate_args)
+
+    def sample(self, key, sample_shape=()):
+        """Paths, shape ``(*sample_shape, num_steps, datum, dim)``."""
+        schedule, x0 = self.parts
+        steps = self.steps.reshape(-1, *(1,) * (len(sample_shape) + x0.ndim))
+        noise = jax.random.normal(key, (len(steps), *sample_shape, *x0.shape), x0.dtype)
+        factor = jnp.sqrt(at_step(schedule.alpha, steps, x0.dtype))
+        added = jnp.sqrt(at_step(schedule.beta, steps, x0.dtype)) * noise
+        added = added.at[-1].add(factor[-1] * x0)  # the last in this order is z_1
+        _, path = jax.lax.associative_scan(_composed, (factor, added), reverse=True)
+        return jnp.moveaxis(path, 0, -3)
+
+    def log_prob(self, value):
+        r"""The factors :math:`\log q(z_n | z_{n-1})`, shape ``(*sample_shape, num_steps, datum)``."""
+        self.check(value)
+        schedule, x0 = self.parts
+        before = jnp.concatenate([value[..., 1:, :, :], jnp.broadcast_to(x0, value[..., :1, :, :].shape)], -3)
+        return forward_step(schedule, before, self.steps).log_prob(value)
+
+
+def _composed(earlier, later):
+    """The affine map z ↦ a z + b of one stretch of steps after that of another."""
+    return later[0] * earlier[0], later[0] * earlier[1] + later[1]
+
+
+class PosteriorChain(ForwardChain):
+    r"""The forward chain after Bayes' rule, :math:`q(z_N | x_0) \prod_{n \ge 2} q(z_{n-1} | z_n, x_0)`: the same distribution as
+    :class:`ForwardChain`, with other factors."""
+
+    def log_prob(self, value):
+        """The factors, that of z_N first, shape ``(*sample_shape, num_steps, datum)``."""
+        self.check(value)
+        schedule, x0 = self.parts
+        first = forward_marginal(schedule, x0, schedule.num_steps).log_prob(value[..., :1, :, :])
+        if schedule.num_steps == 1:
+            return first
+        later = forward_posterior(schedule, value[..., :-1, :, :], x0, self.steps[:-1]).log_prob(value[..., 1:, :, :])
+        return jnp.concatenate([first, later], -2)
+
+
+class ReverseChain(Chain):
+    r"""The reverse chain :math:`p_\theta(z_{1:N}) = p(z_N) \prod_{n \ge 2} p_\theta(z_{n-1} | z_n)`.
+
+    Its density is one call of the network, in parts (:func:`~probdiff.networks.base.rows_at_once`), whose inner values are computed again for the gradient: memory then
+    does not grow with N but by the path itself. To draw from it takes one step after the other.
+
+    Args:
+        diffusion: The model.
+        shape: ``(datum, dim)``.
+        key: For the network's ``key=`` while training.
+    """
+
+    def __init__(self, diffusion, shape, key=None, *, validate_args=None):
+        require_type("diffusion", diffusion, Diffusion)
+        require(len(shape) == 2, "shape", "(datum, dim)", tuple(shape))
+        super().__init__((diffusion, key), (diffusion.schedule.num_steps, *shape), validate_args=validate_args)
+
+    def sample(self, key, sample_shape=()):
+        """Paths, shape ``(*sample_shape, num_steps, datum, dim)``."""
+        diffusion, _ = self.parts
+        shape = (*sample_shape, self.batch_shape[1], *self.event_shape)
+
+        def step(next_z, each):
+            n, key = each
+            z = next_z.sample(key)
+            return diffusion.reverse_kernel(z, n), z
+
+        keys = jax.random.split(key, len(self.steps))
+        return jnp.moveaxis(jax.lax.scan(step, diffusion.kernel.prior(shape), (self.steps[:, 0], keys))[1], 0, -3)
+
+    def log_prob(self, value):
+        """The factors, that of z_N first, shape ``(*sample_shape, num_steps, datum)``."""
+        self.check(value)
+        diffusion, key = self.parts
+        path = jnp.moveaxis(value, -3, 0)
+        first = diffusion.kernel.prior(path.shape[1:]).log_prob(path[:1])
+        if len(path) == 1:
+            return jnp.moveaxis(first, 0, -2)
+
+        def factors(n, z, before):
+            own_key = None if key is None else jax.random.fold_in(key, n[0])
+            n = n.reshape(-1, *(1,) * (z.ndim - 2))
+            return diffusion.reverse_kernel(z, n, own_key).log_prob(before)
+
+        later = _in_parts(factors, rows_at_once(diffusion.network), self.steps[:-1, 0], path[:-1], path[1:])
+        return jnp.moveaxis(jnp.concatenate([first, later]), 0, -2)
+
+
+def _in_parts(function, at_once, *arrays):
+    """``function`` of arrays along their first axis, in equal parts of about ``at_once`` rows, and the rest."""
+    size, rows = len(arrays[0]), math.prod(arrays[1].shape[1:-1])
+    part = max(1, at_once // rows)
+    if size <= part:
+        return function(*arrays)
+    whole = size - size % part
+    parts = [array[:whole].reshape(-1, part, *array.shape[1:]) for array in arrays]
+    found = jax.lax.map(lambda each: jax.checkpoint(function)(*each), tuple(parts))
+    found = found.reshape(whole, *found.shape[2:])
+    return found if whole == size else jnp.concatenate([found, function(*(array[whole:] for array in arrays))])
+
+
+class ParallelPrograms(eqx.Module):
+    """The programs of a :class:`~probdiff.Diffusion` in this encoding: ``SVI(programs.model, programs.guide, …)``.
+
+    Args:
+        diffusion: The model; ``diffusion.bind`` takes what was fitted.
+    """
+
+    diffusion: Diffusion
+
+    def __init__(self, diffusion):
+        require_type("diffusion", diffusion, Diffusion)
+        self.diffusion = diffusion
+
+    def model(self, x, num_data=None):
+        """The reverse chain; arguments and sites as of :meth:`Diffusion.model`."""
+        size, dim = self.diffusion._sizes(x, num_data)
+        diffusion = self.diffusion.with_param_site()
+        key = diffusion.training_key(x)
+        with _minibatch(x, num_data), numpyro.plate("data", size):
+            with numpyro.plate("step", diffusion.schedule.num_steps, dim=-2):
+                z = numpyro.sample("z", ReverseChain(diffusion, (size, dim), key))
+            last = diffusion.reverse_kernel(z[-1], 1, key)
+            return numpyro.sample("x", diffusion.kernel.observation(diffusion.likelihood, last), obs=x)
+
+    def guide(self, x, num_data=None):
+        """The forward chain, whose factors are its steps; arguments as for :meth:`Diffusion.guide`."""
+        self._forward(ForwardChain, x, num_data)
+
+    def posterior_guide(self, x, num_data=None):
+        """The forward chain, whose factors are in the model's order; arguments as for :meth:`Diffusion.guide`."""
+        self._forward(PosteriorChain, x, num_data)
+
+    def _forward(self, chain, x, num_data):
+        size, x0 = self.diffusion._encode(x)
+        schedule = self.diffusion._schedule_site()
+        steps = numpyro.plate("step", schedule.num_steps, dim=-2)
+        with _minibatch(x, num_data), numpyro.plate("data", size), steps:
+            numpyro.sample("z", chain(schedule, x0))

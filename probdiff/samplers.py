@@ -1,0 +1,253 @@
+r"""Samplers: ways from noise to data with one fitted network.
+
+Each draws from the model in the units of the data. One sample depends on the key and on its number, not on how many others are
+drawn; a batch of them is one compiled call, and Ctrl-C is heard between batches.
+
+    ancestral            the reverse program itself, N evaluations of the network
+    ddim                 a sub-sequence of the steps, with as much noise as one likes (none at η = 0)
+    annealed_langevin    Langevin steps on the score of each noise level, from the largest to the smallest
+    probability_flow     the ordinary differential equation of :mod:`probdiff.flow`
+
+The others than the first put the standard normal at the last of the steps they take (log-SNR −3 is far enough for data of unit variance),
+and end with the mean E[x_0 | z_n] at the first of them: samples are too sharp if much noise is left there. They are only as good as
+their number of steps; `analyses/samplers.py` measures how good.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro import handlers
+from tqdm import tqdm
+
+from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._sharding import data_mesh, gathered, on_each, spread
+from probdiff.chain.schedules import at_step
+from probdiff.chain.score import score, vp_from_ve
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.terms import even_chunk
+from probdiff.flow import Interpolated, require_tolerances, solve, velocity
+from probdiff.networks.base import predict_noise
+
+EVALUATIONS = 2**20  # of the network, in a batch
+ADAPTIVE = 500  # of the network, about as many as a solver takes that chooses its steps
+
+
+def ancestral(diffusion, params, *, key, num_samples, devices=None, progress=False):
+    """Draw from the model: ``diffusion.model`` as it stands.
+
+    Args:
+        diffusion: The model; it must know its dimension.
+        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
+        key: JAX key.
+        num_samples: Number of samples.
+        devices: Number of devices (or a list of them) that share the samples.
+        progress: Show a progress bar.
+
+    Returns:
+        Samples in the units of the data, shape ``(num_samples, dim)``.
+    """
+    diffusion = _evaluated(diffusion, params)
+    evaluations = diffusion.schedule.num_steps
+    return _draw(_ancestral, diffusion, (), key, num_samples, evaluations, devices, progress)
+
+
+def _ancestral(diffusion, key):
+    return handlers.seed(diffusion.model, key)(None, num_data=1)[0]
+
+
+def ddim(diffusion, params, *, key, num_samples, steps=None, eta=0.0, devices=None, progress=False):
+    r"""Draw by DDIM: steps that keep the marginals of the chain, for any sub-sequence of it.
+
+    With :math:`\tau` a sub-sequence of 1 … N and m before n in it (:math:`\bar\alpha = 1` before its first),
+
+    .. math:: z_m = \sqrt{\bar\alpha_m}\, \hat x_0 + \sqrt{1 - \bar\alpha_m - s^2}\, \hat\epsilon + s\, \xi,
+        \quad s = \eta \sqrt{\tfrac{1-\bar\alpha_m}{1-\bar\alpha_n}} \sqrt{1 - \bar\alpha_n/\bar\alpha_m}.
+
+    Source: Song et al. (2021), arXiv:2010.02502, eqs. 12 and 16.
+
+    Args:
+        diffusion: The model; it must know its dimension.
+        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
+        key: JAX key.
+        num_samples: Number of samples.
+        steps: How many steps, spread evenly over 1 … N; or the steps themselves, increasing; all N if not given. Each is one
+            evaluation of the network.
+        eta: η, 0 to 1: none of the noise (then z_N decides the sample), or that of the reverse chain with
+            :math:`v_n = \tilde\beta_n`.
+        devices: Number of devices (or a list of them) that share the samples.
+        progress: Show a progress bar.
+
+    Returns:
+        Samples in the units of the data, shape ``(num_samples, dim)``.
+    """
+    diffusion = _evaluated(diffusion, params)
+    taken = _subsequence(diffusion, steps)
+    require(0 <= eta <= 1, "eta", "0 <= eta <= 1", eta)
+    coefficients = _ddim_coefficients(diffusion.schedule, taken, eta)
+    return _draw(_ddim, diffusion, (taken, *coefficients), key, num_samples, len(taken), devices, progress)
+
+
+def _ddim_coefficients(schedule, taken, eta):
+    """What multiplies z_n, the predicted noise and new noise in z_m, float64, for each step n of ``taken``."""
+    signal, noise = schedule.alpha_bar[taken - 1], schedule.one_minus_alpha_bar[taken - 1]
+    signal_before = np.concatenate([[1.0], signal[:-1]])
+    noise_before = np.concatenate([[0.0], noise[:-1]])
+    added = eta**2 * noise_before / noise * -np.expm1(np.log(signal) - np.log(signal_before))
+    per_z = np.sqrt(signal_before / signal)
+    per_eps = np.sqrt(np.maximum(noise_before - added, 0)) - per_z * np.sqrt(noise)
+    return per_z, per_eps, np.sqrt(added)
+
+
+def _ddim(diffusion, key, taken, per_z, per_eps, added):
+    def step(z, each):
+        n, per_z, per_eps, added, key = each
+        eps_hat = predict_noise(diffusion.network, z, n)
+        return per_z * z + per_eps * eps_hat + added * jax.random.normal(key, z.shape, z.dtype), None
+
+    start_key, noise_key = jax.random.split(key)
+    z = jax.random.normal(start_key, (diffusion.dim,))
+    tables = (jnp.asarray(table, z.dtype) for table in (per_z, per_eps, added))
+    x0, _ = jax.lax.scan(step, z, (taken, *tables, jax.random.split(noise_key, len(taken))), reverse=True)
+    return diffusion.likelihood.decode(x0)
+
+
+def annealed_langevin(
+    diffusion, params, *, key, num_samples, steps=None, num_updates=10, step_size=0.5, devices=None, progress=False
+):
+    r"""Draw by Langevin dynamics on the score of each noise level, in VE coordinates, from the largest level down.
+
+    At each level, ``num_updates`` times :math:`x \leftarrow x + \tfrac{a}{2} s_\theta(x, n) + \sqrt{a}\, \xi` with
+    :math:`a = r \sigma_n^2`: no Metropolis test, so r must be small for the samples to be right.
+    Source: Song and Ermon (2019), arXiv:1907.05600, algorithm 1; the last denoising step, Jolicoeur-Martineau et al. (2021),
+    arXiv:2009.05475, section 3.
+
+    Args:
+        diffusion: The model; it must know its dimension.
+        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
+        key: JAX key.
+        num_samples: Number of samples.
+        steps: How many noise levels, spread evenly over 1 … N; or the levels themselves, increasing; all N if not given.
+        num_updates: Evaluations of the network at each level; one more follows the last. The samples lag behind the level where there
+            are too few: of the moons, 50 levels of 10 were enough, and 10 of 10 far from it.
+        step_size: r, positive.
+        devices: Number of devices (or a list of them) that share the samples.
+        progress: Show a progress bar.
+
+    Returns:
+        Samples in the units of the data, shape ``(num_samples, dim)``.
+    """
+    diffusion = _evaluated(diffusion, params)
+    taken = _subsequence(diffusion, steps)
+    require_count("num_updates", num_updates)
+    require(0 < step_size < np.inf, "step_size", "a positive number", step_size)
+    levels = np.repeat(taken, num_updates)
+    arguments = levels, jnp.asarray(step_size)
+    return _draw(_annealed_langevin, diffusion, arguments, key, num_samples, len(levels) + 1, devices, progress)
+
+
+def _annealed_langevin(diffusion, key, levels, step_size):
+    schedule = diffusion.schedule
+    start_key, noise_key = jax.random.split(key)
+    start = jax.random.normal(start_key, (diffusion.dim,))
+    # The standard normal z_N, in VE coordinates.
+    x = start * jnp.hypot(1, at_step(schedule.sigma, levels[-1], start.dtype))
+
+    def update(x, each):
+        n, key = each
+        size = step_size.astype(x.dtype) * jnp.square(at_step(schedule.sigma, n, x.dtype))
+        drift = size / 2 * score(diffusion, {}, x, n)
+        return x + drift + jnp.sqrt(size) * jax.random.normal(key, x.shape, x.dtype), None
+
+    x, _ = jax.lax.scan(update, x, (levels, jax.random.split(noise_key, len(levels))), reverse=True)
+    return _denoised(diffusion, vp_from_ve(schedule, x, levels[0]), levels[0])
+
+
+def probability_flow(diffusion, params, *, key, num_samples, steps=None, rtol=1e-4, atol=1e-4, devices=None, progress=False):
+    r"""Draw by the probability flow, from z_N to z_1: nothing is random on the way.
+
+    Args:
+        diffusion: The model; it must know its dimension.
+        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
+        key: JAX key.
+        num_samples: Number of samples.
+        steps: Number of steps of Heun's method, of equal length in log-SNR, four evaluations of the network each; if not
+            given, a solver that chooses its steps, within ``rtol`` and ``atol``. One evaluation more follows.
+        rtol, atol: Tolerances of that solver for each step.
+        devices: Number of devices (or a list of them) that share the samples.
+        progress: Show a progress bar.
+
+    Returns:
+        Samples in the units of the data, shape ``(num_samples, dim)``.
+    """
+    diffusion = _evaluated(diffusion, params)
+    require_tolerances(rtol, atol)
+    if steps is not None:
+        require_count("steps", steps)
+    evaluations = ADAPTIVE if steps is None else 4 * steps + 1
+    options = steps, rtol, atol
+    return _draw(_probability_flow, diffusion, options, key, num_samples, evaluations, devices, progress)
+
+
+def _probability_flow(diffusion, key, steps, rtol, atol):
+    eps = Interpolated(diffusion)
+    start = jax.random.normal(key, (diffusion.dim,))
+    ends = diffusion.schedule.log_snr[[-1, 0]].tolist()
+    z, _ = solve(lambda time, z: velocity(eps, z, time), start, *ends, steps=steps, rtol=rtol, atol=atol)
+    return _denoised(diffusion, z, 1)
+
+
+SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "langevin": annealed_langevin, "ode": probability_flow}
+
+
+def _denoised(diffusion, z, n):
+    r"""The mean of x_0 that the network predicts from ``z`` after ``n`` steps, in the units of the data."""
+    tables = diffusion.schedule.alpha_bar, diffusion.schedule.one_minus_alpha_bar
+    signal, noise = (at_step(np.sqrt(table), n, z.dtype) for table in tables)
+    return diffusion.likelihood.decode((z - noise * predict_noise(diffusion.network, z, n)) / signal)
+
+
+def _evaluated(diffusion, params):
+    """The model with the parameters, before any table of it is read."""
+    require_type("diffusion", diffusion, Diffusion)
+    require(
+        diffusion.dim is not None, "diffusion", "one that knows its dimension: Diffusion(…, dim=…) or network.dim", None
+    )
+    return diffusion.bind(params).evaluated()
+
+
+def _subsequence(diffusion, steps):
+    """The steps taken, an increasing array: all, a number of them, or as given."""
+    num_steps = diffusion.schedule.num_steps
+    if steps is None:
+        return np.arange(1, num_steps + 1)
+    steps = np.asarray(steps)
+    expected = f"a number of steps, 1 to {num_steps}, or increasing steps from 1 … {num_steps}"
+    require(np.issubdtype(steps.dtype, np.integer), "steps", expected, f"dtype {steps.dtype}", TypeError)
+    if steps.ndim == 0:
+        require(1 <= steps <= num_steps, "steps", expected, steps)
+        return np.linspace(num_steps, 1, int(steps)).round().astype(np.int64)[::-1]
+    good = steps.ndim == 1 and steps.size > 0 and steps[0] >= 1 and steps[-1] <= num_steps and np.all(np.diff(steps) > 0)
+    require(good, "steps", expected, steps)
+    return steps
+
+
+def _draw(one, diffusion, arguments, key, num_samples, evaluations, devices, progress):
+    """``one(diffusion, key, *arguments)`` for the key of each sample, a batch at a time."""
+    require_count("num_samples", num_samples)
+    require_key(key)
+    mesh = data_mesh(devices)
+    diffusion, arguments, key = on_each((diffusion, arguments, key), mesh)
+    batch = even_chunk(num_samples, max(64, EVALUATIONS // evaluations))
+    samples = []
+    with tqdm(total=num_samples, unit="sample", desc=one.__name__.strip("_"), disable=not progress) as bar:
+        for start in range(0, num_samples, batch):
+            samples.append(np.asarray(_draw_batch(one, diffusion, arguments, key, start + np.arange(batch), mesh)))
+            bar.update(min(batch, num_samples - start))
+    return np.concatenate(samples)[:num_samples]
+
+
+@eqx.filter_jit
+def _draw_batch(one, diffusion, arguments, key, numbers, mesh):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, spread(numbers, mesh))
+    return gathered(jax.vmap(lambda key: one(diffusion, key, *arguments))(keys), mesh)

@@ -1,0 +1,342 @@
+"""The run folder: what a fit leaves on disk, and how to read it back. The only code that knows its layout.
+
+config.json      what was asked for, and the description of the model
+schedule.npy     the variances beta_n, float64; not of a learned schedule, which is among the parameters
+checkpoint.npz   the state of the fit, to resume from; checkpoint.previous.npz, the one before it
+parameters.npz   the trained parameters
+losses.csv       the loss of every iteration; validation.csv, the bound on the validation data
+elbo.nc          the terms of the bound on test data, a DataTree
+results.json     the final table
+estimators.nc    draws of every estimator of the bound, where they were compared
+figures/         loss, KL against step, samples
+samples/         what was drawn later, an array and a figure each
+"""
+
+import dataclasses
+import io
+import os
+import shutil
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from probdiff import datasets
+from probdiff._checks import require, require_type
+from probdiff._files import (
+    MAX_BYTES,
+    load_arrays,
+    read_json,
+    read_npy,
+    replace,
+    save_arrays,
+    write_bytes,
+    write_json,
+)
+from probdiff.chain.learned_schedules import LearnedSchedule
+from probdiff.chain.mixture_kernel import MixtureKernel
+from probdiff.chain.schedules import NoiseSchedule
+from probdiff.diagnostics.datatree import from_datatree, to_datatree
+from probdiff.diffusion import PARAMS, Diffusion
+from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
+from probdiff.networks.base import MLP
+from probdiff.networks.convnet import ConvNet
+from probdiff.networks.heads import CategoricalHead, DensityHead, VHead, X0Head
+from probdiff.storage.checkpoint import Checkpoint, leaves_by_name, restore
+
+NETWORKS = {kind.__name__: kind for kind in (MLP, ConvNet, X0Head, VHead, DensityHead, CategoricalHead)}
+LIKELIHOODS = {kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        path: Path of the folder.
+        like: A Diffusion, or a network, of the structure of the run's, where it is not one of probdiff's own.
+    """
+
+    path: Path
+    like: object = None
+
+    @property
+    def config(self):
+        """What was asked for, a dict; ``config["model"]`` describes the model."""
+        return read_json(self.path / "config.json")
+
+    @property
+    def checkpoint(self):
+        """The :class:`Checkpoint` of the fit."""
+        return Checkpoint(self.path / "checkpoint.npz")
+
+    @property
+    def data(self):
+        """The :class:`~probdiff.datasets.Dataset` that was fitted.
+
+        Raises:
+            ValueError: If the run does not say which.
+        """
+        config = self.config
+        require("data" in config, str(self.path), "a run that names its data", "a configuration without 'data'")
+        return datasets.load(config["data"], config.get("seed", 0))
+
+    @property
+    def untrained(self):
+        """The Diffusion with its initial parameters."""
+        if isinstance(self.like, Diffusion):
+            return self.like
+        config = self.config
+        require("model" in config, str(self.path), "a run folder", "a config.json without 'model'")
+        path = self.path / "schedule.npy"
+        betas = read_npy(path) if path.exists() or "schedule" not in config["model"] else None
+        try:
+            return self._described(config, betas)
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            got = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.path}: Expected the description of a model in config.json; got {got}") from None
+
+    def _described(self, config, betas):
+        """The model that ``config`` describes; its network is not made before it is known to be of a sensible size."""
+        model, network = config["model"], self.like
+        if betas is None:
+            schedule = LearnedSchedule(**model["schedule"])
+        else:
+            schedule = NoiseSchedule.from_betas(betas)
+        if network is None:
+
+            def make():
+                return _make_network(model["network"], jax.random.key(config.get("seed", 0)))
+
+            leaves = jax.tree.leaves(eqx.filter(eqx.filter_eval_shape(make), lambda leaf: hasattr(leaf, "dtype")))
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+            require(size <= MAX_BYTES, str(self.path), f"a network of at most {MAX_BYTES} bytes", size)
+            network = make()
+        likelihood = LIKELIHOODS[model["likelihood"]["name"]](**model["likelihood"]["arguments"])
+        if "mixture_levels" in model:
+            return Diffusion(schedule, network, likelihood, dim=model["dim"], kernel=MixtureKernel(model["mixture_levels"]))
+        return Diffusion(schedule, network, likelihood, model["reverse_variance"], dim=model["dim"])
+
+    @property
+    def diffusion(self):
+        """The trained Diffusion.
+
+        Raises:
+            FileNotFoundError: If the fit has not ended.
+        """
+        path = self.path / "parameters.npz"
+        require(
+            path.exists(),
+            str(self.path),
+            "a finished run",
+            "one without parameters.npz; go on with probdiff fit --resume",
+            FileNotFoundError,
+        )
+        diffusion = self.untrained
+        own = diffusion.trainable()
+        return diffusion.bind({PARAMS: restore(own, load_arrays(path), path, wider=True)} if jax.tree.leaves(own) else {})
+
+    @property
+    def losses(self):
+        """Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``."""
+        return self._table("losses.csv")[:, 1]
+
+    @property
+    def validation(self):
+        """Rows of (iteration, bound on the validation data in nats per datum)."""
+        return self._table("validation.csv")
+
+    @property
+    def terms(self):
+        """The :class:`~probdiff.ELBOTerms` of the test data in ``elbo.nc``."""
+        return from_datatree(self.datatree)
+
+    @property
+    def datatree(self):
+        """The DataTree in ``elbo.nc``."""
+        import h5py
+        import xarray as xr
+
+        path = self.path / "elbo.nc"
+        try:
+            h5py.File(path, "r").close()  # refuses what h5netcdf would complain about a second time, on being deleted
+            with xr.open_datatree(path, engine="h5netcdf") as tree:
+                size = sum(node.to_dataset().nbytes for node in tree.subtree)
+                require(size <= MAX_BYTES, "size", f"at most {MAX_BYTES} bytes of arrays", size)
+                return tree.load()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # HDF5 has many errors for a damaged file
+            raise ValueError(f"{path}: Expected an intact netCDF file; got: {error}") from None
+
+    @property
+    def results(self):
+        """The final table, a dict."""
+        return read_json(self.path / "results.json")
+
+    @property
+    def figures(self):
+        """The folder of the figures; it is made when first asked for."""
+        folder = self.path / "figures"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def save(self, fit=None, terms=None, results=None):
+        """Write what is given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.ELBOTerms`, a dict of results."""
+        if fit is not None:
+            save_arrays(self.path / "parameters.npz", leaves_by_name(fit.params[PARAMS]))
+            losses = np.column_stack([np.arange(1, len(fit.losses) + 1), fit.losses])
+            for name, table in (("losses", losses), ("validation", fit.validation)):
+                header = "iteration," + ("negative_bound_nats" if name == "losses" else "bound_nats")
+                write = _csv_writer(table, header)
+                replace(self.path / f"{name}.csv", write)
+        if terms is not None:
+            replace(self.path / "elbo.nc", lambda path: to_datatree(terms).to_netcdf(path, engine="h5netcdf"))
+        if results is not None:
+            write_json(self.path / "results.json", results)
+
+    def save_comparison(self, comparison):
+        """Write an :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison`, draws and figure; gives the figure's path."""
+        tree = comparison.to_datatree()
+        replace(self.path / "estimators.nc", lambda path: tree.to_netcdf(path, engine="h5netcdf"))
+        path = self.figures / "estimators.png"
+        comparison.plot().savefig(path)
+        return path
+
+    def new_samples(self, sampler, out=None):
+        """The paths of new samples and of their figure, next to each other; the folder is made.
+
+        Args:
+            sampler: Name of the sampler, for the name of the file.
+            out: Path of the file, ending in ``.npy``; the next free one in the run if not given.
+
+        Raises:
+            ValueError: If ``out`` does not end in ``.npy``; FileExistsError if one of the two is there already.
+        """
+        path = next_free(sampler, self.path / "samples", ".npy") if out is None else Path(out)
+        require(path.suffix == ".npy", "out", "a file ending in .npy", str(path))
+        paths = path, path.with_suffix(".png")
+        for each in paths:
+            require(not each.exists(), "out", "a new file", f"{each}, which exists", FileExistsError)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return paths
+
+    def save_samples(self, paths, samples, figure):
+        """Write samples and their figure to the paths from :meth:`new_samples`."""
+        buffer = io.BytesIO()
+        np.save(buffer, samples, allow_pickle=False)
+        write_bytes(paths[0], buffer.getvalue())
+        figure.savefig(paths[1])
+
+    def _table(self, name):
+        return np.loadtxt(self.path / name, delimiter=",", skiprows=1, ndmin=2).reshape(-1, 2)
+
+
+def _csv_writer(table, header):
+    return lambda path: np.savetxt(path, table, ["%d", "%.9g"], ",", header=header, comments="")
+
+
+def describe(diffusion):
+    """The model in words that JSON can hold; the schedule's variances and the parameters are kept apart."""
+    kernel, schedule = diffusion.kernel, diffusion.schedule
+    mixture = isinstance(kernel, MixtureKernel)
+    kept = {"mixture_levels": kernel.levels} if mixture else {"reverse_variance": kernel.reverse_variance}
+    if isinstance(schedule, LearnedSchedule):
+        kept["schedule"] = schedule.arguments
+    return kept | {
+        "network": _describe_network(diffusion.network),
+        "likelihood": {
+            "name": type(diffusion.likelihood).__name__,
+            "arguments": dataclasses.asdict(diffusion.likelihood),
+        },
+        "num_steps": diffusion.schedule.num_steps,
+        "dim": diffusion.dim,
+    }
+
+
+def _describe_network(network):
+    """The class of a network and its arguments, of which one may be a network; None for arguments that are not known."""
+    name = type(network).__name__
+    if NETWORKS.get(name) is not type(network):
+        return {"name": name, "arguments": None}
+    arguments = network.arguments
+    return {"name": name, "arguments": {k: _describe_network(v) if callable(v) else v for k, v in arguments.items()}}
+
+
+def _make_network(description, key):
+    name, arguments = description["name"], description["arguments"]
+    require(
+        name in NETWORKS and arguments is not None,
+        "like",
+        "a network or a Diffusion of the run's structure",
+        f"nothing, for a run with the custom network {name}",
+    )
+    if "network" in arguments:
+        return NETWORKS[name](**arguments | {"network": _make_network(arguments["network"], key)})
+    return NETWORKS[name](**arguments, key=key)
+
+
+def create_run(path, diffusion, config=None):
+    """Make a run folder for a model that is to be fitted.
+
+    Args:
+        path: Path of a folder that does not exist yet, or is empty.
+        diffusion: The Diffusion.
+        config: What else to record, a dict for JSON; ``data`` and ``seed`` are what :attr:`Run.data` loads.
+
+    Raises:
+        FileExistsError: If the folder exists and is not empty.
+    """
+    require_type("diffusion", diffusion, Diffusion)
+    path = Path(path)
+    check_free(path)
+    # Made under another name, so that there is never half a run.
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        if isinstance(diffusion.schedule, NoiseSchedule):
+            np.save(temporary / "schedule.npy", diffusion.schedule.beta)
+        write_json(temporary / "config.json", {**(config or {}), "model": describe(diffusion)})
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Run(path)
+
+
+def check_free(path):
+    """Refuse a path that already holds something."""
+    taken = Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir()))
+    require(
+        not taken, "out", "a new folder (or --resume, to go on with a run)", f"{path}, which exists", FileExistsError
+    )
+
+
+def open_run(path, like=None):
+    """Open a run folder.
+
+    Args:
+        path: Path of the folder.
+        like: For a run with a custom network: an untrained Diffusion, or network, of the same structure.
+
+    Returns:
+        A :class:`Run`, with ``.diffusion``, ``.config``, ``.data`` and ``.terms``.
+
+    Raises:
+        FileNotFoundError: If there is no run in that folder.
+    """
+    path = Path(path)
+    require(
+        (path / "config.json").is_file(), "run", "a run folder", f"{path}, which has no config.json", FileNotFoundError
+    )
+    return Run(path, like)
+
+
+def next_free(name, parent="runs", suffix=""):
+    """The first of ``parent``/``name``-1``suffix``, -2, … that does not exist."""
+    k = 1
+    while (path := Path(parent) / f"{name}-{k}{suffix}").exists():
+        k += 1
+    return path

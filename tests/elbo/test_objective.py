@@ -1,0 +1,125 @@
+"""The objective: its chunks, particles, state, and what it refuses."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpyro import handlers
+from numpyro.infer import SVI
+
+import probdiff
+from probdiff.elbo import rows as rows_module
+
+
+def make(num_steps=6, dim=2, **kwargs):
+    network = probdiff.MLP(dim, key=jax.random.key(0), hidden=16, num_blocks=1)
+    network = eqx.tree_at(lambda m: m.write.weight, network, jnp.full((dim, 16), 0.05))
+    return probdiff.Diffusion(probdiff.log_snr_schedule(num_steps, 5.0, -4.0), network, **kwargs)
+
+
+X = jax.random.normal(jax.random.key(1), (7, 2))
+
+
+@pytest.mark.parametrize("options", [{}, {"noise": "path"}, {"noise": "antithetic", "control": "linear"}])
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_chunks_change_nothing(num_steps, options, monkeypatch, float64):
+    diffusion = make(num_steps)
+    objective = probdiff.AnalyticELBO(diffusion, **options)
+    params = {"diffusion$params": diffusion.trainable()}
+
+    def results():
+        def loss(params):
+            return 3 * objective.loss(jax.random.key(3), params, diffusion.model, diffusion.guide, X)
+
+        def both(params):
+            return *jax.value_and_grad(loss)(params), objective.per_datum(jax.random.key(3), params, X)
+
+        return jax.jit(both)(params)
+
+    expected = results()
+    monkeypatch.setattr(rows_module, "rows_at_once", lambda network: 1)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(results())):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_working_memory_of_an_update_does_not_grow_with_steps():
+    def working_memory(num_steps):
+        diffusion = make(num_steps)
+        svi = SVI(diffusion.model, diffusion.guide, optax.sgd(1e-3), probdiff.AnalyticELBO(diffusion))
+        compiled = jax.jit(svi.update).lower(svi.init(jax.random.key(0), X), X).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert working_memory(10_000) <= 1.2 * working_memory(2_000)
+
+
+@pytest.mark.parametrize("steps", ["all", "uniform", "stratified"])
+def test_num_particles_averages_independent_estimates(steps):
+    diffusion = make()
+    one, many = (probdiff.AnalyticELBO(diffusion, steps=steps, num_particles=k) for k in (1, 50))
+    keys = jax.random.split(jax.random.key(0), 400)
+
+    def variance(objective):
+        losses = jax.jit(jax.vmap(lambda k: objective.loss(k, {}, diffusion.model, diffusion.guide, X)))(keys)
+        return losses.var()
+
+    assert 35 < variance(one) / variance(many) < 70
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": "uniform"}, {"steps": "stratified_importance", "control": "linear"}])
+def test_the_bound_is_a_program(options):
+    objective = probdiff.AnalyticELBO(make(), **options)
+    trace = handlers.trace(handlers.seed(objective.program, 0)).get_trace(X, num_data=70)
+    kinds = {name: site["type"] for name, site in trace.items()}
+    assert kinds.pop("elbo") == "sample" and kinds.pop("diffusion$params") == "param"
+    assert kinds.pop("diffusion$learned", "mutable") == "mutable"
+    assert kinds == {"ceiling": "deterministic", "shortfall": "deterministic"}
+    expected = trace["ceiling"]["value"] - trace["shortfall"]["value"]
+    np.testing.assert_allclose(trace["elbo"]["fn"].log_prob(None), expected.sum(), rtol=1e-5)
+    assert trace["elbo"]["scale"] == 10
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"steps": "everything"}, r"steps: Expected one of \['all', 'uniform', .*; got 'everything'"),
+        ({"steps": None}, "steps: Expected one of"),
+        ({"steps": 3}, "steps: Expected one of"),
+        ({"noise": "white"}, "noise: Expected one of"),
+        ({"noise": None}, "noise: Expected one of"),
+        ({"noise": "path", "steps": "uniform"}, "noise: Expected steps='all' with noise='path'; got steps='uniform'"),
+        ({"control": "quadratic"}, "control: Expected one of"),
+        ({"adapt_to": "speed"}, "adapt_to: Expected one of"),
+        ({"points": np.zeros((3, 5), np.float32)}, r"points: x: Expected shape \(datum, 2\)"),
+        ({"points": "all"}, "points: Expected"),
+        ({"num_particles": 0}, "num_particles: Expected a positive integer; got 0"),
+    ],
+)
+def test_options_that_are_not_there_are_refused(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        probdiff.AnalyticELBO(make(), **options)
+
+
+def test_a_model_or_guide_of_another_diffusion_is_refused():
+    diffusion, other = make(), make()
+    objective = probdiff.AnalyticELBO(diffusion)
+
+    def loss(model, guide):
+        return objective.loss(jax.random.key(0), {}, model, guide, X)
+
+    scaled = handlers.scale(diffusion.model, scale=0.5)
+    for model, guide, message in [
+        (other.model, diffusion.guide, "model: Expected diffusion.model"),
+        (diffusion.model, other.guide, "guide: Expected diffusion.guide or diffusion.posterior_guide"),
+        (diffusion.guide, diffusion.guide, "model: Expected"),
+        (diffusion.model, diffusion.model, "guide: Expected"),
+        (lambda x: diffusion.model(x), diffusion.guide, "model: Expected"),
+        (handlers.mask(diffusion.model, mask=True), diffusion.guide, "no handler but handlers.scale"),
+        (scaled, diffusion.guide, "the same handlers.scale"),
+        (scaled, handlers.scale(diffusion.guide, scale=0.3), "the same handlers.scale"),
+        (handlers.scale(diffusion.model, scale=jnp.ones(7)), diffusion.guide, "by a number"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            loss(model, guide)
+    assert np.isfinite(loss(scaled, handlers.scale(diffusion.posterior_guide, scale=0.5)))

@@ -1,0 +1,259 @@
+"""Run folders and exports: what was saved comes back bitwise; nothing is overwritten; damage is named."""
+
+import contextlib
+import hashlib
+import io
+import resource
+import signal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import probdiff
+from probdiff import _files as storage
+from probdiff.diagnostics.datatree import from_datatree
+from probdiff.storage import run as runs
+
+X = np.random.default_rng(0).normal(3, 2, (300, 2)).astype(np.float32)
+
+
+class Custom(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, z, n):
+        return z * self.weight
+
+
+def make(network=None, num_steps=6):
+    network = network or probdiff.MLP(2, key=jax.random.key(4), hidden=8, num_blocks=1, dropout=0.1)
+    likelihood = probdiff.NormalLikelihood.standardized(X)
+    return probdiff.Diffusion(probdiff.log_snr_schedule(num_steps), network, likelihood, "forward", dim=2)
+
+
+def fitted_run(path, diffusion, **config):
+    run = probdiff.create_run(path, diffusion, config)
+    fit = probdiff.fit(diffusion, X, iterations=20, batch_size=16, checkpoint=run.checkpoint, progress=False)
+    terms = probdiff.elbo_terms(fit.diffusion, {}, X[:9], key=jax.random.key(0), num_draws=3)
+    run.save(fit=fit, terms=terms)
+    return fit, terms
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert np.array_equal(x, y) and np.asarray(x).dtype == np.asarray(y).dtype
+
+
+@pytest.mark.parametrize("num_steps", [1, 6])
+def test_a_run_comes_back(tmp_path, num_steps):
+    diffusion = make(num_steps=num_steps)
+    fit, terms = fitted_run(tmp_path / "run", diffusion, data="moons", seed=5)
+    run = probdiff.open_run(tmp_path / "run")
+    assert_same(run.diffusion.trainable(), fit.diffusion.trainable())
+    assert run.diffusion.schedule == diffusion.schedule and run.diffusion.likelihood == diffusion.likelihood
+    assert run.diffusion.kernel == diffusion.kernel and run.diffusion.training is False
+    assert_same(run.terms, terms)
+    np.testing.assert_allclose(run.losses, fit.losses, rtol=1e-6)
+    assert run.data.name == "moons" and run.config["seed"] == 5
+    key = jax.random.key(1)
+    assert_same(*(probdiff.elbo_terms(d, {}, X[:4], key=key) for d in (run.diffusion, fit.diffusion)))
+
+
+def test_a_run_of_single_precision_opens_in_double_and_not_the_other_way_round(tmp_path):
+    """No number changes on the way up; on the way down, and for a fit to go on, it says what to set."""
+    single, _ = fitted_run(tmp_path / "single", make())
+    with jax.enable_x64(True):
+        run = probdiff.open_run(tmp_path / "single")
+        for a, b in zip(*(jax.tree.leaves(d.trainable()) for d in (run.diffusion, single.diffusion)), strict=True):
+            assert a.dtype == np.float64 and np.array_equal(a, b)
+        assert probdiff.elbo_terms(run.diffusion, {}, X[:4].astype(np.float64), key=jax.random.key(0)).elbo.dtype == np.float64
+        with pytest.raises(ValueError, match="Expected arrays of int64, .* got int32: the fit had JAX_ENABLE_X64=0; set it so"):
+            probdiff.fit(run.untrained, X, iterations=20, batch_size=16, checkpoint=run.checkpoint, progress=False)
+        fitted_run(tmp_path / "double", make())
+    with pytest.raises(ValueError, match="Expected arrays of float32, .* got float64: the fit had JAX_ENABLE_X64=1; set it so"):
+        _ = probdiff.open_run(tmp_path / "double").diffusion
+
+
+def test_discretised_run_comes_back(tmp_path):
+    diffusion = probdiff.Diffusion(
+        probdiff.cosine_schedule(4),
+        probdiff.MLP(2, key=jax.random.key(0), hidden=8),
+        probdiff.DiscretizedNormalLikelihood(levels=7),
+    )
+    run = probdiff.create_run(tmp_path / "run", diffusion)
+    assert probdiff.open_run(run.path).untrained.likelihood == diffusion.likelihood
+    with pytest.raises(FileNotFoundError, match="Expected a finished run"):
+        _ = run.diffusion
+    with pytest.raises(ValueError, match="without 'data'"):
+        _ = run.data
+
+
+@pytest.mark.parametrize("like", ["network", "diffusion"])
+def test_a_custom_network_needs_like(tmp_path, like):
+    network = Custom(jnp.array([0.1, 0.2]))
+    fit, _ = fitted_run(tmp_path / "run", make(network))
+    with pytest.raises(ValueError, match="like: Expected .* custom network Custom"):
+        _ = probdiff.open_run(tmp_path / "run").diffusion
+    structure = network if like == "network" else make(network)
+    assert_same(probdiff.open_run(tmp_path / "run", like=structure).diffusion.trainable(), fit.diffusion.trainable())
+    with pytest.raises(ValueError, match="another configuration"):
+        _ = probdiff.open_run(tmp_path / "run", like=Custom(jnp.zeros(3))).diffusion
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="out: Expected a new folder"):
+        probdiff.create_run(tmp_path / "run", make())
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="out: Expected a new folder"):
+        probdiff.create_run(tmp_path / "file", make())
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    (tmp_path / "moons-1").mkdir()
+    assert runs.next_free("moons", tmp_path) == tmp_path / "moons-2"
+
+
+def resume(path, diffusion=None, iterations=20):
+    checkpoint = probdiff.Checkpoint(path)
+    return probdiff.fit(
+        diffusion or make(), X, iterations=iterations, batch_size=16, validate_every=10, checkpoint=checkpoint, progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The whole fit; and the bytes of its checkpoint, after 20 iterations, and of the one before, after 10."""
+    path = tmp_path_factory.mktemp("checkpoints") / "checkpoint.npz"
+    whole = resume(path)
+    return whole, path.read_bytes(), path.with_name("checkpoint.previous.npz").read_bytes()
+
+
+def damaged(content, damage):
+    content = bytearray(content)
+    if damage == "empty":
+        return b""
+    if damage == "foreign":
+        buffer = io.BytesIO()
+        np.savez(buffer, leaf_0000=np.zeros(3))
+        return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+    if damage == "truncated":
+        return bytes(content[: len(content) // 2])
+    content[len(content) // 2] ^= 4
+    return bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "foreign"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_previous_one(damage, tmp_path, checkpoints):
+    whole, last, previous = checkpoints
+    path = tmp_path / "checkpoint.npz"
+    path.write_bytes(damaged(last, damage))
+    path.with_name("checkpoint.previous.npz").write_bytes(previous)
+    with pytest.warns(UserWarning, match="checkpoint.npz: Expected .* going on from checkpoint.previous.npz"):
+        fit = resume(path)
+    assert_same(fit.diffusion.trainable(), whole.diffusion.trainable())
+    assert path.read_bytes() == last
+    if damage != "foreign":  # the good one is not replaced by the damaged one
+        assert path.with_name("checkpoint.previous.npz").read_bytes() == previous
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "foreign"])
+def test_with_no_intact_checkpoint_left_there_is_a_clear_error(damage, tmp_path, checkpoints):
+    _, last, previous = checkpoints
+    path = tmp_path / "checkpoint.npz"
+    path.write_bytes(damaged(last, damage))
+    path.with_name("checkpoint.previous.npz").write_bytes(damaged(previous, damage))
+    with pytest.raises(ValueError, match="checkpoint: Expected an intact one .*checkpoint.npz.*checkpoint.previous.npz"):
+        resume(path)
+    assert path.read_bytes() == damaged(last, damage)
+
+
+def test_no_truncated_or_flipped_checkpoint_is_loaded(tmp_path, checkpoints):
+    """Cut at every 4 KiB, and 200 times with one random bit flipped."""
+    _, last, _ = checkpoints
+    path, rng = tmp_path / "checkpoint.npz", np.random.default_rng(0)
+    cases = [last[:size] for size in range(0, len(last), 4096)]
+    for place in rng.integers(0, 8 * len(last), 200):
+        content = bytearray(last)
+        content[place // 8] ^= 1 << (place % 8)
+        cases.append(bytes(content))
+    for content in cases:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="checkpoint.npz: Expected an intact file"):
+            storage.load_arrays(path)
+    path.write_bytes(last)
+    assert storage.is_intact(path)
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond ``size`` bytes, and somebody tries."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        with pytest.raises(OSError, match="File too large"):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_file_that_finds_no_room_stays_as_it_was(tmp_path):
+    path = tmp_path / "arrays.npz"
+    storage.save_arrays(path, {"a": np.zeros(10)})
+    before = path.read_bytes()
+    with full_disk(2 * len(before)):
+        storage.save_arrays(path, {"a": np.zeros(10_000)})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_checkpoint_as_it_was(tmp_path, checkpoints):
+    """The next save runs into a limit on the size of files: an OSError, and both checkpoints intact."""
+    _, last, previous = checkpoints
+    path = tmp_path / "checkpoint.npz"
+    path.write_bytes(previous)
+    with full_disk(len(previous) // 2):
+        resume(path)
+    assert path.read_bytes() == previous and not list(tmp_path.glob(".*"))
+    assert_same(resume(path).diffusion.trainable(), checkpoints[0].diffusion.trainable())
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    fitted_run(tmp_path / "run", make())
+    other = make(probdiff.MLP(2, key=jax.random.key(4), hidden=9, num_blocks=1))
+    with pytest.raises(ValueError, match="another configuration"):
+        resume(tmp_path / "run" / "checkpoint.npz", other)
+
+
+def test_equal_runs_leave_equal_files(tmp_path):
+    for name in "ab":
+        fitted_run(tmp_path / name, make())
+    for file in ("checkpoint.npz", "parameters.npz", "config.json", "losses.csv", "schedule.npy"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    assert not list((tmp_path / "a").glob(".*"))
+
+
+def test_datatree():
+    terms = probdiff.elbo_terms(make(), {}, X[:9], key=jax.random.key(0), num_draws=3)
+    tree = probdiff.to_datatree(terms)
+    step_kl = tree["posterior"]["step_kl"]
+    assert step_kl.dims == ("chain", "draw", "step", "datum") and step_kl.attrs["units"] == "nats"
+    assert step_kl["step"].values.tolist() == [2, 3, 4, 5, 6]
+    assert tree["posterior"]["reconstruction"].dims == ("chain", "draw", "datum")
+    prior_kl = tree["constant_data"]["prior_kl"]
+    assert prior_kl.dims == ("datum",)
+    total = tree["posterior"]["reconstruction"] - step_kl.sum("step") - prior_kl
+    np.testing.assert_allclose(total, tree["posterior"]["elbo"], rtol=1e-5)
+    np.testing.assert_allclose(total[0], terms.elbo, rtol=1e-5)
+    assert_same(from_datatree(tree), terms)
+
+
+def test_arviz_reads_the_tree():
+    import arviz as az
+
+    terms = probdiff.elbo_terms(make(), {}, X[:9], key=jax.random.key(0), num_draws=50)
+    summary = az.summary(probdiff.to_datatree(terms), var_names=["elbo"], kind="stats", round_to=6)
+    np.testing.assert_allclose(summary["mean"].to_numpy(float), terms.elbo.mean(0), rtol=1e-4)
