@@ -39,7 +39,7 @@ fit = probdiff.fit(diffusion, data.train, iterations=ITERATIONS, batch_size=512,
 import arviz as az  # after NumPyro: ArviZ 1.3 imported first leaves numpyro.distributions incomplete
 
 x = data.test[:NUM_DATA]
-terms = probdiff.elbo_terms(fit.diffusion, {}, x, key=jax.random.key(1), num_draws=NUM_DRAWS)
+terms = probdiff.elbo_terms(fit.diffusion, x, key=jax.random.key(1), num_draws=NUM_DRAWS)
 tree = probdiff.to_datatree(terms)
 step_kl = tree["posterior"]["step_kl"]
 chosen = np.linspace(2, NUM_STEPS, 8).round().astype(int)

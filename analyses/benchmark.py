@@ -365,7 +365,7 @@ def lowered(kind, num_steps):
     diffusion, x = make(num_steps, 2, 128), jnp.ones((2048 if kind == "elbo_terms" else 128, 2))
     if kind == "elbo_terms":
         return jax.jit(
-            lambda x, key: probdiff.elbo_terms(diffusion, {}, x, key=key, num_draws=2, reduce=True)
+            lambda x, key: probdiff.elbo_terms(diffusion, x, key=key, num_draws=2, reduce=True)
         ).lower(x, KEY)
     svi = SVI(diffusion.model, diffusion.guide, OPTIMISER, probdiff.AnalyticELBO(diffusion, kind))
     return jax.jit(svi.update).lower(jax.eval_shape(svi.init, KEY, x), x)
@@ -404,7 +404,7 @@ if wanted("evaluation"):
     squares = [jax.random.normal(KEY, (side, side)) for side in sides]
     product = jax.jit(jnp.matmul)
     times = in_turns(
-        lambda: probdiff.elbo_terms(diffusion, {}, x, key=KEY).elbo, *(lambda a=a: product(a, a) for a in squares)
+        lambda: probdiff.elbo_terms(diffusion, x, key=KEY).elbo, *(lambda a=a: product(a, a) for a in squares)
     )
     peak = np.max([2 * side**3 / times[1 + i] for i, side in enumerate(sides)], 0) / 1e6
     report("evaluation", f"dim {dim}, hidden {hidden}, N {num_steps}, {size} data", operations / times[0] / 1e6, peak, ("elbo_terms", "peak"), "GFLOP/s")
@@ -423,7 +423,7 @@ if wanted("sampling"):
     network = eqx.filter_jit(diffusion.network)
     z, n = jax.random.normal(KEY, (size, dim)), jnp.full(size, 3)
     times = in_turns(
-        lambda: probdiff.ancestral(diffusion, {}, key=KEY, num_samples=size), lambda: [network(z, n) for _ in range(num_steps)]
+        lambda: probdiff.ancestral(diffusion, key=KEY, num_samples=size), lambda: [network(z, n) for _ in range(num_steps)]
     )
     report("sampling", f"dim {dim}, hidden {hidden}, {size} samples", *times / num_steps, ("ancestral", "network"))
 
@@ -467,7 +467,7 @@ def bounds(precision, weights, num_steps, dim, hidden, size):
         own = jax.tree.map(lambda a: jnp.asarray(a.astype(dtype)), weights)
         diffusion = make(num_steps, dim, hidden).bind({"diffusion$params": own})
         diffusion = rounded(diffusion) if precision == "bfloat16" else diffusion
-        return np.asarray(probdiff.elbo_terms(diffusion, {}, x.astype(dtype), noise=noise.astype(dtype)).elbo[0], np.float64)
+        return np.asarray(probdiff.elbo_terms(diffusion, x.astype(dtype), noise=noise.astype(dtype)).elbo[0], np.float64)
 
 
 if wanted("precision"):

@@ -127,7 +127,7 @@ schedules = dict(list(schedules.items())[: 1 if quick else 2])
 for title, schedule in schedules.items():
     fitted = fit(schedule, data.train)
     table(f"moons, {title}, N = {N}", fitted, data.train, variants)
-    terms = probdiff.elbo_terms(fitted, {}, data.train[:2000], key=jax.random.key(4))
+    terms = probdiff.elbo_terms(fitted, data.train[:2000], key=jax.random.key(4))
     step_kl = np.asarray(terms.step_kl[0], np.float64)
     apart = (N - 1) * np.square(step_kl).mean(1).sum() - step_kl.mean(1).sum() ** 2
     print(f"{'uniform on 2 … N, n = 1 always':40}{2 * apart:14.4g}   (2000 data, one draw each)")

@@ -187,10 +187,10 @@ def summarise(name, terms, exact):
 terms_6 = kl_terms(diffusion)
 noise = [(z[n] - np.sqrt(schedule.alpha_bar[n - 1]) * x0) / np.sqrt(1 - schedule.alpha_bar[n - 1]) for n in (1, *steps)]
 noise = np.reshape(noise, (N, PATHS, *x.shape)).swapaxes(0, 1)
-by_noise = probdiff.elbo_terms(diffusion, {}, x, noise=noise).elbo
+by_noise = probdiff.elbo_terms(diffusion, x, noise=noise).elbo
 np.testing.assert_allclose(terms_6.sum(0), by_noise.ravel(), rtol=1e-9, atol=1e-9)
 
-own = probdiff.elbo_terms(diffusion, {}, x, key=jax.random.key(2), num_draws=PATHS)
+own = probdiff.elbo_terms(diffusion, x, key=jax.random.key(2), num_draws=PATHS)
 terms_7 = stacked(np.tile(own.prior_kl, (PATHS, 1)), own.step_kl.swapaxes(0, 1), own.reconstruction)
 exact = exact_terms(diffusion, x)
 line_8, log_p_x = exact.pop("elbo"), exact_log_prob(diffusion, x)

@@ -63,7 +63,7 @@ def shown(values, digits=4):
 def bound(diffusion, x):
     """The bound of each datum: all steps, less a control variate."""
     per_datum = probdiff.AnalyticELBO(diffusion, "all", control="linear").per_datum
-    evaluate = jax.jit(lambda keys, x: jax.lax.map(lambda key: per_datum(key, {}, x), keys).mean(0))
+    evaluate = jax.jit(lambda keys, x: jax.lax.map(lambda key: per_datum(key, x), keys).mean(0))
     keys = jax.random.split(jax.random.key(1), DRAWS)
     return np.concatenate([evaluate(keys, part) for part in np.array_split(x, -(-len(x) // 100))])
 
@@ -79,14 +79,14 @@ x, few = data.test[:DATA], data.test[:FEWER]
 exact = probdiff.Diffusion(schedule, data.exact_network(schedule, likelihood), likelihood, "forward")
 other = probdiff.Diffusion(schedule, fitted.network, likelihood, "posterior")
 start = time.perf_counter()
-flow = probdiff.flow_likelihood(fitted, {}, x, key=jax.random.key(2))
+flow = probdiff.flow_likelihood(fitted, x, key=jax.random.key(2))
 print(f"\nThe fitted network ({time.perf_counter() - start:.0f} s)\n{flow}", flush=True)
 elbo, flow = bound(fitted, x), flow.log_prob.mean(0)
 print_likelihoods("Fitted network", x, {"ELBO": elbo, "ELBO, v_n = β̃_n instead of β_n": bound(other, x), "flow": flow})
-iwae = probdiff.iwae(fitted, {}, few, key=jax.random.key(3), num_particles=PATHS)[0]
+iwae = probdiff.iwae(fitted, few, key=jax.random.key(3), num_particles=PATHS)[0]
 print_likelihoods("Fitted network", few, {"ELBO": elbo[:FEWER], f"IWAE-{PATHS}": iwae, "flow": flow[:FEWER]})
 print_likelihoods("Exact network", x, {"ELBO": bound(exact, x)})
-exact_flow = probdiff.flow_likelihood(exact, {}, few, key=jax.random.key(2)).log_prob.mean(0) - data.log_prob(few)
+exact_flow = probdiff.flow_likelihood(exact, few, key=jax.random.key(2)).log_prob.mean(0) - data.log_prob(few)
 print(f"{'flow minus log p':36}{shown(exact_flow, 5)}, on {FEWER} data", flush=True)
 
 # %% [markdown]
@@ -152,11 +152,11 @@ for size in SIZES:
     diffusion, schedule, noised = setting(size)
     z, base = noised(x, 1), marginal(schedule, size).log_prob
     log_q = marginal(schedule, 1).log_prob(z)
-    solver = probdiff.flow_log_prob(diffusion, {}, z, eps=diffusion.network.at_log_snr, base=base, **tolerances) - log_q
+    solver = probdiff.flow_log_prob(diffusion, z, eps=diffusion.network.at_log_snr, base=base, **tolerances) - log_q
     solver = np.abs(solver).max()
     assert solver < SAME, f"the flow of the exact network is {solver} off"
-    true = probdiff.flow_log_prob(diffusion, {}, z, base=base, **tolerances) - log_q
-    reported = probdiff.flow_likelihood(diffusion, {}, x, key=jax.random.key(5), **tolerances).interpolation[0]
+    true = probdiff.flow_log_prob(diffusion, z, base=base, **tolerances) - log_q
+    reported = probdiff.flow_likelihood(diffusion, x, key=jax.random.key(5), **tolerances).interpolation[0]
     interpolation[size] = [root_mean_square(true), root_mean_square(reported)]
     print_row(f"{size:3d}; up to {solver:.0e}", *interpolation[size], estimate(true), estimate(reported))
 
@@ -192,7 +192,7 @@ print(f"\nExact network, {MANY} data: mean errors from the two ends, nats")
 print(f"{'':24}{'true, by quadrature':>20}{'reported':>20}")
 for first, last in ENDS:
     diffusion, schedule, _ = setting(SHORT, first, last)
-    found = probdiff.flow_likelihood(diffusion, {}, x, key=jax.random.key(6), rtol=LOOSE, atol=LOOSE)
+    found = probdiff.flow_likelihood(diffusion, x, key=jax.random.key(6), rtol=LOOSE, atol=LOOSE)
     bases[last] = [base_error(schedule), estimate(found.base)]
     smoothings[first] = [smoothing_error(schedule), estimate(found.smoothing[0])]
     print_row(f"base, λ_N = {last:.0f}", *bases[last])

@@ -58,7 +58,7 @@ def fit(data, diffusion, seed):
 
 def bits(diffusion, x, num_draws=1):
     """Bits/dim on test data: mean and standard error."""
-    terms = probdiff.elbo_terms(diffusion, {}, x, key=jax.random.key(9), num_draws=num_draws, reduce=True)
+    terms = probdiff.elbo_terms(diffusion, x, key=jax.random.key(9), num_draws=num_draws, reduce=True)
     each = probdiff.bits_per_dim(np.asarray(terms.elbo.mean, np.float64), x.shape[1])
     return each.mean(), each.std(ddof=1) / np.sqrt(len(each))
 
@@ -135,7 +135,7 @@ def gap(diffusion, data, x):
     """E log p − ELBO, mean and standard error."""
     bound = jax.jit(probdiff.AnalyticELBO(diffusion, "all", control="linear").per_datum)
     parts = np.array_split(x, max(1, len(x) // 200))
-    bounds = [bound(jax.random.fold_in(jax.random.key(1), i), {}, part) for i, part in enumerate(parts)]
+    bounds = [bound(jax.random.fold_in(jax.random.key(1), i), part) for i, part in enumerate(parts)]
     each = data.log_prob(x) - np.concatenate(bounds).astype(np.float64)
     return each.mean(), each.std(ddof=1) / np.sqrt(len(each))
 
@@ -191,7 +191,7 @@ def learned_shape(model, first, last):
 
 def variance(diffusion, x, draws):
     """Mean over data and its error, (bits/dim)²."""
-    terms = probdiff.elbo_terms(diffusion, {}, x, key=jax.random.key(2), num_draws=draws)
+    terms = probdiff.elbo_terms(diffusion, x, key=jax.random.key(2), num_draws=draws)
     term = np.asarray(terms.step_kl, np.float64) / (x.shape[1] * np.log(2))
     each = term.shape[1] * np.square(term).sum(1).mean(0) - np.square(term.sum(1).mean(0))
     return each.mean(), each.std(ddof=1) / np.sqrt(len(each))

@@ -136,7 +136,7 @@ def measure(diffusion):
     rows, ancestral = [], None
     for k, (name, setting, evaluations, sampler, options) in enumerate(settings()):
         key = jax.random.fold_in(jax.random.key(2), k)
-        x = np.asarray(sampler(diffusion, {}, key=key, num_samples=SAMPLES, **options), np.float64)
+        x = np.asarray(sampler(diffusion, key=key, num_samples=SAMPLES, **options), np.float64)
         h, surplus = energy(x), data.log_prob(x) + entropy
         ancestral = h if ancestral is None else ancestral
         pairs = estimate(h), estimate(h - ancestral)

@@ -96,7 +96,7 @@ left, right = figure.subplots(1, 2)
 progress = np.arange(2, NUM_STEPS + 1) / NUM_STEPS
 for name, make in SCHEDULES.items():
     diffusion = exact(make(NUM_STEPS))
-    terms = probdiff.elbo_terms(diffusion, {}, few, key=jax.random.key(1), num_draws=DRAWS)
+    terms = probdiff.elbo_terms(diffusion, few, key=jax.random.key(1), num_draws=DRAWS)
     entropy_gap(few, terms.elbo.mean(0))
     kl = np.asarray(terms.step_kl.mean(0), np.float64)  # (step, datum)
     total = kl.sum(0)
@@ -148,7 +148,7 @@ def variance_of_steps(diffusion, draws):
 
     A term is the KL less what a network that knew the noise would leave of it, which needs no estimate.
     """
-    terms = probdiff.elbo_terms(diffusion, {}, x, key=jax.random.key(2), num_draws=draws)
+    terms = probdiff.elbo_terms(diffusion, x, key=jax.random.key(2), num_draws=draws)
     entropy_gap(x, terms.elbo.mean(0))
     constant = data.dim * diffusion.kernel.constant(diffusion.schedule)[1:, None]
     term = BITS * (np.asarray(terms.step_kl, np.float64) - constant)
@@ -171,7 +171,7 @@ def means_over_data(diffusion, name):
     @jax.jit
     def draw(learning, keys):
         learned, _ = jax.lax.scan(update, objective.initial_state, learning)
-        return jax.lax.map(lambda key: objective.per_datum(key, learned, x).mean(), keys)
+        return jax.lax.map(lambda key: objective.per_datum(key, x, learned).mean(), keys)
 
     keys = jax.random.split(jax.random.key(3), UPDATES + ESTIMATES)
     return -BITS * np.asarray(draw(keys[:UPDATES], keys[UPDATES:]), np.float64)
@@ -232,7 +232,7 @@ for k, (name, make) in enumerate(SCHEDULES.items()):
         for size in SIZES:
             bound = probdiff.AnalyticELBO(exact(make(size), variance), "all", control="linear").per_datum
             keys = jax.random.split(jax.random.key(4), max(2, EVALUATIONS // (NUM_DATA * size)))
-            elbo = jax.jit(lambda keys, bound=bound: jax.lax.map(lambda key: bound(key, {}, x), keys))(keys)
+            elbo = jax.jit(lambda keys, bound=bound: jax.lax.map(lambda key: bound(key, x), keys))(keys)
             gaps.append(entropy_gap(x, elbo.mean(0)))
         gap[variance], error = np.transpose(gaps)
         scaled, weight = gap[variance][-4:] * large, (error[-4:] * large) ** -2.0

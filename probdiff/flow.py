@@ -109,7 +109,6 @@ def _to_base(eps, z, ends, directions, scale, rtol, atol):
 
 def flow_log_prob(
     diffusion,
-    params,
     z,
     *,
     key=None,
@@ -124,7 +123,6 @@ def flow_log_prob(
 
     Args:
         diffusion: The model.
-        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
         z: :math:`z_1`, shape ``(datum, dim)``.
         key: JAX key of the probes; not used without them.
         num_probes: None for the exact divergence, ``dim`` Jacobian-vector products for each evaluation of the network; or
@@ -143,7 +141,7 @@ def flow_log_prob(
         ValueError, TypeError: If an argument does not fit the model.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.bind(params).evaluated()
+    diffusion = diffusion.evaluated()
     z = jnp.asarray(z)
     require(
         z.ndim == 2 and len(z) > 0 and diffusion.dim in (None, z.shape[1]),
@@ -245,7 +243,7 @@ class FlowLikelihood(NamedTuple):
 
 
 def flow_likelihood(
-    diffusion, params, x, *, key, num_draws=1, num_probes=None, rtol=1e-5, atol=1e-5, progress=False
+    diffusion, x, *, key, num_draws=1, num_probes=None, rtol=1e-5, atol=1e-5, progress=False
 ):
     r"""The log-likelihood of data by the probability flow, and the errors of its three approximations and of the solver.
 
@@ -255,7 +253,6 @@ def flow_likelihood(
 
     Args:
         diffusion: The model.
-        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
         x: Data as the user has it, shape ``(datum, dim)``.
         key: JAX key of :math:`z_1` and of the probes.
         num_draws: Number of :math:`z_1` for each datum.
@@ -265,7 +262,7 @@ def flow_likelihood(
         A :class:`FlowLikelihood`. The reverse chain is another model: differences from its ELBO are not errors of either.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.bind(params).evaluated()
+    diffusion = diffusion.evaluated()
     diffusion.check(x)
     require_count("num_draws", num_draws)
     require_key(key)

@@ -6,24 +6,23 @@ import jax.numpy as jnp
 
 from probdiff._checks import require, require_count, require_key, require_type
 from probdiff.chain.variances import OptimalVariance
-from probdiff.diffusion import PARAMS, Diffusion
+from probdiff.diffusion import Diffusion
 from probdiff.elbo.terms import predict
 from probdiff.networks.base import rows_at_once
 
 
-def optimal_variance(diffusion, params, x, *, key, num_draws=1):
+def optimal_variance(diffusion, x, *, key, num_draws=1):
     r"""Set the reverse variances of a model with ``reverse_variance="optimal"`` to the best for its network.
 
     Args:
         diffusion: The model.
-        params: Trained parameters, ``SVIRunResult.params``.
         x: Data to estimate :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` from, of every step; those that the network was trained on, or
             held-out data. Shape ``(datum, dim)``.
         key: JAX key.
         num_draws: Draws of the noise for each step and datum.
 
     Returns:
-        The parameters with these variances, as ``diffusion.bind`` takes them.
+        The Diffusion with these variances.
 
     Raises:
         ValueError: If the model has other reverse variances.
@@ -34,9 +33,8 @@ def optimal_variance(diffusion, params, x, *, key, num_draws=1):
     diffusion.check(x)
     require_key(key)
     require_count("num_draws", num_draws)
-    found = _squared_error(diffusion.bind(params).evaluated(), jnp.asarray(x), key, num_draws)
-    own = params.get(PARAMS, diffusion.trainable())
-    return {**params, PARAMS: eqx.tree_at(lambda d: d.kernel.log_ratio.squared_error, own, found)}
+    found = _squared_error(diffusion.evaluated(), jnp.asarray(x), key, num_draws)
+    return eqx.tree_at(lambda d: d.kernel.log_ratio.squared_error, diffusion, found)
 
 
 @eqx.filter_jit

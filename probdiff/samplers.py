@@ -33,12 +33,11 @@ EVALUATIONS = 2**20  # of the network, in a batch
 ADAPTIVE = 500  # of the network, about as many as a solver takes that chooses its steps
 
 
-def ancestral(diffusion, params, *, key, num_samples, devices=None, progress=False):
+def ancestral(diffusion, *, key, num_samples, devices=None, progress=False):
     """Draw from the model: ``diffusion.model`` as it stands.
 
     Args:
         diffusion: The model; it must know its dimension.
-        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
         key: JAX key.
         num_samples: Number of samples.
         devices: Number of devices (or a list of them) that share the samples.
@@ -47,7 +46,7 @@ def ancestral(diffusion, params, *, key, num_samples, devices=None, progress=Fal
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
-    diffusion = _evaluated(diffusion, params)
+    diffusion = _evaluated(diffusion)
     evaluations = diffusion.schedule.num_steps
     return _draw(_ancestral, diffusion, (), key, num_samples, evaluations, devices, progress)
 
@@ -56,7 +55,7 @@ def _ancestral(diffusion, key):
     return handlers.seed(diffusion.model, key)(None, num_data=1)[0]
 
 
-def ddim(diffusion, params, *, key, num_samples, steps=None, eta=0.0, devices=None, progress=False):
+def ddim(diffusion, *, key, num_samples, steps=None, eta=0.0, devices=None, progress=False):
     r"""Draw by DDIM: steps that keep the marginals of the chain, for any sub-sequence of it.
 
     With :math:`\tau` a sub-sequence of 1 … N and m before n in it (:math:`\bar\alpha = 1` before its first),
@@ -68,7 +67,6 @@ def ddim(diffusion, params, *, key, num_samples, steps=None, eta=0.0, devices=No
 
     Args:
         diffusion: The model; it must know its dimension.
-        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
         key: JAX key.
         num_samples: Number of samples.
         steps: How many steps, spread evenly over 1 … N; or the steps themselves, increasing; all N if not given. Each is one
@@ -81,7 +79,7 @@ def ddim(diffusion, params, *, key, num_samples, steps=None, eta=0.0, devices=No
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
-    diffusion = _evaluated(diffusion, params)
+    diffusion = _evaluated(diffusion)
     taken = _subsequence(diffusion, steps)
     require(0 <= eta <= 1, "eta", "0 <= eta <= 1", eta)
     coefficients = _ddim_coefficients(diffusion.schedule, taken, eta)
@@ -113,7 +111,7 @@ def _ddim(diffusion, key, taken, per_z, per_eps, added):
 
 
 def annealed_langevin(
-    diffusion, params, *, key, num_samples, steps=None, num_updates=10, step_size=0.5, devices=None, progress=False
+    diffusion, *, key, num_samples, steps=None, num_updates=10, step_size=0.5, devices=None, progress=False
 ):
     r"""Draw by Langevin dynamics on the score of each noise level, in VE coordinates, from the largest level down.
 
@@ -124,7 +122,6 @@ def annealed_langevin(
 
     Args:
         diffusion: The model; it must know its dimension.
-        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
         key: JAX key.
         num_samples: Number of samples.
         steps: How many noise levels, spread evenly over 1 … N; or the levels themselves, increasing; all N if not given.
@@ -137,7 +134,7 @@ def annealed_langevin(
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
-    diffusion = _evaluated(diffusion, params)
+    diffusion = _evaluated(diffusion)
     taken = _subsequence(diffusion, steps)
     require_count("num_updates", num_updates)
     require(0 < step_size < np.inf, "step_size", "a positive number", step_size)
@@ -156,19 +153,18 @@ def _annealed_langevin(diffusion, key, levels, step_size):
     def update(x, each):
         n, key = each
         size = step_size.astype(x.dtype) * jnp.square(at_step(schedule.sigma, n, x.dtype))
-        drift = size / 2 * score(diffusion, {}, x, n)
+        drift = size / 2 * score(diffusion, x, n)
         return x + drift + jnp.sqrt(size) * jax.random.normal(key, x.shape, x.dtype), None
 
     x, _ = jax.lax.scan(update, x, (levels, jax.random.split(noise_key, len(levels))), reverse=True)
     return _denoised(diffusion, vp_from_ve(schedule, x, levels[0]), levels[0])
 
 
-def probability_flow(diffusion, params, *, key, num_samples, steps=None, rtol=1e-4, atol=1e-4, devices=None, progress=False):
+def probability_flow(diffusion, *, key, num_samples, steps=None, rtol=1e-4, atol=1e-4, devices=None, progress=False):
     r"""Draw by the probability flow, from z_N to z_1: nothing is random on the way.
 
     Args:
         diffusion: The model; it must know its dimension.
-        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
         key: JAX key.
         num_samples: Number of samples.
         steps: Number of steps of Heun's method, of equal length in log-SNR, four evaluations of the network each; if not
@@ -180,7 +176,7 @@ def probability_flow(diffusion, params, *, key, num_samples, steps=None, rtol=1e
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
-    diffusion = _evaluated(diffusion, params)
+    diffusion = _evaluated(diffusion)
     require_tolerances(rtol, atol)
     if steps is not None:
         require_count("steps", steps)
@@ -207,13 +203,13 @@ def _denoised(diffusion, z, n):
     return diffusion.likelihood.decode((z - noise * predict_noise(diffusion.network, z, n)) / signal)
 
 
-def _evaluated(diffusion, params):
-    """The model with the parameters, before any table of it is read."""
+def _evaluated(diffusion):
+    """The model as it is evaluated, before any table of it is read."""
     require_type("diffusion", diffusion, Diffusion)
     require(
         diffusion.dim is not None, "diffusion", "one that knows its dimension: Diffusion(…, dim=…) or network.dim", None
     )
-    return diffusion.bind(params).evaluated()
+    return diffusion.evaluated()
 
 
 def _subsequence(diffusion, steps):

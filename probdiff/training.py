@@ -86,7 +86,6 @@ class Fit(NamedTuple):
 
     Attributes:
         diffusion: The trained Diffusion: the averaged parameters; with validation data, the best of them.
-        params: Its parameters, as ``diffusion.bind`` takes them.
         losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update was
             skipped, because the loss or a gradient was not finite.
         validation: Rows of (iteration, bound on the validation data in nats per datum).
@@ -94,10 +93,14 @@ class Fit(NamedTuple):
     """
 
     diffusion: Diffusion
-    params: dict
     losses: np.ndarray
     validation: np.ndarray
     state: FitState
+
+    @property
+    def params(self):
+        """The parameters of :attr:`diffusion`, as :meth:`Diffusion.bind` takes them."""
+        return {PARAMS: self.diffusion.unbind().trainable()}
 
     @property
     def skipped_updates(self):
@@ -220,11 +223,11 @@ def fit(
                 save(at_home(state, mesh))
             raise
     state = at_home(state, mesh)
-    best = state.best if len(state.validation) else loop.averaged(state.svi)
+    fitted = diffusion.bind(state.best if len(state.validation) else loop.averaged(state.svi))
     if isinstance(getattr(diffusion.kernel, "log_ratio", None), OptimalVariance):
         size = max(2, VARIANCE_ROWS // diffusion.schedule.num_steps)
-        best = optimal_variance(diffusion, best, jnp.asarray(data[:size]), key=state.keys[1])
-    return Fit(diffusion.bind(best), best, state.losses, state.validation, state)
+        fitted = optimal_variance(fitted, jnp.asarray(data[:size]), key=state.keys[1])
+    return Fit(fitted, state.losses, state.validation, state)
 
 
 def _save_nothing(state):
@@ -347,7 +350,7 @@ class _Loop:
                 )
 
     def _validation_bound(self, params, x, key):
-        trained = self.diffusion.bind(params).evaluated()
+        trained = self.diffusion.evaluated()
         particles = min(1024, -(-VALIDATION_ROWS // len(x)))
         elbo = AnalyticELBO(trained, "stratified", num_particles=particles, vectorize_particles=False)
         return -elbo.loss(key, {}, trained.model, trained.guide, x) / len(x)

@@ -49,11 +49,11 @@ def everything(devices):
             found[f"{name} parameters"] = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(fit.params)])
     with jax.enable_x64(True):
         options = {"key": jax.random.key(1), "devices": devices}
-        terms = probdiff.elbo_terms(fit.diffusion, {}, X, num_draws=2, **options)
-        found |= {"elbo": terms.elbo, "samples": probdiff.ancestral(fit.diffusion, {}, num_samples=7, **options)}
+        terms = probdiff.elbo_terms(fit.diffusion, X, num_draws=2, **options)
+        found |= {"elbo": terms.elbo, "samples": probdiff.ancestral(fit.diffusion, num_samples=7, **options)}
         if not process:
-            moments = probdiff.elbo_terms(fit.diffusion, {}, X, num_draws=2, reduce=True, **options)
-            comparison = probdiff.compare_estimators(fit.diffusion, {}, X[:2], num_draws=3, estimators=["kl_uniform"], **options)
+            moments = probdiff.elbo_terms(fit.diffusion, X, num_draws=2, reduce=True, **options)
+            comparison = probdiff.compare_estimators(fit.diffusion, X[:2], num_draws=3, estimators=["kl_uniform"], **options)
             found |= {
                 "mean": moments.elbo.mean,
                 "estimates": comparison.draws,

@@ -50,7 +50,7 @@ def test_data(case, use, monkeypatch):
     monkeypatch.setattr(jax, "jit", lambda *args, **kwargs: pytest.fail("something was compiled"))
     with pytest.raises(error, match=message):
         if use == "elbo_terms":
-            probdiff.elbo_terms(diffusion, {}, x, key=jax.random.key(0))
+            probdiff.elbo_terms(diffusion, x, key=jax.random.key(0))
         elif use == "fit":
             probdiff.fit(diffusion, x, iterations=2, progress=False)
         else:
@@ -86,10 +86,10 @@ CALLS = {
     "no sigmas": (lambda: probdiff.NoiseSchedule.from_sigmas([]), ValueError, "sigmas: Expected a non-empty 1-D array"),
     "sigmas in words": (lambda: probdiff.NoiseSchedule.from_sigmas("abc"), TypeError, "sigmas: Expected .* got 'abc'"),
     "geometric upside down": (lambda: probdiff.geometric_schedule(5, 2.0, 1.0), ValueError, "sigma_min < sigma_max"),
-    "score at step 0": (lambda: probdiff.score(NORMAL, {}, X, 0), ValueError, "n: Expected 1 <= n <= 5; got 0"),
+    "score at step 0": (lambda: probdiff.score(NORMAL, X, 0), ValueError, "n: Expected 1 <= n <= 5; got 0"),
     "noising at step 6": (lambda: probdiff.noising(SCHEDULE, X, 6), ValueError, "n: Expected 1 <= n <= 5; got 6"),
     "score at half a step": (lambda: probdiff.score_from_eps(SCHEDULE, X, 1.5), TypeError, "n: Expected an integer"),
-    "score of a network": (lambda: probdiff.score(NETWORK, {}, X, 1), TypeError, "diffusion: Expected a Diffusion"),
+    "score of a network": (lambda: probdiff.score(NETWORK, X, 1), TypeError, "diffusion: Expected a Diffusion"),
     "noise of no schedule": (lambda: probdiff.noising(NORMAL, X, 1), TypeError, "schedule: Expected a NoiseSchedule"),
     "weights by another name": (
         lambda: probdiff.ScoreMatching(NORMAL, "sigma"),
@@ -99,70 +99,70 @@ CALLS = {
     "too few weights": (lambda: probdiff.ScoreMatching(NORMAL, [1.0]), ValueError, r"shape \(num_steps,\) = \(5,\)"),
     "a weight of 0": (lambda: probdiff.ScoreMatching(NORMAL, np.arange(5.0)), ValueError, "positive numbers; got 0.0"),
     "none to sample": (
-        lambda: probdiff.ancestral(NORMAL, {}, key=KEY, num_samples=0),
+        lambda: probdiff.ancestral(NORMAL, key=KEY, num_samples=0),
         ValueError,
         "num_samples: Expected a positive integer; got 0",
     ),
     "samples of a network": (
-        lambda: probdiff.ancestral(NETWORK, {}, key=KEY, num_samples=1),
+        lambda: probdiff.ancestral(NETWORK, key=KEY, num_samples=1),
         TypeError,
         "diffusion: Expected a Diffusion",
     ),
     "samples of no dimension": (
         lambda: probdiff.ddim(
-            probdiff.Diffusion(SCHEDULE, lambda z, n: z), {}, key=KEY, num_samples=1
+            probdiff.Diffusion(SCHEDULE, lambda z, n: z), key=KEY, num_samples=1
         ),
         ValueError,
         "diffusion: Expected one that knows its dimension",
     ),
     "eta": (
-        lambda: probdiff.ddim(NORMAL, {}, key=KEY, num_samples=1, eta=1.5),
+        lambda: probdiff.ddim(NORMAL, key=KEY, num_samples=1, eta=1.5),
         ValueError,
         "eta: Expected 0 <= eta <= 1; got 1.5",
     ),
     "steps that fall": (
-        lambda: probdiff.ddim(NORMAL, {}, key=KEY, num_samples=1, steps=[3, 2]),
+        lambda: probdiff.ddim(NORMAL, key=KEY, num_samples=1, steps=[3, 2]),
         ValueError,
         r"steps: Expected a number of steps, 1 to 5, .* got \[3 2\]",
     ),
     "step 6 of 5": (
-        lambda: probdiff.annealed_langevin(NORMAL, {}, key=KEY, num_samples=1, steps=[1, 6]),
+        lambda: probdiff.annealed_langevin(NORMAL, key=KEY, num_samples=1, steps=[1, 6]),
         ValueError,
         r"steps: Expected a number of steps, 1 to 5, .* got \[1 6\]",
     ),
     "half a number of steps": (
-        lambda: probdiff.ddim(NORMAL, {}, key=KEY, num_samples=1, steps=2.5),
+        lambda: probdiff.ddim(NORMAL, key=KEY, num_samples=1, steps=2.5),
         TypeError,
         "steps: Expected .* got dtype float64",
     ),
     "a step size of 0": (
-        lambda: probdiff.annealed_langevin(NORMAL, {}, key=KEY, num_samples=1, step_size=0.0),
+        lambda: probdiff.annealed_langevin(NORMAL, key=KEY, num_samples=1, step_size=0.0),
         ValueError,
         "step_size: Expected a positive number; got 0.0",
     ),
     "no updates": (
-        lambda: probdiff.annealed_langevin(NORMAL, {}, key=KEY, num_samples=1, num_updates=0),
+        lambda: probdiff.annealed_langevin(NORMAL, key=KEY, num_samples=1, num_updates=0),
         ValueError,
         "num_updates: Expected a positive integer; got 0",
     ),
     "a tolerance of 0": (
-        lambda: probdiff.probability_flow(NORMAL, {}, key=KEY, num_samples=1, rtol=0.0),
+        lambda: probdiff.probability_flow(NORMAL, key=KEY, num_samples=1, rtol=0.0),
         ValueError,
         "rtol: Expected a number between 0 and 1; got 0.0",
     ),
     "probes without a key": (
-        lambda: probdiff.flow_log_prob(NORMAL, {}, X, num_probes=1),
+        lambda: probdiff.flow_log_prob(NORMAL, X, num_probes=1),
         TypeError,
         "key: Expected a JAX key, .* got None",
     ),
     "flow of one axis": (
-        lambda: probdiff.flow_log_prob(NORMAL, {}, X[:, 0]),
+        lambda: probdiff.flow_log_prob(NORMAL, X[:, 0]),
         ValueError,
         r"z: Expected shape \(datum, 2\); got shape \(6,\)",
     ),
-    "flow of nan": (lambda: probdiff.flow_log_prob(NORMAL, {}, NAN), ValueError, r"z: Expected finite .* index \[2, 1\]"),
+    "flow of nan": (lambda: probdiff.flow_log_prob(NORMAL, NAN), ValueError, r"z: Expected finite .* index \[2, 1\]"),
     "flow of nan data": (
-        lambda: probdiff.flow_likelihood(NORMAL, {}, NAN, key=jax.random.key(0)),
+        lambda: probdiff.flow_likelihood(NORMAL, NAN, key=jax.random.key(0)),
         ValueError,
         r"x: Expected finite values; got nan at index \[2, 1\]",
     ),
@@ -201,27 +201,27 @@ CALLS = {
         "3 dimensions, as the likelihood's scale has",
     ),
     "no draws": (
-        lambda: probdiff.elbo_terms(NORMAL, {}, X, key=KEY, num_draws=0),
+        lambda: probdiff.elbo_terms(NORMAL, X, key=KEY, num_draws=0),
         ValueError,
         "num_draws: Expected a positive integer; got 0",
     ),
     "neither key nor noise": (
-        lambda: probdiff.elbo_terms(NORMAL, {}, X),
+        lambda: probdiff.elbo_terms(NORMAL, X),
         ValueError,
         "exactly one of the two; got neither",
     ),
     "noise of another shape": (
-        lambda: probdiff.elbo_terms(NORMAL, {}, X, noise=np.zeros((3, 4, 6, 2))),
+        lambda: probdiff.elbo_terms(NORMAL, X, noise=np.zeros((3, 4, 6, 2))),
         ValueError,
         r"noise: Expected shape .* \(3, 5, 6, 2\); got \(3, 4, 6, 2\)",
     ),
     "a model for a diffusion": (
-        lambda: probdiff.elbo_terms(NORMAL.model, {}, X, key=jax.random.key(0)),
+        lambda: probdiff.elbo_terms(NORMAL.model, X, key=jax.random.key(0)),
         TypeError,
         "diffusion: Expected a Diffusion",
     ),
     "parameters of another": (
-        lambda: probdiff.elbo_terms(NORMAL, {"w": 1}, X, key=jax.random.key(0)),
+        lambda: probdiff.elbo_terms(NORMAL.bind({"w": 1}), X, key=jax.random.key(0)),
         ValueError,
         r"params: Expected only the site 'diffusion\$params'",
     ),
@@ -249,7 +249,7 @@ CALLS = {
     ),
     "no run": (lambda: probdiff.open_run("nowhere"), FileNotFoundError, "nowhere, which has no config.json"),
     "no particles": (
-        lambda: probdiff.iwae(NORMAL, {}, X, key=KEY, num_particles=0),
+        lambda: probdiff.iwae(NORMAL, X, key=KEY, num_particles=0),
         ValueError,
         "num_particles: Expected a positive integer; got 0",
     ),
@@ -265,12 +265,12 @@ CALLS = {
         r"log_weights: Expected shape \(draw, datum\); got shape \(2,\)",
     ),
     "a sandwich of one": (
-        lambda: probdiff.sandwich(NORMAL, {}, key=KEY, num_data=1),
+        lambda: probdiff.sandwich(NORMAL, key=KEY, num_data=1),
         ValueError,
         "num_data: Expected at least 2, for an error; got 1",
     ),
     "an unknown estimator": (
-        lambda: probdiff.compare_estimators(NORMAL, {}, X, key=KEY, estimators=["trase"]),
+        lambda: probdiff.compare_estimators(NORMAL, X, key=KEY, estimators=["trase"]),
         ValueError,
         "estimators: Expected names out of trace",
     ),
@@ -284,7 +284,7 @@ CALLS = {
         TypeError,
         "diffusion: Expected a Diffusion; got MLP",
     ),
-    "no oracle": (lambda: probdiff.ledger(NORMAL, {}, None, X, key=KEY), TypeError, "oracle: Expected a distribution"),
+    "no oracle": (lambda: probdiff.ledger(NORMAL, None, X, key=KEY), TypeError, "oracle: Expected a distribution"),
     "both ways of nan": (
         lambda: probdiff.compute_both_ways(NORMAL, NAN, key=KEY, num_draws=2),
         ValueError,
@@ -304,7 +304,7 @@ CALLS = {
         "dim: Expected Diffusion\\(…, dim=…\\) or a network with .dim, for the variances to be learned; got neither",
     ),
     "optimal variances of others": (
-        lambda: probdiff.optimal_variance(NORMAL, {}, X, key=KEY),
+        lambda: probdiff.optimal_variance(NORMAL, X, key=KEY),
         ValueError,
         "diffusion: Expected reverse_variance='optimal'; got another",
     ),
@@ -399,7 +399,7 @@ CALLS = {
         "diffusion: Expected a Diffusion; got MLP",
     ),
     "a number for a key": (
-        lambda: probdiff.elbo_terms(NORMAL, {}, X, key=3),
+        lambda: probdiff.elbo_terms(NORMAL, X, key=3),
         TypeError,
         "key: Expected a JAX key, such as jax.random.key\\(0\\); got 3",
     ),
@@ -482,7 +482,7 @@ def test_every_public_function_has_joined_the_table():
 
 def test_jax_arrays_and_other_dtypes_that_fit_are_taken():
     for x in (jnp.asarray(X), X.astype(np.float64), X.astype(np.float16)):
-        assert np.all(np.isfinite(probdiff.elbo_terms(NORMAL, {}, x, key=jax.random.key(0)).elbo))
+        assert np.all(np.isfinite(probdiff.elbo_terms(NORMAL, x, key=jax.random.key(0)).elbo))
     for dtype in (np.uint8, np.int16, np.int64):
         levels = np.array([[0, 4], [2, 3]], dtype)
-        assert np.all(np.isfinite(probdiff.elbo_terms(GRID, {}, levels, key=jax.random.key(0)).elbo))
+        assert np.all(np.isfinite(probdiff.elbo_terms(GRID, levels, key=jax.random.key(0)).elbo))

@@ -50,31 +50,31 @@ def traced(program, *arguments, **keywords):
 
 
 PUBLIC = {
-    "elbo_terms": lambda d: probdiff.elbo_terms(d, {}, X, key=KEY, num_draws=2),
-    "elbo_terms, moments": lambda d: probdiff.elbo_terms(d, {}, X, key=KEY, num_draws=2, reduce=True),
+    "elbo_terms": lambda d: probdiff.elbo_terms(d, X, key=KEY, num_draws=2),
+    "elbo_terms, moments": lambda d: probdiff.elbo_terms(d, X, key=KEY, num_draws=2, reduce=True),
     "path_elbo": lambda d: probdiff.path_elbo(d, X, key=KEY, num_draws=2),
     "compute_both_ways": lambda d: probdiff.compute_both_ways(d, X, key=KEY, num_draws=2).path,
-    "iwae": lambda d: probdiff.iwae(d, {}, X, key=KEY, num_particles=3),
-    "sandwich": lambda d: tuple(probdiff.sandwich(d, {}, key=KEY, num_data=3, num_particles=2).upper.values()),
+    "iwae": lambda d: probdiff.iwae(d, X, key=KEY, num_particles=3),
+    "sandwich": lambda d: tuple(probdiff.sandwich(d, key=KEY, num_data=3, num_particles=2).upper.values()),
     "compare_estimators": lambda d: [
         value
-        for c in [probdiff.compare_estimators(d, {}, X[:2], key=KEY, num_draws=2, estimators=["kl_combined"])]
+        for c in [probdiff.compare_estimators(d, X[:2], key=KEY, num_draws=2, estimators=["kl_combined"])]
         for value in (c.draws, *c.projections.values())
     ],
     "compare_models": lambda d: probdiff.compare_models({"a": d, "b": d}, X, key=KEY, num_draws=2).elbo["a"],
-    "flow_log_prob": lambda d: probdiff.flow_log_prob(d, {}, X[:2]),
-    "flow_likelihood": lambda d: probdiff.flow_likelihood(d, {}, X[:2], key=KEY).log_prob,
-    "score": lambda d: probdiff.score(d, {}, X, 2),
-    "ledger": lambda d: probdiff.ledger(d, {}, ORACLE, X, key=KEY).network_per_step,
+    "flow_log_prob": lambda d: probdiff.flow_log_prob(d, X[:2]),
+    "flow_likelihood": lambda d: probdiff.flow_likelihood(d, X[:2], key=KEY).log_prob,
+    "score": lambda d: probdiff.score(d, X, 2),
+    "ledger": lambda d: probdiff.ledger(d, ORACLE, X, key=KEY).network_per_step,
     **{
-        name: lambda d, sampler=sampler: sampler(d, {}, key=KEY, num_samples=3)
+        name: lambda d, sampler=sampler: sampler(d, key=KEY, num_samples=3)
         for name, sampler in probdiff.SAMPLERS.items()
     },
     "reverse_kernel": lambda d: d.evaluated().reverse_kernel(X, 2).base_dist.loc,
     "Predictive": lambda d: Predictive(d.model, num_samples=1)(KEY, None, num_data=3)["x"],
     "the posterior guide": lambda d: traced(d.posterior_guide, X),
     "the parallel guide": lambda d: traced(probdiff.ParallelPrograms(d).guide, X),
-    "AnalyticELBO": lambda d: probdiff.AnalyticELBO(d.evaluated(), "stratified").per_datum(KEY, {}, X),
+    "AnalyticELBO": lambda d: probdiff.AnalyticELBO(d.evaluated(), "stratified").per_datum(KEY, X),
 }
 
 
@@ -87,7 +87,7 @@ def test_bound_parameters_and_weights_put_in_directly_give_the_same(name):
 
 def test_what_is_bound_is_not_trained_inside_another_program():
     """A prior inside of a larger model: it has no site of its own, and its bound stays what it was."""
-    before = probdiff.elbo_terms(BOUND, {}, X, key=KEY).elbo
+    before = probdiff.elbo_terms(BOUND, X, key=KEY).elbo
 
     def model(y):
         with handlers.scope(prefix="prior"):
@@ -106,7 +106,7 @@ def test_what_is_bound_is_not_trained_inside_another_program():
         assert all(site["type"] != "param" for site in handlers.trace(handlers.seed(program, KEY)).get_trace(X).values())
     result = SVI(model, guide, optax.adam(0.1), Trace_ELBO()).run(KEY, 3, X, progress_bar=False)
     assert PARAMS not in result.params and set(result.params) == {"shift", "prior/z_loc", "prior/x_loc"}
-    np.testing.assert_array_equal(probdiff.elbo_terms(BOUND, {}, X, key=KEY).elbo, before)
+    np.testing.assert_array_equal(probdiff.elbo_terms(BOUND, X, key=KEY).elbo, before)
 
 
 def test_unbind_is_exact():
@@ -135,7 +135,7 @@ def test_a_fit_takes_a_bound_model_further():
 
 def test_gradients_flow_through_the_arrays_of_a_bound_model():
     def bound(diffusion):
-        return probdiff.elbo_terms(diffusion, {}, X, key=KEY).elbo.mean()
+        return probdiff.elbo_terms(diffusion, X, key=KEY).elbo.mean()
 
     found = eqx.filter_grad(bound)(BOUND)
     step = 1e-2
@@ -148,7 +148,7 @@ def test_gradients_flow_through_the_arrays_of_a_bound_model():
 def test_the_estimators_gradients_are_those_of_the_unbound_model_without_dropout():
     """All parameters, those of the schedule too, and the noise of dropout in none of them."""
     comparisons = [
-        probdiff.compare_estimators(d, {}, X[:2], key=KEY, num_draws=2, estimators=["kl_marginal"]) for d in (BOUND, DIRECT)
+        probdiff.compare_estimators(d, X[:2], key=KEY, num_draws=2, estimators=["kl_marginal"]) for d in (BOUND, DIRECT)
     ]
     for comparison in comparisons:
         assert comparison.projections["kl_marginal"].shape[0] >= 8 and comparison.table.loc["kl_marginal", "gradient_variance"] > 0

@@ -37,7 +37,7 @@ def exact_flow(**options):
     """The flow with nothing approximated: exact ε in continuous time, and base q(z_N)."""
     diffusion = exact()
     options = {"eps": diffusion.network.at_log_snr, "base": marginal(SCHEDULE, 30).log_prob, "rtol": 1e-6, "atol": 1e-6} | options
-    return probdiff.flow_log_prob(diffusion, {}, points(), **options)
+    return probdiff.flow_log_prob(diffusion, points(), **options)
 
 
 def test_the_exact_flow_gives_the_density_of_z_1(float64):
@@ -62,12 +62,12 @@ def test_a_wrong_velocity_is_found(bug, compiled_anew, monkeypatch, float64):
 
 def test_hutchinsons_estimator_has_the_exact_mean(float64):
     z = jnp.repeat(points(2), 600, 0)
-    exactly = probdiff.flow_log_prob(exact(), {}, z[::600])
-    estimates = probdiff.flow_log_prob(exact(), {}, z, num_probes=1, key=jax.random.key(0))
+    exactly = probdiff.flow_log_prob(exact(), z[::600])
+    estimates = probdiff.flow_log_prob(exact(), z, num_probes=1, key=jax.random.key(0))
     draws = estimates.reshape(2, 600).T
     assert draws.std(0).min() > 1e-3
     assert_mean(draws, exactly, power=1.0)
-    fewer = probdiff.flow_log_prob(exact(), {}, z[:200], num_probes=16, key=jax.random.key(0))
+    fewer = probdiff.flow_log_prob(exact(), z[:200], num_probes=16, key=jax.random.key(0))
     assert fewer.std() < draws[:, 0].std() / 2
 
 
@@ -75,22 +75,22 @@ def test_the_error_from_the_base_is_the_difference_of_the_bases(float64):
     wrong = exact_flow(base=None) - exact_flow()
     assert np.abs(wrong).max() > 0.1
     x = ORACLE.sample(np.random.default_rng(2), 2000)
-    reported = probdiff.elbo_terms(exact(), {}, x, key=jax.random.key(0)).prior_kl.mean()
+    reported = probdiff.elbo_terms(exact(), x, key=jax.random.key(0)).prior_kl.mean()
     end = marginal(SCHEDULE, 30)
     z = end.sample(np.random.default_rng(3), 20_000)
     kl = np.mean(end.log_prob(z) + np.square(z).sum(1) / 2 + np.log(2 * np.pi))
     assert 0 < kl < reported  # "at most"
-    np.testing.assert_allclose(probdiff.flow_likelihood(exact(), {}, x[:4], key=jax.random.key(0)).base.shape, (4,))
+    np.testing.assert_allclose(probdiff.flow_likelihood(exact(), x[:4], key=jax.random.key(0)).base.shape, (4,))
 
 
 def test_the_error_from_interpolation_is_estimated(float64):
     schedule = probdiff.log_snr_schedule(16, 6.0, -3.0)
     x = ORACLE.sample(np.random.default_rng(2), 100)
-    report = probdiff.flow_likelihood(exact(schedule), {}, x, key=jax.random.key(0))
+    report = probdiff.flow_likelihood(exact(schedule), x, key=jax.random.key(0))
     z = np.sqrt(schedule.alpha_bar[0]) * x + np.sqrt(schedule.beta[0]) * jax.random.normal(
         jax.random.split(jax.random.key(0))[0], (1, *x.shape)
     )
-    true = probdiff.flow_log_prob(exact(schedule), {}, z[0], eps=exact(schedule).network.at_log_snr)
+    true = probdiff.flow_log_prob(exact(schedule), z[0], eps=exact(schedule).network.at_log_snr)
     error = report.log_q[0] - true
     assert np.abs(error).mean() > 1e-3
     assert np.abs(report.interpolation[0] - error).mean() < 0.5 * np.abs(error).mean()
@@ -100,8 +100,8 @@ def test_the_error_from_the_solver_is_estimated(float64):
     """Against tolerances a thousand times tighter: never by much too small, and not a mere bound."""
     x = ORACLE.sample(np.random.default_rng(2), 100)
     options = {"key": jax.random.key(0), "rtol": 1e-4, "atol": 1e-4}
-    report = probdiff.flow_likelihood(exact(), {}, x, **options)
-    tight = probdiff.flow_likelihood(exact(), {}, x, **options | {"rtol": 1e-8, "atol": 1e-8})
+    report = probdiff.flow_likelihood(exact(), x, **options)
+    tight = probdiff.flow_likelihood(exact(), x, **options | {"rtol": 1e-8, "atol": 1e-8})
     error, estimate = np.abs(report.log_q - tight.log_q), np.abs(report.solver)
     assert 1e-6 < error.mean() < estimate.mean() < 30 * error.mean() and error.max() < 2 * estimate.max()
     assert np.abs(tight.solver).max() < estimate.mean() / 10
@@ -125,7 +125,7 @@ def test_the_likelihood_of_the_data_and_the_error_from_sigma_1(float64):
     schedule = probdiff.log_snr_schedule(60, 7.0, -9.0)
     diffusion = probdiff.Diffusion(schedule, ORACLE.network(schedule), likelihood, "forward")
     x = scaled.sample(np.random.default_rng(4), 1500)
-    report = probdiff.flow_likelihood(diffusion, {}, x, key=jax.random.key(0))
+    report = probdiff.flow_likelihood(diffusion, x, key=jax.random.key(0))
     gap = report.log_prob[0] - scaled.log_prob(x)
     assert_mean(gap, 0.0, power=0.02)
     change = np.log(schedule.alpha_bar[0]) - 2 * np.log(4)
@@ -140,7 +140,7 @@ def test_on_a_grid_it_bounds_the_probability_of_each_level(float64):
     schedule = probdiff.log_snr_schedule(400, 7.0, -8.0)
     diffusion = probdiff.Diffusion(schedule, oracle.network(schedule), probdiff.DiscretizedNormalLikelihood(5))
     x = np.arange(5)[:, None]
-    report = probdiff.flow_likelihood(diffusion, {}, x, key=jax.random.key(0), num_draws=200)
+    report = probdiff.flow_likelihood(diffusion, x, key=jax.random.key(0), num_draws=200)
     np.testing.assert_allclose(report.log_prob.mean(0), np.log(probability), atol=0.01)
     per_level = report.log_q + np.log(schedule.alpha_bar[0]) / 2 + np.log(2 / 4)  # a level is 1 wide in x, 2/(L−1) in x_0
     np.testing.assert_allclose(report.log_prob - report.smoothing, per_level, rtol=1e-10)
@@ -150,6 +150,6 @@ def test_on_a_grid_it_bounds_the_probability_of_each_level(float64):
 def test_few_steps(num_steps):
     schedule = probdiff.log_snr_schedule(num_steps, 4.0, -4.0)
     x = ORACLE.sample(np.random.default_rng(5), 3)
-    report = probdiff.flow_likelihood(exact(schedule), {}, x.astype(np.float32), key=jax.random.key(0), num_draws=2)
+    report = probdiff.flow_likelihood(exact(schedule), x.astype(np.float32), key=jax.random.key(0), num_draws=2)
     assert report.log_prob.shape == (2, 3) and np.isfinite(report.log_prob).all()
     assert np.isfinite(report.interpolation).all() == (num_steps > 2)

@@ -35,7 +35,7 @@ def test_bound_and_terms(beta, dim, seed, reverse_variance):
     log_prob = exact_log_prob(diffusion, x)
     assert np.all(exact["elbo"] <= log_prob + 1e-9 * np.maximum(1, np.abs(exact["elbo"])))
     with jax.enable_x64(True):
-        terms = probdiff.elbo_terms(diffusion, {}, x, key=jax.random.key(seed))
+        terms = probdiff.elbo_terms(diffusion, x, key=jax.random.key(seed))
         assert np.all(np.isfinite(terms.elbo)) and np.all(terms.step_kl >= -1e-12)
         np.testing.assert_allclose(terms.prior_kl, exact["prior_kl"], rtol=1e-9, atol=1e-12)
 
@@ -48,8 +48,8 @@ def test_terms_follow_a_permutation_of_the_data(num_steps, dim, seed):
     x, noise = rng.normal(size=(6, dim)), rng.normal(size=(2, num_steps, 6, dim))
     order = rng.permutation(6)
     with jax.enable_x64(True):
-        straight = probdiff.elbo_terms(diffusion, {}, x, noise=noise)
-        permuted = probdiff.elbo_terms(diffusion, {}, x[order], noise=noise[:, :, order])
+        straight = probdiff.elbo_terms(diffusion, x, noise=noise)
+        permuted = probdiff.elbo_terms(diffusion, x[order], noise=noise[:, :, order])
     for name in ("prior_kl", "step_kl", "reconstruction", "elbo"):
         np.testing.assert_allclose(getattr(permuted, name), getattr(straight, name)[..., order], rtol=1e-9)
 

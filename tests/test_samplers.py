@@ -47,14 +47,14 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_samples_are_distributed_as_the_data(setting):
     name, options = SETTINGS[setting]
-    check_samples(sampling.SAMPLERS[name](diffusion_with(SCHEDULE), {}, key=KEY, num_samples=10_000, **options))
+    check_samples(sampling.SAMPLERS[name](diffusion_with(SCHEDULE), key=KEY, num_samples=10_000, **options))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_wrong_sigma_is_found(setting):
     name, options = SETTINGS[setting]
     wrong = diffusion_with(probdiff.NoiseSchedule.from_sigmas(0.75 * SCHEDULE.sigma))
-    samples = sampling.SAMPLERS[name](wrong, {}, key=KEY, num_samples=10_000, **options)
+    samples = sampling.SAMPLERS[name](wrong, key=KEY, num_samples=10_000, **options)
     with pytest.raises(AssertionError):
         check_samples(samples)
 
@@ -88,12 +88,12 @@ def test_ddim_keeps_the_marginals_given_x_0(eta):
 @pytest.mark.parametrize("name", sampling.SAMPLERS)
 def test_a_sample_depends_on_the_key_and_its_number_alone(name, monkeypatch):
     draw, diffusion = sampling.SAMPLERS[name], diffusion_with(probdiff.log_snr_schedule(5, 4.0, -4.0))
-    few = draw(diffusion, {}, key=KEY, num_samples=3)
+    few = draw(diffusion, key=KEY, num_samples=3)
     monkeypatch.setattr(sampling, "EVALUATIONS", 1)  # batches of 64
-    many = draw(diffusion, {}, key=KEY, num_samples=70)
+    many = draw(diffusion, key=KEY, num_samples=70)
     assert many.shape == (70, 2) and len(np.unique(many[:, 0])) == 70
     np.testing.assert_allclose(many[:3], few, rtol=1e-4, atol=1e-5)
-    assert np.abs(draw(diffusion, {}, key=jax.random.key(2), num_samples=3) - few).min() > 1e-4
+    assert np.abs(draw(diffusion, key=jax.random.key(2), num_samples=3) - few).min() > 1e-4
 
 
 @pytest.mark.parametrize("name", sampling.SAMPLERS)
@@ -101,17 +101,17 @@ def test_samples_are_in_the_units_of_the_data(name):
     """Levels for data on a grid; for continuous data, those of the chain times the scale plus the shift."""
     schedule = probdiff.log_snr_schedule(4, 4.0, -4.0)
     draw, options = sampling.SAMPLERS[name], {"key": KEY, "num_samples": 4}
-    grid = draw(diffusion_with(schedule, probdiff.DiscretizedNormalLikelihood(5)), {}, **options)
+    grid = draw(diffusion_with(schedule, probdiff.DiscretizedNormalLikelihood(5)), **options)
     assert np.issubdtype(grid.dtype, np.integer) and grid.min() >= 0 and grid.max() <= 4
-    plain = draw(diffusion_with(schedule), {}, **options)
-    scaled = draw(diffusion_with(schedule, probdiff.NormalLikelihood([7.0, -7.0], [2.0, 3.0])), {}, **options)
+    plain = draw(diffusion_with(schedule), **options)
+    scaled = draw(diffusion_with(schedule, probdiff.NormalLikelihood([7.0, -7.0], [2.0, 3.0])), **options)
     np.testing.assert_allclose(scaled, plain * [2, 3] + [7, -7], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", sampling.SAMPLERS)
 def test_one_step(name):
     one = diffusion_with(probdiff.log_snr_schedule(1, log_snr_min=-1.0))
-    assert np.isfinite(sampling.SAMPLERS[name](one, {}, key=KEY, num_samples=2)).all()
+    assert np.isfinite(sampling.SAMPLERS[name](one, key=KEY, num_samples=2)).all()
 
 
 def test_a_number_of_steps_is_spread_evenly_and_ends_at_both_ends():
@@ -131,5 +131,5 @@ def test_other_steps_of_one_number_compile_nothing_new():
 
     diffusion = probdiff.Diffusion(SCHEDULE, network, dim=2)
     for steps in ([1, 5, 9], [2, 50, 100]):
-        sampling.ddim(diffusion, {}, key=KEY, num_samples=2, steps=steps)
+        sampling.ddim(diffusion, key=KEY, num_samples=2, steps=steps)
     assert len(compiled) == 1

@@ -106,7 +106,7 @@ def test_the_work_is_shared():
 def test_what_it_refuses(devices, error, match):
     diffusion = probdiff.Diffusion(probdiff.log_snr_schedule(3), lambda z, n: z, dim=2)
     with pytest.raises(error, match=match):
-        probdiff.elbo_terms(diffusion, {}, jnp.ones((2, 2)), key=jax.random.key(0), devices=devices)
+        probdiff.elbo_terms(diffusion, jnp.ones((2, 2)), key=jax.random.key(0), devices=devices)
 
 
 def test_a_list_of_devices():

@@ -47,7 +47,7 @@ def test_a_fit_reaches_the_best_bound_and_does_not_pass_it():
     best = probdiff.Diffusion(
         fit.diffusion.schedule, oracle.network(fit.diffusion.schedule), fit.diffusion.likelihood, "forward"
     )
-    terms = probdiff.elbo_terms(fit.diffusion, {}, x, key=jax.random.key(3), num_draws=40, reduce=True)
+    terms = probdiff.elbo_terms(fit.diffusion, x, key=jax.random.key(3), num_draws=40, reduce=True)
     shortfall = exact_terms(best, x)["elbo"] - np.asarray(terms.elbo.mean)
     error = np.sqrt(np.sum(terms.elbo.variance) / 40) / len(x)
     assert error < 0.005
@@ -66,7 +66,7 @@ def test_loss_is_nats_per_datum():
         probdiff.fit(diffusion, X, iterations=20, batch_size=b, learning_rate=1e-9, progress=False).losses.mean()
         for b in (50, 500)
     ]
-    bound = probdiff.elbo_terms(diffusion, {}, X[:500], key=jax.random.key(0), num_draws=5).elbo.mean()
+    bound = probdiff.elbo_terms(diffusion, X[:500], key=jax.random.key(0), num_draws=5).elbo.mean()
     np.testing.assert_allclose(losses, -bound, rtol=0.1)
 
 
@@ -144,7 +144,7 @@ def test_the_best_parameters_in_validation_are_the_result():
     )
     assert fit.validation[:, 1].argmax() < 3 and fit.validation[-1, 1] < fit.validation[:, 1].max() - 1
     assert float(fit.state.best_bound) == pytest.approx(fit.validation[:, 1].max(), rel=1e-6)
-    bound = probdiff.elbo_terms(fit.diffusion, {}, X[:200], key=jax.random.key(0), num_draws=3).elbo.mean()
+    bound = probdiff.elbo_terms(fit.diffusion, X[:200], key=jax.random.key(0), num_draws=3).elbo.mean()
     assert bound > fit.validation[-1, 1] + 1
 
 

@@ -113,12 +113,11 @@ def ve_from_vp(schedule, z, n):
     return z / _at(schedule, _signal, n, z)
 
 
-def score(diffusion, params, x_n, n):
+def score(diffusion, x_n, n):
     r"""The fitted model's score of the noisy data, :math:`\nabla \log p(x_n) \approx -\epsilon_\theta(z_n, n) / \sigma_n`.
 
     Args:
         diffusion: The model.
-        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
         x_n: Noisy encoded data in VE coordinates, shape ``(*batch, dim)``.
         n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
 
@@ -126,7 +125,7 @@ def score(diffusion, params, x_n, n):
         Shape ``(*batch, dim)``. In VP coordinates the score is this divided by :math:`\sqrt{\bar\alpha_n}`.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.bind(params).evaluated()
+    diffusion = diffusion.evaluated()
     eps_hat = predict_noise(diffusion.network, vp_from_ve(diffusion.schedule, x_n, n), n)
     return score_from_eps(diffusion.schedule, eps_hat, n)
 

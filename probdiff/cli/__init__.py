@@ -385,7 +385,7 @@ def _account(run, diffusion, dataset):
     from probdiff.diagnostics import plots
 
     x = dataset.test[: max(100, LEDGER_ROWS // diffusion.schedule.num_steps)]
-    account = probdiff.ledger(diffusion, {}, dataset.oracle, x, key=jax.random.key(0), progress=True)
+    account = probdiff.ledger(diffusion, dataset.oracle, x, key=jax.random.key(0), progress=True)
     title = f"{dataset.name}, N = {diffusion.schedule.num_steps}, {len(x)} test data"
     plots.plot_ledger(account, title).savefig(run.figures / "ledger.png")
     return account
@@ -417,7 +417,7 @@ def _compare(arguments):
     devices = _usage(_check_devices, arguments)
     print(f"probdiff: {len(items)} test items, N = {diffusion.schedule.num_steps}", file=sys.stderr, flush=True)
     result = probdiff.compare_estimators(
-        diffusion, {}, items, key=key, num_draws=draws, estimators=names, devices=devices, progress=True
+        diffusion, items, key=key, num_draws=draws, estimators=names, devices=devices, progress=True
     )
     # What was computed is shown even if it cannot be written.
     try:

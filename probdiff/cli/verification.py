@@ -172,7 +172,7 @@ def given_terms():
     found, expected = [], []
     _, _, eps, z = _noised(SCHEDULE)
     for diffusion in (_gaussian(), _gaussian(reverse_variance="forward")):
-        terms = probdiff.elbo_terms(diffusion, {}, X, noise=eps[None])
+        terms = probdiff.elbo_terms(diffusion, X, noise=eps[None])
         found.append([terms.prior_kl, terms.step_kl[0], terms.reconstruction[0]])
         with jax.enable_x64(True):
             prior_kl = kl_divergence(probdiff.forward_marginal(SCHEDULE, X, 8).base_dist, dist.Normal(0.0, 1.0)).sum(-1)
@@ -183,7 +183,7 @@ def given_terms():
 def mean_terms():
     """The mean terms of the bound against the closed form for Gaussian data."""
     diffusion = _gaussian(reverse_variance="forward")
-    terms = probdiff.elbo_terms(diffusion, {}, X, key=jax.random.key(1), num_draws=40_000)
+    terms = probdiff.elbo_terms(diffusion, X, key=jax.random.key(1), num_draws=40_000)
     exact = exact_terms(diffusion, X)
     draws = jnp.concatenate([terms.step_kl, terms.reconstruction[:, None], terms.elbo[:, None]], 1)
     # Without any one step KL, its own term and the bound would be off by more.
@@ -228,7 +228,7 @@ def score_matching():
     n = jnp.broadcast_to(STEPS, z.shape[:-1])
     term = probdiff.ScoreMatching(diffusion, "likelihood").term
     by_noise = term(diffusion, X, X, n, z, sampled_noise(SCHEDULE, z, n, eps), diffusion.network(z, n), None)
-    error = jnp.square(probdiff.score(diffusion, {}, z / signal, n) + eps * signal / noise).sum(-1)
+    error = jnp.square(probdiff.score(diffusion, z / signal, n) + eps * signal / noise).sum(-1)
     by_score = probdiff.likelihood_weights(diffusion)[:, None] * error
     return _identity([by_noise[1:], by_score[1:]], 2 * [_step_kls(diffusion)], floor=1)
 
@@ -255,7 +255,7 @@ def mixture_scores():
     x_n, diffusion = z / signal, probdiff.Diffusion(VE_SCHEDULE, MIXTURE.network(VE_SCHEDULE))
     eps_hat = -noise * _gradient(lambda z: _log_mixture(z, signal, noise**2), z)
     score = _gradient(lambda x: _log_mixture(x, np.ones_like(signal), (noise / signal) ** 2), x_n)
-    found = [diffusion.network(z, n), probdiff.score(diffusion, {}, x_n, n)]
+    found = [diffusion.network(z, n), probdiff.score(diffusion, x_n, n)]
     return _identity(found, [eps_hat, score], double=1e-8, floor=1)
 
 
@@ -282,14 +282,14 @@ def flow():
     diffusion, (signal, noise, _, z) = probdiff.Diffusion(schedule, MIXTURE.network(schedule)), _noised(schedule)
     first, last = (functools.partial(_log_mixture, signal=signal[k], variance=noise[k] ** 2) for k in (0, -1))
     exact = {"eps": diffusion.network.at_log_snr, "base": last, "rtol": 1e-6, "atol": 1e-6}
-    error = probdiff.flow_log_prob(diffusion, {}, z[0], **exact) - np.asarray(first(z[0]))
+    error = probdiff.flow_log_prob(diffusion, z[0], **exact) - np.asarray(first(z[0]))
     return Finding(float(np.abs(error).max()), 1e-3, "nats")
 
 
 def sandwich():
     """ELBO < IWAE < log p < upper bounds for data from the model, with log p by the covariance of the reverse chain."""
     diffusion = _gaussian()
-    bounds = probdiff.sandwich(diffusion, {}, key=jax.random.key(3), num_data=4000, num_particles=(1, 10))
+    bounds = probdiff.sandwich(diffusion, key=jax.random.key(3), num_data=4000, num_particles=(1, 10))
     exact = exact_log_prob(diffusion, bounds.x)
     rising = np.diff([bounds.lower[1], bounds.lower[10], exact, bounds.upper[10], bounds.upper[1]], axis=0)
     z = rising.mean(1) / rising.std(1, ddof=1) * np.sqrt(rising.shape[1])
@@ -304,7 +304,7 @@ def pairing():
         diffusion, step_kl = probdiff.Diffusion(schedule, lambda z, n: 0.95 * z), {}
         for dtype in (np.float32, np.float64):
             with jax.enable_x64(dtype == np.float64):
-                terms = probdiff.elbo_terms(diffusion, {}, x.astype(dtype), noise=noise.astype(dtype))
+                terms = probdiff.elbo_terms(diffusion, x.astype(dtype), noise=noise.astype(dtype))
                 step_kl[dtype] = np.asarray(terms.step_kl, np.float64)
         errors.append(np.abs(step_kl[np.float32] - step_kl[np.float64]).sum())
     return Finding(float(max(errors)), 3e-3, "nats")

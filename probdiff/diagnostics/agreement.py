@@ -96,5 +96,5 @@ def compute_both_ways(diffusion, x, *, key, num_draws, devices=None, progress=Fa
     require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
     terms_key, path_key = jax.random.split(key)
     options = {"num_draws": num_draws, "devices": devices, "progress": progress}
-    terms = elbo_terms(diffusion, {}, x, key=terms_key, **options)
+    terms = elbo_terms(diffusion, x, key=terms_key, **options)
     return TwoWays(terms, path_elbo(diffusion, x, key=path_key, **options))

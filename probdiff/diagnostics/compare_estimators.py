@@ -136,7 +136,7 @@ def _json_matrix(frame):
     return {name: {k: v for k, v in row.items() if np.isfinite(v)} for name, row in frame.iterrows()}
 
 
-def compare_estimators(diffusion, params, x, *, key, num_draws=200, estimators=None, devices=None, progress=False):
+def compare_estimators(diffusion, x, *, key, num_draws=200, estimators=None, devices=None, progress=False):
     """Estimate the bound of one model on the same data in every way.
 
     Estimators that learn (probabilities of steps, coefficients) first learn on ``x``, and are then held fixed. In the
@@ -144,7 +144,6 @@ def compare_estimators(diffusion, params, x, *, key, num_draws=200, estimators=N
 
     Args:
         diffusion: The model.
-        params: Trained parameters; ``{}`` for the weights that the model holds.
         x: Data, shape ``(datum, dim)``.
         key: JAX key.
         num_draws: Draws of the estimators with N network evaluations a datum, at least 2. The others vary more and cost
@@ -161,7 +160,6 @@ def compare_estimators(diffusion, params, x, *, key, num_draws=200, estimators=N
         ValueError, TypeError: If the data do not suit the model, a name is unknown, or ``num_draws`` is less than 2.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.bind(params)
     diffusion.check(x)
     require_count("num_draws", num_draws)
     require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
@@ -246,7 +244,7 @@ def _learn(diffusion, guide, elbo, x, key):
 def _value(diffusion, guide, elbo, x, learned, key):
     """One draw of each datum's bound, shape ``(datum,)``."""
     if isinstance(elbo, StepObjective):
-        return elbo.per_datum(key, learned, x)
+        return elbo.per_datum(key, x, learned)
 
     def one(key, x):
         return -elbo.loss(key, {}, diffusion.model, guide, x[None])

@@ -77,7 +77,7 @@ def compare_models(models, x, *, key, num_draws=4, progress=False):
         require_type(str(name), diffusion, Diffusion)
         diffusion.check(x)
     moments = {
-        name: elbo_terms(diffusion, {}, x, key=key, num_draws=num_draws, reduce=True, progress=progress).elbo
+        name: elbo_terms(diffusion, x, key=key, num_draws=num_draws, reduce=True, progress=progress).elbo
         for name, diffusion in models.items()
     }
     elbo = {name: np.asarray(each.mean, np.float64) for name, each in moments.items()}

@@ -75,12 +75,11 @@ class Ledger:
         return format_ledger(self)
 
 
-def ledger(diffusion, params, oracle, x, *, key, progress=False):
+def ledger(diffusion, oracle, x, *, key, progress=False):
     """Account for the bound of a model on data whose distribution is known.
 
     Args:
         diffusion: The model, with a NormalLikelihood.
-        params: Trained parameters; ``{}`` for the weights that the model holds.
         oracle: The true distribution of the data (see :mod:`probdiff.oracles.distributions`); ``dataset.oracle`` of a data set.
         x: Data drawn from it, shape ``(datum, dim)``, at least two.
         key: JAX key. Model and exact network are evaluated on the same noise.
@@ -99,7 +98,7 @@ def ledger(diffusion, params, oracle, x, *, key, progress=False):
     require(isinstance(likelihood, NormalLikelihood), "diffusion.likelihood", "a NormalLikelihood", kind, TypeError)
     known = all(hasattr(oracle, name) for name in ("log_prob", "entropy", "standardized"))
     require(known, "oracle", "a distribution out of probdiff.oracles", type(oracle).__name__, TypeError)
-    diffusion = diffusion.bind(params).evaluated()
+    diffusion = diffusion.evaluated()
     diffusion.check(x)
     require(len(x) >= 2, "x", "at least two data", len(x))
     require_key(key)
@@ -110,7 +109,7 @@ def ledger(diffusion, params, oracle, x, *, key, progress=False):
     network = oracle.standardized(likelihood.loc, likelihood.scale).network(schedule)
     exact = eqx.tree_at(lambda d: d.network, diffusion, network)
     terms_key, bound_key, network_key = jax.random.split(key, 3)
-    own = elbo_terms(diffusion, {}, x, key=terms_key, reduce=True, progress=progress)
+    own = elbo_terms(diffusion, x, key=terms_key, reduce=True, progress=progress)
     x = jnp.asarray(x)
     gap, irreducible = (log_p - _bound(d, x, bound_key, progress) for d in (diffusion, exact))
     added = np.asarray(_network_cost(diffusion, exact.network, x, network_key), np.float64)
@@ -132,7 +131,7 @@ def ledger(diffusion, params, oracle, x, *, key, progress=False):
 def _bound(diffusion, x, key, progress):
     """All steps of every datum's bound, minus a control variate: the gap is small, and so must its noise be."""
     objective = AnalyticELBO(diffusion, "all", control="linear")
-    evaluate = jax.jit(lambda key, x: objective.per_datum(key, {}, x))
+    evaluate = jax.jit(lambda key, x: objective.per_datum(key, x))
     count = -(-diffusion.schedule.num_steps * len(x) // BLOCK_ROWS)
     blocks = np.array_split(np.arange(len(x)), min(count, len(x)))
     bounds = [

@@ -37,7 +37,7 @@ def evaluate(diffusion, dataset, *, key, devices=None, progress=False):
         parts = [np.asarray(part).mean(0) for part in (terms.step_kl.sum(1), terms.reconstruction, terms.elbo)]
     else:
         draws = 1
-        terms = elbo_terms(diffusion, {}, dataset.test, key=test_key, reduce=True, devices=devices, progress=progress)
+        terms = elbo_terms(diffusion, dataset.test, key=test_key, reduce=True, devices=devices, progress=progress)
         parts = [np.asarray(part.mean, np.float64) for part in (terms.step_kl, terms.reconstruction, terms.elbo)]
         parts[0] = parts[0].sum(0)
     signs = {"prior_kl": -1, "step_kl": -1, "reconstruction": 1, "elbo": 1}

@@ -68,14 +68,13 @@ def path_elbo(diffusion, x, *, key, num_draws, devices=None, progress=False):
     return np.stack(draws)
 
 
-def iwae(diffusion, params, x, *, key, num_particles, num_draws=1, progress=False):
+def iwae(diffusion, x, *, key, num_particles, num_draws=1, progress=False):
     """The importance-weighted bound of every datum; it rises to log p(x) with the number of particles.
 
     NumPyro's ``RenyiELBO(alpha=0, num_particles=K)`` on a single datum has the same expectation.
 
     Args:
         diffusion: The model.
-        params: Trained parameters; ``{}`` for the weights that the model holds.
         x: Data, shape ``(datum, dim)``.
         key: JAX key.
         num_particles: Paths K in each bound: N K network evaluations for each datum and draw.
@@ -89,7 +88,7 @@ def iwae(diffusion, params, x, *, key, num_particles, num_draws=1, progress=Fals
     require_count("num_particles", num_particles)
     require_count("num_draws", num_draws)
     log_weights = path_elbo(
-        diffusion.bind(params).evaluated(), x, key=key, num_draws=num_particles * num_draws, progress=progress
+        diffusion, x, key=key, num_draws=num_particles * num_draws, progress=progress
     )
     return log_mean_exp(log_weights.reshape(num_draws, num_particles, -1), 1)
 
@@ -158,7 +157,7 @@ class Sandwich(NamedTuple):
         return "\n".join(lines)
 
 
-def sandwich(diffusion, params, *, key, num_data, num_particles=(1, 10, 100), progress=False):
+def sandwich(diffusion, *, key, num_data, num_particles=(1, 10, 100), progress=False):
     r"""Draw data from the model, and bound their log-likelihood from below and from above.
 
     Each datum is generated with its path, an exact draw of :math:`p_\theta(z | x)`. Every bound is one draw for each
@@ -166,7 +165,6 @@ def sandwich(diffusion, params, *, key, num_data, num_particles=(1, 10, 100), pr
 
     Args:
         diffusion: The model.
-        params: Trained parameters; ``{}`` for the weights that the model holds.
         key: JAX key.
         num_data: Number of data to draw, at least 2.
         num_particles: Numbers of paths K, or one number.
@@ -183,7 +181,7 @@ def sandwich(diffusion, params, *, key, num_data, num_particles=(1, 10, 100), pr
     for count in counts:
         require_count("num_particles", count)
     require(num_data >= 2, "num_data", "at least 2, for an error", num_data)
-    diffusion = diffusion.bind(params).evaluated()
+    diffusion = diffusion.evaluated()
     model_key, path_key = jax.random.split(key)
     x, own = _generate(diffusion, model_key, num_data)
     below = path_elbo(diffusion, x, key=path_key, num_draws=max(counts), progress=progress)

@@ -270,16 +270,17 @@ class StepObjective(ELBO):
             loss, state = jax.tree.map(lambda each: each.mean(0), particles)
         return {"loss": loss, "mutable_state": state}
 
-    def per_datum(self, rng_key, params, x):
-        """The estimate of each datum's bound, in nats, shape ``(datum,)``.
+    def per_datum(self, rng_key, x, learned=None):
+        """The estimate of each datum's bound, in nats, shape ``(datum,)``, at the parameters that the model holds, dropout off.
 
         Args:
             rng_key: JAX key.
-            params: Parameters, and what was learned, by site, as :meth:`loss` takes them.
             x: Data, shape ``(datum, dim)``.
+            learned: What was learned, by site, as ``SVIState.mutable_state`` holds it; None for :attr:`initial_state`.
         """
-        given = {name: dict(value) if name == LEARNED else value for name, value in params.items()}
-        trace = handlers.trace(handlers.seed(handlers.substitute(self.program, given), rng_key)).get_trace(x)
+        given = {name: dict(value) for name, value in (learned or {}).items()}
+        program = self.of(self.diffusion.evaluated()).program
+        trace = handlers.trace(handlers.seed(handlers.substitute(program, given), rng_key)).get_trace(x)
         return trace["ceiling"]["value"] - trace["shortfall"]["value"]
 
 

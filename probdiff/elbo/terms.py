@@ -235,7 +235,7 @@ def _accumulate(diffusion, x, key, draws, noise, state, mesh):
 
 
 def elbo_terms(
-    diffusion, params, x, *, key=None, num_draws=None, noise=None, reduce=False, devices=None, progress=False
+    diffusion, x, *, key=None, num_draws=None, noise=None, reduce=False, devices=None, progress=False
 ):
     r"""The terms of the bound on each datum, each from noise of its own.
 
@@ -244,7 +244,6 @@ def elbo_terms(
 
     Args:
         diffusion: The model.
-        params: Trained parameters, ``SVIRunResult.params``; ``{}`` for the weights that the model holds.
         x: Data as the user has it, shape ``(datum, dim)``.
         key: JAX key of the noise.
         num_draws: Number of draws; 1 if not given.
@@ -261,7 +260,7 @@ def elbo_terms(
         ValueError, TypeError: If the data, ``noise`` or ``num_draws`` do not fit the model.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.bind(params).evaluated()
+    diffusion = diffusion.evaluated()
     diffusion.check(x)
     require(
         (key is None) != (noise is None), "key, noise", "exactly one of the two", "neither" if key is None else "both"

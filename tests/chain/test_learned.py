@@ -87,8 +87,8 @@ def test_a_fit_moves_it_and_it_is_evaluated_as_a_fixed_schedule():
     assert abs(float(moved.start) - 3) > 1e-3 and float(jnp.abs(moved.shape).max()) > 1e-3
     np.testing.assert_allclose(fitted.schedule.log_snr[0], moved.start, rtol=1e-6)
     assert fitted.evaluated().network.embed.schedule == fitted.evaluated().schedule == fitted.schedule.fixed()
-    terms = probdiff.elbo_terms(diffusion, result.params, X, key=jax.random.key(2), num_draws=5)
-    np.testing.assert_array_equal(terms.elbo, probdiff.elbo_terms(fitted, {}, X, key=jax.random.key(2), num_draws=5).elbo)
+    terms = probdiff.elbo_terms(diffusion.bind(result.params), X, key=jax.random.key(2), num_draws=5)
+    np.testing.assert_array_equal(terms.elbo, probdiff.elbo_terms(fitted, X, key=jax.random.key(2), num_draws=5).elbo)
 
 
 def test_a_run_comes_back_with_what_was_learned(tmp_path):
@@ -109,7 +109,7 @@ def test_a_run_comes_back_with_what_was_learned(tmp_path):
 def one_step_variance(diffusion, x, draws=4000):
     elbo = probdiff.AnalyticELBO(diffusion, "uniform")
     keys = jax.random.split(jax.random.key(5), draws)
-    return float(jax.jit(lambda keys: jax.lax.map(lambda key: elbo.per_datum(key, {}, x), keys))(keys).var(0).mean())
+    return float(jax.jit(lambda keys: jax.lax.map(lambda key: elbo.per_datum(key, x), keys))(keys).var(0).mean())
 
 
 def test_the_shape_can_be_trained_for_less_variance():
@@ -158,8 +158,8 @@ def test_optimal_variance(num_steps, float64):
     diffusion = probdiff.Diffusion(schedule, MIXTURE.network(schedule), reverse_variance="optimal", dim=2)
     np.testing.assert_allclose(diffusion.kernel.variance(schedule), schedule.beta, rtol=1e-12)  # before anything is known
     x = MIXTURE.sample(np.random.default_rng(0), 4000)
-    found = probdiff.optimal_variance(diffusion, {}, x, key=jax.random.key(0))
-    variance = diffusion.bind(found).kernel.variance(schedule)
+    found = probdiff.optimal_variance(diffusion, x, key=jax.random.key(0))
+    variance = found.kernel.variance(schedule)
     assert variance[0] == schedule.beta[0]
     # E‖ε − ε̂‖² by other draws, with their error.
     rng = np.random.default_rng(1)
@@ -175,9 +175,9 @@ def test_optimal_variance(num_steps, float64):
         np.testing.assert_allclose(best, posterior + gain * squares.mean() / 2, rtol=1e-6)
         assert abs(variance[n - 1] - best) < 4.9 * gain / 2 * error * np.sqrt(1 + 40_000 / 4000)
     bounds = {}
-    for name in ("optimal", "posterior"):
-        model = probdiff.Diffusion(schedule, MIXTURE.network(schedule), reverse_variance=name, dim=2)
-        bounds[name] = probdiff.elbo_terms(model, found if name == "optimal" else {}, x, key=jax.random.key(3)).elbo[0]
+    posterior = probdiff.Diffusion(schedule, MIXTURE.network(schedule), reverse_variance="posterior", dim=2)
+    for name, model in (("optimal", found), ("posterior", posterior)):
+        bounds[name] = probdiff.elbo_terms(model, x, key=jax.random.key(3)).elbo[0]
     gain = np.asarray(bounds["optimal"] - bounds["posterior"])
     assert gain.mean() > 4.9 * gain.std() / np.sqrt(len(gain))
 

@@ -54,7 +54,7 @@ def check_marginal_score(n):
     x = np.linspace(-2, 2, 9)[:, None]
     expected = quadrature(n, x)
     exact = probdiff.Diffusion(SCHEDULE, LINE.network(SCHEDULE))
-    np.testing.assert_allclose(probdiff.score(exact, {}, x, n), expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(probdiff.score(exact, x, n), expected, rtol=1e-10, atol=1e-12)
     z = probdiff.vp_from_ve(SCHEDULE, x, n)
     eps_hat = exact.network(z, jnp.full(len(z), n))
     signal = 1 / np.sqrt(1 + SIGMAS[n - 1] ** 2)

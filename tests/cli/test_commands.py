@@ -58,7 +58,7 @@ def test_fit(run):
     assert names <= {file.name for file in path.iterdir()}
     assert {file.name for file in (path / "figures").iterdir()} == {"loss.png", "step_kl.png", "samples.png"}
     opened = probdiff.open_run(path)
-    terms = probdiff.elbo_terms(opened.diffusion, {}, opened.data.test, key=jax.random.key(0), num_draws=4)
+    terms = probdiff.elbo_terms(opened.diffusion, opened.data.test, key=jax.random.key(0), num_draws=4)
     assert_mean(np.asarray(terms.elbo.mean(0) - opened.terms.elbo.mean(0)), 0.0, power=200.0)
     np.testing.assert_allclose(opened.terms.elbo.mean(), elbo, rtol=1e-5)
 
@@ -339,9 +339,9 @@ def unmistakable(tmp_path_factory):
     bounds = {}
     for k in (1, 2):
         params = {PARAMS: jax.tree.map(lambda leaf, k=k: leaf + 0.05 * k, diffusion.trainable())}
-        fit = training.Fit(diffusion.bind(params), params, np.ones(3), np.array([[3.0, -1.0]]), None)
+        fit = training.Fit(diffusion.bind(params), np.ones(3), np.array([[3.0, -1.0]]), None)
         cases = [(fit.diffusion, x) for x in reversed(splits)] + [(diffusion.bind({}), dataset.test)]
-        terms = [probdiff.elbo_terms(model, {}, x, key=jax.random.key(9), num_draws=100) for model, x in cases]
+        terms = [probdiff.elbo_terms(model, x, key=jax.random.key(9), num_draws=100) for model, x in cases]
         draws = np.array([np.asarray(each.elbo).mean(1) for each in terms])
         path = tmp_path_factory.mktemp("unmistakable") / "run"
         run = probdiff.create_run(path, diffusion, {"data": "points", "seed": 0})
@@ -377,8 +377,8 @@ def test_estimators_are_compared_on_test_data_for_the_trained_model(unmistakable
     bounds, dataset = unmistakable_runs
     path, seen = next(iter(bounds)), []
 
-    def compare(diffusion, params, x, **options):
-        seen.extend([diffusion.bind(params) if params else diffusion, x])
+    def compare(diffusion, x, **options):
+        seen.extend([diffusion, x])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(probdiff, "compare_estimators", compare)
@@ -407,7 +407,7 @@ def test_samples_are_of_the_trained_model(unmistakable_runs, capsys):
     run = probdiff.open_run(path)
     samples = [np.load(json.loads(capsys.readouterr().out)["samples"])]
     for diffusion in (run.diffusion, run.untrained.bind({})):
-        samples.append(probdiff.SAMPLERS["ancestral"](diffusion, {}, key=jax.random.key(7), num_samples=400))
+        samples.append(probdiff.SAMPLERS["ancestral"](diffusion, key=jax.random.key(7), num_samples=400))
     found, trained, initial = (np.concatenate([each, np.square(each)], 1) for each in samples)
     error = np.hypot(found.std(0), trained.std(0)) / 20
     assert np.all(np.abs(found.mean(0) - trained.mean(0)) <= 4.9 * error)

@@ -43,7 +43,7 @@ def make(scale=0.9):
 
 @pytest.fixture(scope="module")
 def result():
-    return probdiff.compare_estimators(make(), {}, X, key=jax.random.key(0), num_draws=64, estimators=NAMES)
+    return probdiff.compare_estimators(make(), X, key=jax.random.key(0), num_draws=64, estimators=NAMES)
 
 
 def test_every_estimator_has_a_row_and_they_agree(result):
@@ -136,7 +136,7 @@ def test_the_limit_of_z_is_for_all_pairs_and_directions_together(result):
     assert result.z_limit == pytest.approx(scipy.stats.norm.isf(0.0027 / 2 / (10 * (1 + directions))), rel=1e-9)
     diffusion = probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE))
     names = ["kl_marginal", "kl_uniform"]
-    without = probdiff.compare_estimators(diffusion, {}, X, key=jax.random.key(0), num_draws=2, estimators=names)
+    without = probdiff.compare_estimators(diffusion, X, key=jax.random.key(0), num_draws=2, estimators=names)
     assert not without.projections and without.z_limit == pytest.approx(scipy.stats.norm.isf(0.0027 / 2), rel=1e-9)
 
 
@@ -168,7 +168,7 @@ def test_what_learns_is_adapted_to_the_value_for_values_and_to_the_gradient_for_
     offset[11] = 9, -9
     diffusion = probdiff.Diffusion(schedule, Offsets(jnp.asarray(offset)), dim=2)
     result = probdiff.compare_estimators(
-        diffusion, {}, X[:4], key=jax.random.key(0), num_draws=64, estimators=["kl_importance"]
+        diffusion, X[:4], key=jax.random.key(0), num_draws=64, estimators=["kl_importance"]
     )
     weight, square = diffusion.kernel.weight(schedule), (offset**2.0).sum(1)
     mean_square = {
@@ -199,7 +199,7 @@ def test_common_random_numbers(result):
     uniform, controlled = (draws[name].mean(1) for name in ("kl_uniform", "kl_controlled"))
     assert (uniform - controlled).std() < uniform.std()
     again = probdiff.compare_estimators(
-        make(), {}, X, key=jax.random.key(0), num_draws=8, estimators=["kl_marginal", "trace"]
+        make(), X, key=jax.random.key(0), num_draws=8, estimators=["kl_marginal", "trace"]
     )
     np.testing.assert_allclose(again.draws[0], draws["kl_marginal"][:8], rtol=1e-4)
     np.testing.assert_allclose(again.draws[1], draws["trace"][:8], rtol=1e-4)
@@ -208,8 +208,8 @@ def test_common_random_numbers(result):
 @pytest.mark.parametrize("biased", ["value", "gradient"])
 def test_a_biased_estimator_is_found_out(biased, monkeypatch):
     class Biased(probdiff.AnalyticELBO):
-        def per_datum(self, key, params, x):
-            return super().per_datum(key, params, x) + (0.5 if biased == "value" else 0.0)
+        def per_datum(self, key, x, learned=None):
+            return super().per_datum(key, x, learned) + (0.5 if biased == "value" else 0.0)
 
         def loss_with_mutable_state(self, *arguments):
             result = super().loss_with_mutable_state(*arguments)
@@ -219,7 +219,7 @@ def test_a_biased_estimator_is_found_out(biased, monkeypatch):
         ESTIMATORS, "kl_marginal", lambda diffusion: (lambda elbo: (elbo.guide, elbo))(Biased(diffusion))
     )
     result = probdiff.compare_estimators(
-        make(0.5), {}, X, key=jax.random.key(0), num_draws=400, estimators=["trace_posterior", "kl_marginal"]
+        make(0.5), X, key=jax.random.key(0), num_draws=400, estimators=["trace_posterior", "kl_marginal"]
     )
     assert not result.agree and "DO NOT AGREE" in str(result)
 
@@ -255,7 +255,7 @@ def test_outputs(result):
 
 def test_a_model_without_parameters_and_one_estimator():
     diffusion = probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE))
-    result = probdiff.compare_estimators(diffusion, {}, X, key=jax.random.key(0), num_draws=2, estimators="kl_marginal")
+    result = probdiff.compare_estimators(diffusion, X, key=jax.random.key(0), num_draws=2, estimators="kl_marginal")
     assert np.isnan(result.table.loc["kl_marginal", "gradient_variance"]) and result.best("gradient_by_evaluations") is None
     assert "nan" not in str(result) and json.dumps(result.to_dict(), allow_nan=False)
 
@@ -274,7 +274,7 @@ def test_a_model_without_parameters_and_one_estimator():
 def test_what_is_not_usable_is_refused(options, message):
     arguments = {"diffusion": make(), "x": X, "num_draws": 4} | options
     with pytest.raises((ValueError, TypeError), match=message):
-        probdiff.compare_estimators(params={}, key=jax.random.key(0), **arguments)
+        probdiff.compare_estimators(key=jax.random.key(0), **arguments)
 
 
 def test_models_are_ranked_with_paired_differences():
@@ -304,7 +304,7 @@ def test_the_errors_of_the_ranking_are_those_of_the_draws():
     models, key = {"worse": make(0.3), "best": make(1.0)}, jax.random.key(3)
     table = probdiff.compare_models(models, X, key=key, num_draws=6).table
     draws = {
-        name: np.asarray(probdiff.elbo_terms(model, {}, X, key=key, num_draws=6).elbo, np.float64)
+        name: np.asarray(probdiff.elbo_terms(model, X, key=key, num_draws=6).elbo, np.float64)
         for name, model in models.items()
     }
     for name, each in draws.items():

@@ -18,7 +18,7 @@ NUM_DRAWS = 1000
 
 def export(num_steps, network=lambda z, n: 0.5 * z, num_draws=NUM_DRAWS):
     diffusion = probdiff.Diffusion(probdiff.log_snr_schedule(num_steps), network)
-    return probdiff.to_datatree(probdiff.elbo_terms(diffusion, {}, X, key=jax.random.key(0), num_draws=num_draws))
+    return probdiff.to_datatree(probdiff.elbo_terms(diffusion, X, key=jax.random.key(0), num_draws=num_draws))
 
 
 @pytest.mark.parametrize("n", [2, 6])

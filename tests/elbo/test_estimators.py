@@ -277,7 +277,7 @@ def test_posterior_target_of_a_whole_set(float64):
             return -elbo.loss(key, learned, diffusion.model, guide, batch) / 5
 
         results[name] = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(3), 20_000)))
-    whole = probdiff.elbo_terms(diffusion, {}, data, key=jax.random.key(4), num_draws=2000).elbo.mean()
+    whole = probdiff.elbo_terms(diffusion, data, key=jax.random.key(4), num_draws=2000).elbo.mean()
     for draws in results.values():
         assert_mean(draws, whole, power=1.0)
 
@@ -306,7 +306,7 @@ def test_the_proposal_is_proportional_to_the_root_mean_square(float64):
     learned = learn(diffusion, elbo, updates=600)
     p = np.asarray(elbo._learner.probability(learned[LEARNED], "value", jnp.zeros(N)))
     assert p.sum() == pytest.approx(1) and np.all(p >= proposal.UNIFORM_SHARE / N)
-    terms = probdiff.elbo_terms(diffusion, {}, X, key=jax.random.key(0), num_draws=4000)
+    terms = probdiff.elbo_terms(diffusion, X, key=jax.random.key(0), num_draws=4000)
     ideal = np.sqrt(np.square(terms.step_kl).mean((0, 2)))
     np.testing.assert_allclose(p[1:] / p[1:].sum(), ideal / ideal.sum(), rtol=0.15)
 

@@ -24,7 +24,7 @@ def make(scale=0.9, **kwargs):
 def test_the_sandwich(scale, float64):
     """ELBO <= IWAE-10 <= IWAE-100 <= exact log p <= upper bounds, each step paired on the same x and beyond its error."""
     diffusion = make(scale)
-    bounds = probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=20_000)
+    bounds = probdiff.sandwich(diffusion, key=jax.random.key(0), num_data=20_000)
     exact = exact_log_prob(diffusion, bounds.x)
     upper = [bounds.upper[k] for k in (100, 10, 1)]
     rows = [bounds.lower[1], bounds.lower[10], bounds.lower[100], exact, *upper]
@@ -42,7 +42,7 @@ def test_the_upper_bound_is_exact_where_the_guide_is(float64):
     schedule = probdiff.log_snr_schedule(5, 3.0, -2.0)
     oracle = GaussianOracle([0.0], [[1.0]])
     diffusion = probdiff.Diffusion(schedule, oracle.network(schedule), reverse_variance="forward")
-    bounds = probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=50, num_particles=(1, 3))
+    bounds = probdiff.sandwich(diffusion, key=jax.random.key(0), num_data=50, num_particles=(1, 3))
     for values in (*bounds.lower.values(), *bounds.upper.values()):
         np.testing.assert_allclose(values, exact_log_prob(diffusion, bounds.x), rtol=1e-9)
     assert np.all(probdiff.pareto_khat(probdiff.path_elbo(diffusion, bounds.x, key=jax.random.key(1), num_draws=50)) == -np.inf)
@@ -52,7 +52,7 @@ def test_data_on_a_grid(float64):
     """Both bounds close in on minus the entropy of what was drawn."""
     schedule = probdiff.log_snr_schedule(4, 3.0, -2.0)
     diffusion = probdiff.Diffusion(schedule, lambda z, n: 0.7 * z, probdiff.DiscretizedNormalLikelihood(3), dim=1)
-    bounds = probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=2_000, num_particles=(1, 400))
+    bounds = probdiff.sandwich(diffusion, key=jax.random.key(0), num_data=2_000, num_particles=(1, 400))
     x = np.asarray(bounds.x)[:, 0]
     assert set(np.unique(x)) == {0, 1, 2}
     frequency = np.bincount(x) / len(x)
@@ -65,7 +65,7 @@ def test_data_on_a_grid(float64):
 @pytest.mark.parametrize("num_particles", [1, 7])
 def test_iwae_agrees_with_renyi_elbo(num_particles, float64):
     diffusion = make()
-    ours = probdiff.iwae(diffusion, {}, X, key=jax.random.key(0), num_particles=num_particles, num_draws=4000)
+    ours = probdiff.iwae(diffusion, X, key=jax.random.key(0), num_particles=num_particles, num_draws=4000)
     assert ours.shape == (4000, 3)
 
     def renyi(key, x):
@@ -83,13 +83,13 @@ def test_iwae_groups_its_paths(float64):
     """Draw s is the log mean of the weights of its own paths, not of anybody else's."""
     diffusion = make()
     weights = probdiff.path_elbo(diffusion, X, key=jax.random.key(0), num_draws=6)
-    values = probdiff.iwae(diffusion, {}, X, key=jax.random.key(0), num_particles=3, num_draws=2)
+    values = probdiff.iwae(diffusion, X, key=jax.random.key(0), num_particles=3, num_draws=2)
     np.testing.assert_allclose(values[1], np.log(np.exp(weights[3:]).mean(0)), rtol=1e-12)
 
 
 def test_the_upper_bound_of_k_paths_has_one_from_the_model_and_k_minus_one_of_the_lower_bound(float64):
     """Weights add up: K exp(upper K) = exp(upper 1) + (K − 1) exp(lower K − 1), and the lower bounds share theirs."""
-    bounds = probdiff.sandwich(make(), {}, key=jax.random.key(2), num_data=6, num_particles=(1, 2, 3, 7, 8))
+    bounds = probdiff.sandwich(make(), key=jax.random.key(2), num_data=6, num_particles=(1, 2, 3, 7, 8))
     lower, upper = ({k: np.exp(values) for k, values in each.items()} for each in (bounds.lower, bounds.upper))
     for k in (2, 3, 8):
         np.testing.assert_allclose(k * upper[k], upper[1] + (k - 1) * lower[k - 1], rtol=1e-9)
@@ -119,19 +119,19 @@ def test_what_is_not_usable_is_refused():
         ({"num_particles": 2, "num_draws": 1.5}, "num_draws: Expected a positive integer; got 1.5"),
     ]:
         with pytest.raises(ValueError, match=message):
-            probdiff.iwae(diffusion, {}, X.astype(np.float32), key=jax.random.key(0), **options)
+            probdiff.iwae(diffusion, X.astype(np.float32), key=jax.random.key(0), **options)
     with pytest.raises(ValueError, match="num_data: Expected a positive integer; got 0"):
-        probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=0)
+        probdiff.sandwich(diffusion, key=jax.random.key(0), num_data=0)
     with pytest.raises(ValueError, match="num_particles: Expected at least one number; got none"):
-        probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=3, num_particles=())
+        probdiff.sandwich(diffusion, key=jax.random.key(0), num_data=3, num_particles=())
     with pytest.raises(ValueError, match="num_data: Expected at least 2"):
-        probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=1, num_particles=5)
+        probdiff.sandwich(diffusion, key=jax.random.key(0), num_data=1, num_particles=5)
     with pytest.raises(ValueError, match=r"log_weights: Expected shape \(draw, datum\)"):
         probdiff.pareto_khat(np.zeros(50))
     with pytest.raises(ValueError, match="num_particles: Expected a positive integer; got 0"):
-        probdiff.sandwich(diffusion, {}, key=jax.random.key(0), num_data=3, num_particles=(0,))
+        probdiff.sandwich(diffusion, key=jax.random.key(0), num_data=3, num_particles=(0,))
     with pytest.raises(TypeError, match="diffusion: Expected a Diffusion; got int"):
-        probdiff.iwae(3, {}, X, key=jax.random.key(0), num_particles=2)
+        probdiff.iwae(3, X, key=jax.random.key(0), num_particles=2)
 
 
 def test_khat_recovers_a_pareto_tail():

@@ -34,7 +34,7 @@ def test_chunks_change_nothing(num_steps, options, monkeypatch, float64):
             return 3 * objective.loss(jax.random.key(3), params, diffusion.model, diffusion.guide, X)
 
         def both(params):
-            return *jax.value_and_grad(loss)(params), objective.per_datum(jax.random.key(3), params, X)
+            return *jax.value_and_grad(loss)(params), objective.of(diffusion.bind(params)).per_datum(jax.random.key(3), X)
 
         return jax.jit(both)(params)
 

@@ -28,14 +28,14 @@ def score_errors(diffusion, noise):
     errors = []
     for n, sigma in enumerate(SIGMAS, 1):
         eps = noise[:, n - 1]
-        errors.append(jnp.square(probdiff.score(diffusion, {}, X + sigma * eps, n) + eps / sigma).sum(-1))
+        errors.append(jnp.square(probdiff.score(diffusion, X + sigma * eps, n) + eps / sigma).sum(-1))
     return np.stack(errors, 1)
 
 
 def check_equals_step_kl(reverse_variance, weights):
     diffusion = make(reverse_variance)
     noise = jax.random.normal(jax.random.key(0), (4, 5, 3, 2))
-    terms = probdiff.elbo_terms(diffusion, {}, X, noise=noise)
+    terms = probdiff.elbo_terms(diffusion, X, noise=noise)
     weighted = weights(diffusion)[:, None] * score_errors(diffusion, noise)
     ratio = SCHEDULE.posterior_variance[1:] / diffusion.kernel.variance(SCHEDULE)[1:]
     constant = X.shape[1] * (ratio - 1 - np.log(ratio)) / 2
@@ -118,7 +118,7 @@ def test_an_svi_fit_finds_the_score(weights, float64):
     x_n = jnp.array([[-1.0], [0.7]])
     for n, sigma in enumerate(SIGMAS, 1):
         exact = -x_n / (np.mean(x**2) + sigma**2)
-        error = probdiff.score(diffusion, result.params, x_n, n) - exact
+        error = probdiff.score(diffusion.bind(result.params), x_n, n) - exact
         np.testing.assert_allclose(sigma * error, 0, atol=0.01)  # in units of the noise; a fresh network is off by up to 0.9
 
 

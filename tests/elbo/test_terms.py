@@ -22,7 +22,7 @@ X = jax.random.normal(jax.random.key(1), (7, 2))
 
 @pytest.mark.parametrize("num_steps", [1, 2, 6, 10_000])
 def test_shapes_at_any_length(num_steps):
-    terms = probdiff.elbo_terms(make(num_steps), {}, X, key=jax.random.key(0), num_draws=3)
+    terms = probdiff.elbo_terms(make(num_steps), X, key=jax.random.key(0), num_draws=3)
     assert terms.prior_kl.shape == (7,) and terms.step_kl.shape == (3, num_steps - 1, 7)
     assert terms.reconstruction.shape == terms.elbo.shape == (3, 7)
     assert np.all(np.isfinite(terms.elbo)) and np.all(terms.step_kl >= 0)
@@ -35,7 +35,7 @@ def test_chunks_change_nothing(rows, num_steps, monkeypatch):
 
     def results():
         fresh = probdiff.Diffusion(diffusion.schedule, lambda z, n: diffusion.network(z, n))  # compiled anew
-        return probdiff.elbo_terms(fresh, {}, X, key=jax.random.key(0), num_draws=5)
+        return probdiff.elbo_terms(fresh, X, key=jax.random.key(0), num_draws=5)
 
     expected = results()
     monkeypatch.setattr(elbo_module, "rows_at_once", lambda network: rows)
@@ -48,7 +48,7 @@ def test_noise_is_at_the_documented_place(float64):
     schedule = probdiff.cosine_schedule(4)
     diffusion = probdiff.Diffusion(schedule, lambda z, n: 0.3 * z * n[..., None])
     x, noise = np.asarray(X, np.float64), np.asarray(jax.random.normal(jax.random.key(5), (3, 4, 7, 2)))
-    terms = probdiff.elbo_terms(diffusion, {}, x, noise=noise)
+    terms = probdiff.elbo_terms(diffusion, x, noise=noise)
     for n in range(1, 5):
         z = np.sqrt(schedule.alpha_bar[n - 1]) * x + np.sqrt(schedule.one_minus_alpha_bar[n - 1]) * noise[:, n - 1]
         if n == 1:
@@ -60,15 +60,15 @@ def test_noise_is_at_the_documented_place(float64):
 
 
 def test_same_key_is_common_noise_whatever_the_draws_and_blocks():
-    few = probdiff.elbo_terms(make(), {}, X, key=jax.random.key(0), num_draws=2)
-    many = probdiff.elbo_terms(make(), {}, X, key=jax.random.key(0), num_draws=9)
+    few = probdiff.elbo_terms(make(), X, key=jax.random.key(0), num_draws=2)
+    many = probdiff.elbo_terms(make(), X, key=jax.random.key(0), num_draws=9)
     np.testing.assert_allclose(few.step_kl, many.step_kl[:2], rtol=1e-5)
     assert len(np.unique(np.asarray(many.reconstruction))) == many.reconstruction.size
 
 
 @pytest.mark.parametrize("num_steps", [1, 6])
 def test_reduced_form_is_the_moments_of_the_full_one(num_steps, float64):
-    arguments = make(num_steps), {}, jnp.asarray(X, jnp.float64)
+    arguments = make(num_steps), jnp.asarray(X, jnp.float64)
     full = probdiff.elbo_terms(*arguments, key=jax.random.key(0), num_draws=11)
     reduced = probdiff.elbo_terms(*arguments, key=jax.random.key(0), num_draws=11, reduce=True)
     np.testing.assert_allclose(reduced.prior_kl, full.prior_kl, rtol=1e-12)
@@ -111,7 +111,7 @@ def test_float32_against_float64(schedule, num_steps, gate):
     for dtype, x64 in ((np.float32, False), (np.float64, True)):
         with jax.enable_x64(x64):
             diffusion = probdiff.Diffusion(schedule(num_steps), lambda z, n: 0.95 * z)
-            results[dtype] = probdiff.elbo_terms(diffusion, {}, x.astype(dtype), noise=noise.astype(dtype))
+            results[dtype] = probdiff.elbo_terms(diffusion, x.astype(dtype), noise=noise.astype(dtype))
             assert results[dtype].step_kl.dtype == dtype
     low, high = (np.asarray(results[dtype].step_kl, np.float64) for dtype in results)
     assert np.abs(low - high).sum() < gate

@@ -100,7 +100,7 @@ def test_two_ways(make, guide, elbo, float64):
     diffusion = make(tilted).bind({})
     draw = jax.jit(lambda key: -elbo.loss(key, {}, diffusion.model, getattr(diffusion, guide), X))
     paths = np.asarray(jax.lax.map(draw, jax.random.split(jax.random.key(0), 30_000), batch_size=1000))
-    terms = probdiff.elbo_terms(diffusion, {}, X, key=jax.random.key(1), num_draws=30_000)
+    terms = probdiff.elbo_terms(diffusion, X, key=jax.random.key(1), num_draws=30_000)
     assert terms.closed_form == (make is categorical)
     both = np.stack([paths - np.asarray(terms.elbo).sum(1)], 1)
     assert_mean(both, 0.0, power=1.0)
@@ -108,10 +108,10 @@ def test_two_ways(make, guide, elbo, float64):
 
 def test_analytic_elbo_with_the_mixture_kernel(float64):
     diffusion = mixture(tilted)
-    expected = np.asarray(probdiff.elbo_terms(diffusion, {}, X, key=jax.random.key(1), num_draws=100_000).elbo)
+    expected = np.asarray(probdiff.elbo_terms(diffusion, X, key=jax.random.key(1), num_draws=100_000).elbo)
     for steps in ("all", "stratified_importance"):
         elbo = probdiff.AnalyticELBO(diffusion, steps)
-        draw = jax.jit(lambda key, elbo=elbo: elbo.per_datum(key, elbo.initial_state, X))
+        draw = jax.jit(lambda key, elbo=elbo: elbo.per_datum(key, X))
         found = np.asarray(jax.lax.map(draw, jax.random.split(jax.random.key(2), 26_000), batch_size=1000))
         error = np.hypot(found.std(0) / np.sqrt(len(found)), expected.std(0) / np.sqrt(len(expected)))
         assert np.all(9.7 * error < 0.5)
@@ -173,13 +173,13 @@ def test_mixture_samples_are_levels():
     counts = np.stack([np.bincount(np.asarray(drawn[:, i]), minlength=LEVELS) for i in range(2)])
     # (The chain starts from N(0, I) for q(z_N): a difference of well below 0.02 here.)
     assert np.abs(counts / 20_000 - PRIOR).max() < 0.03
-    ancestral = probdiff.ancestral(mixture(), {}, key=jax.random.key(1), num_samples=100)
+    ancestral = probdiff.ancestral(mixture(), key=jax.random.key(1), num_samples=100)
     assert ancestral.shape == (100, 2) and set(np.unique(ancestral)) <= set(range(LEVELS))
 
 
 def test_mixture_terms_do_not_depend_on_the_chunks():
-    one = probdiff.elbo_terms(mixture(tilted), {}, X, key=jax.random.key(0), num_draws=3)
-    moments = probdiff.elbo_terms(mixture(tilted), {}, X, key=jax.random.key(0), num_draws=3, reduce=True)
+    one = probdiff.elbo_terms(mixture(tilted), X, key=jax.random.key(0), num_draws=3)
+    moments = probdiff.elbo_terms(mixture(tilted), X, key=jax.random.key(0), num_draws=3, reduce=True)
     np.testing.assert_allclose(moments.step_kl.mean, one.step_kl.mean(0), rtol=1e-4, atol=1e-6)
     tree = probdiff.to_datatree(one)
     assert "sampled" in tree["posterior"]["step_kl"].attrs["long_name"]
@@ -216,5 +216,5 @@ def test_a_run_with_a_mixture_kernel_comes_back(tmp_path):
     fit = probdiff.fit(diffusion, X, iterations=5, batch_size=4, progress=False)
     run = probdiff.create_run(tmp_path / "run", diffusion)
     run.save(fit=fit)
-    terms, back = (probdiff.elbo_terms(d, {}, X, key=jax.random.key(0)) for d in (fit.diffusion, probdiff.open_run(run.path).diffusion))
+    terms, back = (probdiff.elbo_terms(d, X, key=jax.random.key(0)) for d in (fit.diffusion, probdiff.open_run(run.path).diffusion))
     np.testing.assert_array_equal(terms.elbo, back.elbo)

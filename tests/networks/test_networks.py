@@ -65,7 +65,7 @@ def test_an_ensemble_is_the_mean_of_its_networks():
     n = jnp.full(5, 3)
     expected = np.mean([model.network(x, n) for model in models], 0)
     np.testing.assert_allclose(together.network(x, n), expected, rtol=1e-5)
-    kls = [probdiff.elbo_terms(model, {}, x, key=jax.random.key(3)).step_kl for model in (together, *models)]
+    kls = [probdiff.elbo_terms(model, x, key=jax.random.key(3)).step_kl for model in (together, *models)]
     assert np.all(kls[0] <= np.mean(kls[1:], 0) + 1e-5)
     dropped = together.network(x, n, key=jax.random.key(4))
     assert np.any(dropped != together.network(x, n, key=jax.random.key(5)))

@@ -283,7 +283,7 @@ def test_bound_of_the_exact_network_is_just_below_the_log_density(name):
         likelihood = data.likelihood()
         network = data.oracle.standardized(likelihood.loc, likelihood.scale).network(schedule, scale)
         terms = probdiff.elbo_terms(
-            probdiff.Diffusion(schedule, network, likelihood, "forward"), {}, x, key=jax.random.key(0), num_draws=2
+            probdiff.Diffusion(schedule, network, likelihood, "forward"), x, key=jax.random.key(0), num_draws=2
         )
         gaps.append(data.log_prob(x) - np.asarray(terms.elbo).mean(0))
     error = gaps[0].std() / np.sqrt(len(x))

@@ -36,7 +36,7 @@ def make(network=None, num_steps=6):
 def fitted_run(path, diffusion, **config):
     run = probdiff.create_run(path, diffusion, config)
     fit = probdiff.fit(diffusion, X, iterations=20, batch_size=16, checkpoint=run.checkpoint, progress=False)
-    terms = probdiff.elbo_terms(fit.diffusion, {}, X[:9], key=jax.random.key(0), num_draws=3)
+    terms = probdiff.elbo_terms(fit.diffusion, X[:9], key=jax.random.key(0), num_draws=3)
     run.save(fit=fit, terms=terms)
     return fit, terms
 
@@ -59,7 +59,7 @@ def test_a_run_comes_back(tmp_path, num_steps):
     np.testing.assert_allclose(run.losses, fit.losses, rtol=1e-6)
     assert run.data.name == "moons" and run.config["seed"] == 5
     key = jax.random.key(1)
-    assert_same(*(probdiff.elbo_terms(d, {}, X[:4], key=key) for d in (run.diffusion, fit.diffusion)))
+    assert_same(*(probdiff.elbo_terms(d, X[:4], key=key) for d in (run.diffusion, fit.diffusion)))
 
 
 def test_a_run_of_single_precision_opens_in_double_and_not_the_other_way_round(tmp_path):
@@ -69,7 +69,7 @@ def test_a_run_of_single_precision_opens_in_double_and_not_the_other_way_round(t
         run = probdiff.open_run(tmp_path / "single")
         for a, b in zip(*(jax.tree.leaves(d.trainable()) for d in (run.diffusion, single.diffusion)), strict=True):
             assert a.dtype == np.float64 and np.array_equal(a, b)
-        assert probdiff.elbo_terms(run.diffusion, {}, X[:4].astype(np.float64), key=jax.random.key(0)).elbo.dtype == np.float64
+        assert probdiff.elbo_terms(run.diffusion, X[:4].astype(np.float64), key=jax.random.key(0)).elbo.dtype == np.float64
         with pytest.raises(ValueError, match="Expected arrays of int64, .* got int32: the fit had JAX_ENABLE_X64=0; set it so"):
             probdiff.fit(run.untrained, X, iterations=20, batch_size=16, checkpoint=run.checkpoint, progress=False)
         fitted_run(tmp_path / "double", make())
@@ -237,7 +237,7 @@ def test_equal_runs_leave_equal_files(tmp_path):
 
 
 def test_datatree():
-    terms = probdiff.elbo_terms(make(), {}, X[:9], key=jax.random.key(0), num_draws=3)
+    terms = probdiff.elbo_terms(make(), X[:9], key=jax.random.key(0), num_draws=3)
     tree = probdiff.to_datatree(terms)
     step_kl = tree["posterior"]["step_kl"]
     assert step_kl.dims == ("chain", "draw", "step", "datum") and step_kl.attrs["units"] == "nats"
@@ -254,6 +254,6 @@ def test_datatree():
 def test_arviz_reads_the_tree():
     import arviz as az
 
-    terms = probdiff.elbo_terms(make(), {}, X[:9], key=jax.random.key(0), num_draws=50)
+    terms = probdiff.elbo_terms(make(), X[:9], key=jax.random.key(0), num_draws=50)
     summary = az.summary(probdiff.to_datatree(terms), var_names=["elbo"], kind="stats", round_to=6)
     np.testing.assert_allclose(summary["mean"].to_numpy(float), terms.elbo.mean(0), rtol=1e-4)
