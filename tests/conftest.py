@@ -5,7 +5,9 @@ and all processes of a run share what was compiled.
 """
 
 import gc
+import inspect
 import os
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -21,11 +23,6 @@ import jax
 import numpy as np
 import pytest
 
-from probdiff import flow
-from probdiff import samplers as sampling
-from probdiff.diagnostics import gap as ledger
-from probdiff.elbo import terms as elbo
-
 # The same examples in every run: a failure is always that of the change at hand.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
@@ -34,6 +31,7 @@ gc.freeze()  # what was imported stays
 gc.disable()  # going through all that JAX has traced takes long
 
 Z_MAX = 4.9
+COMPILED = type(eqx.filter_jit(lambda: None))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,17 +49,78 @@ def float64():
         yield
 
 
-@pytest.fixture
-def compiled_anew(monkeypatch):
-    """What the package keeps compiled is made anew for the test: it has no bug from before, and keeps none for later."""
+def modules_of_the_package():
+    """The modules of the package that are loaded."""
+    return [module for name, module in list(sys.modules.items()) if f"{name}.".startswith("probdiff.")]
+
+
+def places(wanted):
+    """Where the loaded modules of the package, and the classes in them, hold something ``wanted``: (holder, name, value)."""
+    holders = {id(module): module for module in modules_of_the_package()}
+    for module in list(holders.values()):
+        for value in vars(module).values():
+            if inspect.isclass(value) and f"{value.__module__}.".startswith("probdiff."):
+                holders[id(value)] = value
+    found = []
+    for holder in holders.values():
+        # (What a class says of an attribute may be a wrapper around the function.)
+        values = [(name, getattr(holder, name, None)) for name in list(vars(holder))]
+        found += [(holder, name, value) for name, value in values if wanted(value)]
+    return found
+
+
+def compile_anew(monkeypatch):
+    """Make anew what the package keeps compiled by ``eqx.filter_jit``, which is found by its function."""
 
     def again(function):
         return eqx.filter_jit(lambda *args, **kwargs: function(*args, **kwargs))
 
-    for module in (elbo, flow, ledger, sampling):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, type(elbo._evaluate)):
-                monkeypatch.setattr(module, name, again(value.__wrapped__))
+    new = {}
+    for holder, name, compiled in places(lambda value: isinstance(value, COMPILED)):
+        monkeypatch.setattr(holder, name, new.setdefault(id(compiled), again(compiled.__wrapped__)))
+
+
+def patcher(monkeypatch):
+    """A function that puts a replacement in the place of a function or a method wherever the package has it, under whatever name.
+
+    Of several replacements of the same function, the last counts.
+    """
+    found = {}
+
+    def patch(function, replacement):
+        if function not in found:
+            found[function] = places(lambda value: value is function)
+            assert found[function], f"no loaded module of the package has {function}"
+        for holder, name, _ in found[function]:
+            monkeypatch.setattr(holder, name, replacement)
+
+    return patch
+
+
+def set_constant(monkeypatch, name, value):
+    """Set a constant in every module of the package that has one of that name."""
+    held = [module for module in modules_of_the_package() if name in vars(module)]
+    assert held, f"no loaded module of the package has {name}"
+    for module in held:
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def compiled_anew(monkeypatch):
+    """What the package keeps compiled is made anew for the test: it has no bug from before, and keeps none for later."""
+    compile_anew(monkeypatch)
+
+
+@pytest.fixture
+def patched(monkeypatch):
+    """A function ``patched(function, replacement)``; see :func:`patcher`."""
+    return patcher(monkeypatch)
+
+
+@pytest.fixture
+def constant(monkeypatch):
+    """A function ``constant(name, value)``; see :func:`set_constant`."""
+    return lambda name, value: set_constant(monkeypatch, name, value)
 
 
 def assert_mean(draws, expected, power=None):

@@ -86,10 +86,10 @@ def test_ddim_keeps_the_marginals_given_x_0(eta):
 
 
 @pytest.mark.parametrize("name", sampling.SAMPLERS)
-def test_a_sample_depends_on_the_key_and_its_number_alone(name, monkeypatch):
+def test_a_sample_depends_on_the_key_and_its_number_alone(name, constant):
     draw, diffusion = sampling.SAMPLERS[name], diffusion_with(probdiff.log_snr_schedule(5, 4.0, -4.0))
     few = draw(diffusion, key=KEY, num_samples=3)
-    monkeypatch.setattr(sampling, "EVALUATIONS", 1)  # batches of 64
+    constant("EVALUATIONS", 1)  # batches of 64
     many = draw(diffusion, key=KEY, num_samples=70)
     assert many.shape == (70, 2) and len(np.unique(many[:, 0])) == 70
     np.testing.assert_allclose(many[:3], few, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import set_constant
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import probdiff
@@ -17,8 +18,8 @@ ORACLE = GaussianOracle([1.0, -2.0], [[2.0, 0.8], [0.8, 0.5]])
 
 
 @pytest.fixture(autouse=True)
-def short_validation(monkeypatch):
-    monkeypatch.setattr(training, "VALIDATION_ROWS", 2**12)
+def short_validation(constant):
+    constant("VALIDATION_ROWS", 2**12)
 
 
 def make(num_steps=20, **kwargs):
@@ -99,7 +100,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit():
     assert np.array_equal(*keys) and same(whole.state.svi.optim_state, resumed.state.svi.optim_state)
 
 
-def test_ctrl_c_saves_the_iterations_since_the_last_checkpoint(monkeypatch):
+def test_ctrl_c_saves_the_iterations_since_the_last_checkpoint(patched):
     checkpoint, chunks = Interrupt(), []
     advance = training._Loop.advance
 
@@ -109,7 +110,7 @@ def test_ctrl_c_saves_the_iterations_since_the_last_checkpoint(monkeypatch):
             raise KeyboardInterrupt
         return advance(self, *arguments)
 
-    monkeypatch.setattr(training._Loop, "advance", interrupted)
+    patched(advance, interrupted)
     with pytest.raises(KeyboardInterrupt):
         probdiff.fit(make(5), X, iterations=1000, checkpoint=checkpoint, progress=False)
     assert len(checkpoint.state.losses) == 200
@@ -199,7 +200,7 @@ def validated_line():
     x = np.random.default_rng(3).normal(0, 1, (40, 2)).astype(np.float32)
     x[20:] = 1.5 * x[20:] + 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "VALIDATION_ROWS", 2**14)
+        set_constant(patch, "VALIDATION_ROWS", 2**14)
         fit = fit_line(90, -1.0, -1 / 30, learning_rate=optax.sgd(1.0), validation=x, validate_every=30)
     return fit, x, np.linspace(-1, 2, 91)
 
@@ -342,7 +343,7 @@ def test_a_resumed_fit_keeps_its_keys():
     assert np.array_equal(whole.losses, resumed.losses) and same(whole.diffusion, resumed.diffusion)
 
 
-def test_ctrl_c_during_validation_loses_no_validation(monkeypatch):
+def test_ctrl_c_during_validation_loses_no_validation(patched):
     arguments = dict(iterations=40, batch_size=32, validation=X[:50], validate_every=20, progress=False)
     whole, calls = probdiff.fit(make(5), X, **arguments), []
     validate = training._Loop.validate
@@ -353,7 +354,7 @@ def test_ctrl_c_during_validation_loses_no_validation(monkeypatch):
             raise KeyboardInterrupt
         return validate(self, *given)
 
-    monkeypatch.setattr(training._Loop, "validate", interrupted)
+    patched(validate, interrupted)
     checkpoint = Interrupt()
     with pytest.raises(KeyboardInterrupt):
         probdiff.fit(make(5), X, checkpoint=checkpoint, **arguments)

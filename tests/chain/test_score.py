@@ -1,16 +1,14 @@
 """Noise and score: against autodiff of the log densities and quadrature over the data, in both systems of coordinates."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import probdiff
+from probdiff.chain.score import _noise, _sigma, _signal
 from probdiff.oracles.distributions import GaussianMixture
 
-score_module = importlib.import_module("probdiff.chain.score")  # probdiff.score is the function
 SIGMAS = [0.05, 0.2, 0.7, 3.0]
 SCHEDULE = probdiff.NoiseSchedule.from_sigmas(SIGMAS)
 STEPS = range(1, 5)
@@ -92,27 +90,26 @@ def test_identities(check, n, float64):
 
 
 BUGS = {
-    "sigma for its square": ("_sigma", lambda s: np.sqrt(s.sigma), {"conditional", "marginal"}),
-    "alpha_bar for its root": ("_signal", lambda s: s.alpha_bar, {"vp_conditional", "marginal", "coordinates"}),
-    "1 - alpha_bar for its root": ("_noise", lambda s: s.one_minus_alpha_bar, {"vp_conditional", "marginal"}),
-    "sigma of the step before": ("_sigma", lambda s: np.roll(s.sigma, 1), {"conditional", "marginal"}),
+    "sigma for its square": (_sigma, lambda s: np.sqrt(s.sigma), {"conditional", "marginal"}),
+    "alpha_bar for its root": (_signal, lambda s: s.alpha_bar, {"vp_conditional", "marginal", "coordinates"}),
+    "1 - alpha_bar for its root": (_noise, lambda s: s.one_minus_alpha_bar, {"vp_conditional", "marginal"}),
+    "sigma of the step before": (_sigma, lambda s: np.roll(s.sigma, 1), {"conditional", "marginal"}),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_wrong_table_is_found(bug, monkeypatch, float64):
-    name, table, finders = BUGS[bug]
-    monkeypatch.setattr(score_module, name, table)
+def test_a_wrong_table_is_found(bug, patched, float64):
+    right, wrong, finders = BUGS[bug]
+    patched(right, wrong)
     for check in finders:
         with pytest.raises(AssertionError):
             CHECKS[check](3)
 
 
 @pytest.mark.parametrize("name", ["conditional_score", "vp_conditional_score", "score_from_eps", "vp_score_from_eps"])
-def test_a_wrong_sign_is_found(name, monkeypatch, float64):
+def test_a_wrong_sign_is_found(name, patched, float64):
     right = getattr(probdiff, name)
-    for module in (probdiff, score_module):
-        monkeypatch.setattr(module, name, lambda *arguments: -right(*arguments))
+    patched(right, lambda *arguments: -right(*arguments))
     check = name.removesuffix("_score") if name.endswith("_score") else "marginal"
     with pytest.raises(AssertionError):
         CHECKS[check](2)

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import assert_mean
+from conftest import assert_mean, patcher, set_constant
 from numpyro.infer import SVI
 
 import probdiff
@@ -23,6 +23,7 @@ from probdiff.diagnostics import report
 from probdiff.diagnostics.inspection import inspect_terms
 from probdiff.diffusion import PARAMS
 from probdiff.oracles.distributions import GaussianOracle, exact_terms
+from probdiff.samplers import _draw_batch
 
 pytestmark = pytest.mark.xdist_group("cli")  # its tests share what is costly to make
 
@@ -38,7 +39,7 @@ def run(tmp_path_factory):
         contextlib.redirect_stdout(io.StringIO()) as out,
         contextlib.redirect_stderr(io.StringIO()) as err,
     ):
-        patch.setattr(training, "VALIDATION_ROWS", 64)
+        set_constant(patch, "VALIDATION_ROWS", 64)
         assert cli.main(["fit", "--out", str(path), "--json", *SMALL]) == 0
     return path, json.loads(out.getvalue()), err.getvalue()
 
@@ -250,9 +251,9 @@ SAMPLE_ERRORS = {
 
 
 @pytest.mark.parametrize("case", SAMPLE_ERRORS)
-def test_sample_refuses(run, case, capsys, monkeypatch):
+def test_sample_refuses(run, case, capsys, patched):
     options, message = SAMPLE_ERRORS[case]
-    monkeypatch.setattr(probdiff.sampling, "_draw_batch", lambda *arguments: pytest.fail("something was compiled"))
+    patched(_draw_batch, lambda *arguments: pytest.fail("something was compiled"))
     assert cli.main(["sample", str(run[0]), *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -297,7 +298,7 @@ def told(tmp_path_factory):
 
     options = ["--num-steps", "6", "--iterations", "7", "--batch-size", "5", "--learning-rate", "0.0123", "--seed", "3"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(probdiff, "fit", fit)
+        patcher(patch)(probdiff.fit, fit)
         assert cli.main(["fit", "--data", str(folder / "mine.npy"), "--out", str(folder / "run"), *options]) == 130
     return seen, probdiff.open_run(folder / "run"), np.load(folder / "mine.npy").astype(np.float32)
 
@@ -351,9 +352,9 @@ def unmistakable(tmp_path_factory):
 
 
 @pytest.fixture
-def unmistakable_runs(unmistakable, monkeypatch):
+def unmistakable_runs(unmistakable, patched):
     bounds, dataset = unmistakable
-    monkeypatch.setattr(datasets, "load", lambda name, seed=0: dataset)
+    patched(datasets.load, lambda name, seed=0: dataset)
     return bounds, dataset
 
 
@@ -373,7 +374,7 @@ def test_models_are_compared_by_their_bound_on_test_data(unmistakable_runs, caps
         assert_is_the_bound_on_test_data(models[path]["elbo"], bound, 4)
 
 
-def test_estimators_are_compared_on_test_data_for_the_trained_model(unmistakable_runs, monkeypatch):
+def test_estimators_are_compared_on_test_data_for_the_trained_model(unmistakable_runs, patched):
     bounds, dataset = unmistakable_runs
     path, seen = next(iter(bounds)), []
 
@@ -381,7 +382,7 @@ def test_estimators_are_compared_on_test_data_for_the_trained_model(unmistakable
         seen.extend([diffusion, x])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(probdiff, "compare_estimators", compare)
+    patched(probdiff.compare_estimators, compare)
     assert cli.main(["compare", path]) == 130
     diffusion, x = seen
     np.testing.assert_array_equal(x, dataset.test)
@@ -499,7 +500,7 @@ def test_ctrl_c_leaves_a_run_to_go_on_with(kind, tmp_path):
     assert 500 <= len(losses) < 3000 and np.isfinite(losses).all()
 
 
-def test_standard_output_is_the_document_alone_whatever_a_library_prints(run, capfd, monkeypatch):
+def test_standard_output_is_the_document_alone_whatever_a_library_prints(run, capfd, patched):
     """In Python, and past it by the file descriptor, as libraries in C do."""
 
     def load(*arguments):
@@ -508,7 +509,7 @@ def test_standard_output_is_the_document_alone_whatever_a_library_prints(run, ca
         return right(*arguments)
 
     right = datasets.load
-    monkeypatch.setattr(datasets, "load", load)
+    patched(right, load)
     assert cli.main(["inspect", str(run[0]), "--json"]) == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["data"] == "digits" and captured.out.count("\n") == 1
@@ -605,12 +606,12 @@ def test_ten_rows_with_a_constant_first_pixel_to_the_end(tmp_path, capsys):
     assert error.count("\n") == 1 and "checkpoint.npz: Expected an intact file" in error
 
 
-def test_resume_passes_over_a_damaged_checkpoint_with_one_line(run, tmp_path, capsys, monkeypatch):
+def test_resume_passes_over_a_damaged_checkpoint_with_one_line(run, tmp_path, capsys, patched):
     copy = tmp_path / "copy"
     shutil.copytree(run[0], copy)
     (copy / "checkpoint.previous.npz").write_bytes((copy / "checkpoint.npz").read_bytes())
     (copy / "checkpoint.npz").write_bytes(b"spoiled")
-    monkeypatch.setattr(report, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    patched(report.evaluate, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["fit", "--out", str(copy), "--resume"]) == 130
     lines = capsys.readouterr().err.strip().splitlines()
     (warning,) = [line for line in lines if "warning" in line]

@@ -12,22 +12,22 @@ from numpyro import distributions as dist
 from numpyro.distributions import kl_divergence
 
 import probdiff
-from probdiff import cli, flow
-from probdiff import diffusion as programs
-from probdiff.chain import reverse as kernels
+from probdiff import cli
 from probdiff.chain.forward import isotropic_normal
-from probdiff.chain.reverse import GaussianKernel
+from probdiff.chain.reverse import GaussianKernel, NoiseMoments
 from probdiff.chain.schedules import NoiseSchedule, at_step
 from probdiff.cli import verification
 from probdiff.cli.verification import CHECKS, LEFT_OUT, PRECISIONS
-from probdiff.elbo import analytic as shortfall
-from probdiff.elbo import importance as bounds
-from probdiff.elbo import steps as proposal
-from probdiff.elbo import terms as elbo
-from probdiff.elbo import variance_reduction as noise
+from probdiff.elbo.analytic import PosteriorNoise
 from probdiff.elbo.control import LinearControl
+from probdiff.elbo.importance import log_mean_exp
 from probdiff.elbo.score_matching import WEIGHTS, sigma_squared_weights
-from probdiff.oracles import networks as exact_networks
+from probdiff.elbo.steps import AllSteps, OneStep
+from probdiff.elbo.terms import prior_kl
+from probdiff.elbo.variance_reduction import NOISE, PathNoise, RowNoise
+from probdiff.flow import velocity
+from probdiff.networks.base import predict_noise
+from probdiff.oracles.networks import MixtureNetwork
 
 # In float64 the estimators are held against the same closed form in test_estimators.py.
 CASES = [
@@ -102,30 +102,30 @@ def draw_one_of_fewer(self, key, size, num_steps, probability=None):
     return n, jnp.full(n.shape, num_steps - 1.0)
 
 
-def draw_without_a_random_shift(self, key, size, num_steps, probability=None, right=proposal.OneStep.draw):
-    return right(proposal.OneStep(lambda key, size: jnp.arange(size) / size), key, size, num_steps)
+def draw_without_a_random_shift(self, key, size, num_steps, probability=None, right=OneStep.draw):
+    return right(OneStep(lambda key, size: jnp.arange(size) / size), key, size, num_steps)
 
 
-def draw_with_uniform_weights(self, key, size, num_steps, probability=None, right=proposal.OneStep.draw):
+def draw_with_uniform_weights(self, key, size, num_steps, probability=None, right=OneStep.draw):
     n, weight = right(self, key, size, num_steps, probability)
     return n, jnp.full_like(weight, num_steps)
 
 
-def pairs_without_second(self, rows, right=noise.RowNoise.__call__):
+def pairs_without_second(self, rows, right=RowNoise.__call__):
     return right(self, rows) * (rows % self.copies == 0)[:, None, None]
 
 
 def path_noise_of_one_step(key, diffusion, x0):
     deviation = np.sqrt(diffusion.schedule.beta)[:, None, None]
-    return noise.PathNoise(deviation * jax.random.normal(key, (len(deviation), *x0.shape), x0.dtype))
+    return PathNoise(deviation * jax.random.normal(key, (len(deviation), *x0.shape), x0.dtype))
 
 
 def control_without_noise_part(self, coefficient, x0, right=LinearControl.expected):
     return right(eqx.tree_at(lambda c: c.noise_part, self, jnp.zeros_like(self.noise_part)), coefficient, x0)
 
 
-def target_without_variance(self, schedule, z, n, eps, right=shortfall.PosteriorNoise.__call__):
-    return kernels.NoiseMoments(right(self, schedule, z, n, eps).mean, 0.0)
+def target_without_variance(self, schedule, z, n, eps, right=PosteriorNoise.__call__):
+    return NoiseMoments(right(self, schedule, z, n, eps).mean, 0.0)
 
 
 def difference_of_means(self, schedule, x0, noise, z, eps_hat, n, more):
@@ -144,7 +144,7 @@ def without_half(self, schedule, right=GaussianKernel.weight):
     return 2 * right(self, schedule)
 
 
-def mean_for_sum(schedule, x0, right=elbo.prior_kl):
+def mean_for_sum(schedule, x0, right=prior_kl):
     return right(schedule, x0) / x0.shape[-1]
 
 
@@ -152,83 +152,88 @@ def weights_for_sigma(diffusion, right=probdiff.likelihood_weights):
     return right(diffusion) / diffusion.schedule.sigma
 
 
+def without_data(schedule, x0, n, right=probdiff.forward_marginal):
+    return right(schedule, 0 * x0, n)
+
+
 def flow_with_variance(eps, z, log_snr):
     return jax.nn.sigmoid(-log_snr) / 2 * (z - eps(z, log_snr))
 
 
-# For every check, what to put in the place of what; the routes that it is held against do not use it.
+# For every check, what to put in the place of what: of a function, or of an entry of a table. The routes that the check is held
+# against do not use it.
 BUGS = {
     "tables of the schedules": {
-        "shifted index": (verification, "at_step", lambda table, n, dtype: at_step(np.roll(table, 1), n, dtype)),
-        "β for −log(1 − β)": (NoiseSchedule, "__init__", first_order_tables),
-        "one step more": (probdiff, "cosine_schedule", one_step_more),
+        "shifted index": (at_step, lambda table, n, dtype: at_step(np.roll(table, 1), n, dtype)),
+        "β for −log(1 − β)": (NoiseSchedule.__init__, first_order_tables),
+        "one step more": (probdiff.cosine_schedule, one_step_more),
     },
     "marginals by recursion": {
-        "ᾱ for its root": (probdiff, "forward_marginal", twice_shrunk(probdiff.forward_marginal)),
-        "σ for σ²": (probdiff, "forward_marginal", with_deviation_for_variance(probdiff.forward_marginal)),
+        "ᾱ for its root": (probdiff.forward_marginal, twice_shrunk(probdiff.forward_marginal)),
+        "σ for σ²": (probdiff.forward_marginal, with_deviation_for_variance(probdiff.forward_marginal)),
     },
     "Bayes' rule": {
-        "β for its posterior": (probdiff, "forward_posterior", posterior_with_beta),
-        "shifted index": (probdiff, "forward_posterior", shifted(probdiff.forward_posterior)),
+        "β for its posterior": (probdiff.forward_posterior, posterior_with_beta),
+        "shifted index": (probdiff.forward_posterior, shifted(probdiff.forward_posterior)),
     },
     "densities of a path": {
-        "shifted network": (kernels, "predict_noise", network_of_the_step_before),
-        "σ for σ² in the guide": (programs, "forward_step", with_deviation_for_variance(probdiff.forward_step)),
-        "shifted index after Bayes": (programs, "forward_posterior", shifted(probdiff.forward_posterior)),
+        "shifted network": (predict_noise, network_of_the_step_before),
+        "σ for σ² in the guide": (probdiff.forward_step, with_deviation_for_variance(probdiff.forward_step)),
+        "shifted index after Bayes": (probdiff.forward_posterior, shifted(probdiff.forward_posterior)),
     },
     "terms on given noise": {
-        "dropped half": (GaussianKernel, "weight", without_half),
-        "dropped constant": (GaussianKernel, "constant", lambda self, schedule: np.zeros(schedule.num_steps)),
-        "mean for sum": (elbo, "prior_kl", mean_for_sum),
+        "dropped half": (GaussianKernel.weight, without_half),
+        "dropped constant": (GaussianKernel.constant, lambda self, schedule: np.zeros(schedule.num_steps)),
+        "mean for sum": (prior_kl, mean_for_sum),
     },
     "mean terms": {
-        "shifted network": (kernels, "predict_noise", network_of_the_step_before),
-        "swapped KL": (GaussianKernel, "constant", swapped_constant),
+        "shifted network": (predict_noise, network_of_the_step_before),
+        "swapped KL": (GaussianKernel.constant, swapped_constant),
     },
-    "estimator trace": {"β for its posterior": (GaussianKernel, "variance", lambda self, schedule: schedule.beta)},
+    "estimator trace": {"β for its posterior": (GaussianKernel.variance, lambda self, schedule: schedule.beta)},
     "estimator trace_posterior": {
-        "shifted index": (programs, "forward_posterior", shifted(probdiff.forward_posterior)),
+        "shifted index": (probdiff.forward_posterior, shifted(probdiff.forward_posterior)),
     },
     "estimator mean_field": {
-        "dropped x_0": (programs, "forward_marginal", lambda s, x0, n: probdiff.forward_marginal(s, 0 * x0, n)),
+        "dropped x_0": (probdiff.forward_marginal, without_data),
     },
-    "estimator kl_path": {"noise of one step": (noise.NOISE, "path", (path_noise_of_one_step, 1))},
-    "estimator kl_marginal": {"dropped step": (proposal.AllSteps, "draw", draw_all_but_the_last)},
-    "estimator kl_uniform": {"N − 1 for N": (proposal.OneStep, "draw", draw_one_of_fewer)},
-    "estimator kl_stratified": {"no random shift": (proposal.OneStep, "draw", draw_without_a_random_shift)},
-    "estimator kl_importance": {"N for 1/p": (proposal.OneStep, "draw", draw_with_uniform_weights)},
-    "estimator kl_antithetic": {"0 for −ε": (noise.RowNoise, "__call__", pairs_without_second)},
-    "estimator kl_controlled": {"dropped term": (LinearControl, "expected", control_without_noise_part)},
-    "estimator kl_combined": {"sign": (LinearControl, "expected", negated(LinearControl.expected))},
+    "estimator kl_path": {"noise of one step": (NOISE, "path", (path_noise_of_one_step, 1))},
+    "estimator kl_marginal": {"dropped step": (AllSteps.draw, draw_all_but_the_last)},
+    "estimator kl_uniform": {"N − 1 for N": (OneStep.draw, draw_one_of_fewer)},
+    "estimator kl_stratified": {"no random shift": (OneStep.draw, draw_without_a_random_shift)},
+    "estimator kl_importance": {"N for 1/p": (OneStep.draw, draw_with_uniform_weights)},
+    "estimator kl_antithetic": {"0 for −ε": (RowNoise.__call__, pairs_without_second)},
+    "estimator kl_controlled": {"dropped term": (LinearControl.expected, control_without_noise_part)},
+    "estimator kl_combined": {"sign": (LinearControl.expected, negated(LinearControl.expected))},
     "estimator kl_posterior_target": {
-        "dropped variance": (shortfall.PosteriorNoise, "__call__", target_without_variance),
+        "dropped variance": (PosteriorNoise.__call__, target_without_variance),
     },
     "score matching": {
-        "σ for σ²": (probdiff, "likelihood_weights", weights_for_sigma),
+        "σ for σ²": (probdiff.likelihood_weights, weights_for_sigma),
         "other weights": (WEIGHTS, "likelihood", sigma_squared_weights),
-        "sign": (probdiff, "score", negated(probdiff.score)),
+        "sign": (probdiff.score, negated(probdiff.score)),
     },
     "scores of a mixture": {
-        "shifted index": (exact_networks.MixtureNetwork, "__call__", mixture_of_the_step_before),
-        "sign": (probdiff, "score", negated(probdiff.score)),
+        "shifted index": (MixtureNetwork.__call__, mixture_of_the_step_before),
+        "sign": (probdiff.score, negated(probdiff.score)),
     },
     "scores given x_0": {
-        "sign": (probdiff, "vp_conditional_score", negated(probdiff.vp_conditional_score)),
-        "shifted index": (probdiff, "conditional_score", shifted(probdiff.conditional_score)),
+        "sign": (probdiff.vp_conditional_score, negated(probdiff.vp_conditional_score)),
+        "shifted index": (probdiff.conditional_score, shifted(probdiff.conditional_score)),
     },
     "VE and VP coordinates": {
-        "ᾱ for its root": (probdiff, "vp_from_ve", twice_shrunk(probdiff.vp_from_ve)),
-        "inverse": (probdiff, "ve_from_vp", probdiff.vp_from_ve),
+        "ᾱ for its root": (probdiff.vp_from_ve, twice_shrunk(probdiff.vp_from_ve)),
+        "inverse": (probdiff.ve_from_vp, probdiff.vp_from_ve),
     },
-    "probability flow": {"σ² for σ": (flow, "velocity", flow_with_variance)},
+    "probability flow": {"σ² for σ": (velocity, flow_with_variance)},
     "sandwich of log p": {
-        "mean of logs": (bounds, "log_mean_exp", lambda log_weights, axis: np.mean(log_weights, axis)),
-        "sum for mean": (bounds, "log_mean_exp", lambda log_weights, axis: np.logaddexp.reduce(log_weights, axis)),
+        "mean of logs": (log_mean_exp, lambda log_weights, axis: np.mean(log_weights, axis)),
+        "sum for mean": (log_mean_exp, lambda log_weights, axis: np.logaddexp.reduce(log_weights, axis)),
     },
-    "float32 step KLs": {"difference of means": (GaussianKernel, "shortfall", difference_of_means)},
+    "float32 step KLs": {"difference of means": (GaussianKernel.shortfall, difference_of_means)},
     "units": {
-        "dropped Jacobian": (probdiff.NormalLikelihood, "__call__", without_jacobian),
-        "nats for bits": (probdiff, "bits_per_dim", lambda nats, dim: -nats / dim),
+        "dropped Jacobian": (probdiff.NormalLikelihood.__call__, without_jacobian),
+        "nats for bits": (probdiff.bits_per_dim, lambda nats, dim: -nats / dim),
     },
 }
 
@@ -238,9 +243,9 @@ def test_every_check_has_a_bug():
 
 
 @pytest.mark.parametrize("name, bug", [(name, bug) for name in BUGS for bug in BUGS[name]])
-def test_a_bug_is_found(name, bug, compiled_anew, monkeypatch):
-    place, attribute, wrong = BUGS[name][bug]
-    (monkeypatch.setitem if isinstance(place, dict) else monkeypatch.setattr)(place, attribute, wrong)
+def test_a_bug_is_found(name, bug, compiled_anew, patched, monkeypatch):
+    *place, wrong = BUGS[name][bug]
+    (patched if len(place) == 1 else monkeypatch.setitem)(*place, wrong)
     finding = find(name, "float32" if (name, "float64") in LEFT_OUT else "float64")
     assert finding.figure > finding.bound
 
@@ -253,17 +258,18 @@ def test_too_few_draws_fail():
 
 
 @pytest.fixture
-def three(monkeypatch):
+def three(constant):
     """Only three checks, for the tests of the command."""
-    names = "VE and VP coordinates", "scores given x_0", "float32 step KLs"
-    monkeypatch.setattr(verification, "CHECKS", {name: CHECKS[name] for name in names})
+    checks = {name: CHECKS[name] for name in ("VE and VP coordinates", "scores given x_0", "float32 step KLs")}
+    constant("CHECKS", checks)
+    return checks
 
 
 def test_the_command(three, capsys):
     assert cli.main(["verify"]) == 0
     out, err = capsys.readouterr()
     head, *rows, empty, summary = out.splitlines()
-    assert [row.split("  ")[0] for row in rows] == [name for name in verification.CHECKS for _ in range(2)][:5]
+    assert [row.split("  ")[0] for row in rows] == [name for name in three for _ in range(2)][:5]
     assert all(row.endswith("holds") for row in rows) and head.endswith("verdict")
     assert summary.startswith("5 of 5 hold; ") and "5/5" in err
     assert jnp.zeros(()).dtype == np.float32
@@ -287,8 +293,8 @@ def raises():
     (lambda: verification.Finding(float("nan"), 4.9, "|z|"), None, "–      4.9  |z|"),
     (raises, None, "–        0  it raised an error"),
 ])  # fmt: skip
-def test_a_check_that_fails_is_exit_code_1(three, check, figure, shown, monkeypatch, capsys):
-    monkeypatch.setitem(verification.CHECKS, "scores given x_0", check)
+def test_a_check_that_fails_is_exit_code_1(three, check, figure, shown, capsys):
+    three["scores given x_0"] = check
     assert cli.main(["verify"]) == 1
     out, err = capsys.readouterr()
     assert out.count("FAILS") == 2 and shown in out and "\n3 of 5 hold" in out

@@ -14,13 +14,14 @@ from conftest import Z_MAX, assert_mean
 from numpyro.infer import SVI
 
 import probdiff
-from probdiff.chain import reverse as kernels
+from probdiff.chain.reverse import GaussianKernel, weighted_error
 from probdiff.elbo import analytic as shortfall
 from probdiff.elbo import steps as proposal
 from probdiff.elbo import terms as elbo_module
-from probdiff.elbo import variance_reduction as noise_module
 from probdiff.elbo.control import LinearControl
 from probdiff.elbo.objective import LEARNED
+from probdiff.elbo.variance_reduction import RowNoise
+from probdiff.networks.base import predict_noise
 from probdiff.oracles.distributions import GaussianMixture, GaussianOracle, LinearNetwork, exact_terms
 
 pytestmark = pytest.mark.xdist_group("estimators")  # its tests share what is costly to make
@@ -147,34 +148,27 @@ def _one_step_fewer(self, key, size, num_steps, probability=None):
     return n, jnp.full(n.shape, num_steps - 1.0)
 
 
+def _mean_for_sum(weight, n, noise, eps_hat):
+    return weighted_error(weight, n, noise, eps_hat) / eps_hat.shape[-1]
+
+
 BUGS = {
-    "index off by one": ("kl_marginal", kernels, "predict_noise", _index_off_by_one, "posterior"),
-    "N - 1 for N": ("kl_uniform", proposal.OneStep, "draw", _one_step_fewer, "posterior"),
-    "last KL dropped": ("kl_marginal", proposal.AllSteps, "draw", _all_but_last, "posterior"),
-    "prior dropped": ("kl_marginal", shortfall, "prior_kl", lambda schedule, x0: 0 * x0[..., 0], "posterior"),
-    "clipped variance at n = 1": ("kl_marginal", kernels.GaussianKernel, "variance", _clip_first_variance, "posterior"),
-    "swapped KL": ("kl_marginal", kernels.GaussianKernel, "constant", _swapped, "forward"),
-    "mean for sum": ("kl_marginal", kernels, "jnp", None, "posterior"),
+    "index off by one": ("kl_marginal", predict_noise, _index_off_by_one, "posterior"),
+    "N - 1 for N": ("kl_uniform", proposal.OneStep.draw, _one_step_fewer, "posterior"),
+    "last KL dropped": ("kl_marginal", proposal.AllSteps.draw, _all_but_last, "posterior"),
+    "prior dropped": ("kl_marginal", elbo_module.prior_kl, lambda schedule, x0: 0 * x0[..., 0], "posterior"),
+    "clipped variance at n = 1": ("kl_marginal", GaussianKernel.variance, _clip_first_variance, "posterior"),
+    "swapped KL": ("kl_marginal", GaussianKernel.constant, _swapped, "forward"),
+    "mean for sum": ("kl_marginal", weighted_error, _mean_for_sum, "posterior"),
 }
 
 
-class _MeanForSum:
-    """jax.numpy whose squared errors are averaged over dimensions."""
-
-    def __getattr__(self, name):
-        return getattr(jnp, name)
-
-    @staticmethod
-    def square(x):
-        return jnp.square(x) / x.shape[-1]
-
-
 @pytest.mark.parametrize("bug", BUGS)
-def test_deliberate_bugs_are_seen(bug, float64, monkeypatch):
+def test_deliberate_bugs_are_seen(bug, float64, patched):
     """With the bug in, the test above fails; the closed form does not have it."""
-    name, place, attribute, wrong, reverse_variance = BUGS[bug]
+    name, right, wrong, reverse_variance = BUGS[bug]
     expected = exact(reverse_variance)
-    monkeypatch.setattr(place, attribute, _MeanForSum() if wrong is None else wrong)
+    patched(right, wrong)
     draws = draw(name, make(reverse_variance=reverse_variance))
     with pytest.raises(AssertionError, match="z = "):
         assert_mean(draws, expected, power=POWER)
@@ -183,12 +177,12 @@ def test_deliberate_bugs_are_seen(bug, float64, monkeypatch):
 @pytest.mark.parametrize("noise", ["independent", "antithetic"])
 @pytest.mark.parametrize("control", [None, "linear"])
 @pytest.mark.parametrize("steps", ONE_STEP)
-def test_one_step_estimators_enumerated(steps, control, noise, float64, monkeypatch):
+def test_one_step_estimators_enumerated(steps, control, noise, float64, patched):
     """The estimator's own output for every n, with its own p_n and fixed noise, adds up to that of all steps."""
     diffusion, x = make(), jnp.asarray(X[:1])
     eps = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2)))
     signs = jnp.array([1.0, -1.0]) if noise == "antithetic" else jnp.ones(1)
-    monkeypatch.setattr(noise_module.RowNoise, "__call__", lambda self, rows: signs[rows % self.copies, None, None] * eps)
+    patched(RowNoise.__call__, lambda self, rows: signs[rows % self.copies, None, None] * eps)
     elbo = probdiff.AnalyticELBO(diffusion, steps, noise=noise, control=control)
     learned = learn(diffusion, elbo)
     drawn_step = proposal.OneStep.draw
@@ -201,7 +195,7 @@ def test_one_step_estimators_enumerated(steps, control, noise, float64, monkeypa
             probability[n] = 1 / inverse[jnp.argmax(step == n)]
             return jnp.full((1, size), n), jnp.full((1, size), 1 / probability[n])
 
-        monkeypatch.setattr(proposal.OneStep, "draw", draw_n)
+        patched(drawn_step, draw_n)
         return -elbo.loss(jax.random.key(5), learned, diffusion.model, elbo.guide, x)
 
     total = sum(forced(n) * probability[n] for n in range(1, N + 1))
@@ -209,7 +203,7 @@ def test_one_step_estimators_enumerated(steps, control, noise, float64, monkeypa
     everything = probdiff.AnalyticELBO(diffusion, "all", noise=noise)
     expected = -everything.loss(jax.random.key(5), {}, diffusion.model, diffusion.guide, x)
     if control is not None:
-        monkeypatch.setattr(proposal.OneStep, "draw", drawn_step)
+        patched(drawn_step, drawn_step)
         rows = elbo._rows(diffusion, x, x, jax.random.key(5), learned.get(LEARNED))
         n = jnp.arange(1, N + 1)[:, None]
         for sign in signs:

@@ -10,7 +10,7 @@ from numpyro import handlers
 from numpyro.infer import SVI
 
 import probdiff
-from probdiff.elbo import rows as rows_module
+from probdiff.networks.base import rows_at_once
 
 
 def make(num_steps=6, dim=2, **kwargs):
@@ -24,7 +24,7 @@ X = jax.random.normal(jax.random.key(1), (7, 2))
 
 @pytest.mark.parametrize("options", [{}, {"noise": "path"}, {"noise": "antithetic", "control": "linear"}])
 @pytest.mark.parametrize("num_steps", [1, 7])
-def test_chunks_change_nothing(num_steps, options, monkeypatch, float64):
+def test_chunks_change_nothing(num_steps, options, patched, float64):
     diffusion = make(num_steps)
     objective = probdiff.AnalyticELBO(diffusion, **options)
     params = {"diffusion$params": diffusion.trainable()}
@@ -39,7 +39,7 @@ def test_chunks_change_nothing(num_steps, options, monkeypatch, float64):
         return jax.jit(both)(params)
 
     expected = results()
-    monkeypatch.setattr(rows_module, "rows_at_once", lambda network: 1)
+    patched(rows_at_once, lambda network: 1)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(results())):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 

@@ -9,6 +9,7 @@ import pytest
 
 import probdiff
 from probdiff.elbo import terms as elbo_module
+from probdiff.networks.base import rows_at_once
 
 
 def make(num_steps=6, dim=2, **kwargs):
@@ -30,7 +31,7 @@ def test_shapes_at_any_length(num_steps):
 
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("num_steps", [1, 2, 6])
-def test_chunks_change_nothing(rows, num_steps, monkeypatch):
+def test_chunks_change_nothing(rows, num_steps, patched):
     diffusion = make(num_steps)
 
     def results():
@@ -38,7 +39,7 @@ def test_chunks_change_nothing(rows, num_steps, monkeypatch):
         return probdiff.elbo_terms(fresh, X, key=jax.random.key(0), num_draws=5)
 
     expected = results()
-    monkeypatch.setattr(elbo_module, "rows_at_once", lambda network: rows)
+    patched(rows_at_once, lambda network: rows)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(results())):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 

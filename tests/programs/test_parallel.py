@@ -11,8 +11,8 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.util import log_density
 
 import probdiff
+from probdiff.networks.base import rows_at_once
 from probdiff.oracles.distributions import GaussianOracle
-from probdiff.programs import parallel
 
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
 X = np.array([[0.3, -1.0], [1.2, 0.1], [-0.4, 0.5]])
@@ -72,7 +72,7 @@ def test_either_encoding_can_be_the_guide_of_the_other(name, float64):
         np.testing.assert_allclose(*losses, rtol=1e-10)
 
 
-def test_the_gradient_is_that_of_the_scanned_programs(float64, monkeypatch):
+def test_the_gradient_is_that_of_the_scanned_programs(float64, patched):
     """In one call of the network, and in parts of which the last is smaller, computed again for the gradient."""
     schedule = probdiff.log_snr_schedule(7, 4.0, -2.0)
     model = probdiff.Diffusion(schedule, probdiff.MLP(2, key=jax.random.key(0), hidden=4, num_blocks=1))
@@ -85,7 +85,7 @@ def test_the_gradient_is_that_of_the_scanned_programs(float64, monkeypatch):
 
     expected = gradient(model.model)
     for rows in (4096, 3 * 4):
-        monkeypatch.setattr(parallel, "rows_at_once", lambda network, rows=rows: rows)
+        patched(rows_at_once, lambda network, rows=rows: rows)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradient(programs.model), expected)
 
 
