@@ -9,7 +9,7 @@ import pytest
 from conftest import assert_mean
 
 import probdiff
-from probdiff.oracles.distributions import GaussianMixture
+from probdiff.oracles import GaussianMixture
 
 flow = importlib.import_module("probdiff.flow")
 WEIGHTS = np.array([0.5, 0.2, 0.3])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import probdiff
-from probdiff.oracles.distributions import GaussianMixture
+from probdiff.oracles import GaussianMixture
 
 score_module = importlib.import_module("probdiff.chain.score")  # probdiff.score is the function
 SIGMAS = [0.05, 0.2, 0.7, 3.0]

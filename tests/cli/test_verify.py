@@ -20,14 +20,14 @@ from probdiff.chain.reverse import GaussianKernel
 from probdiff.chain.schedules import NoiseSchedule, at_step
 from probdiff.cli import verification
 from probdiff.cli.verification import CHECKS, LEFT_OUT, PRECISIONS
-from probdiff.elbo import analytic as shortfall
 from probdiff.elbo import importance as bounds
 from probdiff.elbo import steps as proposal
 from probdiff.elbo import terms as elbo
 from probdiff.elbo import variance_reduction as noise
-from probdiff.elbo.control import LinearControl
 from probdiff.elbo.score_matching import WEIGHTS, sigma_squared_weights
+from probdiff.elbo.variance_reduction import LinearControl
 from probdiff.oracles import networks as exact_networks
+from probdiff.programs import scan
 
 # In float64 the estimators are held against the same closed form in test_estimators.py.
 CASES = [
@@ -124,7 +124,7 @@ def control_without_noise_part(self, coefficient, x0, right=LinearControl.expect
     return right(eqx.tree_at(lambda c: c.noise_part, self, jnp.zeros_like(self.noise_part)), coefficient, x0)
 
 
-def target_without_variance(self, schedule, z, n, eps, right=shortfall.PosteriorNoise.__call__):
+def target_without_variance(self, schedule, z, n, eps, right=noise.PosteriorNoise.__call__):
     return kernels.NoiseMoments(right(self, schedule, z, n, eps).mean, 0.0)
 
 
@@ -172,9 +172,9 @@ BUGS = {
         "shifted index": (probdiff, "forward_posterior", shifted(probdiff.forward_posterior)),
     },
     "densities of a path": {
-        "shifted network": (kernels, "predict_noise", network_of_the_step_before),
-        "σ for σ² in the guide": (programs, "forward_step", with_deviation_for_variance(probdiff.forward_step)),
-        "shifted index after Bayes": (programs, "forward_posterior", shifted(probdiff.forward_posterior)),
+        "shifted network": (programs, "predict_noise", network_of_the_step_before),
+        "σ for σ² in the guide": (scan, "forward_step", with_deviation_for_variance(probdiff.forward_step)),
+        "shifted index after Bayes": (scan, "forward_posterior", shifted(probdiff.forward_posterior)),
     },
     "terms on given noise": {
         "dropped half": (GaussianKernel, "weight", without_half),
@@ -182,15 +182,15 @@ BUGS = {
         "mean for sum": (elbo, "prior_kl", mean_for_sum),
     },
     "mean terms": {
-        "shifted network": (kernels, "predict_noise", network_of_the_step_before),
+        "shifted network": (programs, "predict_noise", network_of_the_step_before),
         "swapped KL": (GaussianKernel, "constant", swapped_constant),
     },
     "estimator trace": {"β for its posterior": (GaussianKernel, "variance", lambda self, schedule: schedule.beta)},
     "estimator trace_posterior": {
-        "shifted index": (programs, "forward_posterior", shifted(probdiff.forward_posterior)),
+        "shifted index": (scan, "forward_posterior", shifted(probdiff.forward_posterior)),
     },
     "estimator mean_field": {
-        "dropped x_0": (programs, "forward_marginal", lambda s, x0, n: probdiff.forward_marginal(s, 0 * x0, n)),
+        "dropped x_0": (scan, "forward_marginal", lambda s, x0, n: probdiff.forward_marginal(s, 0 * x0, n)),
     },
     "estimator kl_path": {"noise of one step": (noise.NOISE, "path", (path_noise_of_one_step, 1))},
     "estimator kl_marginal": {"dropped step": (proposal.AllSteps, "draw", draw_all_but_the_last)},
@@ -201,7 +201,7 @@ BUGS = {
     "estimator kl_controlled": {"dropped term": (LinearControl, "expected", control_without_noise_part)},
     "estimator kl_combined": {"sign": (LinearControl, "expected", negated(LinearControl.expected))},
     "estimator kl_posterior_target": {
-        "dropped variance": (shortfall.PosteriorNoise, "__call__", target_without_variance),
+        "dropped variance": (noise.PosteriorNoise, "__call__", target_without_variance),
     },
     "score matching": {
         "σ for σ²": (probdiff, "likelihood_weights", weights_for_sigma),

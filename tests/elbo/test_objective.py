@@ -10,7 +10,7 @@ from numpyro import handlers
 from numpyro.infer import SVI
 
 import probdiff
-from probdiff.elbo import rows as rows_module
+from probdiff.elbo import objective as rows_module
 
 
 def make(num_steps=6, dim=2, **kwargs):

@@ -11,7 +11,7 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.util import log_density
 
 import probdiff
-from probdiff.oracles.distributions import GaussianOracle
+from probdiff.oracles import GaussianOracle
 from probdiff.programs import parallel
 
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
