@@ -32,6 +32,7 @@ from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.estimators import ESTIMATORS
 from probdiff.elbo.importance import iwae, pareto_khat, path_elbo, sandwich
+from probdiff.elbo.reverse_variance import optimal_variance
 from probdiff.elbo.score_matching import ScoreMatching, likelihood_weights
 from probdiff.elbo.terms import ELBOMoments, ELBOTerms, bits_per_dim, elbo_terms
 from probdiff.flow import flow_likelihood, flow_log_prob
@@ -44,4 +45,4 @@ from probdiff.programs.parallel import ForwardChain, ParallelPrograms, Posterior
 from probdiff.samplers import SAMPLERS, ancestral, annealed_langevin, ddim, probability_flow
 from probdiff.storage.checkpoint import Checkpoint
 from probdiff.storage.run import create_run, open_run
-from probdiff.training import fit, optimal_variance
+from probdiff.training import fit

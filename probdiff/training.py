@@ -8,7 +8,6 @@ best on validation data. Everything that decides the future of a fit is in its :
 import hashlib
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +18,12 @@ from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
-from probdiff._chunks import rows_at_once
 from probdiff._sharding import at_home, data_mesh, gathered, on_each, spread
 from probdiff.chain.variances import OptimalVariance
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.objective import StepObjective
+from probdiff.elbo.reverse_variance import optimal_variance
 from probdiff.elbo.terms import bits_per_dim
 from probdiff.programs.sites import PARAMS
 
@@ -228,8 +227,10 @@ def fit(
     state = at_home(state, mesh)
     fitted = diffusion.bind(state.best if len(state.validation) else loop.averaged(state.svi))
     if isinstance(getattr(diffusion.kernel, "log_ratio", None), OptimalVariance):
-        size = max(2, VARIANCE_ROWS // diffusion.schedule.num_steps)
-        fitted = optimal_variance(fitted, jnp.asarray(data[:size]), key=state.keys[1])
+        size = min(len(data), max(2, VARIANCE_ROWS // diffusion.schedule.num_steps))
+        row_key, noise_key = jax.random.split(state.keys[1])
+        rows = np.asarray(jax.random.choice(row_key, len(data), (size,), replace=False))
+        fitted = optimal_variance(fitted, jnp.asarray(np.asarray(data)[rows]), key=noise_key)
     return Fit(fitted, state.losses, state.validation, state)
 
 
@@ -364,43 +365,3 @@ class _Loop:
         row = np.array([[len(state.losses), float(bound)]])
         state = state._replace(validation=np.concatenate([state.validation, row]))
         return state._replace(best=params, best_bound=bound) if bound > state.best_bound else state
-
-
-def optimal_variance(diffusion, x, *, key, num_draws=1):
-    r"""Set the reverse variances of a model with ``reverse_variance="optimal"`` to the best for its network.
-
-    Args:
-        diffusion: The model.
-        x: Data to estimate :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` from, of every step; those that the network was trained on, or
-            held-out data. Shape ``(datum, dim)``.
-        key: JAX key.
-        num_draws: Draws of the noise for each step and datum.
-
-    Returns:
-        The Diffusion with these variances.
-
-    Raises:
-        ValueError: If the model has other reverse variances.
-    """
-    require_type("diffusion", diffusion, Diffusion)
-    ratio = getattr(diffusion.kernel, "log_ratio", None)
-    require(isinstance(ratio, OptimalVariance), "diffusion", "reverse_variance='optimal'", "another reverse kernel")
-    diffusion.check(x)
-    require_key(key)
-    require_count("num_draws", num_draws)
-    found = _squared_error(diffusion.evaluated(), jnp.asarray(x), key, num_draws)
-    return eqx.tree_at(lambda d: d.kernel.log_ratio.squared_error, diffusion, found)
-
-
-@eqx.filter_jit
-def _squared_error(diffusion, x, key, num_draws):
-    """m_n of each step, shape ``(num_steps,)``."""
-    x0 = diffusion.likelihood.encode(x)
-
-    def one(n):
-        eps = jax.random.normal(jax.random.fold_in(key, n), (num_draws, *x0.shape), x0.dtype)
-        _, eps_hat = diffusion.noise_and_predict(x0, jnp.full(eps.shape[:-1], n), eps)
-        return jnp.square(eps - eps_hat).mean()
-
-    steps = jnp.arange(1, diffusion.schedule.num_steps + 1)
-    return jax.lax.map(one, steps, batch_size=max(1, rows_at_once(diffusion.network) // (len(x) * num_draws)))

@@ -7,6 +7,7 @@ from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.estimators import ESTIMATORS
 from probdiff.elbo.importance import Sandwich, iwae, pareto_khat, path_elbo, sandwich
+from probdiff.elbo.reverse_variance import optimal_variance
 from probdiff.elbo.score_matching import ScoreMatching, likelihood_weights
 from probdiff.elbo.terms import ELBOMoments, ELBOTerms, Moments, bits_per_dim, elbo_terms
 
@@ -23,6 +24,7 @@ __all__ = [
     "elbo_terms",
     "iwae",
     "likelihood_weights",
+    "optimal_variance",
     "pareto_khat",
     "path_elbo",
     "sandwich",
