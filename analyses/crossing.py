@@ -18,7 +18,7 @@ import numpyro
 from matplotlib.figure import Figure
 
 import probdiff
-from probdiff.oracles.distributions import GaussianMixture, GaussianOracle
+from probdiff.oracles import GaussianMixture, GaussianOracle
 
 parser = argparse.ArgumentParser(description="Where do the estimators of the bound cross?")
 parser.add_argument("--quick", action="store_true", help="few steps and draws, to see that it runs")

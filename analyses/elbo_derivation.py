@@ -21,7 +21,7 @@ from numpyro.distributions import kl_divergence
 from numpyro.infer.util import log_density
 
 import probdiff
-from probdiff.oracles.distributions import GaussianOracle, exact_log_prob, exact_terms
+from probdiff.oracles import GaussianOracle, exact_log_prob, exact_terms
 
 parser = argparse.ArgumentParser(description="The derivation of the ELBO, executable")
 parser.add_argument("--quick", action="store_true", help="few paths, to see that it runs")

@@ -19,7 +19,7 @@ import numpyro
 from matplotlib.figure import Figure
 
 import probdiff
-from probdiff.oracles.distributions import GaussianMixture
+from probdiff.oracles import GaussianMixture
 from probdiff.presets import default_diffusion, default_options
 
 parser = argparse.ArgumentParser(description="What likelihood does the probability flow have?")

@@ -2,10 +2,9 @@
 
 from probdiff import datasets, oracles
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step
-from probdiff.chain.learned_schedules import LearnedSchedule
-from probdiff.chain.mixture_kernel import MixtureKernel
-from probdiff.chain.reverse import GaussianKernel
+from probdiff.chain.reverse import GaussianKernel, MixtureKernel
 from probdiff.chain.schedules import (
+    LearnedSchedule,
     NoiseSchedule,
     cosine_schedule,
     geometric_schedule,
@@ -30,17 +29,18 @@ from probdiff.diagnostics.compare_models import compare_models
 from probdiff.diagnostics.datatree import to_datatree
 from probdiff.diagnostics.gap import ledger
 from probdiff.diffusion import Diffusion
+from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.estimators import ESTIMATORS
 from probdiff.elbo.importance import iwae, pareto_khat, path_elbo, sandwich
-from probdiff.elbo.objective import AnalyticELBO
+from probdiff.elbo.reverse_variance import optimal_variance
 from probdiff.elbo.score_matching import ScoreMatching, likelihood_weights
 from probdiff.elbo.terms import ELBOMoments, ELBOTerms, bits_per_dim, elbo_terms
 from probdiff.flow import flow_likelihood, flow_log_prob
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
-from probdiff.networks.base import MLP, Ensemble
 from probdiff.networks.convnet import ConvNet
+from probdiff.networks.ensemble import Ensemble
 from probdiff.networks.heads import CategoricalHead, DensityHead, VHead, X0Head
-from probdiff.optimal import optimal_variance
+from probdiff.networks.mlp import MLP
 from probdiff.programs.parallel import ForwardChain, ParallelPrograms, PosteriorChain, ReverseChain
 from probdiff.samplers import SAMPLERS, ancestral, annealed_langevin, ddim, probability_flow
 from probdiff.storage.checkpoint import Checkpoint

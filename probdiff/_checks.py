@@ -35,6 +35,11 @@ def is_concrete(value):
     return not isinstance(value, jax.core.Tracer)
 
 
+def is_trainable(leaf):
+    """Whether a leaf of a module is a parameter: a floating-point JAX array. (NumPy arrays are constants.)"""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
 def require_finite(name, x):
     """Refuse NaN and infinity, naming the first place; values that JAX is tracing are not looked at."""
     if is_concrete(x):

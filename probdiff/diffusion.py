@@ -1,15 +1,6 @@
-r"""A diffusion model as a pair of NumPyro programs.
+r"""A diffusion model as data: schedule, network, reverse kernel and likelihood, and their parameters.
 
-    guide            q(z_1:N | x_0)      z_1 | x_0, then z_n | z_{n-1}: the forward noising chain
-    posterior_guide  q(z_1:N | x_0)      the same distribution after Bayes' rule: z_N | x_0, then z_{n-1} | z_n, x_0
-    model            p_θ(x, z_1:N)       z_N, then z_{n-1} | z_n for n = N … 2, then x | z_1
-
-All three have the latent site ``z``, of shape ``(num_steps, datum, dim)`` in the model's order: index 0 is z_N and the
-last index is z_1. The model also has the site ``x``. Both sit in the plate ``data``.
-
-One pattern serves every program that runs in the model's order: a ``scan`` over n = N … 1 that carries the
-*distribution* of the latent it is about to sample. What is carried out of the last step of the model is the Gaussian
-that the likelihood reads, so that N latents cost N evaluations of the network.
+Its programs, its bounds and its samplers are ways to read it.
 """
 
 import dataclasses
@@ -20,24 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from numpyro import distributions as dist
-from numpyro.contrib.control_flow import scan
-from numpyro.distributions.kl import kl_divergence
-from numpyro.primitives import Messenger
 
-from probdiff._checks import is_concrete, require, require_type
-from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step
-from probdiff.chain.learned_schedules import LearnedSchedule, require_schedule
-from probdiff.chain.mixture_kernel import MixtureKernel
-from probdiff.chain.reverse import GaussianKernel
-from probdiff.chain.schedules import NoiseSchedule
+from probdiff._checks import is_concrete, is_trainable, require, require_type
+from probdiff.chain.reverse import GaussianKernel, MixtureKernel
+from probdiff.chain.schedules import LearnedSchedule, NoiseSchedule, at_step, require_schedule
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
-from probdiff.networks.base import is_trainable, takes_key, told
+from probdiff.networks.base import predict_levels, predict_noise, takes_key, told
+from probdiff.programs import scan
+from probdiff.programs.sites import PARAMS, AbstractDiffusion
 
-PARAMS = "diffusion$params"
 
-
-class Diffusion(eqx.Module):
+class Diffusion(AbstractDiffusion):
     r"""A denoising diffusion model: schedule, ε-network, reverse kernel and likelihood.
 
     Args:
@@ -89,59 +73,25 @@ class Diffusion(eqx.Module):
         self.frozen = False
 
     def model(self, x, num_data=None):
-        """The reverse chain.
+        """The reverse chain, a NumPyro program: :func:`probdiff.programs.scan.model`.
 
         Args:
             x: Data as the user has it, shape ``(datum, dim)``, or None to generate.
             num_data: Size of the full data set, of which ``x`` is a minibatch: log densities are scaled by
                 ``num_data / len(x)``. With ``x=None``, the number of data to draw.
         """
-        size, dim = self._sizes(x, num_data)
-        diffusion = self.with_param_site()
-
-        def step(next_z, n):
-            with numpyro.plate("data", size):
-                z = numpyro.sample("z", next_z)
-            return diffusion.reverse_kernel(z, n, diffusion.training_key(x)), None
-
-        with _minibatch(x, num_data):
-            last, _ = scan(step, self.kernel.prior((size, dim)), self._descending_steps())
-            with numpyro.plate("data", size):
-                return numpyro.sample("x", self.kernel.observation(self.likelihood, last), obs=x)
+        return scan.model(self, x, num_data)
 
     def guide(self, x, num_data=None):
-        """The forward chain, z_1 first. It samples; given values for ``z`` it refuses (see :meth:`posterior_guide`).
-
-        Arguments as for :meth:`model`; ``x`` is required.
-        """
-        size, x0 = self._encode(x)
-        schedule = self._schedule_site()
-
-        def step(z_prev, n):
-            q = forward_step(schedule, z_prev, n).base_dist
-            with numpyro.plate("data", size):
-                z = numpyro.sample("z", ForwardStep(q.loc, q.scale).to_event(1))
-            return z, None
-
-        # Time runs upwards here; ``reverse=True`` over descending steps stacks the site in the model's order.
-        with _minibatch(x, num_data), _NoGivenPath():
-            scan(step, x0, self._descending_steps(), reverse=True)
+        """The forward chain, z_1 first: :func:`probdiff.programs.scan.guide`. Arguments as for :meth:`model`; ``x`` is required."""
+        scan.guide(self, x, num_data)
 
     def posterior_guide(self, x, num_data=None):
-        """The forward chain after Bayes' rule, in the model's order; the guide for ``TraceMeanField_ELBO``.
+        """The forward chain after Bayes' rule, in the model's order: :func:`probdiff.programs.scan.posterior_guide`.
 
-        Arguments as for :meth:`model`; ``x`` is required.
+        The guide for ``TraceMeanField_ELBO``. Arguments as for :meth:`model`; ``x`` is required.
         """
-        size, x0 = self._encode(x)
-        schedule = self._schedule_site()
-
-        def step(next_z, n):
-            with numpyro.plate("data", size):
-                z = numpyro.sample("z", next_z)
-            return forward_posterior(schedule, z, x0, n), None
-
-        with _minibatch(x, num_data):
-            scan(step, forward_marginal(schedule, x0, schedule.num_steps), self._descending_steps())
+        scan.posterior_guide(self, x, num_data)
 
     def reverse_kernel(self, z, n, key=None):
         r"""The distribution :math:`p_\theta(z_{n-1} | z_n)`; at n = 1, the Gaussian that the likelihood reads.
@@ -151,7 +101,38 @@ class Diffusion(eqx.Module):
             n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
             key: For the network's dropout while training.
         """
-        return self.kernel(self.schedule, z, self.kernel.predict(self.network, z, n, key), n)
+        return self.kernel(self.schedule, z, self.predict(z, n, key), n)
+
+    def predict(self, z, n, key=None):
+        """What the kernel wants to know of the network at ``z``: mostly the predicted noise, shaped like ``z``.
+
+        Arguments as for :meth:`reverse_kernel`.
+        """
+        ask = predict_levels if self.kernel.prediction == "levels" else predict_noise
+        return ask(self.network, z, n, key)
+
+    def predict_noise(self, z, n):
+        """The noise that the network predicts in ``z``, same shape; arguments as for :meth:`reverse_kernel`."""
+        return predict_noise(self.network, z, n)
+
+    def noise_and_predict(self, x0, n, eps, key=None):
+        """z_n made from encoded data and ``eps``, and :meth:`predict` there.
+
+        Args:
+            x0: Encoded data, shape ``(datum, dim)``.
+            n: Step, an integer array of shape ``(*batch, datum)``, or what broadcasts to it.
+            eps: Noise, shape ``(*batch, datum, dim)``.
+            key: For the network's dropout while training.
+        """
+        signal = at_step(self.schedule.signal, n, x0.dtype)
+        noise = at_step(self.schedule.noise, n, x0.dtype)
+        z = signal[..., None] * x0 + noise[..., None] * eps
+        return z, self.predict(z, n, key)
+
+    def log_likelihood(self, x, z, n, prediction):
+        """log p(x | z_1), in nats, shape ``batch``; n is 1, or what a masked-out entry has there."""
+        last = self.kernel(self.schedule, z, prediction, n)
+        return self.kernel.observation(self.likelihood, last).log_prob(x)
 
     def bind(self, params: Mapping):
         """The trained model: these parameters in place of the initial ones, frozen, dropout off.
@@ -220,7 +201,7 @@ class Diffusion(eqx.Module):
         learned = isinstance(known.schedule, LearnedSchedule)
         return known._on_schedule(known.schedule.tables()) if learned else known
 
-    def _schedule_site(self):
+    def guide_schedule(self):
         """The schedule for a guide: the guide has parameters only if the schedule has."""
         return self.schedule if isinstance(self.schedule, NoiseSchedule) else self.with_param_site().schedule
 
@@ -253,12 +234,14 @@ class Diffusion(eqx.Module):
         require(self.dim in (None, x.shape[1]), "x", f"shape (datum, {self.dim})", f"shape {tuple(x.shape)}")
         self.likelihood.check(x)
 
-    def _encode(self, x):
+    def encode(self, x):
+        """The number of data, and the data as the chain sees them, shape ``(datum, dim)``; they are checked first."""
         require(x is not None, "x", "data: the guide needs x", "None")
         self.check(x)
         return len(x), self.likelihood.encode(x)
 
-    def _sizes(self, x, num_data):
+    def data_shape(self, x, num_data):
+        """The shape ``(datum, dim)`` of the data, or of what is to be drawn."""
         if x is not None:
             self.check(x)
             return x.shape
@@ -271,9 +254,6 @@ class Diffusion(eqx.Module):
         )
         return num_data, self.dim
 
-    def _descending_steps(self):
-        return jnp.arange(self.schedule.num_steps, 0, -1)
-
 
 def require_kernel(kernel, network, likelihood):
     """Refuse a reverse kernel that does not suit the network or the likelihood."""
@@ -285,53 +265,3 @@ def require_kernel(kernel, network, likelihood):
             expected = "CategoricalHead" if name == "network" else "DiscretizedNormalLikelihood"
             got = f"a {type(part).__name__} of {levels}" if levels else f"a {type(part).__name__}"
             require(levels == kernel.levels, name, f"a {expected} of {kernel.levels} levels for this MixtureKernel", got)
-
-
-def _minibatch(x, num_data):
-    if x is None or num_data is None:
-        return numpyro.handlers.scale(scale=1.0)
-    require(
-        not is_concrete(num_data) or num_data >= len(x),
-        "num_data",
-        f"at least {len(x)}, the size of the minibatch",
-        num_data,
-    )
-    return numpyro.handlers.scale(scale=num_data / len(x))
-
-
-class ForwardStep(dist.Normal):
-    """A step of the forward guide: a normal whose KL to a reverse step is not a term of the bound."""
-
-
-@kl_divergence.register(ForwardStep, dist.Normal)
-def _refuse_forward_kl(p, q):
-    raise ValueError(
-        "TraceMeanField_ELBO with the forward guide is biased: in the guide z_{n+1} depends on z_n, in the model z_n "
-        "depends on z_{n+1}, and the KL of one to the other is not a term of the ELBO. "
-        "Use SVI(diffusion.model, diffusion.posterior_guide, …), the same distribution in the model's order, or Trace_ELBO."
-    )
-
-
-def _gives_z(given):
-    """Whether a substitution, a mapping or a function of a site, has a value for ``z`` (if in doubt, yes)."""
-    if not callable(given):
-        return "z" in given
-    site = {"type": "sample", "name": "z", "value": None, "is_observed": False, "infer": {}, "kwargs": {}}
-    try:
-        return given(site) is not None
-    except Exception:
-        return True
-
-
-class _NoGivenPath(Messenger):
-    """Refuses values given to ``z`` of the forward guide, where NumPyro's ``scan`` would pair them with wrong steps."""
-
-    def postprocess_message(self, msg):
-        if msg["type"] == "control_flow":
-            for kind, given in msg["kwargs"]["substitute_stack"]:
-                if _gives_z(given):
-                    raise ValueError(
-                        f"The forward guide cannot take given values for 'z' (here by {kind}): scan runs its steps "
-                        "upwards in time and would pair them with the wrong ones. Use diffusion.posterior_guide: it "
-                        "has the same density on every path."
-                    )

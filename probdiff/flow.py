@@ -23,10 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_finite, require_key, require_type
-from probdiff.chain.forward import forward_marginal
+from probdiff._chunks import even_chunk, rows_at_once
+from probdiff.chain.forward import forward_marginal, prior_kl
 from probdiff.diffusion import Diffusion
-from probdiff.elbo.terms import even_chunk, log_likelihood, predict, prior_kl
-from probdiff.networks.base import predict_noise, rows_at_once
 
 MAX_STEPS = 100_000
 LOOSER = 10  # times the tolerances, for what the solver's error is
@@ -51,7 +50,7 @@ class Interpolated(eqx.Module):
         left = jnp.clip(jnp.searchsorted(times, time, side="right") - 1, 0, len(steps) - 2)
         ends = jnp.stack([left, left + 1])
         start, end = times[ends]
-        eps_hat = predict_noise(self.diffusion.network, jnp.stack([z, z]), jnp.asarray(steps)[ends])
+        eps_hat = self.diffusion.predict_noise(jnp.stack([z, z]), jnp.asarray(steps)[ends])
         share = jnp.clip((time - start) / (end - start), 0, 1)
         return (1 - share) * eps_hat[0] + share * eps_hat[1]
 
@@ -273,7 +272,7 @@ def flow_likelihood(
     x0 = diffusion.likelihood.encode(x)
     eps = jax.random.normal(eps_key, (num_draws, *x0.shape), x0.dtype)
     first = jnp.ones((num_draws, len(x)), jnp.int32)
-    z, eps_hat = predict(diffusion, x0, first, eps)
+    z, eps_hat = diffusion.noise_and_predict(x0, first, eps)
 
     def density(every=1, looser=1):
         network = Interpolated(diffusion, every)
@@ -284,7 +283,7 @@ def flow_likelihood(
     log_q, count = density()
     coarse = density(every=2)[0] if schedule.num_steps > 2 else np.nan
     noising = np.asarray(forward_marginal(schedule, x0, 1).log_prob(z), np.float64)
-    last_step = np.asarray(log_likelihood(diffusion, x, z, first, eps_hat), np.float64)
+    last_step = np.asarray(diffusion.log_likelihood(x, z, first, eps_hat), np.float64)
     dim = x0.shape[-1]
     to_data = diffusion.likelihood.log_jacobian(dim) + dim / 2 * np.log(schedule.alpha_bar[0])
     log_prob = log_q - noising + last_step

@@ -5,9 +5,9 @@ import numpy as np
 
 from probdiff.chain.schedules import log_snr_schedule
 from probdiff.diffusion import Diffusion
-from probdiff.networks.base import MLP
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.heads import CategoricalHead, DensityHead
+from probdiff.networks.mlp import MLP
 
 MOST_LOGITS = 2**14
 

@@ -21,13 +21,12 @@ from numpyro import handlers
 from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._chunks import even_chunk
 from probdiff._sharding import data_mesh, gathered, on_each, spread
 from probdiff.chain.schedules import at_step
 from probdiff.chain.score import score, vp_from_ve
 from probdiff.diffusion import Diffusion
-from probdiff.elbo.terms import even_chunk
 from probdiff.flow import Interpolated, require_tolerances, solve, velocity
-from probdiff.networks.base import predict_noise
 
 EVALUATIONS = 2**20  # of the network, in a batch
 ADAPTIVE = 500  # of the network, about as many as a solver takes that chooses its steps
@@ -100,7 +99,7 @@ def _ddim_coefficients(schedule, taken, eta):
 def _ddim(diffusion, key, taken, per_z, per_eps, added):
     def step(z, each):
         n, per_z, per_eps, added, key = each
-        eps_hat = predict_noise(diffusion.network, z, n)
+        eps_hat = diffusion.predict_noise(z, n)
         return per_z * z + per_eps * eps_hat + added * jax.random.normal(key, z.shape, z.dtype), None
 
     start_key, noise_key = jax.random.split(key)
@@ -200,7 +199,7 @@ def _denoised(diffusion, z, n):
     r"""The mean of x_0 that the network predicts from ``z`` after ``n`` steps, in the units of the data."""
     tables = diffusion.schedule.alpha_bar, diffusion.schedule.one_minus_alpha_bar
     signal, noise = (at_step(np.sqrt(table), n, z.dtype) for table in tables)
-    return diffusion.likelihood.decode((z - noise * predict_noise(diffusion.network, z, n)) / signal)
+    return diffusion.likelihood.decode((z - noise * diffusion.predict_noise(z, n)) / signal)
 
 
 def _evaluated(diffusion):

@@ -20,10 +20,12 @@ from tqdm import tqdm
 from probdiff._checks import require, require_count, require_key, require_type
 from probdiff._sharding import at_home, data_mesh, gathered, on_each, spread
 from probdiff.chain.variances import OptimalVariance
-from probdiff.diffusion import PARAMS, Diffusion
-from probdiff.elbo.objective import AnalyticELBO, StepObjective
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.analytic import AnalyticELBO
+from probdiff.elbo.objective import StepObjective
+from probdiff.elbo.reverse_variance import optimal_variance
 from probdiff.elbo.terms import bits_per_dim
-from probdiff.optimal import optimal_variance
+from probdiff.programs.sites import PARAMS
 
 CHUNK = 100
 VALIDATION_ROWS = 2**14
@@ -225,8 +227,10 @@ def fit(
     state = at_home(state, mesh)
     fitted = diffusion.bind(state.best if len(state.validation) else loop.averaged(state.svi))
     if isinstance(getattr(diffusion.kernel, "log_ratio", None), OptimalVariance):
-        size = max(2, VARIANCE_ROWS // diffusion.schedule.num_steps)
-        fitted = optimal_variance(fitted, jnp.asarray(data[:size]), key=state.keys[1])
+        size = min(len(data), max(2, VARIANCE_ROWS // diffusion.schedule.num_steps))
+        row_key, noise_key = jax.random.split(state.keys[1])
+        rows = np.asarray(jax.random.choice(row_key, len(data), (size,), replace=False))
+        fitted = optimal_variance(fitted, jnp.asarray(np.asarray(data)[rows]), key=noise_key)
     return Fit(fitted, state.losses, state.validation, state)
 
 

@@ -12,8 +12,8 @@ from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO
 
 import probdiff
-from probdiff.diffusion import PARAMS
-from probdiff.oracles.distributions import GaussianOracle
+from probdiff.oracles import GaussianOracle
+from probdiff.programs.sites import PARAMS
 
 N = 4
 KEY = jax.random.key(5)

@@ -8,7 +8,7 @@ from conftest import assert_mean
 
 import probdiff
 from probdiff.flow import Interpolated, velocity
-from probdiff.oracles.distributions import GaussianMixture
+from probdiff.oracles import GaussianMixture
 
 WEIGHTS = np.array([0.5, 0.2, 0.3])
 MEANS = np.array([[1.0, 0.5], [-1.2, 0.3], [0.2, -1.5]])

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as arrays
 import probdiff
 from probdiff import _files as storage
 from probdiff.elbo.importance import log_mean_exp
-from probdiff.oracles.distributions import LinearNetwork, exact_log_prob, exact_terms
+from probdiff.oracles import LinearNetwork, exact_log_prob, exact_terms
 
 betas = st.lists(st.floats(1e-6, 0.999), min_size=1, max_size=64)
 seeds = st.integers(0, 2**32 - 1)

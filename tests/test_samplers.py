@@ -8,7 +8,7 @@ import scipy.stats
 
 import probdiff
 from probdiff import samplers as sampling
-from probdiff.oracles.distributions import GaussianMixture
+from probdiff.oracles import GaussianMixture
 
 WEIGHTS = np.array([0.5, 0.2, 0.3])
 MEANS = np.array([[1.0, 0.5], [-1.2, 0.3], [0.2, -1.5]])

@@ -11,8 +11,8 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import probdiff
 from probdiff import training
-from probdiff.diffusion import PARAMS
-from probdiff.oracles.distributions import GaussianOracle, LinearNetwork, exact_terms
+from probdiff.oracles import GaussianOracle, LinearNetwork, exact_terms
+from probdiff.programs.sites import PARAMS
 
 ORACLE = GaussianOracle([1.0, -2.0], [[2.0, 0.8], [0.8, 0.5]])
 

@@ -1,1 +1,30 @@
-"""The two Markov chains: forward noising in closed form, and the reverse kernels. No network is known here."""
+"""The two Markov chains: noise schedules, the forward chain in closed form, the reverse kernels and their variances, noise and score.
+
+Nothing here knows a network: a reverse kernel is given its prediction. Imports only the checks.
+"""
+
+from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step, prior_kl
+from probdiff.chain.reverse import GaussianKernel, MixtureKernel
+from probdiff.chain.schedules import (
+    LearnedSchedule,
+    NoiseSchedule,
+    cosine_schedule,
+    geometric_schedule,
+    linear_schedule,
+    log_snr_schedule,
+)
+
+__all__ = [
+    "GaussianKernel",
+    "LearnedSchedule",
+    "MixtureKernel",
+    "NoiseSchedule",
+    "cosine_schedule",
+    "forward_marginal",
+    "forward_posterior",
+    "forward_step",
+    "geometric_schedule",
+    "linear_schedule",
+    "log_snr_schedule",
+    "prior_kl",
+]

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from numpyro import distributions as dist
 
 from probdiff._checks import require_step
-from probdiff.chain.learned_schedules import require_schedule
-from probdiff.chain.schedules import at_step
+from probdiff.chain.schedules import array_module, at_step, require_schedule
 
 
 def isotropic_normal(loc, variance):
@@ -81,3 +80,10 @@ def forward_posterior(schedule, z, x0, n):
     from_x0 = jnp.sqrt(alpha_bar_prev) * beta / variance_z
     from_z = jnp.sqrt(alpha) * variance / beta
     return isotropic_normal(from_x0[..., None] * x0 + from_z[..., None] * z, variance)
+
+
+def prior_kl(schedule, x0):
+    r"""KL of :math:`q(z_N | x_0)` to N(0, I), in nats, shape ``batch`` for ``x0`` of shape ``(*batch, dim)``."""
+    alpha_bar = schedule.alpha_bar[-1]
+    constant = -alpha_bar - 2 * array_module(schedule.noise).log(schedule.noise[-1:])[0]
+    return (jnp.asarray(alpha_bar, x0.dtype) * jnp.square(x0).sum(-1) + x0.shape[-1] * constant) / 2

@@ -21,12 +21,9 @@ Vincent (2011), doi:10.1162/NECO_a_00142.
 
 import jax.numpy as jnp
 
-from probdiff._checks import require_step, require_type
+from probdiff._checks import require_step
 from probdiff.chain.forward import isotropic_normal
-from probdiff.chain.learned_schedules import require_schedule
-from probdiff.chain.schedules import at_step
-from probdiff.diffusion import Diffusion
-from probdiff.networks.base import predict_noise
+from probdiff.chain.schedules import at_step, require_schedule
 
 
 def noising(schedule, x0, n):
@@ -124,9 +121,8 @@ def score(diffusion, x_n, n):
     Returns:
         Shape ``(*batch, dim)``. In VP coordinates the score is this divided by :math:`\sqrt{\bar\alpha_n}`.
     """
-    require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated()
-    eps_hat = predict_noise(diffusion.network, vp_from_ve(diffusion.schedule, x_n, n), n)
+    eps_hat = diffusion.predict_noise(vp_from_ve(diffusion.schedule, x_n, n), n)
     return score_from_eps(diffusion.schedule, eps_hat, n)
 
 

@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 import probdiff
 from probdiff.chain.schedules import at_step
-from probdiff.diffusion import PARAMS
-from probdiff.elbo.analytic import sampled_noise
-from probdiff.oracles.distributions import GaussianMixture, GaussianOracle, exact_log_prob, exact_terms
+from probdiff.elbo.variance_reduction import sampled_noise
+from probdiff.oracles.closed_form import exact_log_prob, exact_terms
+from probdiff.oracles.distributions import GaussianMixture, GaussianOracle
+from probdiff.programs.sites import PARAMS
 
 Z_MAX = 4.9
 SCHEDULE = probdiff.log_snr_schedule(8, 4.0, -1.0)

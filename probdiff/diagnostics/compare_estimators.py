@@ -16,14 +16,15 @@ from scipy import special
 from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._chunks import rows_at_once
 from probdiff._sharding import data_mesh, gathered, on_each, spread
-from probdiff.diagnostics.agreement import Estimate
-from probdiff.diffusion import PARAMS, Diffusion
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.estimators import ESTIMATORS
 from probdiff.elbo.importance import log_mean_exp, pareto_khat
 from probdiff.elbo.objective import StepObjective
 from probdiff.elbo.terms import bits_per_dim
-from probdiff.networks.base import rows_at_once
+from probdiff.programs.sites import PARAMS
 
 REFERENCE = "kl_uniform"
 FAMILY_ERROR = 0.0027  # three standard errors, for all pairs together

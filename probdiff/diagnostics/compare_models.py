@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff._checks import require, require_count, require_type
-from probdiff.diagnostics.agreement import Estimate
 from probdiff.diffusion import Diffusion
+from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.terms import elbo_terms
 
 

@@ -17,13 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from probdiff._checks import require, require_key, require_type
+from probdiff._chunks import rows_at_once
 from probdiff.chain.schedules import at_dims
-from probdiff.diagnostics.agreement import Estimate
 from probdiff.diffusion import Diffusion
-from probdiff.elbo.objective import AnalyticELBO
-from probdiff.elbo.terms import elbo_terms, predict
+from probdiff.elbo.analytic import AnalyticELBO
+from probdiff.elbo.estimate import Estimate
+from probdiff.elbo.terms import elbo_terms
 from probdiff.likelihoods import NormalLikelihood
-from probdiff.networks.base import predict_noise, rows_at_once
 
 BLOCK_ROWS = 2**18
 
@@ -112,7 +112,7 @@ def ledger(diffusion, oracle, x, *, key, progress=False):
     own = elbo_terms(diffusion, x, key=terms_key, reduce=True, progress=progress)
     x = jnp.asarray(x)
     gap, irreducible = (log_p - _bound(d, x, bound_key, progress) for d in (diffusion, exact))
-    added = np.asarray(_network_cost(diffusion, exact.network, x, network_key), np.float64)
+    added = np.asarray(_network_cost(diffusion, exact, x, network_key), np.float64)
     return Ledger(
         entropy=oracle.entropy(),
         gap=Estimate.of(gap),
@@ -149,8 +149,8 @@ def _network_cost(diffusion, exact, x, key):
 
     def one(n):
         eps = jax.random.normal(jax.random.fold_in(key, n), x0.shape, x0.dtype)
-        z, eps_hat = predict(diffusion, x0, n, eps)
-        return (at_dims(weight, n, x0.dtype) * jnp.square(eps_hat - predict_noise(exact, z, n))).sum(-1)
+        z, eps_hat = diffusion.noise_and_predict(x0, n, eps)
+        return (at_dims(weight, n, x0.dtype) * jnp.square(eps_hat - exact.predict_noise(z, n))).sum(-1)
 
     steps = jnp.arange(1, diffusion.schedule.num_steps + 1)
     return jax.lax.map(one, steps, batch_size=max(1, rows_at_once(diffusion.network) // len(x)))

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from probdiff.diagnostics.agreement import Estimate, compute_both_ways
+from probdiff.diagnostics.agreement import compute_both_ways
+from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.terms import bits_per_dim, elbo_terms
 
 ITEMS = 512

@@ -14,13 +14,10 @@ sum; large constants such as the log-density of a peaked p(x | z_1) never get in
 
 import dataclasses
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 
-from probdiff.chain.reverse import NoiseMoments
-from probdiff.chain.schedules import at_step
-from probdiff.elbo.terms import log_likelihood, prior_kl
+from probdiff.chain.forward import prior_kl
+from probdiff.elbo.objective import StepObjective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,47 +48,18 @@ class Shortfall:
         Returns:
             Shape ``(row, datum)``.
         """
-        first = self._reconstruction(diffusion, x, x0) - log_likelihood(diffusion, x, z, n, prediction)
+        first = self._reconstruction(diffusion, x, x0) - diffusion.log_likelihood(x, z, n, prediction)
         later = diffusion.kernel.shortfall(diffusion.schedule, x0, noise, z, prediction, n, more)
         return jnp.where(n == 1, first, later)
-
 
     def _reconstruction(self, diffusion, x, x0):
         return diffusion.kernel.ceiling(diffusion.schedule, diffusion.likelihood, x, x0)
 
 
-def sampled_noise(schedule, z, n, eps):
-    """The noise that ``z`` was made from: a mean without variance."""
-    return NoiseMoments(eps, 0.0)
+class AnalyticELBO(StepObjective):
+    """The analytic bound as an objective for ``SVI``, in the place of ``Trace_ELBO``: a :class:`StepObjective`.
 
-
-class PosteriorNoise(eqx.Module):
-    r"""The noise given z_n alone, when x_0 is one of finitely many points: its mean and variance over all of them.
-
-    :math:`E\|\epsilon - \hat\epsilon\|^2 = \|E[\epsilon | z] - \hat\epsilon\|^2 + tr Var[\epsilon | z]` in expectation over
-    the points, so that the term keeps its mean over the set (not over a single datum) and loses the variance that
-    comes from which point z was made of. It costs ``len(points)`` squared distances for each network evaluation.
-
-    Args:
-        points: Encoded data, shape ``(point, dim)``.
+    ``AnalyticELBO(diffusion, steps="all", *, noise=, control=, points=, adapt_to=, num_particles=, vectorize_particles=)``
     """
 
-    points: jax.Array
-
-    def __call__(self, schedule, z, n, eps):
-        """The :class:`NoiseMoments` of ``z``; ``eps`` is not looked at."""
-        signal = at_step(schedule.signal, n, z.dtype)
-        noise = at_step(schedule.noise, n, z.dtype)
-
-        def moments(row):
-            z, signal, noise = row
-            candidates = (z - signal * self.points) / noise
-            squared = jnp.square(candidates).sum(-1)
-            probability = jax.nn.softmax(-squared / 2)
-            mean = probability @ candidates
-            return mean, probability @ jnp.square(candidates - mean)
-
-        rows = z.reshape(-1, z.shape[-1]), signal.ravel(), noise.ravel()
-        batch_size = max(1, 2**22 // self.points.size)
-        mean, variance = jax.lax.map(jax.checkpoint(moments), rows, batch_size=batch_size)
-        return NoiseMoments(mean.reshape(z.shape), variance.reshape(z.shape))
+    term = Shortfall()

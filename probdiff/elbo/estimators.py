@@ -25,7 +25,7 @@ import functools
 
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
-from probdiff.elbo.objective import AnalyticELBO
+from probdiff.elbo.analytic import AnalyticELBO
 
 
 def _numpyro(elbo, guide, diffusion, **options):

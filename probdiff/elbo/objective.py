@@ -9,7 +9,9 @@ estimator is put together from.
 """
 
 import copy
+import functools
 import warnings
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -21,16 +23,13 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 
-from probdiff._checks import require, require_count, require_type
-from probdiff.chain.learned_schedules import LearnedSchedule
-from probdiff.chain.schedules import NoiseSchedule, per_step
-from probdiff.diffusion import Diffusion, _minibatch
-from probdiff.elbo.analytic import PosteriorNoise, Shortfall
-from probdiff.elbo.control import LinearControl
-from probdiff.elbo.rows import Rows, sum_rows
+from probdiff._checks import is_trainable, require, require_count, require_type
+from probdiff._chunks import even_chunk, rows_at_once, sum_in_chunks
+from probdiff.chain.schedules import LearnedSchedule, NoiseSchedule, at_step, per_step
+from probdiff.diffusion import Diffusion
 from probdiff.elbo.steps import PROBABILITIES, AllSteps, Learner, OneStep, independent_points, stratified_points
-from probdiff.elbo.variance_reduction import NOISE
-from probdiff.networks.base import is_trainable
+from probdiff.elbo.variance_reduction import NOISE, LinearControl, PathNoise, PosteriorNoise, RowNoise, sampled_noise
+from probdiff.programs.sites import minibatch
 
 LEARNED = "diffusion$learned"
 
@@ -187,7 +186,7 @@ class StepObjective(ELBO):
             learned.update(self._learner.updated(learned, *seen()))
         top = numpyro.deterministic("ceiling", self.term.ceiling(diffusion, x, x0))
         numpyro.deterministic("shortfall", per_datum)
-        with _minibatch(x, num_data):
+        with minibatch(x, num_data):
             numpyro.factor("elbo", top.sum() - total)
             if self.shape == "variance":
                 numpyro.factor("variance", self._minus_variance(with_params, x, x0, key, learned))
@@ -284,13 +283,55 @@ class StepObjective(ELBO):
         return trace["ceiling"]["value"] - trace["shortfall"]["value"]
 
 
-class AnalyticELBO(StepObjective):
-    """The analytic bound as an objective for ``SVI``, in the place of ``Trace_ELBO``: a :class:`StepObjective`.
+class Rows(eqx.Module):
+    """The rows of one estimate: steps and weights of shape ``(row, datum)``, their noise, and what is done with them."""
 
-    ``AnalyticELBO(diffusion, steps="all", *, noise=, control=, points=, adapt_to=, num_particles=, vectorize_particles=)``
-    """
+    term: Callable
+    n: jax.Array
+    weight: jax.Array
+    noise: RowNoise | PathNoise
+    known: PosteriorNoise | None
+    control: LinearControl | None
+    coefficient: jax.Array
+    x: jax.Array
+    x0: jax.Array
+    network_key: jax.Array | None
+    more_key: jax.Array
 
-    term = Shortfall()
+    def evaluate(self, diffusion, rows):
+        """The corrected, weighted terms of some rows, shape ``(row, datum)``; and what can be learned from them."""
+        n, eps = self.n[rows], self.noise(rows)
+        key = None if self.network_key is None else jax.random.fold_in(self.network_key, rows[0])
+        z, prediction = diffusion.noise_and_predict(self.x0, n, eps, key)
+        known = (sampled_noise if self.known is None else self.known)(diffusion.schedule, z, n, eps)
+
+        def more():
+            return RowNoise(self.more_key, self.x0, 1)(rows)
+
+        def terms(prediction):
+            return self.term(diffusion, self.x, self.x0, n, z, known, prediction, more)
+
+        term = terms(prediction)
+        control = jnp.zeros_like(term) if self.control is None else self.control.value(jax.lax.stop_gradient(z), n, eps)
+        corrected = term - at_step(self.coefficient, n, term.dtype) * control
+        return self.weight[rows] * corrected, functools.partial(_seen, n, self.weight[rows], term, control, terms, prediction)
+
+
+def _seen(n, weight, term, control, terms, prediction):
+    """What :meth:`Learner.updated` takes."""
+    gradient = jax.grad(lambda p: terms(p).sum())(prediction)
+    seen = weight, term, control, jnp.square(gradient).sum(range(n.ndim, gradient.ndim))
+    return n, *jax.tree.map(jax.lax.stop_gradient, seen)
+
+
+def sum_rows(diffusion, rows):
+    """The sum over rows and data, and that over rows of each datum; and, of one or two rows, what can be learned."""
+    chunk = even_chunk(len(rows.n), max(2, rows_at_once(diffusion.network) // len(rows.x)))
+    if chunk < len(rows.n):
+        return *sum_in_chunks(diffusion, rows, chunk), None
+    values, seen = rows.evaluate(diffusion, jnp.arange(chunk))
+    per_datum = values.sum(0)
+    return per_datum.sum(), jax.lax.stop_gradient(per_datum), seen
 
 
 def _fixed_shape(diffusion):

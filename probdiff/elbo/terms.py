@@ -16,11 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._chunks import filled, parts, rows_at_once
 from probdiff._sharding import at_home, data_mesh, gathered, on_each, spread
+from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import NoiseMoments
-from probdiff.chain.schedules import array_module, at_step
+from probdiff.chain.schedules import at_step
 from probdiff.diffusion import Diffusion
-from probdiff.networks.base import rows_at_once
 
 
 def bits_per_dim(nats, dim):
@@ -80,76 +81,24 @@ class ELBOMoments(eqx.Module):
     num_draws: int
 
 
-def prior_kl(schedule, x0):
-    r"""KL of :math:`q(z_N | x_0)` to N(0, I), in nats, shape ``batch`` for ``x0`` of shape ``(*batch, dim)``."""
-    alpha_bar = schedule.alpha_bar[-1]
-    constant = -alpha_bar - 2 * array_module(schedule.noise).log(schedule.noise[-1:])[0]
-    return (jnp.asarray(alpha_bar, x0.dtype) * jnp.square(x0).sum(-1) + x0.shape[-1] * constant) / 2
-
-
-def predict(diffusion, x0, n, eps, key=None):
-    """z_n made from x_0 and eps, and what the kernel wants to know of the network there (the noise, mostly)."""
-    signal = at_step(diffusion.schedule.signal, n, x0.dtype)
-    noise = at_step(diffusion.schedule.noise, n, x0.dtype)
-    z = signal[..., None] * x0 + noise[..., None] * eps
-    return z, diffusion.kernel.predict(diffusion.network, z, n, key)
-
-
 def _step_kl(diffusion, x0, n, eps, more):
     """KL of step n at z_n made from ``eps``, shape ``batch``; ``more()`` is noise for a kernel that has to sample."""
-    z, prediction = predict(diffusion, x0, n, eps)
+    z, prediction = diffusion.noise_and_predict(x0, n, eps)
     kernel, schedule = diffusion.kernel, diffusion.schedule
     constant = at_step(kernel.constants(schedule, x0.shape[-1]), n, x0.dtype)
     return constant + kernel.shortfall(schedule, x0, NoiseMoments(eps, 0.0), z, prediction, n, more)
 
 
-def log_likelihood(diffusion, x, z, n, prediction):
-    """log p(x | z_1), shape ``batch``; n is 1, or what a masked-out entry has there."""
-    last = diffusion.kernel(diffusion.schedule, z, prediction, n)
-    return diffusion.kernel.observation(diffusion.likelihood, last).log_prob(x)
-
-
 def _reconstruction(diffusion, x, x0, eps):
     """log p(x | z_1) at z_1 made from ``eps``, shape ``batch``."""
     n = jnp.ones((), jnp.int32)
-    z, prediction = predict(diffusion, x0, n, eps)
-    return log_likelihood(diffusion, x, z, n, prediction)
+    z, prediction = diffusion.noise_and_predict(x0, n, eps)
+    return diffusion.log_likelihood(x, z, n, prediction)
 
 
 def _noise(key, draw, n, like):
     """The noise of draw ``draw`` at step ``n``: the same whatever else is evaluated along with it."""
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, draw), n), like.shape, like.dtype)
-
-
-def even_chunk(size, largest):
-    """The size of the fewest chunks, none larger than ``largest`` (or 1), that ``size`` can be cut in evenly."""
-    return -(-size // max(1, -(-size // max(1, largest))))
-
-
-def _parts(size, largest):
-    """The number of parts that ``size`` rows are cut in, and a function from a part to its rows and which of them are new.
-
-    The last part is moved back to end with the last row, so nothing is padded.
-    """
-    chunk = even_chunk(size, largest)
-
-    def rows(k):
-        first = jnp.minimum(k * chunk, size - chunk)
-        each = first + jnp.arange(chunk)
-        return each, each >= k * chunk
-
-    return -(-size // chunk) if size else 0, rows
-
-
-def _filled(function, size, largest, out):
-    """``out`` with ``function(i)`` at row i, for ``size`` rows, at most ``largest`` rows at a time, in place."""
-    count, rows = _parts(size, largest)
-
-    def body(k, out):
-        each, _ = rows(k)
-        return jax.lax.dynamic_update_slice_in_dim(out, function(each), each[0], 0)
-
-    return jax.lax.fori_loop(0, count, body, out) if count else out
 
 
 class _Terms(eqx.Module):
@@ -190,8 +139,8 @@ def _evaluate(diffusion, x, key, draws, noise, mesh):
     def step_kl(i):
         return terms.step_kl(i // later, 2 + i % later)
 
-    kls = _filled(step_kl, len(draws) * later, chunk, jnp.zeros((len(draws) * later, len(x)), dtype))
-    log_lik = _filled(terms.reconstruction, len(draws), chunk, jnp.zeros((len(draws), len(x)), dtype))
+    kls = filled(step_kl, len(draws) * later, chunk, jnp.zeros((len(draws) * later, len(x)), dtype))
+    log_lik = filled(terms.reconstruction, len(draws), chunk, jnp.zeros((len(draws), len(x)), dtype))
     kls = kls.reshape(len(draws), later, len(x))
     return gathered(ELBOTerms(prior_kl(diffusion.schedule, terms.x0), kls, log_lik, diffusion.kernel.closed_form), mesh)
 
@@ -202,7 +151,7 @@ def _accumulate(diffusion, x, key, draws, noise, state, mesh):
     x = spread(x, mesh)
     terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
     later = diffusion.schedule.num_steps - 1
-    count, rows = _parts(later, rows_at_once(diffusion.network) // len(x))
+    count, rows = parts(later, rows_at_once(diffusion.network) // len(x))
     prior = prior_kl(diffusion.schedule, terms.x0)
 
     def updated(seen, mean, square, value, new=True):

@@ -62,7 +62,7 @@ class GaussianOracle:
 
     def log_prob(self, x):
         """Log-density in nats of ``x`` of shape ``(*batch, dim)``, shape ``batch``."""
-        return _log_normal(np.asarray(x, np.float64), self.mean, self.covariance)
+        return log_normal(np.asarray(x, np.float64), self.mean, self.covariance)
 
     def entropy(self):
         """Differential entropy in nats, and its error, 0: it has a closed form."""
@@ -137,7 +137,7 @@ class GaussianMixture:
     def log_prob(self, x):
         """Log-density in nats of ``x`` of shape ``(*batch, dim)``, shape ``batch``."""
         x = np.asarray(x, np.float64)
-        joint = (np.log(weight) + _log_normal(x, mean, S) for weight, mean, S in self._components())
+        joint = (np.log(weight) + log_normal(x, mean, S) for weight, mean, S in self._components())
         return functools.reduce(np.logaddexp, joint)
 
     def entropy(self, rng=None, num_samples=100_000):
@@ -234,7 +234,7 @@ class UniformBoxes:
         return UniformBoxes((self.lower - loc) / scale, (self.upper - loc) / scale)
 
 
-def _log_normal(x, mean, covariance):
+def log_normal(x, mean, covariance):
     """Log-density in nats of N(mean, covariance) at ``x`` of shape ``(*batch, dim)``."""
     white = (x - mean) @ np.linalg.inv(np.linalg.cholesky(covariance)).T
     return -((white**2).sum(-1) + np.linalg.slogdet(2 * np.pi * covariance)[1]) / 2
@@ -251,93 +251,3 @@ def _loc_and_scale(loc, scale, dim):
     likelihood = NormalLikelihood(loc, scale)
     likelihood.check(np.zeros((1, dim)))
     return np.broadcast_to(likelihood.loc, dim), np.broadcast_to(likelihood.scale, dim)
-
-
-def exact_terms(diffusion, x):
-    """Every term of the bound of a diffusion with a :class:`LinearNetwork`, in closed form.
-
-    Args:
-        diffusion: A Diffusion with a LinearNetwork and a NormalLikelihood.
-        x: Data, shape ``(datum, dim)``.
-
-    Returns:
-        A dict of float64 arrays, in nats: ``prior_kl`` and ``reconstruction`` and ``elbo``, shape ``(datum,)``, and
-        ``step_kl``, shape ``(step, datum)``, n = 2 … N.
-    """
-    schedule, x0, log_jacobian = _encoded(diffusion, x)
-    dim = x0.shape[1]
-    identity = np.eye(dim)
-    final = schedule.alpha_bar[-1]
-    prior_kl = (final * (x0**2).sum(1) - dim * (final + np.log1p(-final))) / 2
-    step_kl = []
-    for n in range(1, schedule.num_steps + 1):
-        signal, noise = np.sqrt(schedule.alpha_bar[n - 1]), np.sqrt(1 - schedule.alpha_bar[n - 1])
-        alpha, beta = schedule.alpha[n - 1], schedule.beta[n - 1]
-        gain, offset = _reverse_mean(diffusion, n)
-        previous = schedule.alpha_bar[n - 2] if n > 1 else 1.0
-        # Mean of q(z_{n-1} | z_n, x0) minus that of p, as from_x0 @ x0 + from_eps @ eps - offset.
-        z_weight = np.sqrt(alpha) * (1 - previous) / noise**2 * identity - gain
-        from_x0 = signal * z_weight + np.sqrt(previous) * beta / noise**2 * identity
-        from_eps = noise * z_weight
-        distance = ((x0 @ from_x0.T - offset) ** 2).sum(1) + (from_eps**2).sum()
-        variance = _reverse_variance(diffusion, n)
-        if n == 1:
-            reconstruction = -dim / 2 * np.log(2 * np.pi * variance) - distance / (2 * variance) - log_jacobian
-        else:
-            ratio = beta * (1 - previous) / noise**2 / variance
-            step_kl.append(distance / (2 * variance) + dim / 2 * (ratio - 1 - np.log(ratio)))
-    step_kl = np.reshape(step_kl, (schedule.num_steps - 1, len(x0)))
-    elbo = reconstruction - step_kl.sum(0) - prior_kl
-    return {"prior_kl": prior_kl, "step_kl": step_kl, "reconstruction": reconstruction, "elbo": elbo}
-
-
-def exact_log_prob(diffusion, x):
-    r""":math:`\log p_\theta(x)` of a diffusion with a :class:`LinearNetwork`, in nats, shape ``(datum,)``.
-
-    The reverse chain is propagated as a Gaussian from z_N to x.
-    """
-    schedule, x0, log_jacobian = _encoded(diffusion, x)
-    dim = x0.shape[1]
-    mean, covariance = np.zeros(dim), np.eye(dim)
-    for n in range(schedule.num_steps, 0, -1):
-        gain, offset = _reverse_mean(diffusion, n)
-        mean = gain @ mean + offset
-        covariance = gain @ covariance @ gain.T + _reverse_variance(diffusion, n) * np.eye(dim)
-    return _log_normal(x0, mean, covariance) - log_jacobian
-
-
-def _encoded(diffusion, x):
-    require(
-        isinstance(diffusion.network, LinearNetwork),
-        "diffusion.network",
-        "a LinearNetwork",
-        type(diffusion.network).__name__,
-        TypeError,
-    )
-    require(
-        isinstance(diffusion.likelihood, NormalLikelihood),
-        "diffusion.likelihood",
-        "a NormalLikelihood",
-        type(diffusion.likelihood).__name__,
-        TypeError,
-    )
-    variance = getattr(diffusion.kernel, "reverse_variance", type(diffusion.kernel).__name__)
-    require(variance in ("posterior", "forward"), "diffusion", "reverse_variance 'posterior' or 'forward'", repr(variance))
-    x = np.asarray(x, np.float64)
-    scale = np.broadcast_to(diffusion.likelihood.scale, x.shape[1:])
-    return diffusion.schedule, (x - np.asarray(diffusion.likelihood.loc)) / scale, np.log(scale).sum()
-
-
-def _reverse_mean(diffusion, n):
-    """Gain and offset of the reverse mean at step n: gain @ z_n + offset."""
-    schedule, network = diffusion.schedule, diffusion.network
-    per_eps = schedule.beta[n - 1] / np.sqrt(1 - schedule.alpha_bar[n - 1])
-    gain = (np.eye(network.dim) - per_eps * network.weight[n - 1]) / np.sqrt(schedule.alpha[n - 1])
-    return gain, -per_eps * network.bias[n - 1] / np.sqrt(schedule.alpha[n - 1])
-
-
-def _reverse_variance(diffusion, n):
-    schedule = diffusion.schedule
-    if n == 1 or diffusion.kernel.reverse_variance == "forward":
-        return schedule.beta[n - 1]
-    return schedule.beta[n - 1] * (1 - schedule.alpha_bar[n - 2]) / (1 - schedule.alpha_bar[n - 1])

@@ -4,7 +4,7 @@ r"""The same three programs with one site per chain: all steps at once.
     posterior_guide  z ~ PosteriorChain    the same distribution, by Bayes' rule
     model            z ~ ReverseChain      p_θ(z_1:N), then x | z_1
 
-Where the programs of :mod:`probdiff.diffusion` ``scan`` over the steps, here a path of the forward chain is one associative scan (a
+Where the programs of :mod:`probdiff.programs.scan` ``scan`` over the steps, here a path of the forward chain is one associative scan (a
 composition of affine maps), and the density of a path under the reverse chain one call of the network. Sites and
 parameters are the same, so that a guide of one encoding can be used with the model of the other. No values are paired with steps by a loop:
 the forward guide takes given values, too.
@@ -22,12 +22,11 @@ import numpyro
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
-from probdiff._checks import require, require_type
+from probdiff._checks import require
+from probdiff._chunks import rows_at_once
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step
-from probdiff.chain.learned_schedules import ScheduleTables
-from probdiff.chain.schedules import NoiseSchedule, at_step
-from probdiff.diffusion import Diffusion, _minibatch
-from probdiff.networks.base import rows_at_once
+from probdiff.chain.schedules import NoiseSchedule, ScheduleTables, at_step
+from probdiff.programs.sites import AbstractDiffusion, minibatch
 
 
 class Chain(dist.Distribution):
@@ -117,7 +116,7 @@ class PosteriorChain(ForwardChain):
 class ReverseChain(Chain):
     r"""The reverse chain :math:`p_\theta(z_{1:N}) = p(z_N) \prod_{n \ge 2} p_\theta(z_{n-1} | z_n)`.
 
-    Its density is one call of the network, in parts (:func:`~probdiff.networks.base.rows_at_once`), whose inner values are computed again for the gradient: memory then
+    Its density is one call of the network, in parts (:func:`~probdiff._chunks.rows_at_once`), whose inner values are computed again for the gradient: memory then
     does not grow with N but by the path itself. To draw from it takes one step after the other.
 
     Args:
@@ -127,7 +126,7 @@ class ReverseChain(Chain):
     """
 
     def __init__(self, diffusion, shape, key=None, *, validate_args=None):
-        require_type("diffusion", diffusion, Diffusion)
+        _require_diffusion(diffusion)
         require(len(shape) == 2, "shape", "(datum, dim)", tuple(shape))
         super().__init__((diffusion, key), (diffusion.schedule.num_steps, *shape), validate_args=validate_args)
 
@@ -175,6 +174,10 @@ def _in_parts(function, at_once, *arrays):
     return found if whole == size else jnp.concatenate([found, function(*(array[whole:] for array in arrays))])
 
 
+def _require_diffusion(value):
+    require(isinstance(value, AbstractDiffusion), "diffusion", "a Diffusion", type(value).__name__, TypeError)
+
+
 class ParallelPrograms(eqx.Module):
     """The programs of a :class:`~probdiff.Diffusion` in this encoding: ``SVI(programs.model, programs.guide, …)``.
 
@@ -182,18 +185,18 @@ class ParallelPrograms(eqx.Module):
         diffusion: The model; ``diffusion.bind`` takes what was fitted.
     """
 
-    diffusion: Diffusion
+    diffusion: AbstractDiffusion
 
     def __init__(self, diffusion):
-        require_type("diffusion", diffusion, Diffusion)
+        _require_diffusion(diffusion)
         self.diffusion = diffusion
 
     def model(self, x, num_data=None):
         """The reverse chain; arguments and sites as of :meth:`Diffusion.model`."""
-        size, dim = self.diffusion._sizes(x, num_data)
+        size, dim = self.diffusion.data_shape(x, num_data)
         diffusion = self.diffusion.with_param_site()
         key = diffusion.training_key(x)
-        with _minibatch(x, num_data), numpyro.plate("data", size):
+        with minibatch(x, num_data), numpyro.plate("data", size):
             with numpyro.plate("step", diffusion.schedule.num_steps, dim=-2):
                 z = numpyro.sample("z", ReverseChain(diffusion, (size, dim), key))
             last = diffusion.reverse_kernel(z[-1], 1, key)
@@ -208,8 +211,8 @@ class ParallelPrograms(eqx.Module):
         self._forward(PosteriorChain, x, num_data)
 
     def _forward(self, chain, x, num_data):
-        size, x0 = self.diffusion._encode(x)
-        schedule = self.diffusion._schedule_site()
+        size, x0 = self.diffusion.encode(x)
+        schedule = self.diffusion.guide_schedule()
         steps = numpyro.plate("step", schedule.num_steps, dim=-2)
-        with _minibatch(x, num_data), numpyro.plate("data", size), steps:
+        with minibatch(x, num_data), numpyro.plate("data", size), steps:
             numpyro.sample("z", chain(schedule, x0))

@@ -34,15 +34,15 @@ from probdiff._files import (
     write_bytes,
     write_json,
 )
-from probdiff.chain.learned_schedules import LearnedSchedule
-from probdiff.chain.mixture_kernel import MixtureKernel
-from probdiff.chain.schedules import NoiseSchedule
+from probdiff.chain.reverse import MixtureKernel
+from probdiff.chain.schedules import LearnedSchedule, NoiseSchedule
 from probdiff.diagnostics.datatree import from_datatree, to_datatree
-from probdiff.diffusion import PARAMS, Diffusion
+from probdiff.diffusion import Diffusion
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
-from probdiff.networks.base import MLP
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.heads import CategoricalHead, DensityHead, VHead, X0Head
+from probdiff.networks.mlp import MLP
+from probdiff.programs.sites import PARAMS
 from probdiff.storage.checkpoint import Checkpoint, leaves_by_name, restore
 
 NETWORKS = {kind.__name__: kind for kind in (MLP, ConvNet, X0Head, VHead, DensityHead, CategoricalHead)}

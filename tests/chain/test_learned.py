@@ -13,8 +13,8 @@ from numpyro.infer import SVI, Trace_ELBO
 
 import probdiff
 from probdiff.chain.schedules import NoiseSchedule, at_step
-from probdiff.diffusion import PARAMS
-from probdiff.oracles.distributions import GaussianMixture, GaussianOracle, exact_terms
+from probdiff.oracles import GaussianMixture, GaussianOracle, exact_terms
+from probdiff.programs.sites import PARAMS
 
 N = 6
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])

@@ -7,7 +7,7 @@ import pytest
 
 import probdiff
 from probdiff.chain.score import _noise, _sigma, _signal
-from probdiff.oracles.distributions import GaussianMixture
+from probdiff.oracles import GaussianMixture
 
 SIGMAS = [0.05, 0.2, 0.7, 3.0]
 SCHEDULE = probdiff.NoiseSchedule.from_sigmas(SIGMAS)

@@ -21,8 +21,8 @@ from probdiff import cli, datasets, presets, training
 from probdiff._files import load_arrays
 from probdiff.diagnostics import report
 from probdiff.diagnostics.inspection import inspect_terms
-from probdiff.diffusion import PARAMS
-from probdiff.oracles.distributions import GaussianOracle, exact_terms
+from probdiff.oracles import GaussianOracle, exact_terms
+from probdiff.programs.sites import PARAMS
 from probdiff.samplers import _draw_batch
 
 pytestmark = pytest.mark.xdist_group("cli")  # its tests share what is costly to make

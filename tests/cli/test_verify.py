@@ -13,18 +13,15 @@ from numpyro.distributions import kl_divergence
 
 import probdiff
 from probdiff import cli
-from probdiff.chain.forward import isotropic_normal
+from probdiff.chain.forward import isotropic_normal, prior_kl
 from probdiff.chain.reverse import GaussianKernel, NoiseMoments
 from probdiff.chain.schedules import NoiseSchedule, at_step
 from probdiff.cli import verification
 from probdiff.cli.verification import CHECKS, LEFT_OUT, PRECISIONS
-from probdiff.elbo.analytic import PosteriorNoise
-from probdiff.elbo.control import LinearControl
 from probdiff.elbo.importance import log_mean_exp
 from probdiff.elbo.score_matching import WEIGHTS, sigma_squared_weights
 from probdiff.elbo.steps import AllSteps, OneStep
-from probdiff.elbo.terms import prior_kl
-from probdiff.elbo.variance_reduction import NOISE, PathNoise, RowNoise
+from probdiff.elbo.variance_reduction import NOISE, LinearControl, PathNoise, PosteriorNoise, RowNoise
 from probdiff.flow import velocity
 from probdiff.networks.base import predict_noise
 from probdiff.oracles.networks import MixtureNetwork

@@ -19,7 +19,7 @@ from probdiff import cli
 from probdiff.diagnostics import compare_estimators as comparison
 from probdiff.diagnostics.compare_models import ModelComparison
 from probdiff.elbo.estimators import ESTIMATORS
-from probdiff.oracles.distributions import GaussianOracle, LinearNetwork, exact_terms
+from probdiff.oracles import GaussianOracle, LinearNetwork, exact_terms
 
 pytestmark = pytest.mark.xdist_group("comparison")  # its tests share what is costly to make
 

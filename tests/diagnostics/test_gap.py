@@ -9,9 +9,9 @@ import pytest
 from conftest import Z_MAX
 
 import probdiff
-from probdiff.diagnostics.agreement import Estimate
 from probdiff.diagnostics.gap import Ledger
-from probdiff.oracles.distributions import GaussianMixture, GaussianOracle, UniformBoxes, exact_terms
+from probdiff.elbo.estimate import Estimate
+from probdiff.oracles import GaussianMixture, GaussianOracle, UniformBoxes, exact_terms
 
 SCHEDULE = probdiff.log_snr_schedule(8, 5.0, -3.0)
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])

@@ -14,15 +14,15 @@ from conftest import Z_MAX, assert_mean
 from numpyro.infer import SVI
 
 import probdiff
+from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import GaussianKernel, weighted_error
 from probdiff.elbo import analytic as shortfall
 from probdiff.elbo import steps as proposal
-from probdiff.elbo import terms as elbo_module
-from probdiff.elbo.control import LinearControl
+from probdiff.elbo import variance_reduction as noise_module
 from probdiff.elbo.objective import LEARNED
-from probdiff.elbo.variance_reduction import RowNoise
+from probdiff.elbo.variance_reduction import LinearControl, RowNoise
 from probdiff.networks.base import predict_noise
-from probdiff.oracles.distributions import GaussianMixture, GaussianOracle, LinearNetwork, exact_terms
+from probdiff.oracles import GaussianMixture, GaussianOracle, LinearNetwork, exact_terms
 
 pytestmark = pytest.mark.xdist_group("estimators")  # its tests share what is costly to make
 
@@ -156,7 +156,7 @@ BUGS = {
     "index off by one": ("kl_marginal", predict_noise, _index_off_by_one, "posterior"),
     "N - 1 for N": ("kl_uniform", proposal.OneStep.draw, _one_step_fewer, "posterior"),
     "last KL dropped": ("kl_marginal", proposal.AllSteps.draw, _all_but_last, "posterior"),
-    "prior dropped": ("kl_marginal", elbo_module.prior_kl, lambda schedule, x0: 0 * x0[..., 0], "posterior"),
+    "prior dropped": ("kl_marginal", prior_kl, lambda schedule, x0: 0 * x0[..., 0], "posterior"),
     "clipped variance at n = 1": ("kl_marginal", GaussianKernel.variance, _clip_first_variance, "posterior"),
     "swapped KL": ("kl_marginal", GaussianKernel.constant, _swapped, "forward"),
     "mean for sum": ("kl_marginal", weighted_error, _mean_for_sum, "posterior"),
@@ -208,7 +208,7 @@ def test_one_step_estimators_enumerated(steps, control, noise, float64, patched)
         n = jnp.arange(1, N + 1)[:, None]
         for sign in signs:
             noise_n = jnp.broadcast_to(sign * eps, (N, 1, 2))
-            z, _ = elbo_module.predict(diffusion, x, n, noise_n)
+            z, _ = diffusion.noise_and_predict(x, n, noise_n)
             expected += (rows.coefficient @ rows.control.value(z, n, noise_n)).sum() / len(signs)
         expected -= rows.control.expected(rows.coefficient, x).sum()
     np.testing.assert_allclose(total, expected, rtol=1e-12)
@@ -225,7 +225,7 @@ def test_control_variate_by_quadrature(float64):
     total = 0.0
     for k in range(1, N + 1):
         n = jnp.full(eps.shape[:2], k)
-        z, _ = elbo_module.predict(diffusion, x0, n, eps)
+        z, _ = diffusion.noise_and_predict(x0, n, eps)
         total += coefficient[k - 1] * mass @ control.value(z, n, eps)
     np.testing.assert_allclose(control.expected(coefficient, x0), total, rtol=1e-10)
 
@@ -236,7 +236,7 @@ def test_control_variate_is_the_best_linear_prediction(float64):
     covariance = np.cov(X.T, bias=True) + 1e-9 * np.eye(2)
     network = GaussianOracle(X.mean(0), covariance).network(SCHEDULE)
     n, eps = jnp.array([[1, 4, N]]), jnp.asarray(np.random.default_rng(1).standard_normal((1, 3, 2)))
-    z, _ = elbo_module.predict(diffusion, x0, n, eps)
+    z, _ = diffusion.noise_and_predict(x0, n, eps)
     squared = jnp.square(eps - network(z, n)).sum(-1)
     expected = diffusion.kernel.weight(SCHEDULE)[np.asarray(n) - 1] * squared
     np.testing.assert_allclose(LinearControl(diffusion, x0).value(z, n, eps), expected, rtol=1e-6)
@@ -244,7 +244,7 @@ def test_control_variate_is_the_best_linear_prediction(float64):
 
 def test_posterior_noise_by_brute_force(float64):
     points, z, n = jnp.asarray(X), jnp.asarray([[[0.3, 0.1], [1.0, -2.0]]]), jnp.array([[5, 9]])
-    moments = shortfall.PosteriorNoise(points)(SCHEDULE, z, n, None)
+    moments = noise_module.PosteriorNoise(points)(SCHEDULE, z, n, None)
     for k in range(2):
         signal = np.sqrt(SCHEDULE.alpha_bar[n[0, k] - 1])
         noise = np.sqrt(1 - signal**2)
@@ -408,8 +408,8 @@ def test_the_coefficient_is_the_best_there_is(float64):
     x, control = jnp.asarray(X), LinearControl(diffusion, jnp.asarray(X))
     n = jnp.broadcast_to(jnp.arange(1, N + 1)[:, None, None], (N, 4000, 3)).reshape(-1, 3)
     eps = jax.random.normal(jax.random.key(0), (*n.shape, 2))
-    z, eps_hat = elbo_module.predict(diffusion, x, n, eps)
-    known = shortfall.sampled_noise(SCHEDULE, z, n, eps)
+    z, eps_hat = diffusion.noise_and_predict(x, n, eps)
+    known = noise_module.sampled_noise(SCHEDULE, z, n, eps)
     term = shortfall.Shortfall()(diffusion, x, x, n, z, known, eps_hat, None)
     value = control.value(z, n, eps)
     best = (term * value).reshape(N, -1).mean(1) / (value**2).reshape(N, -1).mean(1)

@@ -9,7 +9,7 @@ from numpyro.infer import RenyiELBO
 
 import probdiff
 from probdiff.elbo.importance import Sandwich
-from probdiff.oracles.distributions import GaussianOracle, exact_log_prob, exact_terms
+from probdiff.oracles import GaussianOracle, exact_log_prob, exact_terms
 
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
 SCHEDULE = probdiff.log_snr_schedule(8, 4.0, -1.0)

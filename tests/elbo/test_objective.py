@@ -10,7 +10,7 @@ from numpyro import handlers
 from numpyro.infer import SVI
 
 import probdiff
-from probdiff.networks.base import rows_at_once
+from probdiff._chunks import rows_at_once
 
 
 def make(num_steps=6, dim=2, **kwargs):

@@ -11,7 +11,7 @@ from numpyro.infer import SVI
 
 import probdiff
 from probdiff.elbo.score_matching import WEIGHTS
-from probdiff.oracles.distributions import GaussianOracle, exact_terms
+from probdiff.oracles import GaussianOracle, exact_terms
 
 SIGMAS = np.array([0.1, 0.4, 1.0, 2.5, 6.0])
 SCHEDULE = probdiff.NoiseSchedule.from_sigmas(SIGMAS)

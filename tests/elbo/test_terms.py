@@ -8,8 +8,8 @@ import numpyro
 import pytest
 
 import probdiff
+from probdiff._chunks import rows_at_once
 from probdiff.elbo import terms as elbo_module
-from probdiff.networks.base import rows_at_once
 
 
 def make(num_steps=6, dim=2, **kwargs):

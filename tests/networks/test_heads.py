@@ -15,7 +15,7 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.util import log_density
 
 import probdiff
-from probdiff.oracles.distributions import GaussianOracle
+from probdiff.oracles import GaussianOracle
 
 N, LEVELS = 5, 4
 SCHEDULE = probdiff.log_snr_schedule(N, 4.0, -3.0)
@@ -122,7 +122,7 @@ def test_analytic_elbo_with_the_mixture_kernel(float64):
 def test_mixture_density_by_enumeration(n, float64):
     diffusion, rng = mixture(tilted), np.random.default_rng(n)
     z, previous = jnp.asarray(rng.normal(size=(3, 2))), rng.normal(size=(3, 2))
-    log_p = np.asarray(diffusion.kernel.predict(diffusion.network, z, n))
+    log_p = np.asarray(diffusion.predict(z, n))
     np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-12)
     density = 0
     for level in range(LEVELS):
@@ -152,7 +152,7 @@ def test_the_mixture_kernel_is_exact_for_independent_dimensions(float64):
 def test_the_sampled_kl_has_the_mean_of_the_integral(float64):
     diffusion, n = mixture(tilted), 3
     x0, z = jnp.asarray([[GRID[1], GRID[2]]]), jnp.asarray([[0.4, -0.1]])
-    log_p = diffusion.kernel.predict(diffusion.network, z, n)
+    log_p = diffusion.predict(z, n)
     q, p = probdiff.forward_posterior(SCHEDULE, z, x0, n), diffusion.reverse_kernel(z, n)
     mean, deviation = np.asarray(q.mean)[0], float(np.sqrt(q.variance[0, 0]))
     grid = np.linspace(-9, 9, 2001)

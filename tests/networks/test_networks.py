@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import probdiff
-from probdiff.networks.base import is_trainable, takes_key
+from probdiff._checks import is_trainable
+from probdiff.networks.base import takes_key
 
 
 def awake(network):

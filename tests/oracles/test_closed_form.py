@@ -13,7 +13,7 @@ from numpyro.distributions import kl_divergence
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import probdiff
-from probdiff.oracles.distributions import GaussianOracle, exact_log_prob, exact_terms
+from probdiff.oracles import GaussianOracle, exact_log_prob, exact_terms
 
 pytestmark = pytest.mark.xdist_group("oracle")  # its tests share what is costly to make
 

@@ -15,7 +15,7 @@ from jax.scipy.special import logsumexp, ndtr
 
 import probdiff
 from probdiff import datasets
-from probdiff.oracles.distributions import GaussianMixture, GaussianOracle, UniformBoxes
+from probdiff.oracles import GaussianMixture, GaussianOracle, UniformBoxes
 
 SCHEDULE = probdiff.log_snr_schedule(6, 4.0, -3.0)
 WEIGHTS = np.array([0.5, 0.2, 0.3])

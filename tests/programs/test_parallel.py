@@ -11,8 +11,8 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.util import log_density
 
 import probdiff
-from probdiff.networks.base import rows_at_once
-from probdiff.oracles.distributions import GaussianOracle
+from probdiff._chunks import rows_at_once
+from probdiff.oracles import GaussianOracle
 
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
 X = np.array([[0.3, -1.0], [1.2, 0.1], [-0.4, 0.5]])

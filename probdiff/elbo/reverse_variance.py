@@ -5,10 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._chunks import rows_at_once
 from probdiff.chain.variances import OptimalVariance
 from probdiff.diffusion import Diffusion
-from probdiff.elbo.terms import predict
-from probdiff.networks.base import rows_at_once
 
 
 def optimal_variance(diffusion, x, *, key, num_draws=1):
@@ -44,7 +43,7 @@ def _squared_error(diffusion, x, key, num_draws):
 
     def one(n):
         eps = jax.random.normal(jax.random.fold_in(key, n), (num_draws, *x0.shape), x0.dtype)
-        _, eps_hat = predict(diffusion, x0, jnp.full(eps.shape[:-1], n), eps)
+        _, eps_hat = diffusion.noise_and_predict(x0, jnp.full(eps.shape[:-1], n), eps)
         return jnp.square(eps - eps_hat).mean()
 
     steps = jnp.arange(1, diffusion.schedule.num_steps + 1)

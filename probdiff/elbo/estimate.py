@@ -1,0 +1,33 @@
+"""A mean over data and its two errors."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Estimate(NamedTuple):
+    """A mean over data, in nats per datum.
+
+    Attributes:
+        mean: The mean.
+        error: Standard error of the mean as an estimate for the population of data (noise included).
+        monte_carlo_error: Standard error from the noise alone, these data being given.
+    """
+
+    mean: float
+    error: float
+    monte_carlo_error: float
+
+    @classmethod
+    def of(cls, mean, variance=None, num_draws=1):
+        """From each datum's mean over draws, and the variance between its draws (None: there is no noise)."""
+        mean = np.asarray(mean, np.float64)
+        monte_carlo = 0.0 if variance is None else np.sqrt(np.sum(np.asarray(variance, np.float64)) / num_draws)
+        error = mean.std(ddof=1) / np.sqrt(len(mean)) if len(mean) > 1 else np.nan
+        return cls(float(mean.mean()), float(error), float(monte_carlo / len(mean)))
+
+    @classmethod
+    def of_draws(cls, draws):
+        """From draws of shape ``(draw, datum)``, at least two of them."""
+        draws = np.asarray(draws, np.float64)
+        return cls.of(draws.mean(0), draws.var(0, ddof=1), len(draws))

@@ -1,0 +1,112 @@
+"""A residual multilayer perceptron."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff._checks import require, require_count
+from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, LogSNREmbedding, batched, sinusoids
+
+MOST_HARMONICS = 24  # the last then turns as fast as float32 resolves
+
+
+class MLP(eqx.Module):
+    r"""Residual multilayer perceptron, told the step by a sinusoidal embedding of its log-SNR.
+
+    In each block the embedding shifts and scales the hidden layer. Beside the blocks there is a short cut: the output
+    has a step-dependent combination of z and its harmonics added to it, dimension by dimension. Where z is nearly all
+    noise it is nearly its own noise; where the noise is finer than the grid of the data, the nearest level tells it.
+
+    Args:
+        dim: Dimension of the data.
+        key: JAX key for the initial weights.
+        hidden: Width of the hidden layers.
+        num_blocks: Number of residual blocks.
+        dropout: Probability of dropping a hidden unit while training.
+        num_harmonics: Number of sine and cosine pairs of each input that the network is also given; the k-th has
+            angular frequency :math:`\pi 2^k`. Source: Kingma et al. (2021), arXiv:2107.00630, appendix C.
+        outputs: Outputs for each dimension, on a new last axis (for a :class:`~probdiff.CategoricalHead`, the number of
+            levels), without the short cut; None for one, shaped like the input.
+    """
+
+    dim: int
+    embed: LogSNREmbedding
+    read: eqx.nn.Linear
+    blocks: list
+    write: eqx.nn.Linear
+    skip: eqx.nn.Linear | None
+    dropout: eqx.nn.Dropout
+    hidden: int
+    num_harmonics: int
+    outputs: int | None
+
+    def __init__(self, dim, *, key, hidden=128, num_blocks=3, dropout=0.0, num_harmonics=0, outputs=None):
+        counts = (("dim", dim), ("hidden", hidden), ("num_blocks", num_blocks))
+        for name, value in counts + ((("outputs", outputs),) if outputs is not None else ()):
+            require_count(name, value)
+        require(num_blocks <= MOST_BLOCKS, "num_blocks", f"at most {MOST_BLOCKS}", num_blocks)
+        harmonics = isinstance(num_harmonics, int | np.integer) and 0 <= num_harmonics <= MOST_HARMONICS
+        require(harmonics, "num_harmonics", f"an integer, 0 to {MOST_HARMONICS}", repr(num_harmonics))
+        require(isinstance(dropout, float | int) and 0 <= dropout < 1, "dropout", "0 <= dropout < 1", repr(dropout))
+        keys = jax.random.split(key, 4 + num_blocks)
+        self.dim = int(dim)
+        self.hidden = int(hidden)
+        self.num_harmonics = num_harmonics
+        self.outputs = outputs
+        self.embed = LogSNREmbedding(keys[0])
+        self.read = eqx.nn.Linear(dim * (1 + 2 * num_harmonics), hidden, key=keys[1])
+        self.blocks = [_Block(hidden, key) for key in keys[4:]]
+        self.write = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(hidden, dim * (outputs or 1), key=keys[2]))
+        skip = eqx.nn.Linear(EMBEDDING, dim * (1 + 2 * num_harmonics), key=keys[3])
+        self.skip = jax.tree.map(jnp.zeros_like, skip) if outputs is None else None
+        self.dropout = eqx.nn.Dropout(dropout)
+
+    @property
+    def arguments(self):
+        """The arguments that this network was made with, without the key."""
+        return {
+            "dim": self.dim,
+            "hidden": self.hidden,
+            "num_blocks": len(self.blocks),
+            "dropout": self.dropout.p,
+            "num_harmonics": self.num_harmonics,
+            "outputs": self.outputs,
+        }
+
+    def on_schedule(self, schedule):
+        """This network, embedding the log-SNR of ``schedule``."""
+        return eqx.tree_at(lambda mlp: mlp.embed, self, self.embed.on_schedule(schedule))
+
+    def __call__(self, z, n, *, key=None):
+        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+        embedding = self.embed(n, z.dtype)
+        inputs = jnp.concatenate([z[..., None], sinusoids(z, np.pi * 2.0 ** np.arange(self.num_harmonics))], -1)
+        h = batched(self.read, inputs.reshape(*z.shape[:-1], -1))
+        keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
+        for block, block_key in zip(self.blocks, keys):
+            h = block(h, embedding, self.dropout, block_key)
+        output = batched(self.write, jax.nn.silu(h))
+        if self.skip is None:
+            return output.reshape(*z.shape, self.outputs)
+        short_cut = jnp.sum(inputs * batched(self.skip, embedding).reshape(inputs.shape), -1)
+        return output + short_cut
+
+
+class _Block(eqx.Module):
+    norm: eqx.nn.LayerNorm
+    modulate: eqx.nn.Linear
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+
+    def __init__(self, hidden, key):
+        keys = jax.random.split(key, 3)
+        self.norm = eqx.nn.LayerNorm(hidden)
+        self.modulate = eqx.nn.Linear(EMBEDDING, 2 * hidden, key=keys[0])
+        self.up = eqx.nn.Linear(hidden, hidden, key=keys[1])
+        self.down = eqx.nn.Linear(hidden, hidden, key=keys[2])
+
+    def __call__(self, h, embedding, dropout, key):
+        scale, shift = jnp.split(batched(self.modulate, embedding), 2, -1)
+        inner = jax.nn.silu(batched(self.up, batched(self.norm, h)) * (1 + scale) + shift)
+        return h + batched(self.down, dropout(inner, key=key, inference=key is None))

@@ -1,0 +1,102 @@
+r"""The bound and the likelihood of a linear-Gaussian chain in closed form.
+
+With a :class:`~probdiff.oracles.LinearNetwork` and a normal likelihood every term of the bound, and :math:`\log p_\theta(x)` itself, are
+computed here in float64 NumPy, from means and covariances: no sampling, and no code shared with the programs.
+"""
+
+import numpy as np
+
+from probdiff._checks import require
+from probdiff.likelihoods import NormalLikelihood
+from probdiff.oracles.distributions import log_normal
+from probdiff.oracles.networks import LinearNetwork
+
+
+def exact_terms(diffusion, x):
+    """Every term of the bound of a diffusion with a :class:`LinearNetwork`, in closed form.
+
+    Args:
+        diffusion: A Diffusion with a LinearNetwork and a NormalLikelihood.
+        x: Data, shape ``(datum, dim)``.
+
+    Returns:
+        A dict of float64 arrays, in nats: ``prior_kl`` and ``reconstruction`` and ``elbo``, shape ``(datum,)``, and
+        ``step_kl``, shape ``(step, datum)``, n = 2 … N.
+    """
+    schedule, x0, log_jacobian = _encoded(diffusion, x)
+    dim = x0.shape[1]
+    identity = np.eye(dim)
+    final = schedule.alpha_bar[-1]
+    prior_kl = (final * (x0**2).sum(1) - dim * (final + np.log1p(-final))) / 2
+    step_kl = []
+    for n in range(1, schedule.num_steps + 1):
+        signal, noise = np.sqrt(schedule.alpha_bar[n - 1]), np.sqrt(1 - schedule.alpha_bar[n - 1])
+        alpha, beta = schedule.alpha[n - 1], schedule.beta[n - 1]
+        gain, offset = _reverse_mean(diffusion, n)
+        previous = schedule.alpha_bar[n - 2] if n > 1 else 1.0
+        # Mean of q(z_{n-1} | z_n, x0) minus that of p, as from_x0 @ x0 + from_eps @ eps - offset.
+        z_weight = np.sqrt(alpha) * (1 - previous) / noise**2 * identity - gain
+        from_x0 = signal * z_weight + np.sqrt(previous) * beta / noise**2 * identity
+        from_eps = noise * z_weight
+        distance = ((x0 @ from_x0.T - offset) ** 2).sum(1) + (from_eps**2).sum()
+        variance = _reverse_variance(diffusion, n)
+        if n == 1:
+            reconstruction = -dim / 2 * np.log(2 * np.pi * variance) - distance / (2 * variance) - log_jacobian
+        else:
+            ratio = beta * (1 - previous) / noise**2 / variance
+            step_kl.append(distance / (2 * variance) + dim / 2 * (ratio - 1 - np.log(ratio)))
+    step_kl = np.reshape(step_kl, (schedule.num_steps - 1, len(x0)))
+    elbo = reconstruction - step_kl.sum(0) - prior_kl
+    return {"prior_kl": prior_kl, "step_kl": step_kl, "reconstruction": reconstruction, "elbo": elbo}
+
+
+def exact_log_prob(diffusion, x):
+    r""":math:`\log p_\theta(x)` of a diffusion with a :class:`LinearNetwork`, in nats, shape ``(datum,)``.
+
+    The reverse chain is propagated as a Gaussian from z_N to x.
+    """
+    schedule, x0, log_jacobian = _encoded(diffusion, x)
+    dim = x0.shape[1]
+    mean, covariance = np.zeros(dim), np.eye(dim)
+    for n in range(schedule.num_steps, 0, -1):
+        gain, offset = _reverse_mean(diffusion, n)
+        mean = gain @ mean + offset
+        covariance = gain @ covariance @ gain.T + _reverse_variance(diffusion, n) * np.eye(dim)
+    return log_normal(x0, mean, covariance) - log_jacobian
+
+
+def _encoded(diffusion, x):
+    require(
+        isinstance(diffusion.network, LinearNetwork),
+        "diffusion.network",
+        "a LinearNetwork",
+        type(diffusion.network).__name__,
+        TypeError,
+    )
+    require(
+        isinstance(diffusion.likelihood, NormalLikelihood),
+        "diffusion.likelihood",
+        "a NormalLikelihood",
+        type(diffusion.likelihood).__name__,
+        TypeError,
+    )
+    variance = getattr(diffusion.kernel, "reverse_variance", type(diffusion.kernel).__name__)
+    require(variance in ("posterior", "forward"), "diffusion", "reverse_variance 'posterior' or 'forward'", repr(variance))
+    x = np.asarray(x, np.float64)
+    scale = np.broadcast_to(diffusion.likelihood.scale, x.shape[1:])
+    return diffusion.schedule, (x - np.asarray(diffusion.likelihood.loc)) / scale, np.log(scale).sum()
+
+
+def _reverse_mean(diffusion, n):
+    """Gain and offset of the reverse mean at step n: gain @ z_n + offset."""
+    schedule, network = diffusion.schedule, diffusion.network
+    per_eps = schedule.beta[n - 1] / np.sqrt(1 - schedule.alpha_bar[n - 1])
+    gain = (np.eye(network.dim) - per_eps * network.weight[n - 1]) / np.sqrt(schedule.alpha[n - 1])
+    return gain, -per_eps * network.bias[n - 1] / np.sqrt(schedule.alpha[n - 1])
+
+
+def _reverse_variance(diffusion, n):
+    schedule = diffusion.schedule
+    if n == 1 or diffusion.kernel.reverse_variance == "forward":
+        return schedule.beta[n - 1]
+    return schedule.beta[n - 1] * (1 - schedule.alpha_bar[n - 2]) / (1 - schedule.alpha_bar[n - 1])

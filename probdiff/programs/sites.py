@@ -1,0 +1,101 @@
+r"""What the programs share: their sites, minibatches, and what the forward guide refuses.
+
+All programs have the latent site ``z``, of shape ``(num_steps, datum, dim)`` in the model's order: index 0 is z_N and the last index is
+z_1. The model also has the site ``x``. Both sit in the plate ``data``. The ``param`` site is :data:`PARAMS`.
+"""
+
+import abc
+
+import equinox as eqx
+import numpyro
+from numpyro import distributions as dist
+from numpyro.distributions.kl import kl_divergence
+from numpyro.primitives import Messenger
+
+from probdiff._checks import is_concrete, require
+
+PARAMS = "diffusion$params"
+
+
+class AbstractDiffusion(eqx.Module):
+    """What the programs are written for: :class:`~probdiff.Diffusion`."""
+
+    schedule: eqx.AbstractVar[object]
+    kernel: eqx.AbstractVar[object]
+    likelihood: eqx.AbstractVar[object]
+
+    @abc.abstractmethod
+    def with_param_site(self):
+        """The model with its parameters from the ``param`` site, if it has one."""
+
+    @abc.abstractmethod
+    def guide_schedule(self):
+        """The schedule for a guide, with its parameters from the ``param`` site, if it has any."""
+
+    @abc.abstractmethod
+    def encode(self, x):
+        """The number of data, and the data as the chain sees them, shape ``(datum, dim)``."""
+
+    @abc.abstractmethod
+    def data_shape(self, x, num_data):
+        """The shape ``(datum, dim)`` of the data, or of what is to be drawn."""
+
+    @abc.abstractmethod
+    def training_key(self, x):
+        """A key for the network while it is trained on ``x``; otherwise None."""
+
+    @abc.abstractmethod
+    def reverse_kernel(self, z, n, key=None):
+        """The distribution of z_{n-1} given z_n; at n = 1, the one that the likelihood reads."""
+
+
+def minibatch(x, num_data):
+    """The handler that scales log densities of ``x``, a minibatch of ``num_data`` data."""
+    if x is None or num_data is None:
+        return numpyro.handlers.scale(scale=1.0)
+    require(
+        not is_concrete(num_data) or num_data >= len(x),
+        "num_data",
+        f"at least {len(x)}, the size of the minibatch",
+        num_data,
+    )
+    return numpyro.handlers.scale(scale=num_data / len(x))
+
+
+class ForwardStep(dist.Normal):
+    """A step of the forward guide: a normal whose KL to a reverse step is not a term of the bound."""
+
+
+@kl_divergence.register(ForwardStep, dist.Normal)
+def _refuse_forward_kl(p, q):
+    raise ValueError(
+        "TraceMeanField_ELBO with the forward guide is biased: in the guide z_{n+1} depends on z_n, in the model z_n "
+        "depends on z_{n+1}, and the KL of one to the other is not a term of the ELBO. "
+        "Use SVI(diffusion.model, diffusion.posterior_guide, …), the same distribution in the model's order, or Trace_ELBO."
+    )
+
+
+def _gives_z(given):
+    """Whether a substitution, a mapping or a function of a site, has a value for ``z`` (if in doubt, yes)."""
+    if not callable(given):
+        return "z" in given
+    site = {"type": "sample", "name": "z", "value": None, "is_observed": False, "infer": {}, "kwargs": {}}
+    try:
+        return given(site) is not None
+    except Exception:
+        return True
+
+
+class NoGivenPath(Messenger):
+    """Refuses values given to ``z`` of the forward guide, where NumPyro's ``scan`` would pair them with wrong steps."""
+
+    def postprocess_message(self, msg):
+        """NumPyro's call for each message."""
+        if msg["type"] == "control_flow":
+            for kind, given in msg["kwargs"]["substitute_stack"]:
+                if _gives_z(given):
+                    raise ValueError(
+                        f"The forward guide cannot take given values for 'z' (here by {kind}): scan runs its steps "
+                        "upwards in time and would pair them with the wrong ones. Use diffusion.posterior_guide: it "
+                        "has the same density on every path."
+                    )
