@@ -287,7 +287,7 @@ def test_known_entropy_and_one_step(tmp_path, capsys, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def with_schedule(tmp_path_factory):
     """What ``probdiff fit`` gives to the fit, of data of one's own and with options of one's own; and the run."""
     folder, seen = tmp_path_factory.mktemp("told"), {}
     np.save(folder / "mine.npy", np.random.default_rng(0).normal(size=(50, 2)))
