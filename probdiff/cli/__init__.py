@@ -352,7 +352,7 @@ def _draw_figures(run, diffusion, dataset):
 
 def _inspect(arguments):
     import probdiff
-    from probdiff.diagnostics.inspection import inspect_terms
+    from probdiff.diagnostics.datatree import inspect_terms
     from probdiff.diagnostics.report import format_table
 
     run = _usage(probdiff.open_run, arguments.run)

@@ -20,7 +20,7 @@ import probdiff
 from probdiff import cli, datasets, presets, training
 from probdiff._files import load_arrays
 from probdiff.diagnostics import report
-from probdiff.diagnostics.inspection import inspect_terms
+from probdiff.diagnostics.datatree import inspect_terms
 from probdiff.oracles import GaussianOracle, exact_terms
 from probdiff.programs.sites import PARAMS
 from probdiff.samplers import _draw_batch
