@@ -152,7 +152,7 @@ plot.savefig("arviz_lm.png")
 # comes from all of the spread: broad weights with a light tail have a small k-hat and a large gap. Report both.
 
 # %%
-both = probdiff.compute_both_ways(fit.diffusion, x, key=jax.random.key(2), num_draws=NUM_DRAWS)
+both = probdiff.diagnostics.compute_both_ways(fit.diffusion, x, key=jax.random.key(2), num_draws=NUM_DRAWS)
 log_weights = xr.DataArray(both.path.astype(np.float64), dims=["draw", "datum"])
 _, k_hat = (-log_weights).azstats.psislw(dim="draw")
 gap = np.logaddexp.reduce(log_weights.values) - np.log(NUM_DRAWS) - log_weights.values.mean(0)

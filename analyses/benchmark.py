@@ -339,13 +339,13 @@ if wanted("parallel"):
     for num_steps, dim, hidden, batch in SIZES if quick else [*SIZES, (1000, 64, 512, 8), (1000, 2, 128, 1)]:
         x = jax.random.normal(jax.random.key(1), (batch, dim))
         diffusion = make(num_steps, dim, hidden)
-        programs = probdiff.ParallelPrograms(diffusion)
+        programs = probdiff.programs.ParallelPrograms(diffusion)
         setting = f"N {num_steps}, dim {dim}, hidden {hidden}, batch {batch}"
         pairs = [update_by_program(each.model, each.guide, Trace_ELBO(), x) for each in (programs, diffusion)]
         check_same(*pairs)
         report("parallel", f"update: {setting}", *in_turns(*(lambda p=p: p(KEY) for p in pairs)), ("parallel", "scan"))
         bound = diffusion.bind({})
-        pairs = [value_by_program(each.model, each.guide, x) for each in (probdiff.ParallelPrograms(bound), bound)]
+        pairs = [value_by_program(each.model, each.guide, x) for each in (probdiff.programs.ParallelPrograms(bound), bound)]
         report("parallel", f"value: {setting}", *in_turns(*(lambda p=p: p(KEY) for p in pairs)), ("parallel", "scan"))
         paths = [
             jax.jit(lambda key, g=each.guide, x=x: handlers.trace(handlers.seed(g, key)).get_trace(x)["z"]["value"])
@@ -423,7 +423,7 @@ if wanted("sampling"):
     network = eqx.filter_jit(diffusion.network)
     z, n = jax.random.normal(KEY, (size, dim)), jnp.full(size, 3)
     times = in_turns(
-        lambda: probdiff.ancestral(diffusion, key=KEY, num_samples=size), lambda: [network(z, n) for _ in range(num_steps)]
+        lambda: probdiff.samplers.ancestral(diffusion, key=KEY, num_samples=size), lambda: [network(z, n) for _ in range(num_steps)]
     )
     report("sampling", f"dim {dim}, hidden {hidden}, {size} samples", *times / num_steps, ("ancestral", "network"))
 

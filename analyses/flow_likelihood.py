@@ -152,10 +152,10 @@ for size in SIZES:
     diffusion, schedule, noised = setting(size)
     z, base = noised(x, 1), marginal(schedule, size).log_prob
     log_q = marginal(schedule, 1).log_prob(z)
-    solver = probdiff.flow_log_prob(diffusion, z, eps=diffusion.network.at_log_snr, base=base, **tolerances) - log_q
+    solver = probdiff.flow.flow_log_prob(diffusion, z, eps=diffusion.network.at_log_snr, base=base, **tolerances) - log_q
     solver = np.abs(solver).max()
     assert solver < SAME, f"the flow of the exact network is {solver} off"
-    true = probdiff.flow_log_prob(diffusion, z, base=base, **tolerances) - log_q
+    true = probdiff.flow.flow_log_prob(diffusion, z, base=base, **tolerances) - log_q
     reported = probdiff.flow_likelihood(diffusion, x, key=jax.random.key(5), **tolerances).interpolation[0]
     interpolation[size] = [root_mean_square(true), root_mean_square(reported)]
     print_row(f"{size:3d}; up to {solver:.0e}", *interpolation[size], estimate(true), estimate(reported))

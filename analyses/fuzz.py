@@ -48,7 +48,7 @@ DATA = ["floats.npy", "levels.npy", "plain.npz", "packed.npz", "table.csv", "cou
 
 network = probdiff.MLP(3, key=jax.random.key(0), hidden=8, num_blocks=1)
 diffusion = probdiff.Diffusion(probdiff.cosine_schedule(4), network, probdiff.NormalLikelihood.standardized(floats))
-run = probdiff.create_run(folder / "run", diffusion, {"data": str(folder / "floats.npy"), "seed": 0})
+run = probdiff.storage.create_run(folder / "run", diffusion, {"data": str(folder / "floats.npy"), "seed": 0})
 fit = probdiff.fit(diffusion, floats, iterations=4, batch_size=4, validate_every=2, checkpoint=run.checkpoint, progress=False)
 run.save(fit=fit, terms=probdiff.elbo_terms(fit.diffusion, floats, key=jax.random.key(0)), results={"run": "run"})
 template = fit.state

@@ -42,7 +42,7 @@ def model_of(data, num_steps, seed=0):
     if not quick:
         return model
     network = probdiff.MLP(data.dim, key=jax.random.key(seed), hidden=8, num_blocks=1, outputs=data.levels)
-    network = probdiff.DensityHead(network) if data.levels is None else probdiff.CategoricalHead(network, data.levels)
+    network = probdiff.networks.DensityHead(network) if data.levels is None else probdiff.networks.CategoricalHead(network, data.levels)
     return probdiff.Diffusion(model.schedule, network, model.likelihood, kernel=model.kernel)
 
 
@@ -59,7 +59,7 @@ def fit(data, diffusion, seed):
 def bits(diffusion, x, num_draws=1):
     """Bits/dim on test data: mean and standard error."""
     terms = probdiff.elbo_terms(diffusion, x, key=jax.random.key(9), num_draws=num_draws, reduce=True)
-    each = probdiff.bits_per_dim(np.asarray(terms.elbo.mean, np.float64), x.shape[1])
+    each = probdiff.elbo.bits_per_dim(np.asarray(terms.elbo.mean, np.float64), x.shape[1])
     return each.mean(), each.std(ddof=1) / np.sqrt(len(each))
 
 
@@ -84,7 +84,7 @@ if wanted("digits"):
         print(f"digits, N = {N}, seed {seed}: {mean:.4f} ± {error:.4f} bits/dim, fitted in {seconds:.0f} s", flush=True)
     spread = f" ± {np.std(values, ddof=1) / np.sqrt(SEEDS):.4f} between seeds" if SEEDS > 1 else ""
     print(f"digits, N = {N}, mean of {SEEDS}: {np.mean(values):.4f}{spread}", flush=True)
-    together = probdiff.Diffusion(fitted.schedule, probdiff.Ensemble(networks), fitted.likelihood).bind({})
+    together = probdiff.Diffusion(fitted.schedule, probdiff.networks.Ensemble(networks), fitted.likelihood).bind({})
     mean, error = bits(together, x)
     print(f"digits, N = {N}, mean network of {SEEDS}: {mean:.4f} ± {error:.4f} bits/dim, fitted in {total:.0f} s", flush=True)
 
@@ -96,7 +96,7 @@ if wanted("digits"):
 # %%
 if wanted("few"):
     model = model_of(digits, FEW)
-    kernels = {"Gaussian, β̃": None, "mixture": probdiff.MixtureKernel(digits.levels)}
+    kernels = {"Gaussian, β̃": None, "mixture": probdiff.chain.MixtureKernel(digits.levels)}
     for name, kernel in kernels.items():
         own = probdiff.Diffusion(model.schedule, model.network, model.likelihood, kernel=kernel)
         fitted, seconds = fit(digits, own, 0)
@@ -116,7 +116,7 @@ if wanted("heartbeat"):
     steps, size = (10, 10) if quick else (2000, 500)
     network = probdiff.MLP(20, key=jax.random.key(0), hidden=8 if quick else 128, num_blocks=2, outputs=2)
     schedule = probdiff.log_snr_schedule(steps, 5.0, -9.0)
-    model = probdiff.Diffusion(schedule, probdiff.CategoricalHead(network, 2), probdiff.DiscretizedNormalLikelihood(2))
+    model = probdiff.Diffusion(schedule, probdiff.networks.CategoricalHead(network, 2), probdiff.DiscretizedNormalLikelihood(2))
     options = {"iterations": 20_000, "batch_size": 128, "learning_rate": 2e-3} | ITERATIONS
     start = time.perf_counter()
     fitted = probdiff.fit(model, np.tile(beats, (200, 1)), key=jax.random.key(0), progress=False, **options).diffusion

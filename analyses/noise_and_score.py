@@ -56,8 +56,8 @@ print(f"8gaussians, N = {N}, σ_n from {schedule.sigma[0]:.4f} to {schedule.sigm
 # %%
 OBJECTIVES = {
     "bound": probdiff.AnalyticELBO(untrained, "stratified"),
-    "λ_n = σ_n²": probdiff.ScoreMatching(untrained),
-    "λ_n = σ_n": probdiff.ScoreMatching(untrained, schedule.sigma),
+    "λ_n = σ_n²": probdiff.elbo.ScoreMatching(untrained),
+    "λ_n = σ_n": probdiff.elbo.ScoreMatching(untrained, schedule.sigma),
     "bound, learned steps": probdiff.AnalyticELBO(untrained, "stratified_importance"),
 }
 models = {}
@@ -90,8 +90,8 @@ def noisy(n):
 
 def average(x_n, x0, n):
     """Mean of the conditional scores over ``x0`` given one ``x_n``, and its error."""
-    weight = jax.nn.softmax(probdiff.noising(schedule, x0, n).log_prob(x_n))[:, None]
-    scores = probdiff.conditional_score(schedule, x_n, x0, n)
+    weight = jax.nn.softmax(probdiff.chain.score.noising(schedule, x0, n).log_prob(x_n))[:, None]
+    scores = probdiff.chain.score.conditional_score(schedule, x_n, x0, n)
     mean = jnp.sum(weight * scores, 0)
     return mean, jnp.sqrt(jnp.sum(jnp.square(weight * (scores - mean)), 0))
 
@@ -100,8 +100,8 @@ prior = likelihood.encode(data.train[:PRIOR])
 print("\nThe score of the exact ε-network: against the gradient of the density, and against the average over x_0")
 print("    n     σ_n   largest relative difference   difference from the average, in standard errors: rms, largest")
 for n in steps:
-    x_n = probdiff.noising(schedule, test[:FEWER], n).sample(jax.random.key(n))
-    score = probdiff.score(exact, x_n, n)
+    x_n = probdiff.chain.score.noising(schedule, test[:FEWER], n).sample(jax.random.key(n))
+    score = probdiff.chain.score.score(exact, x_n, n)
     gradient = jax.vmap(jax.grad(noisy(n).log_prob))(x_n)
     difference = float(jnp.max(jnp.linalg.norm(score - gradient, axis=-1) / jnp.linalg.norm(gradient, axis=-1)))
     assert difference <= 1e-8, f"the scores differ at n = {n}: {difference}"
@@ -121,12 +121,12 @@ for n in steps:
 # more.
 
 # %%
-likelihood_weights = probdiff.likelihood_weights(fitted)
+likelihood_weights = probdiff.elbo.likelihood_weights(fitted)
 weights = likelihood_weights / schedule.sigma**2
 n, x0 = np.arange(1, N + 1)[:, None], test[: FEWER // 10]
 eps = jax.random.normal(jax.random.key(1), (N, *x0.shape))
 x_n = x0 + schedule.sigma[:, None, None] * eps
-apart = probdiff.score(fitted, x_n, n) - probdiff.conditional_score(schedule, x_n, x0, n)
+apart = probdiff.chain.score.score(fitted, x_n, n) - probdiff.chain.score.conditional_score(schedule, x_n, x0, n)
 constant = data.dim * fitted.kernel.constant(schedule)[:, None]
 matching = likelihood_weights[:, None] * jnp.square(apart).sum(-1) + constant
 step_kl = probdiff.elbo_terms(fitted, data.test[: len(x0)], noise=eps[None]).step_kl[0]
@@ -150,9 +150,9 @@ def distances(model, steps, x0):
     """Error of the score, size of the score, and what Vincent's identity leaves; shape ``(step, datum)`` each."""
 
     def one(n):
-        x_n = probdiff.noising(schedule, x0, n).sample(jax.random.fold_in(jax.random.key(2), n))
-        conditional = probdiff.conditional_score(schedule, x_n, x0, n)
-        own, true = (probdiff.score(each, x_n, n) for each in (model, exact))
+        x_n = probdiff.chain.score.noising(schedule, x0, n).sample(jax.random.fold_in(jax.random.key(2), n))
+        conditional = probdiff.chain.score.conditional_score(schedule, x_n, x0, n)
+        own, true = (probdiff.chain.score.score(each, x_n, n) for each in (model, exact))
         pairs = (own, true), (true, 0 * true), (own, conditional), (true, conditional)
         error, size, matched, least = (jnp.square(a - b).sum(-1) for a, b in pairs)
         return jnp.stack([error, size, matched - error - least]) * jnp.asarray(schedule.sigma)[n - 1] ** 2
@@ -235,7 +235,7 @@ for column, sigma in zip(panels.T, SHOWN):
     horizontal, vertical = np.moveaxis(x_n, -1, 0)
     log_p = np.asarray(noisy(n).log_prob(x_n))
     levels = log_p.max() - np.array([16, 8, 4, 2, 1, 0.5, 0])
-    fields = [np.asarray(sigma * eqx.filter_jit(probdiff.score)(model, x_n, n)) for model in (exact, fitted)]
+    fields = [np.asarray(sigma * eqx.filter_jit(probdiff.chain.score.score)(model, x_n, n)) for model in (exact, fitted)]
     shades = colormaps["Blues"](np.linspace(0.05, 0.55, len(levels) - 1))
     longest = np.linalg.norm(fields[0], axis=-1).max()
     for ax, name, field in zip(column, ("exact", "fitted"), fields):

@@ -106,17 +106,17 @@ SERIES = ((EVEN, 0), (EVEN, 1), ("quadratic", 0), ("even, 6 … −4", 0), (ARCS
 
 def settings():
     """Series, setting, network evaluations, sampler and its options; ancestral first, true data last."""
-    yield "ancestral", "", N, probdiff.ancestral, {}
+    yield "ancestral", "", N, probdiff.samplers.ancestral, {}
     for spacing, eta in SERIES:
         for number in STEPS if spacing in (EVEN, ARCSINH) and eta != 0.5 else (CLAIMED,):
             steps = SPACINGS[spacing](number)
-            yield f"ddim, η = {eta}, {spacing}", number, len(steps), probdiff.ddim, {"steps": steps, "eta": eta}
+            yield f"ddim, η = {eta}, {spacing}", number, len(steps), probdiff.samplers.ddim, {"steps": steps, "eta": eta}
     for levels, updates in LANGEVIN:
         options = {"steps": levels, "num_updates": updates}
         setting = f"{levels} × {updates}"
-        yield "annealed_langevin", setting, levels * updates + 1, probdiff.annealed_langevin, options
+        yield "annealed_langevin", setting, levels * updates + 1, probdiff.samplers.annealed_langevin, options
     for number in HEUN:
-        yield "probability_flow", number, 4 * number + 1, probdiff.probability_flow, {"steps": number}
+        yield "probability_flow", number, 4 * number + 1, probdiff.samplers.probability_flow, {"steps": number}
     yield "true data", "", 0, lambda *_, **__: data.oracle.sample(np.random.default_rng(3), SAMPLES), {}
 
 

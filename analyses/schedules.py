@@ -133,7 +133,7 @@ figure.savefig("schedules_profile.png")
 
 # %%
 PUBLISHED = {"log-SNR-linear": "1", "linear": "31.6/6.35 = 5.0", "cosine": "31.1/6.35 = 4.9"}
-BITS = -probdiff.bits_per_dim(1.0, data.dim)  # of a nat
+BITS = -probdiff.elbo.bits_per_dim(1.0, data.dim)  # of a nat
 
 
 def stretched(make, num_steps, first=10.0, last=-8.0):

@@ -33,7 +33,7 @@ class Diffusion(AbstractDiffusion):
             (between the two, by dimension) or ``"optimal"`` (the best for the network, estimated): see
             :mod:`probdiff.chain.variances`.
         dim: Dimension of the data; ``network.dim`` if not given. Needed only to generate, and for ``"learned"``.
-        kernel: A reverse kernel in the place of the Gaussian one: a :class:`~probdiff.MixtureKernel`.
+        kernel: A reverse kernel in the place of the Gaussian one: a :class:`~probdiff.chain.MixtureKernel`.
 
     Until it is bound (:meth:`bind`), its programs have the parameters as a NumPyro ``param`` site, and a model that is given
     data is taken to be training: its network gets ``key=``, also in ``svi.evaluate``, which NumPyro does not tell apart.

@@ -144,7 +144,7 @@ def fit(
         elbo: A NumPyro ELBO; ``AnalyticELBO(diffusion, steps="stratified_importance")`` if not given.
         ema_decay: Decay of the parameter average.
         checkpoint: An object with ``load(template) -> FitState or None`` and ``save(state)``, such as
-            :class:`~probdiff.Checkpoint`; the fit begins where it left off, with the keys that it had, and saves every
+            :class:`~probdiff.storage.Checkpoint`; the fit begins where it left off, with the keys that it had, and saves every
             ``validate_every`` iterations, at the end and on Ctrl-C. With several processes, all load it and the first saves.
         devices: Number of devices (or a list of them) that share each minibatch; the state is on every one. What is fitted is what one
             device would fit, up to rounding, and can be resumed on any other number.

@@ -23,9 +23,14 @@ import jax
 import numpy as np
 import pytest
 
+import probdiff
+
 # The same examples in every run: a failure is always that of the change at hand.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
+
+for _name in probdiff.__all__:
+    getattr(probdiff, _name)  # A test can then forbid to compile without forbidding an import.
 
 gc.freeze()  # what was imported stays
 gc.disable()  # going through all that JAX has traced takes long

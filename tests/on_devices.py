@@ -50,7 +50,7 @@ def everything(devices):
     with jax.enable_x64(True):
         options = {"key": jax.random.key(1), "devices": devices}
         terms = probdiff.elbo_terms(fit.diffusion, X, num_draws=2, **options)
-        found |= {"elbo": terms.elbo, "samples": probdiff.ancestral(fit.diffusion, num_samples=7, **options)}
+        found |= {"elbo": terms.elbo, "samples": probdiff.samplers.ancestral(fit.diffusion, num_samples=7, **options)}
         if not process:
             moments = probdiff.elbo_terms(fit.diffusion, X, num_draws=2, reduce=True, **options)
             comparison = probdiff.compare_estimators(fit.diffusion, X[:2], num_draws=3, estimators=["kl_uniform"], **options)
@@ -58,7 +58,7 @@ def everything(devices):
                 "mean": moments.elbo.mean,
                 "estimates": comparison.draws,
                 "gradients": comparison.projections["kl_uniform"],
-                "paths": probdiff.path_elbo(fit.diffusion, X[:5], num_draws=2, **options),
+                "paths": probdiff.elbo.path_elbo(fit.diffusion, X[:5], num_draws=2, **options),
             }
     return found
 

@@ -35,7 +35,7 @@ def make(seed=None, learned=True):
     change = (lambda part, k: part) if seed is None else lambda part, k: moved(part, seed + k)
     schedule = change(probdiff.LearnedSchedule(N, 4.0, -3.0), 0)
     network = change(probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.5), 1)
-    head = probdiff.DensityHead(network)
+    head = probdiff.networks.DensityHead(network)
     diffusion = probdiff.Diffusion(schedule if learned else schedule.fixed(), head, reverse_variance="learned")
     return eqx.tree_at(lambda d: d.kernel, diffusion, change(diffusion.kernel, 2))
 
@@ -52,8 +52,8 @@ def traced(program, *arguments, **keywords):
 PUBLIC = {
     "elbo_terms": lambda d: probdiff.elbo_terms(d, X, key=KEY, num_draws=2),
     "elbo_terms, moments": lambda d: probdiff.elbo_terms(d, X, key=KEY, num_draws=2, reduce=True),
-    "path_elbo": lambda d: probdiff.path_elbo(d, X, key=KEY, num_draws=2),
-    "compute_both_ways": lambda d: probdiff.compute_both_ways(d, X, key=KEY, num_draws=2).path,
+    "path_elbo": lambda d: probdiff.elbo.path_elbo(d, X, key=KEY, num_draws=2),
+    "compute_both_ways": lambda d: probdiff.diagnostics.compute_both_ways(d, X, key=KEY, num_draws=2).path,
     "iwae": lambda d: probdiff.iwae(d, X, key=KEY, num_particles=3),
     "sandwich": lambda d: tuple(probdiff.sandwich(d, key=KEY, num_data=3, num_particles=2).upper.values()),
     "compare_estimators": lambda d: [
@@ -62,18 +62,18 @@ PUBLIC = {
         for value in (c.draws, *c.projections.values())
     ],
     "compare_models": lambda d: probdiff.compare_models({"a": d, "b": d}, X, key=KEY, num_draws=2).elbo["a"],
-    "flow_log_prob": lambda d: probdiff.flow_log_prob(d, X[:2]),
+    "flow_log_prob": lambda d: probdiff.flow.flow_log_prob(d, X[:2]),
     "flow_likelihood": lambda d: probdiff.flow_likelihood(d, X[:2], key=KEY).log_prob,
-    "score": lambda d: probdiff.score(d, X, 2),
-    "ledger": lambda d: probdiff.gap_decomposition(d, ORACLE, X, key=KEY).network_per_step,
+    "score": lambda d: probdiff.chain.score.score(d, X, 2),
+    "ledger": lambda d: probdiff.diagnostics.gap_decomposition(d, ORACLE, X, key=KEY).network_per_step,
     **{
         name: lambda d, sampler=sampler: sampler(d, key=KEY, num_samples=3)
-        for name, sampler in probdiff.SAMPLERS.items()
+        for name, sampler in probdiff.samplers.SAMPLERS.items()
     },
     "reverse_kernel": lambda d: d.evaluated().reverse_kernel(X, 2).base_dist.loc,
     "Predictive": lambda d: Predictive(d.model, num_samples=1)(KEY, None, num_data=3)["x"],
     "the posterior guide": lambda d: traced(d.posterior_guide, X),
-    "the parallel guide": lambda d: traced(probdiff.ParallelPrograms(d).guide, X),
+    "the parallel guide": lambda d: traced(probdiff.programs.ParallelPrograms(d).guide, X),
     "AnalyticELBO": lambda d: probdiff.AnalyticELBO(d.evaluated(), "stratified").per_datum(KEY, X),
 }
 
@@ -102,7 +102,7 @@ def test_what_is_bound_is_not_trained_inside_another_program():
 
     trace = handlers.trace(handlers.seed(model, KEY)).get_trace(X)
     assert [name for name, site in trace.items() if site["type"] == "param"] == ["shift"]
-    for program in (BOUND.model, BOUND.posterior_guide, BOUND.guide, probdiff.ParallelPrograms(BOUND).model):
+    for program in (BOUND.model, BOUND.posterior_guide, BOUND.guide, probdiff.programs.ParallelPrograms(BOUND).model):
         assert all(site["type"] != "param" for site in handlers.trace(handlers.seed(program, KEY)).get_trace(X).values())
     result = SVI(model, guide, optax.adam(0.1), Trace_ELBO()).run(KEY, 3, X, progress_bar=False)
     assert PARAMS not in result.params and set(result.params) == {"shift", "prior/z_loc", "prior/x_loc"}

@@ -19,10 +19,10 @@ MODEL = probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE, 0.9), reverse_vari
 FIGURES = {
     "_evaluate": lambda: probdiff.elbo_terms(MODEL, X, key=KEY).elbo,
     "_accumulate": lambda: probdiff.elbo_terms(MODEL, X, key=KEY, num_draws=2, reduce=True).elbo.mean,
-    "_to_base": lambda: probdiff.flow_log_prob(MODEL, X),
-    "_draw_batch": lambda: probdiff.ddim(MODEL, key=KEY, num_samples=2),
-    "_squared_error": lambda: probdiff.optimal_variance(MODEL, X, key=KEY).kernel.log_ratio.squared_error,
-    "_network_cost": lambda: probdiff.gap_decomposition(MODEL, ORACLE, X, key=KEY).network_per_step,
+    "_to_base": lambda: probdiff.flow.flow_log_prob(MODEL, X),
+    "_draw_batch": lambda: probdiff.samplers.ddim(MODEL, key=KEY, num_samples=2),
+    "_squared_error": lambda: probdiff.elbo.optimal_variance(MODEL, X, key=KEY).kernel.log_ratio.squared_error,
+    "_network_cost": lambda: probdiff.diagnostics.gap_decomposition(MODEL, ORACLE, X, key=KEY).network_per_step,
 }
 
 

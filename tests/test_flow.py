@@ -35,7 +35,7 @@ def exact_flow(**options):
     """The flow with nothing approximated: exact ε in continuous time, and base q(z_N)."""
     diffusion = exact()
     options = {"eps": diffusion.network.at_log_snr, "base": marginal(SCHEDULE, 30).log_prob, "rtol": 1e-6, "atol": 1e-6} | options
-    return probdiff.flow_log_prob(diffusion, points(), **options)
+    return probdiff.flow.flow_log_prob(diffusion, points(), **options)
 
 
 def test_the_exact_flow_gives_the_density_of_z_1(float64):
@@ -59,12 +59,12 @@ def test_a_wrong_velocity_is_found(bug, compiled_anew, patched, float64):
 
 def test_hutchinsons_estimator_has_the_exact_mean(float64):
     z = jnp.repeat(points(2), 600, 0)
-    exactly = probdiff.flow_log_prob(exact(), z[::600])
-    estimates = probdiff.flow_log_prob(exact(), z, num_probes=1, key=jax.random.key(0))
+    exactly = probdiff.flow.flow_log_prob(exact(), z[::600])
+    estimates = probdiff.flow.flow_log_prob(exact(), z, num_probes=1, key=jax.random.key(0))
     draws = estimates.reshape(2, 600).T
     assert draws.std(0).min() > 1e-3
     assert_mean(draws, exactly, power=1.0)
-    fewer = probdiff.flow_log_prob(exact(), z[:200], num_probes=16, key=jax.random.key(0))
+    fewer = probdiff.flow.flow_log_prob(exact(), z[:200], num_probes=16, key=jax.random.key(0))
     assert fewer.std() < draws[:, 0].std() / 2
 
 
@@ -87,7 +87,7 @@ def test_the_error_from_interpolation_is_estimated(float64):
     z = np.sqrt(schedule.alpha_bar[0]) * x + np.sqrt(schedule.beta[0]) * jax.random.normal(
         jax.random.split(jax.random.key(0))[0], (1, *x.shape)
     )
-    true = probdiff.flow_log_prob(exact(schedule), z[0], eps=exact(schedule).network.at_log_snr)
+    true = probdiff.flow.flow_log_prob(exact(schedule), z[0], eps=exact(schedule).network.at_log_snr)
     error = report.log_q[0] - true
     assert np.abs(error).mean() > 1e-3
     assert np.abs(report.interpolation[0] - error).mean() < 0.5 * np.abs(error).mean()

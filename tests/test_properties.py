@@ -79,9 +79,9 @@ def test_sigmas(log_sigmas):
     n = np.arange(1, len(sigmas) + 1)
     with jax.enable_x64(True):
         x_n = sigmas[:, None] * np.array([1.0, -2.0])
-        score = probdiff.conditional_score(schedule, x_n, np.zeros_like(x_n), n)
+        score = probdiff.chain.score.conditional_score(schedule, x_n, np.zeros_like(x_n), n)
         np.testing.assert_allclose(score * sigmas[:, None], [[-1.0, 2.0]] * len(n), rtol=1e-8)
-        in_vp = probdiff.vp_conditional_score(schedule, probdiff.vp_from_ve(schedule, x_n, n), np.zeros_like(x_n), n)
+        in_vp = probdiff.chain.score.vp_conditional_score(schedule, probdiff.chain.score.vp_from_ve(schedule, x_n, n), np.zeros_like(x_n), n)
         np.testing.assert_allclose(in_vp * np.sqrt(schedule.alpha_bar)[:, None], score, rtol=1e-8)
 
 

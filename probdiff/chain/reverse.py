@@ -181,7 +181,7 @@ def _promote_mixture(d: StepMixture):
 
 
 class MixtureKernel(eqx.Module):
-    """Mixture reverse steps; the network must be a :class:`~probdiff.CategoricalHead` of as many levels.
+    """Mixture reverse steps; the network must be a :class:`~probdiff.networks.CategoricalHead` of as many levels.
 
     Its KL has no closed form: the analytic bound has a sampled log-ratio in its place, unbiased and labelled as sampled.
 

@@ -64,7 +64,7 @@ class OptimalVariance(eqx.Module):
     r"""The best for a given network: :math:`v_n = \tilde\beta_n + \frac{\beta_n^2}{\alpha_n (1-\bar\alpha_n)} m_n`.
 
     :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` over the data minimises the expected KL of step n. It is not trained by gradient
-    but computed: by ``probdiff.fit`` at its end, or by :func:`probdiff.optimal_variance`. Until then it is that of standard
+    but computed: by ``probdiff.fit`` at its end, or by :func:`probdiff.elbo.optimal_variance`. Until then it is that of standard
     normal data, :math:`m_n = \bar\alpha_n`, which gives :math:`v_n = \beta_n`.
     Source: Bao et al. (2022), arXiv:2201.06503, theorem 1, here for any network rather than the best.
 

@@ -385,7 +385,7 @@ def _account(run, diffusion, dataset):
     from probdiff.diagnostics import plots
 
     x = dataset.test[: max(100, LEDGER_ROWS // diffusion.schedule.num_steps)]
-    account = probdiff.gap_decomposition(diffusion, dataset.oracle, x, key=jax.random.key(0), progress=True)
+    account = probdiff.diagnostics.gap_decomposition(diffusion, dataset.oracle, x, key=jax.random.key(0), progress=True)
     title = f"{dataset.name}, N = {diffusion.schedule.num_steps}, {len(x)} test data"
     plots.plot_gap(account, title).savefig(run.figures / "ledger.png")
     return account
@@ -445,7 +445,7 @@ def _sample(arguments):
     options = {} if arguments.steps is None else {"steps": arguments.steps}
     start = time.monotonic()
     samples = _usage(
-        probdiff.SAMPLERS[arguments.sampler],
+        probdiff.samplers.SAMPLERS[arguments.sampler],
         diffusion,
         {},
         key=jax.random.key(arguments.seed),

@@ -227,10 +227,10 @@ def score_matching():
     diffusion, (signal, noise, eps, z) = _gaussian(), _noised(SCHEDULE)
     eps, z = jnp.asarray(eps), jnp.asarray(z)
     n = jnp.broadcast_to(STEPS, z.shape[:-1])
-    term = probdiff.ScoreMatching(diffusion, "likelihood").term
+    term = probdiff.elbo.ScoreMatching(diffusion, "likelihood").term
     by_noise = term(diffusion, X, X, n, z, sampled_noise(SCHEDULE, z, n, eps), diffusion.network(z, n), None)
-    error = jnp.square(probdiff.score(diffusion, z / signal, n) + eps * signal / noise).sum(-1)
-    by_score = probdiff.likelihood_weights(diffusion)[:, None] * error
+    error = jnp.square(probdiff.chain.score.score(diffusion, z / signal, n) + eps * signal / noise).sum(-1)
+    by_score = probdiff.elbo.likelihood_weights(diffusion)[:, None] * error
     return _identity([by_noise[1:], by_score[1:]], 2 * [_step_kls(diffusion)], floor=1)
 
 
@@ -256,7 +256,7 @@ def mixture_scores():
     x_n, diffusion = z / signal, probdiff.Diffusion(VE_SCHEDULE, MIXTURE.network(VE_SCHEDULE))
     eps_hat = -noise * _gradient(lambda z: _log_mixture(z, signal, noise**2), z)
     score = _gradient(lambda x: _log_mixture(x, np.ones_like(signal), (noise / signal) ** 2), x_n)
-    found = [diffusion.network(z, n), probdiff.score(diffusion, x_n, n)]
+    found = [diffusion.network(z, n), probdiff.chain.score.score(diffusion, x_n, n)]
     return _identity(found, [eps_hat, score], double=1e-8, floor=1)
 
 
@@ -265,7 +265,7 @@ def conditional_scores():
     signal, noise, _, z = _noised(VE_SCHEDULE)
     n, z, sigma = STEPS[: len(SIGMAS)], jnp.asarray(z), SIGMAS[:, None, None]
     x_n = z / signal
-    found = [probdiff.conditional_score(VE_SCHEDULE, x_n, X, n), probdiff.vp_conditional_score(VE_SCHEDULE, z, X, n)]
+    found = [probdiff.chain.score.conditional_score(VE_SCHEDULE, x_n, X, n), probdiff.chain.score.vp_conditional_score(VE_SCHEDULE, z, X, n)]
     vp = _gradient(lambda z: dist.Normal(signal * X, noise).log_prob(z), z)
     return _identity(found, [_gradient(lambda x: dist.Normal(X, sigma).log_prob(x), x_n), vp], floor=1 / SIGMAS[0])
 
@@ -274,7 +274,7 @@ def coordinates():
     """The maps between x_n and z_n against x_0 + σ_n ε and √ᾱ_n x_0 + √(1−ᾱ_n) ε."""
     _, _, eps, z = _noised(VE_SCHEDULE)
     x_n, n = X + SIGMAS[:, None, None] * eps, STEPS[: len(SIGMAS)]
-    return _identity([probdiff.vp_from_ve(VE_SCHEDULE, x_n, n), probdiff.ve_from_vp(VE_SCHEDULE, z, n)], [z, x_n])
+    return _identity([probdiff.chain.score.vp_from_ve(VE_SCHEDULE, x_n, n), probdiff.chain.score.ve_from_vp(VE_SCHEDULE, z, n)], [z, x_n])
 
 
 def flow():
@@ -283,7 +283,7 @@ def flow():
     diffusion, (signal, noise, _, z) = probdiff.Diffusion(schedule, MIXTURE.network(schedule)), _noised(schedule)
     first, last = (functools.partial(_log_mixture, signal=signal[k], variance=noise[k] ** 2) for k in (0, -1))
     exact = {"eps": diffusion.network.at_log_snr, "base": last, "rtol": 1e-6, "atol": 1e-6}
-    error = probdiff.flow_log_prob(diffusion, z[0], **exact) - np.asarray(first(z[0]))
+    error = probdiff.flow.flow_log_prob(diffusion, z[0], **exact) - np.asarray(first(z[0]))
     return Finding(float(np.abs(error).max()), 1e-3, "nats")
 
 
@@ -321,7 +321,7 @@ def units():
             (_gaussian(likelihood=probdiff.NormalLikelihood(loc, scale)), loc + scale * X),
         )
     )
-    bits = probdiff.bits_per_dim(-64 * np.log(17), 64)
+    bits = probdiff.elbo.bits_per_dim(-64 * np.log(17), 64)
     return _identity([after - before, bits], [len(X) * np.log(scale).sum(), np.log2(17)])
 
 

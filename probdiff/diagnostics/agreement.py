@@ -17,7 +17,7 @@ class TwoWays(NamedTuple):
     """The analytic decomposition and NumPyro's ``Trace_ELBO`` on the same data.
 
     Attributes:
-        terms: The analytic terms, :class:`~probdiff.ELBOTerms`.
+        terms: The analytic terms, :class:`~probdiff.elbo.ELBOTerms`.
         path: ``Trace_ELBO`` of every datum on sampled paths, shape ``(draw, datum)``, nats.
     """
 

@@ -17,7 +17,7 @@ def to_datatree(terms):
     independent. Coordinate ``step`` is n = 2 … N; everything is in nats.
 
     Args:
-        terms: :class:`~probdiff.ELBOTerms`.
+        terms: :class:`~probdiff.elbo.ELBOTerms`.
     """
     import arviz as az
 
@@ -50,7 +50,7 @@ def to_datatree(terms):
 
 
 def from_datatree(tree):
-    """The :class:`~probdiff.ELBOTerms` that :func:`to_datatree` was given."""
+    """The :class:`~probdiff.elbo.ELBOTerms` that :func:`to_datatree` was given."""
     posterior = tree["posterior"]
     values = (tree["constant_data"]["prior_kl"], posterior["step_kl"][0], posterior["reconstruction"][0])
     closed_form = bool(posterior["step_kl"].attrs.get("closed_form", 1))

@@ -61,7 +61,7 @@ class StepObjective(ELBO):
         noise: ``"independent"``; ``"antithetic"``: each term twice, with ε and −ε; ``"path"``: that of one path
             z_1 … z_N of the forward chain (all steps only).
         control: ``"linear"`` subtracts a control variate, the excess of the best linear prediction of the noise
-            (:mod:`probdiff.elbo.control`), with a coefficient that is learned (with all steps: 1); None subtracts nothing.
+            (:mod:`probdiff.elbo.variance_reduction`), with a coefficient that is learned (with all steps: 1); None subtracts nothing.
         points: None, or the data whose mean bound is wanted (the whole training set, say), shape ``(point, dim)``: the
             noise in each step KL is then replaced by its mean and variance over all the points that z_n may come from.
             The estimate is right for the mean over ``points`` when ``x`` is drawn from them, not for a single datum.

@@ -26,7 +26,7 @@ class MLP(eqx.Module):
         dropout: Probability of dropping a hidden unit while training.
         num_harmonics: Number of sine and cosine pairs of each input that the network is also given; the k-th has
             angular frequency :math:`\pi 2^k`. Source: Kingma et al. (2021), arXiv:2107.00630, appendix C.
-        outputs: Outputs for each dimension, on a new last axis (for a :class:`~probdiff.CategoricalHead`, the number of
+        outputs: Outputs for each dimension, on a new last axis (for a :class:`~probdiff.networks.CategoricalHead`, the number of
             levels), without the short cut; None for one, shaped like the input.
     """
 

@@ -149,7 +149,7 @@ class Run:
 
     @property
     def terms(self):
-        """The :class:`~probdiff.ELBOTerms` of the test data in ``elbo.nc``."""
+        """The :class:`~probdiff.elbo.ELBOTerms` of the test data in ``elbo.nc``."""
         return from_datatree(self.datatree)
 
     @property
@@ -183,7 +183,7 @@ class Run:
         return folder
 
     def save(self, fit=None, terms=None, results=None):
-        """Write what is given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.ELBOTerms`, a dict of results."""
+        """Write what is given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.elbo.ELBOTerms`, a dict of results."""
         if fit is not None:
             save_arrays(self.path / "parameters.npz", leaves_by_name(fit.params[PARAMS]))
             losses = np.column_stack([np.arange(1, len(fit.losses) + 1), fit.losses])

@@ -98,7 +98,7 @@ def test_a_run_comes_back_with_what_was_learned(tmp_path):
         reverse_variance="learned",
     )
     fit = probdiff.fit(diffusion, np.asarray(X, np.float32), iterations=20, batch_size=8, learning_rate=1e-2, progress=False)
-    run = probdiff.create_run(tmp_path / "run", diffusion)
+    run = probdiff.storage.create_run(tmp_path / "run", diffusion)
     run.save(fit=fit)
     back = probdiff.open_run(run.path).diffusion
     assert back.schedule.fixed() == fit.diffusion.schedule.fixed() != diffusion.schedule.fixed()
@@ -158,7 +158,7 @@ def test_optimal_variance(num_steps, float64):
     diffusion = probdiff.Diffusion(schedule, MIXTURE.network(schedule), reverse_variance="optimal", dim=2)
     np.testing.assert_allclose(diffusion.kernel.variance(schedule), schedule.beta, rtol=1e-12)  # before anything is known
     x = MIXTURE.sample(np.random.default_rng(0), 4000)
-    found = probdiff.optimal_variance(diffusion, x, key=jax.random.key(0))
+    found = probdiff.elbo.optimal_variance(diffusion, x, key=jax.random.key(0))
     variance = found.kernel.variance(schedule)
     assert variance[0] == schedule.beta[0]
     # E‖ε − ε̂‖² by other draws, with their error.

@@ -24,15 +24,15 @@ def gradient(log_prob, x):
 def check_conditional_score(n):
     sigma = SIGMAS[n - 1]
     x_n = X0 + sigma * NOISE
-    expected = jnp.stack([jax.grad(probdiff.noising(SCHEDULE, x0, n).log_prob)(x) for x0, x in zip(X0, x_n)])
-    np.testing.assert_allclose(probdiff.conditional_score(SCHEDULE, x_n, X0, n), expected, rtol=1e-10)
+    expected = jnp.stack([jax.grad(probdiff.chain.score.noising(SCHEDULE, x0, n).log_prob)(x) for x0, x in zip(X0, x_n)])
+    np.testing.assert_allclose(probdiff.chain.score.conditional_score(SCHEDULE, x_n, X0, n), expected, rtol=1e-10)
     np.testing.assert_allclose(expected, -NOISE / sigma, rtol=1e-10)
 
 
 def check_vp_conditional_score(n):
     z = np.sqrt(1 / (1 + SIGMAS[n - 1] ** 2)) * (X0 + SIGMAS[n - 1] * NOISE)
     expected = jnp.stack([jax.grad(probdiff.forward_marginal(SCHEDULE, x0, n).log_prob)(one) for x0, one in zip(X0, z)])
-    np.testing.assert_allclose(probdiff.vp_conditional_score(SCHEDULE, z, X0, n), expected, rtol=1e-10)
+    np.testing.assert_allclose(probdiff.chain.score.vp_conditional_score(SCHEDULE, z, X0, n), expected, rtol=1e-10)
 
 
 def quadrature(n, x):
@@ -52,18 +52,18 @@ def check_marginal_score(n):
     x = np.linspace(-2, 2, 9)[:, None]
     expected = quadrature(n, x)
     exact = probdiff.Diffusion(SCHEDULE, LINE.network(SCHEDULE))
-    np.testing.assert_allclose(probdiff.score(exact, x, n), expected, rtol=1e-10, atol=1e-12)
-    z = probdiff.vp_from_ve(SCHEDULE, x, n)
+    np.testing.assert_allclose(probdiff.chain.score.score(exact, x, n), expected, rtol=1e-10, atol=1e-12)
+    z = probdiff.chain.score.vp_from_ve(SCHEDULE, x, n)
     eps_hat = exact.network(z, jnp.full(len(z), n))
     signal = 1 / np.sqrt(1 + SIGMAS[n - 1] ** 2)
-    np.testing.assert_allclose(probdiff.vp_score_from_eps(SCHEDULE, eps_hat, n), expected / signal, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(probdiff.chain.score.vp_score_from_eps(SCHEDULE, eps_hat, n), expected / signal, rtol=1e-10, atol=1e-12)
 
 
 def check_inverses(n):
     for there, back in (
-        (probdiff.score_from_eps, probdiff.eps_from_score),
-        (probdiff.vp_score_from_eps, probdiff.eps_from_vp_score),
-        (probdiff.vp_from_ve, probdiff.ve_from_vp),
+        (probdiff.chain.score.score_from_eps, probdiff.chain.score.eps_from_score),
+        (probdiff.chain.score.vp_score_from_eps, probdiff.chain.score.eps_from_vp_score),
+        (probdiff.chain.score.vp_from_ve, probdiff.chain.score.ve_from_vp),
     ):
         np.testing.assert_allclose(back(SCHEDULE, there(SCHEDULE, NOISE, n), n), NOISE, rtol=1e-13)
 
@@ -71,7 +71,7 @@ def check_inverses(n):
 def check_coordinates(n):
     """A path of the chain is a path of the noising, in other coordinates."""
     z = np.sqrt(SCHEDULE.alpha_bar[n - 1]) * X0 + np.sqrt(SCHEDULE.one_minus_alpha_bar[n - 1]) * NOISE
-    np.testing.assert_allclose(probdiff.vp_from_ve(SCHEDULE, X0 + SIGMAS[n - 1] * NOISE, n), z, rtol=1e-10)
+    np.testing.assert_allclose(probdiff.chain.score.vp_from_ve(SCHEDULE, X0 + SIGMAS[n - 1] * NOISE, n), z, rtol=1e-10)
 
 
 CHECKS = {
@@ -116,7 +116,7 @@ def test_a_wrong_sign_is_found(name, patched, float64):
 
 
 def test_noising_is_a_distribution_of_the_data_plus_noise(float64):
-    p = probdiff.noising(SCHEDULE, X0, jnp.array([1, 2, 3, 4, 4]))
+    p = probdiff.chain.score.noising(SCHEDULE, X0, jnp.array([1, 2, 3, 4, 4]))
     assert (p.batch_shape, p.event_shape) == ((5,), (3,))
     np.testing.assert_allclose(p.mean, X0, rtol=1e-14)
     np.testing.assert_allclose(p.variance, np.broadcast_to(np.square([*SIGMAS, 3.0])[:, None], (5, 3)), rtol=1e-10)
@@ -124,7 +124,7 @@ def test_noising_is_a_distribution_of_the_data_plus_noise(float64):
 
 def test_steps_may_differ_over_the_batch(float64):
     n = jnp.array([4, 1, 2, 3, 1])
-    for function in (probdiff.score_from_eps, probdiff.eps_from_score, probdiff.vp_from_ve, probdiff.vp_score_from_eps):
+    for function in (probdiff.chain.score.score_from_eps, probdiff.chain.score.eps_from_score, probdiff.chain.score.vp_from_ve, probdiff.chain.score.vp_score_from_eps):
         one_by_one = jnp.concatenate([function(SCHEDULE, x[None], int(k)) for x, k in zip(NOISE, n)])
         np.testing.assert_allclose(jax.jit(lambda x, f=function: f(SCHEDULE, x, n))(NOISE), one_by_one, rtol=1e-14)
 

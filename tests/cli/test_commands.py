@@ -199,7 +199,7 @@ def test_the_figures_of_an_inspection_are_those_of_the_terms():
     step_kl = size[:, None] * rng.uniform(0.9, 1.1, (4, 13, 7))
     reconstruction = rng.normal(-3, 1, (4, 7))
     reconstruction[:, 5] -= 40
-    terms = probdiff.ELBOTerms(rng.uniform(1, 2, 7), step_kl, reconstruction)
+    terms = probdiff.elbo.ELBOTerms(rng.uniform(1, 2, 7), step_kl, reconstruction)
     found = inspect_terms(probdiff.to_datatree(terms), dim=7)
     elbo = reconstruction - step_kl.sum(1) - terms.prior_kl
     worst = elbo[:, 5].mean()
@@ -345,7 +345,7 @@ def unmistakable(tmp_path_factory):
         terms = [probdiff.elbo_terms(model, x, key=jax.random.key(9), num_draws=100) for model, x in cases]
         draws = np.array([np.asarray(each.elbo).mean(1) for each in terms])
         path = tmp_path_factory.mktemp("unmistakable") / "run"
-        run = probdiff.create_run(path, diffusion, {"data": "points", "seed": 0})
+        run = probdiff.storage.create_run(path, diffusion, {"data": "points", "seed": 0})
         run.save(fit=fit, terms=terms[0], results={})
         bounds[str(run.path)] = draws[0].mean(), draws[0].std(ddof=1) / 10, draws[0].std(ddof=1), draws[1:].mean(1)
     return bounds, dataset
@@ -408,7 +408,7 @@ def test_samples_are_of_the_trained_model(unmistakable_runs, capsys):
     run = probdiff.open_run(path)
     samples = [np.load(json.loads(capsys.readouterr().out)["samples"])]
     for diffusion in (run.diffusion, run.untrained.bind({})):
-        samples.append(probdiff.SAMPLERS["ancestral"](diffusion, key=jax.random.key(7), num_samples=400))
+        samples.append(probdiff.samplers.SAMPLERS["ancestral"](diffusion, key=jax.random.key(7), num_samples=400))
     found, trained, initial = (np.concatenate([each, np.square(each)], 1) for each in samples)
     error = np.hypot(found.std(0), trained.std(0)) / 20
     assert np.all(np.abs(found.mean(0) - trained.mean(0)) <= 4.9 * error)

@@ -68,7 +68,7 @@ def posterior_with_beta(schedule, z, x0, n, right=probdiff.forward_posterior):
 
 def twice_shrunk(function):
     """A function of a schedule, x_0 or x_n, and the step, given what is already shrunk."""
-    return lambda schedule, x, n, shrink=probdiff.vp_from_ve: function(schedule, shrink(schedule, x, n), n)
+    return lambda schedule, x, n, shrink=probdiff.chain.score.vp_from_ve: function(schedule, shrink(schedule, x, n), n)
 
 
 def one_step_more(num_steps, right=probdiff.cosine_schedule):
@@ -145,7 +145,7 @@ def mean_for_sum(schedule, x0, right=prior_kl):
     return right(schedule, x0) / x0.shape[-1]
 
 
-def weights_for_sigma(diffusion, right=probdiff.likelihood_weights):
+def weights_for_sigma(diffusion, right=probdiff.elbo.likelihood_weights):
     return right(diffusion) / diffusion.schedule.sigma
 
 
@@ -206,21 +206,21 @@ BUGS = {
         "dropped variance": (PosteriorNoise.__call__, target_without_variance),
     },
     "score matching": {
-        "σ for σ²": (probdiff.likelihood_weights, weights_for_sigma),
+        "σ for σ²": (probdiff.elbo.likelihood_weights, weights_for_sigma),
         "other weights": (WEIGHTS, "likelihood", sigma_squared_weights),
-        "sign": (probdiff.score, negated(probdiff.score)),
+        "sign": (probdiff.chain.score.score, negated(probdiff.chain.score.score)),
     },
     "scores of a mixture": {
         "shifted index": (MixtureNetwork.__call__, mixture_of_the_step_before),
-        "sign": (probdiff.score, negated(probdiff.score)),
+        "sign": (probdiff.chain.score.score, negated(probdiff.chain.score.score)),
     },
     "scores given x_0": {
-        "sign": (probdiff.vp_conditional_score, negated(probdiff.vp_conditional_score)),
-        "shifted index": (probdiff.conditional_score, shifted(probdiff.conditional_score)),
+        "sign": (probdiff.chain.score.vp_conditional_score, negated(probdiff.chain.score.vp_conditional_score)),
+        "shifted index": (probdiff.chain.score.conditional_score, shifted(probdiff.chain.score.conditional_score)),
     },
     "VE and VP coordinates": {
-        "ᾱ for its root": (probdiff.vp_from_ve, twice_shrunk(probdiff.vp_from_ve)),
-        "inverse": (probdiff.ve_from_vp, probdiff.vp_from_ve),
+        "ᾱ for its root": (probdiff.chain.score.vp_from_ve, twice_shrunk(probdiff.chain.score.vp_from_ve)),
+        "inverse": (probdiff.chain.score.ve_from_vp, probdiff.chain.score.vp_from_ve),
     },
     "probability flow": {"σ² for σ": (velocity, flow_with_variance)},
     "sandwich of log p": {
@@ -230,7 +230,7 @@ BUGS = {
     "float32 step KLs": {"difference of means": (GaussianKernel.excess, difference_of_means)},
     "units": {
         "dropped Jacobian": (probdiff.NormalLikelihood.__call__, without_jacobian),
-        "nats for bits": (probdiff.bits_per_dim, lambda nats, dim: -nats / dim),
+        "nats for bits": (probdiff.elbo.bits_per_dim, lambda nats, dim: -nats / dim),
     },
 }
 

@@ -345,7 +345,7 @@ def runs(tmp_path_factory):
         dataset = probdiff.datasets.load("moons")
         network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1)
         diffusion = probdiff.Diffusion(probdiff.log_snr_schedule(num_steps), network, dataset.likelihood())
-        run = probdiff.create_run(path, diffusion, {"data": "moons", "seed": 0})
+        run = probdiff.storage.create_run(path, diffusion, {"data": "moons", "seed": 0})
         run.save(fit=probdiff.fit(diffusion, dataset.train, iterations=20, batch_size=16, progress=False))
         paths.append(str(path))
     return paths
@@ -403,7 +403,7 @@ def test_the_command_refuses_runs_that_cannot_be_compared(runs, tmp_path, capsys
     other = tmp_path / "other"
     dataset = probdiff.datasets.load("circles")
     diffusion = probdiff.Diffusion(SCHEDULE, probdiff.MLP(2, key=jax.random.key(0), hidden=8), dataset.likelihood())
-    run = probdiff.create_run(other, diffusion, {"data": "circles", "seed": 0})
+    run = probdiff.storage.create_run(other, diffusion, {"data": "circles", "seed": 0})
     run.save(fit=probdiff.fit(diffusion, dataset.train, iterations=1, batch_size=4, progress=False))
     assert cli.main(["compare", runs[0], str(other)]) == 2
     assert "Expected the test data of" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_k_hat_of_paths_whose_tail_is_known(k):
     scale = (1 - np.sqrt((1 - beta - k) * (1 - beta))) / np.sqrt(beta)
     diffusion = probdiff.Diffusion(probdiff.NoiseSchedule.from_betas([beta]), lambda z, n: scale * z)
     x = np.zeros((12_800, 2), np.float32)
-    path = probdiff.compute_both_ways(diffusion, x, key=jax.random.key(0), num_draws=40).path
+    path = probdiff.diagnostics.compute_both_ways(diffusion, x, key=jax.random.key(0), num_draws=40).path
     log_weights = xr.DataArray(path.astype(np.float64).reshape(2000, 256), dims=["draw", "datum"])
     _, k_hat = (-log_weights).azstats.psislw(dim="draw")
     tail = np.floor(3 * np.sqrt(2000))

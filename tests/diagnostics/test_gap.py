@@ -26,7 +26,7 @@ def make(scale, oracle=ORACLE, reverse_variance="posterior"):
 
 def account(diffusion, oracle=ORACLE):
     x = oracle.sample(np.random.default_rng(0), 4000)
-    return probdiff.gap_decomposition(diffusion, oracle, x, key=jax.random.key(1)), x
+    return probdiff.diagnostics.gap_decomposition(diffusion, oracle, x, key=jax.random.key(1)), x
 
 
 def near(estimate, expected, power):
@@ -69,7 +69,7 @@ def test_the_exact_network_of_a_planar_set_leaves_nothing_to_the_network():
     dataset = probdiff.datasets.load("8gaussians")
     likelihood = dataset.likelihood()
     diffusion = probdiff.Diffusion(SCHEDULE, dataset.exact_network(SCHEDULE, likelihood), likelihood, dim=2)
-    found = probdiff.gap_decomposition(diffusion, dataset.oracle, dataset.test[:200], key=jax.random.key(0))
+    found = probdiff.diagnostics.gap_decomposition(diffusion, dataset.oracle, dataset.test[:200], key=jax.random.key(0))
     assert found.network.mean == 0 and found.gap == found.irreducible and found.gap.mean > 0
     assert "nan" not in str(found)
 
@@ -80,7 +80,7 @@ def test_a_datum_on_the_edge_of_a_box(float64):
     x = boxes.sample(np.random.default_rng(0), 10)
     x[0] = 0.2
     with jax.enable_x64(False):
-        found = probdiff.gap_decomposition(probdiff.Diffusion(SCHEDULE, boxes.network(SCHEDULE)), boxes, x, key=jax.random.key(0))
+        found = probdiff.diagnostics.gap_decomposition(probdiff.Diffusion(SCHEDULE, boxes.network(SCHEDULE)), boxes, x, key=jax.random.key(0))
     assert np.isfinite(found.gap.mean)
 
 
@@ -129,10 +129,10 @@ def test_what_is_not_usable_is_refused(arguments, message):
     diffusion = probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE))
     given = {"diffusion": diffusion, "oracle": ORACLE, "x": np.zeros((4, 2), np.float32)} | arguments
     with pytest.raises((ValueError, TypeError), match=message):
-        probdiff.gap_decomposition(given.pop("diffusion"), given.pop("oracle"), given.pop("x"), key=jax.random.key(0))
+        probdiff.diagnostics.gap_decomposition(given.pop("diffusion"), given.pop("oracle"), given.pop("x"), key=jax.random.key(0))
 
 
 def test_data_on_a_grid_are_refused():
     diffusion = probdiff.Diffusion(SCHEDULE, lambda z, n: z, probdiff.DiscretizedNormalLikelihood(3), dim=2)
     with pytest.raises(TypeError, match="diffusion.likelihood: Expected a NormalLikelihood"):
-        probdiff.gap_decomposition(diffusion, ORACLE, jnp.zeros((4, 2), int), key=jax.random.key(0))
+        probdiff.diagnostics.gap_decomposition(diffusion, ORACLE, jnp.zeros((4, 2), int), key=jax.random.key(0))

@@ -388,7 +388,7 @@ def test_what_is_learned_is_in_the_checkpoint(tmp_path):
             batch_size=16,
             learning_rate=optax.adam(1e-2),
             elbo=probdiff.ESTIMATORS["kl_combined"](diffusion)[1],
-            checkpoint=probdiff.Checkpoint(tmp_path / name),
+            checkpoint=probdiff.storage.Checkpoint(tmp_path / name),
             validate_every=10,
             progress=False,
         ).state

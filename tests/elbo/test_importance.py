@@ -45,7 +45,7 @@ def test_the_upper_bound_is_exact_where_the_guide_is(float64):
     bounds = probdiff.sandwich(diffusion, key=jax.random.key(0), num_data=50, num_particles=(1, 3))
     for values in (*bounds.lower.values(), *bounds.upper.values()):
         np.testing.assert_allclose(values, exact_log_prob(diffusion, bounds.x), rtol=1e-9)
-    assert np.all(probdiff.pareto_khat(probdiff.path_elbo(diffusion, bounds.x, key=jax.random.key(1), num_draws=50)) == -np.inf)
+    assert np.all(probdiff.pareto_khat(probdiff.elbo.path_elbo(diffusion, bounds.x, key=jax.random.key(1), num_draws=50)) == -np.inf)
 
 
 def test_data_on_a_grid(float64):
@@ -82,7 +82,7 @@ def test_iwae_agrees_with_renyi_elbo(num_particles, float64):
 def test_iwae_groups_its_paths(float64):
     """Draw s is the log mean of the weights of its own paths, not of anybody else's."""
     diffusion = make()
-    weights = probdiff.path_elbo(diffusion, X, key=jax.random.key(0), num_draws=6)
+    weights = probdiff.elbo.path_elbo(diffusion, X, key=jax.random.key(0), num_draws=6)
     values = probdiff.iwae(diffusion, X, key=jax.random.key(0), num_particles=3, num_draws=2)
     np.testing.assert_allclose(values[1], np.log(np.exp(weights[3:]).mean(0)), rtol=1e-12)
 

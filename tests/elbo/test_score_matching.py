@@ -24,11 +24,11 @@ def make(reverse_variance="posterior", scale=0.8):
 
 
 def score_errors(diffusion, noise):
-    """‖s_θ + ε/σ_n‖² by the functions of probdiff.score, shape (draw, num_steps, datum)."""
+    """‖s_θ + ε/σ_n‖² by the functions of probdiff.chain.score.score, shape (draw, num_steps, datum)."""
     errors = []
     for n, sigma in enumerate(SIGMAS, 1):
         eps = noise[:, n - 1]
-        errors.append(jnp.square(probdiff.score(diffusion, X + sigma * eps, n) + eps / sigma).sum(-1))
+        errors.append(jnp.square(probdiff.chain.score.score(diffusion, X + sigma * eps, n) + eps / sigma).sum(-1))
     return np.stack(errors, 1)
 
 
@@ -46,17 +46,17 @@ def check_equals_step_kl(reverse_variance, weights):
 
 @pytest.mark.parametrize("reverse_variance", ["posterior", "forward"])
 def test_with_likelihood_weights_each_term_is_the_step_kl(reverse_variance, float64):
-    check_equals_step_kl(reverse_variance, probdiff.likelihood_weights)
+    check_equals_step_kl(reverse_variance, probdiff.elbo.likelihood_weights)
 
 
 def test_likelihood_weights_by_the_formula_in_sigma():
     expected = SIGMAS[1:] ** 2 * (SIGMAS[1:] ** 2 / SIGMAS[:-1] ** 2 - 1) / 2
-    np.testing.assert_allclose(probdiff.likelihood_weights(make())[1:], expected, rtol=1e-10)
+    np.testing.assert_allclose(probdiff.elbo.likelihood_weights(make())[1:], expected, rtol=1e-10)
 
 
 WRONG = {
     "those of continuous time": lambda d: SIGMAS * np.gradient(SIGMAS),
-    "sigma for its square": lambda d: probdiff.likelihood_weights(d) / SIGMAS,
+    "sigma for its square": lambda d: probdiff.elbo.likelihood_weights(d) / SIGMAS,
     "the usual ones": WEIGHTS["sigma_squared"],
 }
 
@@ -82,8 +82,8 @@ def test_the_loss_has_its_closed_form(weights, steps, float64):
     diffusion = make("forward")
     own = {"own": np.array([3.0, 1.0, 0.5, 2.0, 0.1])}
     table = own[weights] if weights in own else WEIGHTS[weights](diffusion)
-    expected = (exact_losses(diffusion) * table / probdiff.likelihood_weights(diffusion)).sum()
-    objective = probdiff.ScoreMatching(diffusion, own.get(weights, weights), steps=steps)
+    expected = (exact_losses(diffusion) * table / probdiff.elbo.likelihood_weights(diffusion)).sum()
+    objective = probdiff.elbo.ScoreMatching(diffusion, own.get(weights, weights), steps=steps)
     guide = objective.guide
     if objective.initial_state:  # what is learned is measured in units of these terms
         np.testing.assert_allclose(objective._learner.weight, table / SIGMAS**2, rtol=1e-10)
@@ -113,12 +113,12 @@ def test_an_svi_fit_finds_the_score(weights, float64):
     x = 1.7 * np.random.default_rng(0).standard_normal((2000, 1))
     diffusion = probdiff.Diffusion(SCHEDULE, Slope(jnp.zeros(5)))
     optimiser = optax.adam(optax.cosine_decay_schedule(0.03, 1500))
-    svi = SVI(diffusion.model, diffusion.guide, optimiser, probdiff.ScoreMatching(diffusion, weights))
+    svi = SVI(diffusion.model, diffusion.guide, optimiser, probdiff.elbo.ScoreMatching(diffusion, weights))
     result = svi.run(jax.random.key(0), 1500, x, progress_bar=False)
     x_n = jnp.array([[-1.0], [0.7]])
     for n, sigma in enumerate(SIGMAS, 1):
         exact = -x_n / (np.mean(x**2) + sigma**2)
-        error = probdiff.score(diffusion.bind(result.params), x_n, n) - exact
+        error = probdiff.chain.score.score(diffusion.bind(result.params), x_n, n) - exact
         np.testing.assert_allclose(sigma * error, 0, atol=0.01)  # in units of the noise; a fresh network is off by up to 0.9
 
 
@@ -128,11 +128,11 @@ def test_fit_takes_it_as_its_objective():
         probdiff.geometric_schedule(10, 0.05, 8.0), probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1)
     )
     fit = probdiff.fit(
-        diffusion, data, iterations=200, elbo=probdiff.ScoreMatching(diffusion), progress=False, learning_rate=1e-2
+        diffusion, data, iterations=200, elbo=probdiff.elbo.ScoreMatching(diffusion), progress=False, learning_rate=1e-2
     )
 
     def loss(diffusion):
-        objective = probdiff.ScoreMatching(diffusion)
+        objective = probdiff.elbo.ScoreMatching(diffusion)
         return objective.loss(jax.random.key(0), {}, diffusion.model, diffusion.guide, data)
 
     assert loss(fit.diffusion) < 0.8 * loss(diffusion)

@@ -122,7 +122,7 @@ def test_discretised_data_both_ways():
     likelihood = probdiff.DiscretizedNormalLikelihood(levels=5)
     x = jnp.array([[0, 4], [2, 1], [3, 3]])
     diffusion = make(8, likelihood=likelihood)
-    both = probdiff.compute_both_ways(diffusion.bind({}), x, key=jax.random.key(0), num_draws=4000)
+    both = probdiff.diagnostics.compute_both_ways(diffusion.bind({}), x, key=jax.random.key(0), num_draws=4000)
     assert both.agree and abs(both.z) < 4.9
     assert 9.7 * both.difference[1] < 0.05 * abs(both.analytic.mean)
 
@@ -132,8 +132,8 @@ def simulated_ways(seed, shift=0.0, num_draws=8, num_data=30):
     rng = np.random.default_rng(seed)
     levels = 50 * rng.standard_normal(num_data)
     kl, reconstruction, path = rng.standard_normal((3, num_draws, num_data)) * np.array([0.6, 0.8, 2.0])[:, None, None]
-    terms = probdiff.ELBOTerms(np.ones(num_data), kl[:, None], levels + shift + 1 + reconstruction)
-    return probdiff.TwoWays(terms, levels + path)
+    terms = probdiff.elbo.ELBOTerms(np.ones(num_data), kl[:, None], levels + shift + 1 + reconstruction)
+    return probdiff.diagnostics.TwoWays(terms, levels + path)
 
 
 def noise_of_the_means(*draws):
@@ -169,5 +169,5 @@ def test_two_ways_disagree_beyond_three_monte_carlo_errors_however_much_the_data
 @pytest.mark.parametrize("shift", [0, 1])
 def test_without_any_noise_two_ways_agree_if_they_are_equal(shift):
     levels = np.arange(6.0)[None].repeat(2, 0)
-    both = probdiff.TwoWays(probdiff.ELBOTerms(np.zeros(6), np.zeros((2, 0, 6)), levels + shift), levels)
+    both = probdiff.diagnostics.TwoWays(probdiff.elbo.ELBOTerms(np.zeros(6), np.zeros((2, 0, 6)), levels + shift), levels)
     assert both.difference == (shift, 0) and both.agree is (shift == 0)

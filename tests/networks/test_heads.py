@@ -36,12 +36,12 @@ def tilted(z, n):
 
 
 def categorical(logits=independent, kernel=None, **kwargs):
-    head = probdiff.CategoricalHead(logits, LEVELS)
+    head = probdiff.networks.CategoricalHead(logits, LEVELS)
     return probdiff.Diffusion(SCHEDULE, head, probdiff.DiscretizedNormalLikelihood(LEVELS), dim=2, kernel=kernel, **kwargs)
 
 
 def mixture(logits=independent):
-    return categorical(logits, probdiff.MixtureKernel(LEVELS))
+    return categorical(logits, probdiff.chain.MixtureKernel(LEVELS))
 
 
 @pytest.mark.parametrize("n", [1, 3, N])
@@ -51,9 +51,9 @@ def test_a_head_gives_back_the_noise(n, float64):
     signal, noise = np.sqrt(SCHEDULE.alpha_bar[n - 1]), np.sqrt(1 - SCHEDULE.alpha_bar[n - 1])
     x0_hat = (z - noise * eps_hat) / signal
     outputs = {
-        probdiff.X0Head: x0_hat,
-        probdiff.VHead: signal * eps_hat - noise * x0_hat,
-        probdiff.DensityHead: eps_hat / (1 - SCHEDULE.alpha_bar[n - 1]) ** 0.25,
+        probdiff.networks.X0Head: x0_hat,
+        probdiff.networks.VHead: signal * eps_hat - noise * x0_hat,
+        probdiff.networks.DensityHead: eps_hat / (1 - SCHEDULE.alpha_bar[n - 1]) ** 0.25,
     }
     for head, output in outputs.items():
         diffusion = probdiff.Diffusion(SCHEDULE, head(lambda z, n, output=output: output))
@@ -77,9 +77,9 @@ def test_the_categorical_head_is_the_score_of_the_mixture(n, float64):
     np.testing.assert_allclose(categorical().network(z, jnp.full(6, n)), expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("head", [probdiff.X0Head, probdiff.VHead, probdiff.DensityHead, probdiff.CategoricalHead])
+@pytest.mark.parametrize("head", [probdiff.networks.X0Head, probdiff.networks.VHead, probdiff.networks.DensityHead, probdiff.networks.CategoricalHead])
 def test_a_head_is_trained_and_told_the_schedule(head):
-    outputs = LEVELS if head is probdiff.CategoricalHead else None
+    outputs = LEVELS if head is probdiff.networks.CategoricalHead else None
     network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.5, outputs=outputs)
     head = head(network, LEVELS) if outputs else head(network)
     diffusion = probdiff.Diffusion(SCHEDULE, head, probdiff.DiscretizedNormalLikelihood(LEVELS))
@@ -173,7 +173,7 @@ def test_mixture_samples_are_levels():
     counts = np.stack([np.bincount(np.asarray(drawn[:, i]), minlength=LEVELS) for i in range(2)])
     # (The chain starts from N(0, I) for q(z_N): a difference of well below 0.02 here.)
     assert np.abs(counts / 20_000 - PRIOR).max() < 0.03
-    ancestral = probdiff.ancestral(mixture(), key=jax.random.key(1), num_samples=100)
+    ancestral = probdiff.samplers.ancestral(mixture(), key=jax.random.key(1), num_samples=100)
     assert ancestral.shape == (100, 2) and set(np.unique(ancestral)) <= set(range(LEVELS))
 
 
@@ -186,12 +186,12 @@ def test_mixture_terms_do_not_depend_on_the_chunks():
 
 
 def test_conv_net(tmp_path):
-    network = probdiff.ConvNet((3, 4), key=jax.random.key(0), channels=6, num_blocks=1, dropout=0.5, outputs=5)
-    diffusion = probdiff.Diffusion(SCHEDULE, probdiff.CategoricalHead(network, 5), probdiff.DiscretizedNormalLikelihood(5))
+    network = probdiff.networks.ConvNet((3, 4), key=jax.random.key(0), channels=6, num_blocks=1, dropout=0.5, outputs=5)
+    diffusion = probdiff.Diffusion(SCHEDULE, probdiff.networks.CategoricalHead(network, 5), probdiff.DiscretizedNormalLikelihood(5))
     x = np.tile(np.random.default_rng(0).integers(0, 5, (2, 12)), (16, 1))
     fit = probdiff.fit(diffusion, x, iterations=100, batch_size=16, learning_rate=2e-2, progress=False)
     assert fit.losses[-10:].mean() < 0.8 * fit.losses[:5].mean()
-    run = probdiff.create_run(tmp_path / "run", diffusion)
+    run = probdiff.storage.create_run(tmp_path / "run", diffusion)
     run.save(fit=fit)
     back = probdiff.open_run(run.path).diffusion
     z, n = jax.random.normal(jax.random.key(1), (2, 7, 12)), jnp.full((2, 7), 3)
@@ -201,7 +201,7 @@ def test_conv_net(tmp_path):
     few = [[back.network(many[i, j : j + 50], n[i, j : j + 50]) for j in (0, 50)] for i in range(3)]
     np.testing.assert_allclose(back.network(many, n), np.array(few).reshape(3, 100, 12), rtol=1e-4, atol=1e-5)
     # One convolution reaches the neighbours, the whole network two blocks of two: nothing is mixed up between pixels.
-    first = probdiff.ConvNet((3, 9), key=jax.random.key(0), channels=6, num_blocks=1)
+    first = probdiff.networks.ConvNet((3, 9), key=jax.random.key(0), channels=6, num_blocks=1)
     first = jax.tree.map(lambda leaf: leaf + 0.1 if isinstance(leaf, jax.Array) else leaf, first)
     moved = jax.jacobian(lambda z: first(z, jnp.ones((), jnp.int32)))(jax.random.normal(jax.random.key(2), (27,)))
     reach = np.abs(np.asarray(moved)).reshape(3, 9, 3, 9).max((0, 2)) > 1e-9
@@ -211,10 +211,10 @@ def test_conv_net(tmp_path):
 
 def test_a_run_with_a_mixture_kernel_comes_back(tmp_path):
     network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, outputs=LEVELS)
-    head = probdiff.CategoricalHead(network, LEVELS)
-    diffusion = probdiff.Diffusion(SCHEDULE, head, probdiff.DiscretizedNormalLikelihood(LEVELS), kernel=probdiff.MixtureKernel(LEVELS))
+    head = probdiff.networks.CategoricalHead(network, LEVELS)
+    diffusion = probdiff.Diffusion(SCHEDULE, head, probdiff.DiscretizedNormalLikelihood(LEVELS), kernel=probdiff.chain.MixtureKernel(LEVELS))
     fit = probdiff.fit(diffusion, X, iterations=5, batch_size=4, progress=False)
-    run = probdiff.create_run(tmp_path / "run", diffusion)
+    run = probdiff.storage.create_run(tmp_path / "run", diffusion)
     run.save(fit=fit)
     terms, back = (probdiff.elbo_terms(d, X, key=jax.random.key(0)) for d in (fit.diffusion, probdiff.open_run(run.path).diffusion))
     np.testing.assert_array_equal(terms.elbo, back.elbo)

@@ -62,7 +62,7 @@ def test_an_ensemble_is_the_mean_of_its_networks():
     own = [awake(probdiff.MLP(2, key=jax.random.key(seed), hidden=8, dropout=0.5)) for seed in (0, 1)]
     schedule, x = probdiff.cosine_schedule(6), jax.random.normal(jax.random.key(2), (5, 2))
     models = [probdiff.Diffusion(schedule, network, dim=2).bind({}) for network in (*own, lambda z, n: z)]
-    together = probdiff.Diffusion(schedule, probdiff.Ensemble([*own, lambda z, n: z])).bind({})
+    together = probdiff.Diffusion(schedule, probdiff.networks.Ensemble([*own, lambda z, n: z])).bind({})
     n = jnp.full(5, 3)
     expected = np.mean([model.network(x, n) for model in models], 0)
     np.testing.assert_allclose(together.network(x, n), expected, rtol=1e-5)
@@ -73,4 +73,4 @@ def test_an_ensemble_is_the_mean_of_its_networks():
     other = probdiff.MLP(3, key=jax.random.key(0))
     for networks, got in (([], r"\[\]"), ([1], "1"), ([own[0], other], r"dimensions \[2, 3\]")):
         with pytest.raises(ValueError, match=f"networks: Expected .*{got}"):
-            probdiff.Ensemble(networks)
+            probdiff.networks.Ensemble(networks)

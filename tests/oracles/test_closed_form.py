@@ -178,4 +178,4 @@ def test_bits_per_dim_and_units(float64):
     np.testing.assert_allclose(after.step_kl, before.step_kl, rtol=1e-8)
     exact = exact_terms(moved, y)["elbo"]
     np.testing.assert_allclose(exact, exact_terms(base, X)["elbo"] - np.log(10) - np.log(0.1), rtol=1e-10)
-    assert probdiff.bits_per_dim(-64 * np.log(2) * 2.5, 64) == pytest.approx(2.5, rel=1e-12)
+    assert probdiff.elbo.bits_per_dim(-64 * np.log(2) * 2.5, 64) == pytest.approx(2.5, rel=1e-12)

@@ -24,9 +24,9 @@ def diffusion(num_steps, **kwargs):
 
 
 def mixture():
-    network = probdiff.CategoricalHead(lambda z, n: jnp.sin(z[..., None] * jnp.arange(3)), 3)
+    network = probdiff.networks.CategoricalHead(lambda z, n: jnp.sin(z[..., None] * jnp.arange(3)), 3)
     schedule, likelihood = probdiff.log_snr_schedule(4, 4.0, -2.0), probdiff.DiscretizedNormalLikelihood(3)
-    return probdiff.Diffusion(schedule, network, likelihood, dim=2, kernel=probdiff.MixtureKernel(3))
+    return probdiff.Diffusion(schedule, network, likelihood, dim=2, kernel=probdiff.chain.MixtureKernel(3))
 
 
 MODELS = {
@@ -50,7 +50,7 @@ def joint(program, path, x, **kwargs):
 def test_the_densities_of_a_path_are_those_of_the_scanned_programs(name, float64):
     """Step by step for the model, in all for the guides; also as a minibatch."""
     model, x = MODELS[name](), data_of(MODELS[name]())
-    programs, kwargs = probdiff.ParallelPrograms(model), {"num_data": 7}
+    programs, kwargs = probdiff.programs.ParallelPrograms(model), {"num_data": 7}
     path = jax.random.normal(jax.random.key(1), (model.schedule.num_steps, 3, 2))
     expected = joint(model.posterior_guide, path, x, **kwargs)
     for guide in (programs.guide, programs.posterior_guide):
@@ -66,7 +66,7 @@ def test_the_densities_of_a_path_are_those_of_the_scanned_programs(name, float64
 def test_either_encoding_can_be_the_guide_of_the_other(name, float64):
     """Trace_ELBO on the path of the one guide, with either model; and its gradient."""
     model, x = MODELS[name](), data_of(MODELS[name]())
-    programs = probdiff.ParallelPrograms(model)
+    programs = probdiff.programs.ParallelPrograms(model)
     for guide in (model.guide, model.posterior_guide, programs.guide, programs.posterior_guide):
         losses = [Trace_ELBO().loss(jax.random.key(3), {}, program, guide, x) for program in (model.model, programs.model)]
         np.testing.assert_allclose(*losses, rtol=1e-10)
@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_the_scanned_programs(float64, patched):
     schedule = probdiff.log_snr_schedule(7, 4.0, -2.0)
     model = probdiff.Diffusion(schedule, probdiff.MLP(2, key=jax.random.key(0), hidden=4, num_blocks=1))
     params = {"diffusion$params": jax.tree.map(lambda a: a + 0.1, model.trainable())}
-    programs = probdiff.ParallelPrograms(model)
+    programs = probdiff.programs.ParallelPrograms(model)
     path = jax.random.normal(jax.random.key(1), (7, 3, 2))
 
     def gradient(program):
@@ -93,7 +93,7 @@ def test_paths_are_those_of_the_forward_chain(float64):
     """Mean and covariance over steps, in closed form: Cov(z_m, z_n) = √(ᾱ_n/ᾱ_m) (1 − ᾱ_m) for m ≤ n."""
     model, size = diffusion(6), 200_000
     x0 = jnp.broadcast_to(X[:1], (size, 2))
-    path = np.asarray(probdiff.ForwardChain(model.schedule, x0).sample(jax.random.key(0)))[::-1]
+    path = np.asarray(probdiff.programs.ForwardChain(model.schedule, x0).sample(jax.random.key(0)))[::-1]
     signal, variance = model.schedule.signal_scale, model.schedule.one_minus_alpha_bar
     centred = path - signal[:, None, None] * X[0]
     assert_mean(centred.transpose(1, 0, 2), 0.0)
@@ -107,14 +107,14 @@ def test_paths_are_those_of_the_forward_chain(float64):
 def test_a_long_chain_does_not_overflow():
     """At N = 10 000 √ᾱ_N underflows float32, by which a cumulative sum would divide."""
     schedule = probdiff.NoiseSchedule.from_betas(np.full(10_000, 0.03))
-    path = jax.jit(probdiff.ForwardChain(schedule, jnp.ones((2, 1))).sample)(jax.random.key(0))
+    path = jax.jit(probdiff.programs.ForwardChain(schedule, jnp.ones((2, 1))).sample)(jax.random.key(0))
     assert np.isfinite(path).all() and abs(float(path[:5000].std()) - 1) < 0.05
 
 
 def test_samples_of_the_reverse_chain_are_those_of_the_model(float64):
     """Mean and covariance of x and of z_1, against the linear-Gaussian model's in closed form by the scanned programs' own recursion."""
     model, size = diffusion(6), 100_000
-    programs = probdiff.ParallelPrograms(model)
+    programs = probdiff.programs.ParallelPrograms(model)
     drawn = [
         handlers.trace(handlers.seed(program, key)).get_trace(None, num_data=size)
         for program, key in ((programs.model, 0), (model.model, 1))
@@ -131,7 +131,7 @@ def test_samples_of_the_reverse_chain_are_those_of_the_model(float64):
 def test_under_the_handlers(guide, float64):
     """seed, trace, substitute, condition, replay, scale and Predictive, of both guides and the model."""
     model = diffusion(4)
-    programs = probdiff.ParallelPrograms(model)
+    programs = probdiff.programs.ParallelPrograms(model)
     chosen = getattr(programs, guide)
     trace = handlers.trace(handlers.seed(chosen, 0)).get_trace(X)
     path = trace["z"]["value"]
@@ -154,13 +154,13 @@ def test_svi_fits_it_and_the_estimators_agree():
     """With dropout, a minibatch and two particles; Trace_ELBO and TraceMeanField_ELBO, which has no KL of chains, are one number."""
     network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.2)
     model = probdiff.Diffusion(probdiff.log_snr_schedule(6, 4.0, -2.0), network)
-    programs, x = probdiff.ParallelPrograms(model), X.astype(np.float32)
+    programs, x = probdiff.programs.ParallelPrograms(model), X.astype(np.float32)
     svi = SVI(programs.model, programs.guide, optax.adam(1e-2), Trace_ELBO(num_particles=2))
     result = svi.run(jax.random.key(1), 60, x, num_data=30, progress_bar=False)
     assert np.mean(result.losses[-10:]) < np.mean(result.losses[:10])
     fitted = model.bind(result.params)
     assert not np.array_equal(fitted.network.write.weight, network.write.weight)
-    bound = probdiff.ParallelPrograms(fitted)
+    bound = probdiff.programs.ParallelPrograms(fitted)
     losses = [
         jax.jit(lambda key, elbo=elbo: elbo.loss(key, {}, bound.model, bound.guide, x))(jax.random.key(2))
         for elbo in (Trace_ELBO(), TraceMeanField_ELBO())
@@ -170,11 +170,11 @@ def test_svi_fits_it_and_the_estimators_agree():
 
 def test_what_it_refuses():
     with pytest.raises(TypeError, match="diffusion: Expected"):
-        probdiff.ParallelPrograms("digits")
-    programs = probdiff.ParallelPrograms(diffusion(3))
+        probdiff.programs.ParallelPrograms("digits")
+    programs = probdiff.programs.ParallelPrograms(diffusion(3))
     with pytest.raises(ValueError, match="shape"):
         handlers.seed(programs.model, 0)(X[0])
     with pytest.raises(ValueError, match="x: Expected data"):
         handlers.seed(programs.guide, 0)(None)
     with pytest.raises(ValueError, match="z: Expected shape"):
-        probdiff.ForwardChain(diffusion(3).schedule, jnp.zeros((2, 2))).log_prob(jnp.zeros((4, 2, 2)))
+        probdiff.programs.ForwardChain(diffusion(3).schedule, jnp.zeros((2, 2))).log_prob(jnp.zeros((4, 2, 2)))

@@ -34,7 +34,7 @@ def make(network=None, num_steps=6):
 
 
 def fitted_run(path, diffusion, **config):
-    run = probdiff.create_run(path, diffusion, config)
+    run = probdiff.storage.create_run(path, diffusion, config)
     fit = probdiff.fit(diffusion, X, iterations=20, batch_size=16, checkpoint=run.checkpoint, progress=False)
     terms = probdiff.elbo_terms(fit.diffusion, X[:9], key=jax.random.key(0), num_draws=3)
     run.save(fit=fit, terms=terms)
@@ -83,7 +83,7 @@ def test_discretised_run_comes_back(tmp_path):
         probdiff.MLP(2, key=jax.random.key(0), hidden=8),
         probdiff.DiscretizedNormalLikelihood(levels=7),
     )
-    run = probdiff.create_run(tmp_path / "run", diffusion)
+    run = probdiff.storage.create_run(tmp_path / "run", diffusion)
     assert probdiff.open_run(run.path).untrained.likelihood == diffusion.likelihood
     with pytest.raises(FileNotFoundError, match="Expected a finished run"):
         _ = run.diffusion
@@ -107,17 +107,17 @@ def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="out: Expected a new folder"):
-        probdiff.create_run(tmp_path / "run", make())
+        probdiff.storage.create_run(tmp_path / "run", make())
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="out: Expected a new folder"):
-        probdiff.create_run(tmp_path / "file", make())
+        probdiff.storage.create_run(tmp_path / "file", make())
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     (tmp_path / "moons-1").mkdir()
     assert runs.next_free("moons", tmp_path) == tmp_path / "moons-2"
 
 
 def resume(path, diffusion=None, iterations=20):
-    checkpoint = probdiff.Checkpoint(path)
+    checkpoint = probdiff.storage.Checkpoint(path)
     return probdiff.fit(
         diffusion or make(), X, iterations=iterations, batch_size=16, validate_every=10, checkpoint=checkpoint, progress=False
     )
