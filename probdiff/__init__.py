@@ -1,47 +1,65 @@
 """Denoising diffusion models as pairs of NumPyro programs, with the bound computed two ways.
 
-Names and namespaces are imported when they are first asked for, so that ``import probdiff`` and ``probdiff --help`` need no JAX.
+Every name is imported when it is first asked for, so that ``import probdiff`` is quick and Ctrl-C is heard meanwhile.
 """
 
 import importlib
 
 __version__ = "0.2.0.dev0"
 
-_NAMESPACES = {
-    **{
-        name: f"probdiff.{name}"
-        for name in (
-            "chain cli datasets diagnostics elbo flow likelihoods networks oracles presets programs samplers storage training".split()
-        )
-    },
-    "plots": "probdiff.diagnostics.plots",
-}
+# The everyday names, by the module that has them. What else there is, is in the namespaces.
 _NAMES = {
-    name: f"probdiff.{module}"
-    for module, names in {
-        "chain": "LearnedSchedule NoiseSchedule cosine_schedule geometric_schedule linear_schedule log_snr_schedule "
-        "forward_marginal forward_posterior forward_step",
-        "diffusion": "Diffusion",
-        "likelihoods": "DiscretizedNormalLikelihood NormalLikelihood",
-        "networks": "MLP",
-        "elbo": "AnalyticELBO ESTIMATORS elbo_terms iwae pareto_khat sandwich",
-        "flow": "flow_likelihood",
-        "training": "fit",
-        "diagnostics": "to_datatree",
-        "diagnostics.compare_estimators": "compare_estimators",
-        "diagnostics.compare_models": "compare_models",
-        "storage": "open_run",
-    }.items()
-    for name in names.split()
+    "chain.forward": ["forward_marginal", "forward_posterior", "forward_step"],
+    "chain.schedules": [
+        "LearnedSchedule",
+        "NoiseSchedule",
+        "cosine_schedule",
+        "geometric_schedule",
+        "linear_schedule",
+        "log_snr_schedule",
+    ],
+    "diagnostics.compare_estimators": ["compare_estimators"],
+    "diagnostics.compare_models": ["compare_models"],
+    "diagnostics.datatree": ["to_datatree"],
+    "diffusion": ["Diffusion"],
+    "elbo.analytic": ["AnalyticELBO"],
+    "elbo.estimators": ["ESTIMATORS"],
+    "elbo.importance": ["iwae", "pareto_khat", "sandwich"],
+    "elbo.terms": ["elbo_terms"],
+    "flow": ["flow_likelihood"],
+    "likelihoods": ["DiscretizedNormalLikelihood", "NormalLikelihood"],
+    "networks.mlp": ["MLP"],
+    "storage.run": ["open_run"],
+    "training": ["fit"],
 }
-__all__ = [*_NAMES, *_NAMESPACES, "__version__"]
+# The namespaces, by the module that each is.
+_NAMESPACES = {
+    "chain": "chain",
+    "cli": "cli",
+    "datasets": "datasets",
+    "diagnostics": "diagnostics",
+    "elbo": "elbo",
+    "flow": "flow",
+    "likelihoods": "likelihoods",
+    "networks": "networks",
+    "oracles": "oracles",
+    "plots": "diagnostics.plots",
+    "presets": "presets",
+    "programs": "programs",
+    "samplers": "samplers",
+    "storage": "storage",
+    "training": "training",
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted([*_MODULE_OF, *_NAMESPACES])
 
 
 def __getattr__(name):
     if name in _NAMESPACES:
-        value = importlib.import_module(_NAMESPACES[name])
-    elif name in _NAMES:
-        value = getattr(importlib.import_module(_NAMES[name]), name)
+        value = importlib.import_module(f"{__name__}.{_NAMESPACES[name]}")
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -49,4 +67,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted(__all__)
+    return [*__all__, "__version__"]
