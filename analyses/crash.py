@@ -62,7 +62,7 @@ def done(path):
     """Iterations that the checkpoint has done; where the fit has not come so far, nothing."""
     run = probdiff.open_run(path)
     assert run.untrained.schedule.num_steps == 5
-    run.checkpoint.check()
+    run.checkpoint.require_intact()
     return len(probdiff.storage.load_arrays(run.checkpoint.path)["losses"]) if run.checkpoint.exists() else None
 
 

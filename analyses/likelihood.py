@@ -175,7 +175,7 @@ def learned_shape(model, first, last):
     start = probdiff.LearnedSchedule(N, first, last)
     start = eqx.tree_at(lambda s: (s.start, s.log_range), start, (np.asarray(start.start), np.asarray(start.log_range)))
     diffusion = probdiff.Diffusion(start, constants(model.network), model.likelihood)
-    objective = probdiff.AnalyticELBO(diffusion, "uniform", shape="variance")
+    objective = probdiff.AnalyticELBO(diffusion, "uniform", schedule_loss="variance")
     svi = SVI(diffusion.model, objective.guide, optax.adam(0.05), objective)
     train = jnp.asarray(digits.train)
 

@@ -53,7 +53,7 @@ MATHEMATICS = [
     ("v_1 is β̃_1", "GaussianKernel.variance",
      "beta[:1]",
      "posterior[:1]", "closed_form"),
-    ("½ missing in the step KL", "GaussianKernel.weight",
+    ("½ missing in the step KL", "GaussianKernel.kl_weight",
      "2 * schedule.alpha",
      "schedule.alpha", "closed_form"),
     ("log-variance missing in the step KL", "GaussianKernel.constant",
@@ -102,7 +102,7 @@ MODEL = [
     ("the noise for its root in a head", "DensityHead.__call__",
      "jnp.sqrt(noise)",
      "noise", "heads"),
-    ("the SNR gained at another step", "MixtureKernel.shortfall",
+    ("the SNR gained at another step", "MixtureKernel.excess",
      "snr[:-1]",
      "snr[1:]", "heads"),
     ("the schedule of the guide is not trained", "Diffusion.guide_schedule",
@@ -157,7 +157,7 @@ PARALLEL = [
      "self.steps[:-1, 0]",
      "self.steps[1:, 0]", "parallel"),
     ("the whole batch on each device", "_Loop._updates",
-     "spread(data[self._rows(key, iteration)], self.mesh)",
+     "shard(data[self._rows(key, iteration)], self.mesh)",
      "data[self._rows(key, iteration)]", "sharding"),
 ]  # fmt: skip
 

@@ -27,7 +27,7 @@ from probdiff.diagnostics.agreement import TwoWays, compute_both_ways
 from probdiff.diagnostics.compare_estimators import compare_estimators
 from probdiff.diagnostics.compare_models import compare_models
 from probdiff.diagnostics.datatree import to_datatree
-from probdiff.diagnostics.gap import ledger
+from probdiff.diagnostics.gap import gap_decomposition
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.estimators import ESTIMATORS

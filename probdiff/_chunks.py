@@ -9,7 +9,7 @@ from probdiff._checks import is_trainable
 HIDDEN_VALUES = 2**19
 
 
-def rows_at_once(network):
+def inputs_at_once(network):
     """How many inputs of a network to evaluate at a time: its hidden layers then stay in the cache of a processor.
 
     Taken from the longest side of its weights. On an accelerator, which wants as many as there are, 65 536.
@@ -54,7 +54,7 @@ def filled(function, size, largest, out):
 
 @eqx.filter_custom_vjp
 def sum_in_chunks(diffusion, rows, chunk):
-    """:func:`sum_rows`, ``chunk`` rows at a time.
+    """:func:`sum_terms`, ``chunk`` rows at a time.
 
     Where it is differentiated, each chunk's gradient is taken along with its value and added up: the cost is that of
     one pass back and forth, and memory does not grow with the number of rows.

@@ -39,7 +39,7 @@ def data_mesh(devices):
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def on_each(tree, mesh):
+def replicate(tree, mesh):
     """The arrays of a tree on every device of the mesh."""
     if mesh is None:
         return tree
@@ -64,15 +64,15 @@ def _is_key(array):
     return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
-def at_home(tree, mesh):
+def to_default_device(tree, mesh):
     """The arrays of a tree, there on every device of the mesh, on JAX's default device (that of each process)."""
     if mesh is None:
         return tree
     arrays, rest = eqx.partition(tree, eqx.is_array)
-    return eqx.combine(jax.tree.map(_at_home, arrays), rest)
+    return eqx.combine(jax.tree.map(_to_default_device, arrays), rest)
 
 
-def _at_home(array):
+def _to_default_device(array):
     if not isinstance(array, jax.Array):
         return array
     own = array.addressable_data(0)
@@ -81,12 +81,12 @@ def _at_home(array):
     return jnp.asarray(np.asarray(own))
 
 
-def spread(array, mesh):
+def shard(array, mesh):
     """In a compiled function: an array cut along its first axis, a part for each device."""
     return array if mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
-def gathered(tree, mesh):
+def gather(tree, mesh):
     """In a compiled function: the arrays of a tree put together again on every device."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 

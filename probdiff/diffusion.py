@@ -16,7 +16,7 @@ from probdiff._checks import is_concrete, is_trainable, require, require_type
 from probdiff.chain.reverse import GaussianKernel, MixtureKernel
 from probdiff.chain.schedules import LearnedSchedule, NoiseSchedule, at_step, require_schedule
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
-from probdiff.networks.base import predict_levels, predict_noise, takes_key, told
+from probdiff.networks.base import predict_levels, predict_noise, takes_key, with_schedule
 from probdiff.programs import scan
 from probdiff.programs.sites import PARAMS, AbstractDiffusion
 
@@ -64,7 +64,7 @@ class Diffusion(AbstractDiffusion):
         own_dim = getattr(network, "dim", None)
         require(dim is None or own_dim in (None, dim), "dim", f"{own_dim}, the network's", dim)
         self.schedule = schedule
-        self.network = told(network, schedule)
+        self.network = with_schedule(network, schedule)
         self.likelihood = likelihood
         self.dim = own_dim if dim is None else dim
         self.kernel = GaussianKernel(reverse_variance, schedule, self.dim) if kernel is None else kernel
@@ -124,8 +124,8 @@ class Diffusion(AbstractDiffusion):
             eps: Noise, shape ``(*batch, datum, dim)``.
             key: For the network's dropout while training.
         """
-        signal = at_step(self.schedule.signal, n, x0.dtype)
-        noise = at_step(self.schedule.noise, n, x0.dtype)
+        signal = at_step(self.schedule.signal_scale, n, x0.dtype)
+        noise = at_step(self.schedule.noise_scale, n, x0.dtype)
         z = signal[..., None] * x0 + noise[..., None] * eps
         return z, self.predict(z, n, key)
 
@@ -183,7 +183,7 @@ class Diffusion(AbstractDiffusion):
         """This model with everything but its parameters replaced by None: the value of its ``param`` site."""
         learned = jax.tree.leaves(eqx.filter(self.schedule, is_trainable))
         # The network looks up the schedule, too, but has no parameters of it.
-        own = eqx.tree_at(lambda d: d.network, self, told(self.network, None)) if learned else self
+        own = eqx.tree_at(lambda d: d.network, self, with_schedule(self.network, None)) if learned else self
         return eqx.filter(own, is_trainable)
 
     def with_param_site(self):
@@ -209,19 +209,19 @@ class Diffusion(AbstractDiffusion):
         """This model with other parameters, shaped like :meth:`trainable`."""
         if isinstance(self.schedule, NoiseSchedule):
             return eqx.combine(params, self)
-        untold = eqx.tree_at(lambda d: d.network, self, told(self.network, None))
+        untold = eqx.tree_at(lambda d: d.network, self, with_schedule(self.network, None))
         other = eqx.combine(params, untold)
         return other._on_schedule(other.schedule)
 
     def _on_schedule(self, schedule):
-        return eqx.tree_at(lambda d: (d.schedule, d.network), self, (schedule, told(self.network, schedule)))
+        return eqx.tree_at(lambda d: (d.schedule, d.network), self, (schedule, with_schedule(self.network, schedule)))
 
     def training_key(self, x):
         """A key for the network's ``key=``, drawn from the ``seed`` handler; None when not training on data."""
         wanted = self.training and x is not None and takes_key(self.network)
         return numpyro.prng_key() if wanted else None
 
-    def check(self, x):
+    def check_data(self, x):
         """Refuse data of the wrong shape or kind.
 
         Raises:
@@ -232,18 +232,18 @@ class Diffusion(AbstractDiffusion):
         require(len(x.shape) == 2, "x", f"shape (datum, {self.dim or 'dim'})", f"shape {tuple(x.shape)}")
         require(x.shape[0] > 0, "x", "at least one datum", f"shape {tuple(x.shape)}")
         require(self.dim in (None, x.shape[1]), "x", f"shape (datum, {self.dim})", f"shape {tuple(x.shape)}")
-        self.likelihood.check(x)
+        self.likelihood.check_data(x)
 
     def encode(self, x):
         """The number of data, and the data as the chain sees them, shape ``(datum, dim)``; they are checked first."""
         require(x is not None, "x", "data: the guide needs x", "None")
-        self.check(x)
+        self.check_data(x)
         return len(x), self.likelihood.encode(x)
 
     def data_shape(self, x, num_data):
         """The shape ``(datum, dim)`` of the data, or of what is to be drawn."""
         if x is not None:
-            self.check(x)
+            self.check_data(x)
             return x.shape
         require(num_data is not None, "num_data", "the number of data to draw, since x is None", "None")
         require(

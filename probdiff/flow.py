@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_finite, require_key, require_type
-from probdiff._chunks import even_chunk, rows_at_once
+from probdiff._chunks import even_chunk, inputs_at_once
 from probdiff.chain.forward import forward_marginal, prior_kl
 from probdiff.diffusion import Diffusion
 
@@ -176,7 +176,7 @@ def _flow(diffusion, eps, base, z, key, num_probes, rtol, atol, progress):
     else:
         directions, scale = jax.random.rademacher(key, (size, num_probes, dim), z.dtype), 1 / num_probes
     ends = tuple(diffusion.schedule.log_snr[[0, -1]].tolist())
-    block = even_chunk(size, max(1, rows_at_once(diffusion.network) // directions.shape[1]))
+    block = even_chunk(size, max(1, inputs_at_once(diffusion.network) // directions.shape[1]))
     log_prob, counts = [], []
     with tqdm(total=size, unit="datum", desc="flow", disable=not progress) as bar:
         for start in range(0, size, block):
@@ -262,7 +262,7 @@ def flow_likelihood(
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated()
-    diffusion.check(x)
+    diffusion.check_data(x)
     require_count("num_draws", num_draws)
     require_key(key)
     _check_probes(key, num_probes)

@@ -54,7 +54,7 @@ class NormalLikelihood:
         Raises:
             ValueError: If a column is constant, or the data are not finite; TypeError if they are not floats.
         """
-        cls().check(x)
+        cls().check_data(x)
         x = np.asarray(x, np.float64)
         scale = x.std(0)
         constant = np.flatnonzero(~(scale > 1e-12 * np.abs(x).max(0)))
@@ -62,7 +62,7 @@ class NormalLikelihood:
             require(False, "x", "columns that vary", f"a constant column {constant[0]} ({len(x)} rows)")
         return cls(x.mean(0), scale)
 
-    def check(self, x):
+    def check_data(self, x):
         """Refuse data that this likelihood does not take: anything but finite floats."""
         dtype = np.dtype(x.dtype)
         require(
@@ -84,7 +84,7 @@ class NormalLikelihood:
 
     def encode(self, x):
         r"""Data to the chain, :math:`x_0 = (x - loc) / scale`, shape ``(*batch, dim)``."""
-        self.check(x)
+        self.check_data(x)
         x = jnp.asarray(x, jnp.zeros(()).dtype)
         return (x - jnp.asarray(self.loc, x.dtype)) / jnp.asarray(self.scale, x.dtype)
 
@@ -122,7 +122,7 @@ class DiscretizedNormalLikelihood:
         require(self.levels >= 2, "levels", "at least 2", self.levels)
         require(self.levels <= MOST_LEVELS, "levels", f"at most {MOST_LEVELS}, as float32 tells apart", self.levels)
 
-    def check(self, x):
+    def check_data(self, x):
         """Refuse data that this likelihood does not take: anything but integers 0 … levels − 1."""
         dtype = np.dtype(x.dtype)
         require(
@@ -141,7 +141,7 @@ class DiscretizedNormalLikelihood:
 
     def encode(self, x):
         r"""Levels to the chain, :math:`x_0 = 2x/(L-1) - 1`, shape ``(*batch, dim)``."""
-        self.check(x)
+        self.check_data(x)
         x = jnp.asarray(x)
         return x.astype(jnp.zeros(()).dtype) * (2 / (self.levels - 1)) - 1
 

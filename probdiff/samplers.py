@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
 from probdiff._chunks import even_chunk
-from probdiff._sharding import data_mesh, gathered, on_each, spread
+from probdiff._sharding import data_mesh, gather, replicate, shard
 from probdiff.chain.schedules import at_step
 from probdiff.chain.score import score, vp_from_ve
 from probdiff.diffusion import Diffusion
@@ -232,7 +232,7 @@ def _draw(one, diffusion, arguments, key, num_samples, evaluations, devices, pro
     require_count("num_samples", num_samples)
     require_key(key)
     mesh = data_mesh(devices)
-    diffusion, arguments, key = on_each((diffusion, arguments, key), mesh)
+    diffusion, arguments, key = replicate((diffusion, arguments, key), mesh)
     batch = even_chunk(num_samples, max(64, EVALUATIONS // evaluations))
     samples = []
     with tqdm(total=num_samples, unit="sample", desc=one.__name__.strip("_"), disable=not progress) as bar:
@@ -244,5 +244,5 @@ def _draw(one, diffusion, arguments, key, num_samples, evaluations, devices, pro
 
 @eqx.filter_jit
 def _draw_batch(one, diffusion, arguments, key, numbers, mesh):
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, spread(numbers, mesh))
-    return gathered(jax.vmap(lambda key: one(diffusion, key, *arguments))(keys), mesh)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, shard(numbers, mesh))
+    return gather(jax.vmap(lambda key: one(diffusion, key, *arguments))(keys), mesh)

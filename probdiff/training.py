@@ -18,7 +18,7 @@ from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
-from probdiff._sharding import at_home, data_mesh, gathered, on_each, spread
+from probdiff._sharding import data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.variances import OptimalVariance
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
@@ -70,7 +70,7 @@ class FitState(NamedTuple):
         best_bound: Their bound on the validation data, nats per datum (−inf before the first validation).
         losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update
             was skipped. As the minibatch follows from its key and the iteration, this is the position in the data, too.
-        validation: Rows of (iteration, bound on the validation data in nats per datum).
+        validation: SampledTerms of (iteration, bound on the validation data in nats per datum).
         settings: What was asked for, by name: a resumed fit must be asked for the same.
     """
 
@@ -90,7 +90,7 @@ class Fit(NamedTuple):
         diffusion: The trained Diffusion: the averaged parameters; with validation data, the best of them.
         losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update was
             skipped, because the loss or a gradient was not finite.
-        validation: Rows of (iteration, bound on the validation data in nats per datum).
+        validation: SampledTerms of (iteration, bound on the validation data in nats per datum).
         state: The :class:`FitState`, from which the fit can go on.
     """
 
@@ -173,7 +173,7 @@ def fit(
         TypeError,
     )
     for split in (data,) if validation is None else (data, validation):
-        diffusion.check(split)
+        diffusion.check_data(split)
     require(
         jax.tree.leaves(diffusion.trainable()),
         "diffusion",
@@ -204,8 +204,8 @@ def fit(
     for name, value in settings.items():
         saved = state.settings[name]
         require(saved == value, name, f"{saved}, as in the fit that the checkpoint is of", value)
-    state = on_each(state, mesh)
-    validation = None if validation is None else on_each(jnp.asarray(validation), mesh)
+    state = replicate(state, mesh)
+    validation = None if validation is None else replicate(jnp.asarray(validation), mesh)
     saved = len(state.losses)
     quiet = not (progress and first_process)
     with tqdm(total=iterations, initial=saved, unit="it", disable=quiet, mininterval=0.5) as bar:
@@ -216,15 +216,15 @@ def fit(
                 due = stop % validate_every == 0 or stop == iterations
                 state = loop.validate(new, validation) if due and validation is not None else new
                 if due:
-                    save(at_home(state, mesh))
+                    save(to_default_device(state, mesh))
                     saved = stop
                 bar.set_postfix_str(_describe(diffusion, state), refresh=False)
                 bar.update(stop - done)
         except (KeyboardInterrupt, FloatingPointError):
             if len(state.losses) > saved:
-                save(at_home(state, mesh))
+                save(to_default_device(state, mesh))
             raise
-    state = at_home(state, mesh)
+    state = to_default_device(state, mesh)
     fitted = diffusion.bind(state.best if len(state.validation) else loop.averaged(state.svi))
     if isinstance(getattr(diffusion.kernel, "log_ratio", None), OptimalVariance):
         size = min(len(data), max(2, VARIANCE_ROWS // diffusion.schedule.num_steps))
@@ -280,7 +280,7 @@ class _Loop:
 
     def __init__(self, diffusion, data, batch_size, optimiser, elbo, mesh):
         self.diffusion, self.batch_size, self.mesh = diffusion, batch_size, mesh
-        self.data = on_each(jnp.asarray(data), mesh)
+        self.data = replicate(jnp.asarray(data), mesh)
         elbo = AnalyticELBO(diffusion, steps="stratified_importance") if elbo is None else elbo
         guide = elbo.guide if isinstance(elbo, StepObjective) else diffusion.posterior_guide
         model, guide = (handlers.scale(program, scale=1 / batch_size) for program in (diffusion.model, guide))
@@ -308,7 +308,7 @@ class _Loop:
         are not."""
 
         def update(old, iteration):
-            return self.svi.update(old, spread(data[self._rows(key, iteration)], self.mesh))
+            return self.svi.update(old, shard(data[self._rows(key, iteration)], self.mesh))
 
         def update_if_finite(old, iteration):
             new, loss = update(old, iteration)
@@ -324,7 +324,7 @@ class _Loop:
         # The number of updates is a value and not a shape, so that no other number is compiled again.
         new, losses = jax.lax.fori_loop(0, count, body, (svi_state, jnp.zeros(CHUNK)))
         good = guarded or _all_finite(losses, new.optim_state, new.mutable_state)
-        return gathered((new, losses, jnp.asarray(good)), self.mesh)
+        return gather((new, losses, jnp.asarray(good)), self.mesh)
 
     def advance(self, state, count):
         """The state after ``count`` updates more.

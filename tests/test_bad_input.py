@@ -284,7 +284,7 @@ CALLS = {
         TypeError,
         "diffusion: Expected a Diffusion; got MLP",
     ),
-    "no oracle": (lambda: probdiff.ledger(NORMAL, None, X, key=KEY), TypeError, "oracle: Expected a distribution"),
+    "no oracle": (lambda: probdiff.gap_decomposition(NORMAL, None, X, key=KEY), TypeError, "oracle: Expected a distribution"),
     "both ways of nan": (
         lambda: probdiff.compute_both_ways(NORMAL, NAN, key=KEY, num_draws=2),
         ValueError,
@@ -316,9 +316,9 @@ CALLS = {
         "log_snr: Expected finite numbers that decrease with the step; got 2.0 at step n = 2",
     ),
     "a shape to learn of a fixed schedule": (
-        lambda: probdiff.AnalyticELBO(NORMAL, "uniform", shape="variance"),
+        lambda: probdiff.AnalyticELBO(NORMAL, "uniform", schedule_loss="variance"),
         ValueError,
-        "shape: Expected a LearnedSchedule and one step a datum",
+        "schedule_loss: Expected a LearnedSchedule and one step a datum",
     ),
     "a head on nothing": (lambda: probdiff.X0Head(3), TypeError, "network: Expected a callable network"),
     "a head on another shape": (

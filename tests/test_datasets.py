@@ -77,7 +77,7 @@ def test_files(tmp_path, suffix, kind):
     rows = np.concatenate([data.train, data.validation, data.test])
     np.testing.assert_allclose(np.sort(rows, 0), np.sort(array, 0), rtol=1e-6)
     assert data.levels == (6 if kind is np.int64 else None)
-    data.likelihood().check(data.train)
+    data.likelihood().check_data(data.train)
 
 
 def test_data_are_standardised_by_the_training_split(tmp_path):

@@ -22,7 +22,7 @@ FIGURES = {
     "_to_base": lambda: probdiff.flow_log_prob(MODEL, X),
     "_draw_batch": lambda: probdiff.ddim(MODEL, key=KEY, num_samples=2),
     "_squared_error": lambda: probdiff.optimal_variance(MODEL, X, key=KEY).kernel.log_ratio.squared_error,
-    "_network_cost": lambda: probdiff.ledger(MODEL, ORACLE, X, key=KEY).network_per_step,
+    "_network_cost": lambda: probdiff.gap_decomposition(MODEL, ORACLE, X, key=KEY).network_per_step,
 }
 
 

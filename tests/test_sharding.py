@@ -72,7 +72,7 @@ def test_the_work_is_shared():
     """A quarter of the arithmetic on each of four devices, for an update and for the terms of the bound."""
     code = """if True:
         import jax, jax.numpy as jnp, probdiff
-        from probdiff._sharding import data_mesh, on_each
+        from probdiff._sharding import data_mesh, replicate
         from probdiff.elbo.terms import _evaluate
         from probdiff.training import _Loop, _optimiser
         network = probdiff.MLP(8, key=jax.random.key(0), hidden=64, num_blocks=2)
@@ -80,9 +80,9 @@ def test_the_work_is_shared():
         def flops(devices):
             mesh = data_mesh(devices)
             loop = _Loop(model, x, 256, _optimiser(1e-3, 10, 0.9), None, mesh)
-            state = on_each(loop.init(jax.random.key(0), {}), mesh)
+            state = replicate(loop.init(jax.random.key(0), {}), mesh)
             update = loop._advance.lower(state.svi, loop.data, state.keys[0], 0, 10, False).compile()
-            given = on_each((model.bind({}), x, jax.random.key(0), jnp.arange(2)), mesh)
+            given = replicate((model.bind({}), x, jax.random.key(0), jnp.arange(2)), mesh)
             terms = _evaluate.lower(*given, None, mesh).compile().compiled
             return [compiled.cost_analysis()["flops"] for compiled in (update, terms)]
         for one, four in zip(flops(None), flops(4)):

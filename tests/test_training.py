@@ -49,10 +49,10 @@ def test_a_fit_reaches_the_best_bound_and_does_not_pass_it():
         fit.diffusion.schedule, oracle.network(fit.diffusion.schedule), fit.diffusion.likelihood, "forward"
     )
     terms = probdiff.elbo_terms(fit.diffusion, x, key=jax.random.key(3), num_draws=40, reduce=True)
-    shortfall = exact_terms(best, x)["elbo"] - np.asarray(terms.elbo.mean)
+    excess = exact_terms(best, x)["elbo"] - np.asarray(terms.elbo.mean)
     error = np.sqrt(np.sum(terms.elbo.variance) / 40) / len(x)
     assert error < 0.005
-    assert -4.9 * error < shortfall.mean() < 0.05
+    assert -4.9 * error < excess.mean() < 0.05
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO(), TraceMeanField_ELBO(), None])
@@ -255,7 +255,7 @@ def test_the_optimal_variances_are_those_of_the_result_on_many_data():
 
     def variances(weight, x):
         square = np.square(np.asarray(x, np.float64)).mean()
-        error = (1 - weight * schedule.noise) ** 2 + weight**2 * schedule.alpha_bar * square
+        error = (1 - weight * schedule.noise_scale) ** 2 + weight**2 * schedule.alpha_bar * square
         return schedule.posterior_variance + schedule.beta**2 / (schedule.alpha * schedule.one_minus_alpha_bar) * error
 
     found = np.asarray(fit.diffusion.kernel.variance(schedule))[1:]

@@ -3,6 +3,7 @@
 Nothing here knows a network: a reverse kernel is given its prediction. Imports only the checks.
 """
 
+from probdiff.chain import score
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step, prior_kl
 from probdiff.chain.reverse import GaussianKernel, MixtureKernel
 from probdiff.chain.schedules import (
@@ -27,4 +28,5 @@ __all__ = [
     "linear_schedule",
     "log_snr_schedule",
     "prior_kl",
+    "score",
 ]

@@ -85,5 +85,5 @@ def forward_posterior(schedule, z, x0, n):
 def prior_kl(schedule, x0):
     r"""KL of :math:`q(z_N | x_0)` to N(0, I), in nats, shape ``batch`` for ``x0`` of shape ``(*batch, dim)``."""
     alpha_bar = schedule.alpha_bar[-1]
-    constant = -alpha_bar - 2 * array_module(schedule.noise).log(schedule.noise[-1:])[0]
+    constant = -alpha_bar - 2 * array_module(schedule.noise_scale).log(schedule.noise_scale[-1:])[0]
     return (jnp.asarray(alpha_bar, x0.dtype) * jnp.square(x0).sum(-1) + x0.shape[-1] * constant) / 2

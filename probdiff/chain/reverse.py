@@ -3,7 +3,7 @@ r"""The reverse kernels :math:`p_\theta(z_{n-1} | z_n)`: what the model makes of
 What a kernel is to the programs: ``prior``, the distribution of :math:`z_N`; ``prediction``, whether it wants the network's ``"noise"``
 or its probabilities of ``"levels"``; a call with that, which gives the distribution of :math:`z_{n-1}`; and ``observation``, what the
 last of these says of the data. To the analytic bound: the KL of step n is ``constants``, known exactly,
-plus ``shortfall``, which depends on the prediction; ``weight`` is about what a squared error of the noise costs.
+plus ``excess``, which depends on the prediction; ``kl_weight`` is about what a squared error of the noise costs.
 
 The mixture kernel is for data on a grid: every level that is still possible has a Gaussian of its own,
 
@@ -89,7 +89,7 @@ class GaussianKernel(eqx.Module):
             n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
         """
         require_step(n, 1, schedule.num_steps)
-        per_eps = at_step(schedule.beta / schedule.noise, n, z.dtype)
+        per_eps = at_step(schedule.beta / schedule.noise_scale, n, z.dtype)
         per_z = at_step(schedule.alpha**-0.5, n, z.dtype)
         loc = per_z[..., None] * (z - per_eps[..., None] * eps_hat)
         scale = jnp.sqrt(at_dims(self.variance(schedule), n, z.dtype))
@@ -99,7 +99,7 @@ class GaussianKernel(eqx.Module):
         """The distribution of the data, given that of the last reverse step."""
         return likelihood(last.base_dist.loc, last.base_dist.scale)
 
-    def ceiling(self, schedule, likelihood, x, x0):
+    def noise_free_reconstruction(self, schedule, likelihood, x, x0):
         """The reconstruction if the noise were known, log p(x | x_0, v_1), shape ``(datum,)``."""
         return likelihood(x0, at_step(schedule.beta**0.5, 1, x0.dtype)).log_prob(x)
 
@@ -126,9 +126,9 @@ class GaussianKernel(eqx.Module):
         """
         require_step(n, 2, schedule.num_steps)
         constant = at_step(self.constants(schedule, eps.shape[-1]), n, eps.dtype)
-        return weighted_error(self.weight(schedule), n, NoiseMoments(eps, 0.0), eps_hat) + constant
+        return weighted_error(self.kl_weight(schedule), n, NoiseMoments(eps, 0.0), eps_hat) + constant
 
-    def shortfall(self, schedule, x0, noise, z, eps_hat, n, more):
+    def excess(self, schedule, x0, noise, z, eps_hat, n, extra_noise):
         """What the KL of step n is above :meth:`constants`, shape ``batch``: the error of the noise, weighted.
 
         Args:
@@ -138,11 +138,11 @@ class GaussianKernel(eqx.Module):
             z: :math:`z_n`, same shape (not needed here).
             eps_hat: The network's prediction.
             n: Step; what is given for n = 1 is the error in the density of :math:`x_0`.
-            more: A function that gives noise shaped like ``x0``, for a kernel that has to sample (not needed here).
+            extra_noise: A function that gives noise shaped like ``x0``, for a kernel that has to sample (not needed here).
         """
-        return weighted_error(self.weight(schedule), n, noise, eps_hat)
+        return weighted_error(self.kl_weight(schedule), n, noise, eps_hat)
 
-    def weight(self, schedule):
+    def kl_weight(self, schedule):
         r"""The table :math:`w_n`, shape ``(num_steps,)`` or, by dimension, ``(num_steps, dim)``.
 
         At n = 1 it weighs the squared error in the log-density of x_0: :math:`w_1 = 1 / (2 \alpha_1)`.
@@ -152,7 +152,7 @@ class GaussianKernel(eqx.Module):
         return _columns(factor, variance) / variance
 
     def constant(self, schedule):
-        """The KL per dimension of a step whose noise is predicted exactly (0 at n = 1), shaped like :meth:`weight`."""
+        """The KL per dimension of a step whose noise is predicted exactly (0 at n = 1), shaped like :meth:`kl_weight`."""
         xp, log_ratio = self._log_ratio(schedule)
         return (xp.expm1(-log_ratio) + log_ratio) / 2
 
@@ -214,7 +214,7 @@ class MixtureKernel(eqx.Module):
         """
         require_step(n, 1, schedule.num_steps)
         xp = array_module(schedule.beta)
-        previous_signal = xp.concatenate([xp.ones(1), schedule.signal[:-1]])
+        previous_signal = xp.concatenate([xp.ones(1), schedule.signal_scale[:-1]])
         variance = xp.concatenate([schedule.beta[:1], schedule.posterior_variance[1:]])
         tables = (
             previous_signal * schedule.beta / schedule.one_minus_alpha_bar,
@@ -229,11 +229,11 @@ class MixtureKernel(eqx.Module):
         """The distribution of the data: each level with its probability, independent over the dimensions."""
         return dist.Categorical(logits=last.base_dist.mixing_distribution.logits).to_event(1)
 
-    def ceiling(self, schedule, likelihood, x, x0):
+    def noise_free_reconstruction(self, schedule, likelihood, x, x0):
         """The reconstruction if the level were known: 0, shape ``(datum,)``."""
         return jnp.zeros(len(x0), x0.dtype)
 
-    def shortfall(self, schedule, x0, noise, z, log_probabilities, n, more):
+    def excess(self, schedule, x0, noise, z, log_probabilities, n, extra_noise):
         r"""An unbiased sample of the KL of step n, shape ``batch``; it may be negative.
 
         Given z_n, to see z_{n−1} is to see x_0 once more, with precision SNR_{n−1} − SNR_n. So with ξ the noise of
@@ -247,19 +247,19 @@ class MixtureKernel(eqx.Module):
             z: Not needed here.
             log_probabilities: log p(v | z_n) of every level, the network's prediction, shape ``(*z.shape, levels)``.
             n: Step, 2 ≤ n ≤ N; an entry for n = 1 means nothing.
-            more: A function that gives ξ, shaped like ``x0``.
+            extra_noise: A function that gives ξ, shaped like ``x0``.
         """
         xp = array_module(schedule.log_snr)
         snr = xp.exp(schedule.log_snr)
         gained = snr[:-1] * -xp.expm1(schedule.log_snr[1:] - schedule.log_snr[:-1])
         root = at_step(xp.concatenate([xp.zeros(1), gained]) ** 0.5, n, x0.dtype)[..., None, None]
         offset = root * (x0[..., None] - self._grid(x0.dtype))
-        xi = more()[..., None]
+        xi = extra_noise()[..., None]
         return -jax.nn.logsumexp(log_probabilities - offset * (xi + offset / 2), -1).sum(-1)
 
-    def weight(self, schedule):
+    def kl_weight(self, schedule):
         r"""About what a squared error of the noise costs: that of Gaussian steps, shape ``(num_steps,)``."""
-        return GaussianKernel("posterior").weight(schedule)
+        return GaussianKernel("posterior").kl_weight(schedule)
 
     def constants(self, schedule, dim):
         """Zeros: a network that knows the level leaves no KL."""

@@ -34,7 +34,7 @@ class NoiseSchedule:
         alpha: :math:`\alpha_n = 1 - \beta_n`.
         alpha_bar: :math:`\bar\alpha_n`, the squared signal coefficient of :math:`q(z_n | x_0)`.
         one_minus_alpha_bar: :math:`1 - \bar\alpha_n`, the variance of :math:`q(z_n | x_0)`.
-        signal, noise: :math:`\sqrt{\bar\alpha_n}` and :math:`\sqrt{1-\bar\alpha_n}`, what multiplies the data and the noise in z_n.
+        signal_scale, noise_scale: :math:`\sqrt{\bar\alpha_n}` and :math:`\sqrt{1-\bar\alpha_n}`, what multiplies the data and the noise in z_n.
         log_snr: :math:`\log \bar\alpha_n / (1 - \bar\alpha_n)`.
         sigma: :math:`\sigma_n = \sqrt{(1-\bar\alpha_n)/\bar\alpha_n}`, increasing: noise per signal, the standard deviation of
             the same noising in variance-exploding coordinates, :math:`x_n = z_n / \sqrt{\bar\alpha_n}`
@@ -51,8 +51,8 @@ class NoiseSchedule:
         self.alpha = 1 - beta
         self.alpha_bar = np.exp(log_alpha_bar)
         self.one_minus_alpha_bar = -np.expm1(log_alpha_bar)
-        self.signal = np.exp(log_alpha_bar / 2)
-        self.noise = np.sqrt(self.one_minus_alpha_bar)
+        self.signal_scale = np.exp(log_alpha_bar / 2)
+        self.noise_scale = np.sqrt(self.one_minus_alpha_bar)
         self.log_snr = log_alpha_bar - np.log(self.one_minus_alpha_bar)
         self.sigma = np.exp(-self.log_snr / 2)
         previous = np.concatenate([[0.0], self.one_minus_alpha_bar[:-1]])
@@ -271,8 +271,8 @@ class ScheduleTables(eqx.Module):
     alpha: jax.Array
     alpha_bar: jax.Array
     one_minus_alpha_bar: jax.Array
-    signal: jax.Array
-    noise: jax.Array
+    signal_scale: jax.Array
+    noise_scale: jax.Array
     log_snr: jax.Array
     sigma: jax.Array
     posterior_variance: jax.Array
@@ -291,7 +291,7 @@ class LearnedSchedule(eqx.Module):
     with respect to the parameters. :meth:`fixed` makes a ``NoiseSchedule`` of it, which is what evaluations use.
 
     With many steps the bound hardly depends on the shape, but the variance of a one-step estimate does:
-    see ``AnalyticELBO(…, shape="variance")``. Source: Kingma et al. (2021), arXiv:2107.00630, section 4 and appendix H.
+    see ``AnalyticELBO(…, schedule_loss="variance")``. Source: Kingma et al. (2021), arXiv:2107.00630, section 4 and appendix H.
 
     Args:
         num_steps: N, at least 2.
@@ -301,12 +301,12 @@ class LearnedSchedule(eqx.Module):
     Attributes:
         start: Log-SNR after the first step.
         log_range: Log of how far it falls.
-        shape: Logits of the shares of the pieces.
+        logits: Logits of the shares of the pieces.
     """
 
     start: jax.Array
     log_range: jax.Array
-    shape: jax.Array
+    logits: jax.Array
     num_steps: int = eqx.field(static=True)
     ends: tuple = eqx.field(static=True)
 
@@ -321,7 +321,7 @@ class LearnedSchedule(eqx.Module):
         )
         self.start = jnp.asarray(float(log_snr_max))
         self.log_range = jnp.asarray(float(np.log(log_snr_max - log_snr_min)))
-        self.shape = jnp.zeros(min(KNOTS, num_steps - 1))
+        self.logits = jnp.zeros(min(KNOTS, num_steps - 1))
         self.num_steps = int(num_steps)
         self.ends = float(log_snr_max), float(log_snr_min)
 
@@ -332,8 +332,8 @@ class LearnedSchedule(eqx.Module):
 
     def tables(self):
         """The :class:`ScheduleTables`, from differences of log-SNR in working precision."""
-        pieces = len(self.shape)
-        share = (1 - EVEN_SHARE) * jax.nn.softmax(self.shape) + EVEN_SHARE / pieces
+        pieces = len(self.logits)
+        share = (1 - EVEN_SHARE) * jax.nn.softmax(self.logits) + EVEN_SHARE / pieces
         covered = np.clip(np.linspace(0, pieces, self.num_steps)[:, None] - np.arange(pieces), 0, 1)
         # How far the log-SNR has fallen at each step, and since the step before: two products, as a difference would cancel.
         fallen, fall = (
@@ -350,8 +350,8 @@ class LearnedSchedule(eqx.Module):
             alpha=jnp.exp(jnp.diff(log_alpha_bar, prepend=jnp.zeros_like(log_snr[:1]))),
             alpha_bar=jnp.exp(log_alpha_bar),
             one_minus_alpha_bar=noise,
-            signal=jnp.exp(log_alpha_bar / 2),
-            noise=jnp.exp(log_noise / 2),
+            signal_scale=jnp.exp(log_alpha_bar / 2),
+            noise_scale=jnp.exp(log_noise / 2),
             log_snr=log_snr,
             sigma=jnp.exp(-log_snr / 2),
             posterior_variance=jnp.concatenate([jnp.zeros_like(noise[:1]), lost * noise[:-1]]),

@@ -21,7 +21,7 @@ Vincent (2011), doi:10.1162/NECO_a_00142.
 
 import jax.numpy as jnp
 
-from probdiff._checks import require_step
+from probdiff._checks import require, require_step
 from probdiff.chain.forward import isotropic_normal
 from probdiff.chain.schedules import at_step, require_schedule
 
@@ -121,6 +121,8 @@ def score(diffusion, x_n, n):
     Returns:
         Shape ``(*batch, dim)``. In VP coordinates the score is this divided by :math:`\sqrt{\bar\alpha_n}`.
     """
+    known = hasattr(diffusion, "evaluated")  # (the class of a Diffusion is not known to the chain)
+    require(known, "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
     diffusion = diffusion.evaluated()
     eps_hat = diffusion.predict_noise(vp_from_ve(diffusion.schedule, x_n, n), n)
     return score_from_eps(diffusion.schedule, eps_hat, n)
@@ -131,11 +133,11 @@ def _sigma(schedule):
 
 
 def _signal(schedule):
-    return schedule.signal
+    return schedule.signal_scale
 
 
 def _noise(schedule):
-    return schedule.noise
+    return schedule.noise_scale
 
 
 def _at(schedule, table, n, like):

@@ -33,7 +33,7 @@ class ForwardVariance:
 
     def __call__(self, schedule):
         r"""log((1−ᾱ_n)/(1−ᾱ_{n−1}))."""
-        log_noise = 2 * array_module(schedule.noise).log(schedule.noise)
+        log_noise = 2 * array_module(schedule.noise_scale).log(schedule.noise_scale)
         return array_module(log_noise).concatenate([0 * log_noise[:1], log_noise[1:] - log_noise[:-1]])
 
 
@@ -79,7 +79,7 @@ class OptimalVariance(eqx.Module):
 
     def __call__(self, schedule):
         """Shape ``(num_steps,)``."""
-        factor = schedule.beta[1:] / (schedule.alpha[1:] * schedule.noise[:-1] ** 2)
+        factor = schedule.beta[1:] / (schedule.alpha[1:] * schedule.noise_scale[:-1] ** 2)
         known = jax.lax.stop_gradient(self.squared_error)
         return jnp.concatenate([jnp.zeros_like(known[:1]), jnp.log1p(jnp.asarray(factor, known.dtype) * known[1:])])
 

@@ -162,7 +162,7 @@ def _fit(arguments):
     devices = _usage(_check_devices, arguments)
     run, dataset, options = _usage(_prepare, given, arguments, first)
     diffusion = _usage(getattr, run, "untrained")
-    _usage(run.checkpoint.check)
+    _usage(run.checkpoint.require_intact)
     if first:
         print(
             f"probdiff: {dataset.name}, {len(dataset.train)} training items of {dataset.dim} dimensions, "
@@ -315,7 +315,7 @@ def _prepare(given, arguments, first):
     options = {"data": name} | presets.default_options(dataset) | given
     diffusion = presets.default_diffusion(dataset, options["num_steps"], options["seed"])
     for split in (dataset.train, dataset.validation, dataset.test):
-        diffusion.check(split)
+        diffusion.check_data(split)
     path = arguments.out or runs.next_free(dataset.name)
     if first:
         runs.create_run(path, diffusion, options)
@@ -352,7 +352,7 @@ def _draw_figures(run, diffusion, dataset):
 
 def _inspect(arguments):
     import probdiff
-    from probdiff.diagnostics.inspection import inspect_terms
+    from probdiff.diagnostics.datatree import inspect_terms
     from probdiff.diagnostics.report import format_table
 
     run = _usage(probdiff.open_run, arguments.run)
@@ -385,9 +385,9 @@ def _account(run, diffusion, dataset):
     from probdiff.diagnostics import plots
 
     x = dataset.test[: max(100, LEDGER_ROWS // diffusion.schedule.num_steps)]
-    account = probdiff.ledger(diffusion, dataset.oracle, x, key=jax.random.key(0), progress=True)
+    account = probdiff.gap_decomposition(diffusion, dataset.oracle, x, key=jax.random.key(0), progress=True)
     title = f"{dataset.name}, N = {diffusion.schedule.num_steps}, {len(x)} test data"
-    plots.plot_ledger(account, title).savefig(run.figures / "ledger.png")
+    plots.plot_gap(account, title).savefig(run.figures / "ledger.png")
     return account
 
 

@@ -1,1 +1,23 @@
-"""What a fitted model is told about: agreement, comparisons, the gap, DataTrees and figures."""
+"""What can be said of a fitted model: whether two ways agree, comparisons, the gap taken apart, DataTrees for ArviZ, and figures.
+
+Imports the bound and what it stands on. ``compare_estimators`` and ``compare_models`` are modules here; the functions are
+``probdiff.compare_estimators`` and ``probdiff.compare_models``.
+"""
+
+from probdiff.diagnostics.agreement import TwoWays, compute_both_ways
+from probdiff.diagnostics.compare_estimators import EstimatorComparison
+from probdiff.diagnostics.compare_models import ModelComparison
+from probdiff.diagnostics.datatree import from_datatree, inspect_terms, to_datatree
+from probdiff.diagnostics.gap import GapDecomposition, gap_decomposition
+
+__all__ = [
+    "EstimatorComparison",
+    "GapDecomposition",
+    "ModelComparison",
+    "TwoWays",
+    "compute_both_ways",
+    "from_datatree",
+    "gap_decomposition",
+    "inspect_terms",
+    "to_datatree",
+]

@@ -16,8 +16,8 @@ from scipy import special
 from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
-from probdiff._chunks import rows_at_once
-from probdiff._sharding import data_mesh, gathered, on_each, spread
+from probdiff._chunks import inputs_at_once
+from probdiff._sharding import data_mesh, gather, replicate, shard
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.estimators import ESTIMATORS
@@ -161,13 +161,13 @@ def compare_estimators(diffusion, x, *, key, num_draws=200, estimators=None, dev
         ValueError, TypeError: If the data do not suit the model, a name is unknown, or ``num_draws`` is less than 2.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion.check(x)
+    diffusion.check_data(x)
     require_count("num_draws", num_draws)
     require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
     require_key(key)
     names = check_names(ESTIMATORS if estimators is None else estimators)
     mesh = data_mesh(devices)
-    diffusion, x, key = on_each((diffusion, jnp.asarray(x), key), mesh)
+    diffusion, x, key = replicate((diffusion, jnp.asarray(x), key), mesh)
     draw_key, learn_key, direction_key = jax.random.split(key, 3)
     size = sum(leaf.size for leaf in jax.tree.leaves(diffusion.trainable()))
     directions = jax.random.normal(direction_key, (DIRECTIONS, size)) / np.sqrt(max(1, size))
@@ -199,7 +199,7 @@ def _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions, mes
     learned = _learn(diffusion, *by_value, x, learn_key)
     rows = evaluations * len(x)
     # A path goes through the network step by step, the terms of the analytic bound as many at a time as fit.
-    at_once = min(rows, rows_at_once(diffusion.network)) if isinstance(elbo, StepObjective) else len(x)
+    at_once = min(rows, inputs_at_once(diffusion.network)) if isinstance(elbo, StepObjective) else len(x)
     together = max(1, ROWS_AT_ONCE // at_once)
     value = functools.partial(_value, diffusion, *by_value, x, learned)
     more = min(MORE_DRAWS, max(1, diffusion.schedule.num_steps // evaluations))
@@ -278,10 +278,10 @@ def _in_blocks(function, keys, together, rows, mesh):
 
     def several(total, keys):
         def add(total, keys):
-            kept, added = jax.vmap(function)(spread(keys, mesh))
+            kept, added = jax.vmap(function)(shard(keys, mesh))
             return jax.tree.map(lambda a, b: a + b.sum(0), total, added), kept
 
-        return gathered(jax.lax.scan(add, total, keys), mesh)
+        return gather(jax.lax.scan(add, total, keys), mesh)
 
     total = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, keys[0])[1])
     compiled = jax.jit(several).lower(total, calls[0]).compile()

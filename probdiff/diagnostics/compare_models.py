@@ -75,7 +75,7 @@ def compare_models(models, x, *, key, num_draws=4, progress=False):
     require(len(x) >= 2, "x", "at least two data", len(x))
     for name, diffusion in models.items():
         require_type(str(name), diffusion, Diffusion)
-        diffusion.check(x)
+        diffusion.check_data(x)
     moments = {
         name: elbo_terms(diffusion, x, key=key, num_draws=num_draws, reduce=True, progress=progress).elbo
         for name, diffusion in models.items()

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from probdiff._checks import require, require_key, require_type
-from probdiff._chunks import rows_at_once
+from probdiff._chunks import inputs_at_once
 from probdiff.chain.schedules import at_dims
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
@@ -29,8 +29,8 @@ BLOCK_ROWS = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
-class Ledger:
-    """The result of :func:`ledger`. Prints as a table; everything in nats per datum.
+class GapDecomposition:
+    """The result of :func:`gap_decomposition`. Prints as a table; everything in nats per datum.
 
     Attributes:
         entropy: Differential entropy of the data and its (numerical) error.
@@ -64,18 +64,18 @@ class Ledger:
 
     def plot(self):
         """A figure: what the network adds at each step, and its running sum."""
-        from probdiff.diagnostics.plots import plot_ledger
+        from probdiff.diagnostics.plots import plot_gap
 
-        return plot_ledger(self)
+        return plot_gap(self)
 
     def __str__(self):
         """The account as a table."""
-        from probdiff.diagnostics.report import format_ledger
+        from probdiff.diagnostics.report import format_gap
 
-        return format_ledger(self)
+        return format_gap(self)
 
 
-def ledger(diffusion, oracle, x, *, key, progress=False):
+def gap_decomposition(diffusion, oracle, x, *, key, progress=False):
     """Account for the bound of a model on data whose distribution is known.
 
     Args:
@@ -86,7 +86,7 @@ def ledger(diffusion, oracle, x, *, key, progress=False):
         progress: Show progress bars.
 
     Returns:
-        A :class:`Ledger`.
+        A :class:`GapDecomposition`.
 
     Raises:
         ValueError, TypeError: If the data do not suit the model, the model has another likelihood, or the oracle has no
@@ -99,7 +99,7 @@ def ledger(diffusion, oracle, x, *, key, progress=False):
     known = all(hasattr(oracle, name) for name in ("log_prob", "entropy", "standardized"))
     require(known, "oracle", "a distribution out of probdiff.oracles", type(oracle).__name__, TypeError)
     diffusion = diffusion.evaluated()
-    diffusion.check(x)
+    diffusion.check_data(x)
     require(len(x) >= 2, "x", "at least two data", len(x))
     require_key(key)
     require(oracle.dim == x.shape[1], "oracle", f"{x.shape[1]} dimensions, as the data have", oracle.dim)
@@ -113,7 +113,7 @@ def ledger(diffusion, oracle, x, *, key, progress=False):
     x = jnp.asarray(x)
     gap, irreducible = (log_p - _bound(d, x, bound_key, progress) for d in (diffusion, exact))
     added = np.asarray(_network_cost(diffusion, exact, x, network_key), np.float64)
-    return Ledger(
+    return GapDecomposition(
         entropy=oracle.entropy(),
         gap=Estimate.of(gap),
         irreducible=Estimate.of(irreducible),
@@ -145,7 +145,7 @@ def _bound(diffusion, x, key, progress):
 def _network_cost(diffusion, exact, x, key):
     """w_n ‖ε̂ − ε*‖² at one z_n for each step and datum, shape ``(num_steps, datum)``."""
     x0 = diffusion.likelihood.encode(x)
-    weight = diffusion.kernel.weight(diffusion.schedule)
+    weight = diffusion.kernel.kl_weight(diffusion.schedule)
 
     def one(n):
         eps = jax.random.normal(jax.random.fold_in(key, n), x0.shape, x0.dtype)
@@ -153,4 +153,4 @@ def _network_cost(diffusion, exact, x, key):
         return (at_dims(weight, n, x0.dtype) * jnp.square(eps_hat - exact.predict_noise(z, n))).sum(-1)
 
     steps = jnp.arange(1, diffusion.schedule.num_steps + 1)
-    return jax.lax.map(one, steps, batch_size=max(1, rows_at_once(diffusion.network) // len(x)))
+    return jax.lax.map(one, steps, batch_size=max(1, inputs_at_once(diffusion.network) // len(x)))

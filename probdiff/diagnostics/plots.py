@@ -18,7 +18,7 @@ def plot_loss(losses, validation, title=""):
 
     Args:
         losses: Negative bound of each iteration, nats per datum, shape ``(iteration,)``; NaN is not drawn.
-        validation: Rows of (iteration, bound in nats per datum); may be empty.
+        validation: SampledTerms of (iteration, bound in nats per datum); may be empty.
         title: Title of the figure.
     """
     figure, (axes,) = _figure()
@@ -138,11 +138,11 @@ def plot_estimators(table, num_items, title=""):
     return figure
 
 
-def plot_ledger(ledger, title=""):
+def plot_gap(ledger, title=""):
     """What the network adds to the gap of the bound: at each step, and summed from the first step on.
 
     Args:
-        ledger: A :class:`~probdiff.diagnostics.gap.Ledger`.
+        ledger: A :class:`~probdiff.diagnostics.gap.GapDecomposition`.
         title: Title of the figure.
     """
     figure, (left, right) = _figure(2, width=10.0)

@@ -227,8 +227,8 @@ def format_models(comparison):
     return "\n".join([*lines, "difference: what the best model has more, paired item by item"])
 
 
-def format_ledger(ledger):
-    """A :class:`~probdiff.diagnostics.gap.Ledger` as text."""
+def format_gap(ledger):
+    """A :class:`~probdiff.diagnostics.gap.GapDecomposition` as text."""
     entropy, entropy_error = ledger.entropy
     elbo = -entropy - ledger.gap.mean
     rows = [

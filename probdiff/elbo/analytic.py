@@ -1,14 +1,14 @@
-r"""The bound as a ceiling, known exactly, minus what the network falls short of it at every step.
+r"""The bound as that of a network that knows the noise, minus the excess of every step over it.
 
 A network that knew the noise, :math:`\hat\epsilon = \epsilon`, would attain
 
-    ceiling(x) = − prior KL − Σ_{n≥2} d · constant_n + log p(x | x_0, v_1),
+    noise_free_bound(x) = − prior KL − Σ_{n≥2} d · constant_n + log p(x | x_0, v_1),
 
-which has no sampling error. What is left is one positive term per step (at n = 1: nearly always positive on a grid),
+which has no sampling error: the noise-free bound. What is left is one positive term per step (at n = 1: nearly always positive on a grid),
 
-    shortfall_n = w_n ‖ε − ε̂(z_n, n)‖²   (n ≥ 2, and n = 1 under a normal likelihood),
+    excess_n = w_n ‖ε − ε̂(z_n, n)‖²   (n ≥ 2, and n = 1 under a normal likelihood),
 
-and the bound is L(x) = ceiling(x) − Σ_n E shortfall_n. Every estimator of the analytic bound is a way to estimate that
+and the bound is L(x) = noise_free_bound(x) − Σ_n E excess_n. Every estimator of the analytic bound is a way to estimate that
 sum; large constants such as the log-density of a peaked p(x | z_1) never get into its variance.
 """
 
@@ -21,20 +21,20 @@ from probdiff.elbo.objective import StepObjective
 
 
 @dataclasses.dataclass(frozen=True)
-class Shortfall:
+class BoundTerm:
     """The terms of the bound, as a :class:`~probdiff.elbo.objective.StepObjective` takes them."""
 
-    def weight(self, diffusion):
+    def kl_weight(self, diffusion):
         """The table w_n that squared errors are weighed with, shape ``(num_steps,)``, float64."""
-        return diffusion.kernel.weight(diffusion.schedule)
+        return diffusion.kernel.kl_weight(diffusion.schedule)
 
-    def ceiling(self, diffusion, x, x0):
+    def noise_free_bound(self, diffusion, x, x0):
         """The bound of a network that knew the noise, in nats, shape ``(datum,)``."""
         constant = diffusion.kernel.constants(diffusion.schedule, x0.shape[-1]).sum()
         return self._reconstruction(diffusion, x, x0) - constant - prior_kl(diffusion.schedule, x0)
 
-    def __call__(self, diffusion, x, x0, n, z, noise, prediction, more):
-        """What term n lacks to its ceiling, in nats.
+    def __call__(self, diffusion, x, x0, n, z, noise, prediction, extra_noise):
+        """The excess of term n over the noise-free bound, in nats.
 
         Args:
             diffusion: The model.
@@ -43,17 +43,17 @@ class Shortfall:
             z: Latent after n steps, shape ``(row, datum, dim)``.
             noise: A :class:`NoiseMoments` of the noise in ``z``.
             prediction: What the kernel wanted to know of the network; mostly the predicted noise, shaped like ``z``.
-            more: A function that gives noise shaped like ``z``, for a kernel whose KL is sampled.
+            extra_noise: A function that gives noise shaped like ``z``, for a kernel whose KL is sampled.
 
         Returns:
             Shape ``(row, datum)``.
         """
         first = self._reconstruction(diffusion, x, x0) - diffusion.log_likelihood(x, z, n, prediction)
-        later = diffusion.kernel.shortfall(diffusion.schedule, x0, noise, z, prediction, n, more)
+        later = diffusion.kernel.excess(diffusion.schedule, x0, noise, z, prediction, n, extra_noise)
         return jnp.where(n == 1, first, later)
 
     def _reconstruction(self, diffusion, x, x0):
-        return diffusion.kernel.ceiling(diffusion.schedule, diffusion.likelihood, x, x0)
+        return diffusion.kernel.noise_free_reconstruction(diffusion.schedule, diffusion.likelihood, x, x0)
 
 
 class AnalyticELBO(StepObjective):
@@ -62,4 +62,4 @@ class AnalyticELBO(StepObjective):
     ``AnalyticELBO(diffusion, steps="all", *, noise=, control=, points=, adapt_to=, num_particles=, vectorize_particles=)``
     """
 
-    term = Shortfall()
+    term = BoundTerm()

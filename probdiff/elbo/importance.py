@@ -20,7 +20,7 @@ from numpyro.infer import Trace_ELBO
 from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
-from probdiff._sharding import data_mesh, gathered, on_each, spread
+from probdiff._sharding import data_mesh, gather, replicate, shard
 from probdiff.diffusion import Diffusion
 
 PATH_ELEMENTS = 2**24
@@ -44,18 +44,18 @@ def path_elbo(diffusion, x, *, key, num_draws, devices=None, progress=False):
 
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated()
-    diffusion.check(x)
+    diffusion.check_data(x)
     require_count("num_draws", num_draws)
     require_key(key)
     mesh = data_mesh(devices)
-    diffusion, x, key = on_each((diffusion, jnp.asarray(x), key), mesh)
+    diffusion, x, key = replicate((diffusion, jnp.asarray(x), key), mesh)
 
     def one(key, x):
         return -Trace_ELBO().loss(key, {}, diffusion.model, diffusion.guide, x[None])
 
     @jax.jit
     def evaluate(keys, x):
-        return gathered(jax.vmap(one)(spread(keys, mesh), spread(x, mesh)), mesh)
+        return gather(jax.vmap(one)(shard(keys, mesh), shard(x, mesh)), mesh)
 
     block = max(1, PATH_ELEMENTS // (diffusion.schedule.num_steps * x.shape[1]))
     draws = []

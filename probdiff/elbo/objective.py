@@ -1,8 +1,8 @@
 """A sum of one term per step as a NumPyro program and as an objective for ``SVI``; the analytic bound is one.
 
-The estimate of the bound of one datum is its ceiling (see :mod:`probdiff.elbo.analytic`) minus
+The estimate of the bound of one datum is its noise-free bound (see :mod:`probdiff.elbo.analytic`) minus
 
-    Σ_rows [shortfall_n − c_n · control_n] / p_n   +   Σ_n c_n E[control_n]
+    Σ_rows [excess_n − c_n · control_n] / p_n   +   Σ_n c_n E[control_n]
 
 over the rows (n, ε) that were drawn for it. Which rows, what noise and what control variate are the three parts that an
 estimator is put together from.
@@ -24,10 +24,10 @@ from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 
 from probdiff._checks import is_trainable, require, require_count, require_type
-from probdiff._chunks import even_chunk, rows_at_once, sum_in_chunks
+from probdiff._chunks import even_chunk, inputs_at_once, sum_in_chunks
 from probdiff.chain.schedules import LearnedSchedule, NoiseSchedule, at_step, per_step
 from probdiff.diffusion import Diffusion
-from probdiff.elbo.steps import PROBABILITIES, AllSteps, Learner, OneStep, independent_points, stratified_points
+from probdiff.elbo.steps import PROBABILITIES, AllSteps, Learner, OneStep, independent_uniforms, stratified_uniforms
 from probdiff.elbo.variance_reduction import NOISE, LinearControl, PathNoise, PosteriorNoise, RowNoise, sampled_noise
 from probdiff.programs.sites import minibatch
 
@@ -35,10 +35,10 @@ LEARNED = "diffusion$learned"
 
 STEPS = {
     "all": AllSteps(),
-    "uniform": OneStep(independent_points),
-    "stratified": OneStep(stratified_points),
-    "importance": OneStep(independent_points, learned=True),
-    "stratified_importance": OneStep(stratified_points, learned=True),
+    "uniform": OneStep(independent_uniforms),
+    "stratified": OneStep(stratified_uniforms),
+    "importance": OneStep(independent_uniforms, learned=True),
+    "stratified_importance": OneStep(stratified_uniforms, learned=True),
 }
 
 
@@ -50,7 +50,7 @@ class StepObjective(ELBO):
 
     The sum is itself a NumPyro program, :meth:`program`: its only log density is one ``factor``. The loss is
     ``Trace_ELBO`` on that program and an empty guide. A subclass says what the terms are: its ``term`` is an object like
-    :class:`~probdiff.elbo.analytic.Shortfall`. The estimate is put together from three parts:
+    :class:`~probdiff.elbo.analytic.BoundTerm`. The estimate is put together from three parts:
 
     Args:
         diffusion: The model. ``SVI`` must be given this model's ``model``, and its ``guide`` or ``posterior_guide``, or
@@ -60,14 +60,14 @@ class StepObjective(ELBO):
             ``"importance"``: from probabilities that are learned; ``"stratified_importance"``: both.
         noise: ``"independent"``; ``"antithetic"``: each term twice, with ε and −ε; ``"path"``: that of one path
             z_1 … z_N of the forward chain (all steps only).
-        control: ``"linear"`` subtracts a control variate, the shortfall of the best linear prediction of the noise
+        control: ``"linear"`` subtracts a control variate, the excess of the best linear prediction of the noise
             (:mod:`probdiff.elbo.control`), with a coefficient that is learned (with all steps: 1); None subtracts nothing.
         points: None, or the data whose mean bound is wanted (the whole training set, say), shape ``(point, dim)``: the
             noise in each step KL is then replaced by its mean and variance over all the points that z_n may come from.
             The estimate is right for the mean over ``points`` when ``x`` is drawn from them, not for a single datum.
             ``"batch"``: the points are ``x`` itself.
         adapt_to: What is kept quiet by what is learned: ``"gradient"`` (for training) or ``"value"`` of the bound.
-        shape: What the shape of a :class:`~probdiff.LearnedSchedule` is trained for: ``"bound"``, like everything else, or
+        schedule_loss: What the shape of a :class:`~probdiff.LearnedSchedule` is trained for: ``"bound"``, like everything else, or
             ``"variance"``: the least variance of the estimate between steps and draws (its ends still raise the bound). Costs a second
             evaluation of the network. Source: Kingma et al. (2021), arXiv:2107.00630, section 5.1 and appendix I.2.
         num_particles: Independent estimates to average, as in NumPyro.
@@ -92,7 +92,7 @@ class StepObjective(ELBO):
         control=None,
         points=None,
         adapt_to="gradient",
-        shape="bound",
+        schedule_loss="bound",
         num_particles=1,
         vectorize_particles=True,
     ):
@@ -102,18 +102,18 @@ class StepObjective(ELBO):
             ("noise", noise, NOISE),
             ("control", control, CONTROLS),
             ("adapt_to", adapt_to, PROBABILITIES),
-            ("shape", shape, SHAPES),
+            ("schedule_loss", schedule_loss, SCHEDULE_LOSSES),
         ):
             found = (value is None or isinstance(value, str)) and value in known
             require(found, name, f"one of {list(known)}", repr(value))
         require(noise != "path" or steps == "all", "noise", "steps='all' with noise='path'", f"steps={steps!r}")
         require_count("num_particles", num_particles)
         learned_shape = isinstance(diffusion.schedule, LearnedSchedule) and steps != "all"
-        require(shape == "bound" or learned_shape, "shape", "a LearnedSchedule and one step a datum for 'variance'", repr(shape))
+        require(schedule_loss == "bound" or learned_shape, "schedule_loss", "a LearnedSchedule and one step a datum for 'variance'", repr(schedule_loss))
         super().__init__(num_particles, vectorize_particles)
         self.diffusion = diffusion
         self.adapt_to = adapt_to
-        self.shape = shape
+        self.schedule_loss = schedule_loss
         self._steps = STEPS[steps]
         self._noise, self._copies = NOISE[noise]
         self._control = CONTROLS[control]
@@ -124,15 +124,15 @@ class StepObjective(ELBO):
             require(points == "batch", "points", "an array, 'batch' or None", repr(points))
         elif points is not None:
             try:
-                diffusion.check(points)
+                diffusion.check_data(points)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"points: {error}") from None
             self._points = diffusion.likelihood.encode(points)
         self._learner = None
         if isinstance(self._steps, OneStep) and (self._steps.learned or self._control is not None):
-            weight = per_step(np.asarray(self.term.weight(diffusion), np.float64))
+            weight = per_step(np.asarray(self.term.kl_weight(diffusion), np.float64))
             schedule = diffusion.schedule if isinstance(diffusion.schedule, NoiseSchedule) else diffusion.schedule.fixed()
-            self._learner = Learner(schedule, tuple(weight.tolist()), self._steps.points is stratified_points)
+            self._learner = Learner(schedule, tuple(weight.tolist()), self._steps.uniforms is stratified_uniforms)
         self._trace_elbo = Trace_ELBO()
 
     @property
@@ -167,33 +167,33 @@ class StepObjective(ELBO):
     def program(self, x, num_data=None):
         """The bound on ``x`` as a NumPyro program; arguments as for :meth:`Diffusion.model`.
 
-        Sites: ``param`` of the model; ``deterministic`` ``ceiling`` and ``shortfall``, shape ``(datum,)``, whose difference
+        Sites: ``param`` of the model; ``deterministic`` ``noise_free_bound`` and ``excess``, shape ``(datum,)``, whose difference
         is the estimate of each datum's bound; ``factor`` ``elbo``; and ``mutable``, what is learned.
         """
-        self.diffusion.check(x)
+        self.diffusion.check_data(x)
         with_params = self.diffusion.from_param_site()
-        diffusion = SHAPES[self.shape](with_params).tabulated()
+        diffusion = SCHEDULE_LOSSES[self.schedule_loss](with_params).tabulated()
         x = jnp.asarray(x)
         x0 = diffusion.likelihood.encode(x)
         learned = None if self._learner is None else mutable(LEARNED, self._learner.initial())
         key = numpyro.prng_key()
         rows = self._rows(diffusion, x, x0, key, learned)
-        total, per_datum, seen = sum_rows(diffusion, rows)
+        total, per_datum, seen = sum_terms(diffusion, rows)
         if rows.control is not None:
             expected = rows.control.expected(rows.coefficient, x0)
             total, per_datum = total + expected.sum(), per_datum + expected
         if learned is not None:
             learned.update(self._learner.updated(learned, *seen()))
-        top = numpyro.deterministic("ceiling", self.term.ceiling(diffusion, x, x0))
-        numpyro.deterministic("shortfall", per_datum)
+        top = numpyro.deterministic("noise_free_bound", self.term.noise_free_bound(diffusion, x, x0))
+        numpyro.deterministic("excess", per_datum)
         with minibatch(x, num_data):
             numpyro.factor("elbo", top.sum() - total)
-            if self.shape == "variance":
+            if self.schedule_loss == "variance":
                 numpyro.factor("variance", self._minus_variance(with_params, x, x0, key, learned))
 
     def _minus_variance(self, diffusion, x, x0, key, learned):
         """0, with the gradient of minus the mean square of the estimates with respect to the schedule's shape."""
-        other = _trained_shape_only(diffusion).tabulated()
+        other = _with_trained_logits_only(diffusion).tabulated()
         rows = self._rows(other, x, x0, key, learned)
         values = rows.evaluate(other, jnp.arange(len(rows.n)))[0].sum(0)
         mean_square = jnp.square(values).sum() / jax.lax.stop_gradient(jnp.abs(values).mean())
@@ -201,7 +201,7 @@ class StepObjective(ELBO):
 
     def _rows(self, diffusion, x, x0, key, learned):
         """Draw the steps and the noise."""
-        step_key, noise_key, more_key = jax.random.split(key, 3)
+        step_key, noise_key, extra_key = jax.random.split(key, 3)
         num_steps = diffusion.schedule.num_steps
         # The mean of the control is exact whatever the schedule: it need not be differentiated.
         control = None if self._control is None else jax.lax.stop_gradient(self._control(diffusion, x0))
@@ -212,22 +212,22 @@ class StepObjective(ELBO):
             if self._steps.learned:
                 probability = self._learner.probability(learned, self.adapt_to, coefficient)
         n, inverse_probability = self._steps.draw(step_key, len(x), num_steps, probability)
-        n, weight = (
+        n, inverse_probability = (
             jnp.repeat(each, self._copies, 0) for each in (n, inverse_probability.astype(x0.dtype) / self._copies)
         )
         points = x0 if isinstance(self._points, str) else self._points
-        return Rows(
+        return SampledTerms(
             term=self.term,
             n=n,
-            weight=weight,
+            inverse_probability=inverse_probability,
             noise=self._noise(noise_key, diffusion, x0),
-            known=None if points is None else PosteriorNoise(points),
+            conditional_noise=None if points is None else PosteriorNoise(points),
             control=control,
             coefficient=coefficient,
             x=x,
             x0=x0,
             network_key=diffusion.training_key(x),
-            more_key=more_key,
+            extra_key=extra_key,
         )
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
@@ -280,41 +280,41 @@ class StepObjective(ELBO):
         given = {name: dict(value) for name, value in (learned or {}).items()}
         program = self.of(self.diffusion.evaluated()).program
         trace = handlers.trace(handlers.seed(handlers.substitute(program, given), rng_key)).get_trace(x)
-        return trace["ceiling"]["value"] - trace["shortfall"]["value"]
+        return trace["noise_free_bound"]["value"] - trace["excess"]["value"]
 
 
-class Rows(eqx.Module):
+class SampledTerms(eqx.Module):
     """The rows of one estimate: steps and weights of shape ``(row, datum)``, their noise, and what is done with them."""
 
     term: Callable
     n: jax.Array
-    weight: jax.Array
+    inverse_probability: jax.Array
     noise: RowNoise | PathNoise
-    known: PosteriorNoise | None
+    conditional_noise: PosteriorNoise | None
     control: LinearControl | None
     coefficient: jax.Array
     x: jax.Array
     x0: jax.Array
     network_key: jax.Array | None
-    more_key: jax.Array
+    extra_key: jax.Array
 
     def evaluate(self, diffusion, rows):
         """The corrected, weighted terms of some rows, shape ``(row, datum)``; and what can be learned from them."""
         n, eps = self.n[rows], self.noise(rows)
         key = None if self.network_key is None else jax.random.fold_in(self.network_key, rows[0])
         z, prediction = diffusion.noise_and_predict(self.x0, n, eps, key)
-        known = (sampled_noise if self.known is None else self.known)(diffusion.schedule, z, n, eps)
+        moments = (sampled_noise if self.conditional_noise is None else self.conditional_noise)(diffusion.schedule, z, n, eps)
 
-        def more():
-            return RowNoise(self.more_key, self.x0, 1)(rows)
+        def extra_noise():
+            return RowNoise(self.extra_key, self.x0, 1)(rows)
 
         def terms(prediction):
-            return self.term(diffusion, self.x, self.x0, n, z, known, prediction, more)
+            return self.term(diffusion, self.x, self.x0, n, z, moments, prediction, extra_noise)
 
         term = terms(prediction)
         control = jnp.zeros_like(term) if self.control is None else self.control.value(jax.lax.stop_gradient(z), n, eps)
         corrected = term - at_step(self.coefficient, n, term.dtype) * control
-        return self.weight[rows] * corrected, functools.partial(_seen, n, self.weight[rows], term, control, terms, prediction)
+        return self.inverse_probability[rows] * corrected, functools.partial(_seen, n, self.inverse_probability[rows], term, control, terms, prediction)
 
 
 def _seen(n, weight, term, control, terms, prediction):
@@ -324,9 +324,9 @@ def _seen(n, weight, term, control, terms, prediction):
     return n, *jax.tree.map(jax.lax.stop_gradient, seen)
 
 
-def sum_rows(diffusion, rows):
+def sum_terms(diffusion, rows):
     """The sum over rows and data, and that over rows of each datum; and, of one or two rows, what can be learned."""
-    chunk = even_chunk(len(rows.n), max(2, rows_at_once(diffusion.network) // len(rows.x)))
+    chunk = even_chunk(len(rows.n), max(2, inputs_at_once(diffusion.network) // len(rows.x)))
     if chunk < len(rows.n):
         return *sum_in_chunks(diffusion, rows, chunk), None
     values, seen = rows.evaluate(diffusion, jnp.arange(chunk))
@@ -334,17 +334,17 @@ def sum_rows(diffusion, rows):
     return per_datum.sum(), jax.lax.stop_gradient(per_datum), seen
 
 
-def _fixed_shape(diffusion):
-    return eqx.tree_at(lambda d: d.schedule.shape, diffusion, replace_fn=jax.lax.stop_gradient)
+def _with_fixed_logits(diffusion):
+    return eqx.tree_at(lambda d: d.schedule.logits, diffusion, replace_fn=jax.lax.stop_gradient)
 
 
-def _trained_shape_only(diffusion):
+def _with_trained_logits_only(diffusion):
     """The model without any gradient but that of the shape of its schedule."""
     fixed = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if is_trainable(leaf) else leaf, diffusion)
-    return eqx.tree_at(lambda d: d.schedule.shape, fixed, diffusion.schedule.shape)
+    return eqx.tree_at(lambda d: d.schedule.logits, fixed, diffusion.schedule.logits)
 
 
-SHAPES = {"bound": lambda diffusion: diffusion, "variance": _fixed_shape}
+SCHEDULE_LOSSES = {"bound": lambda diffusion: diffusion, "variance": _with_fixed_logits}
 
 
 def _empty_guide(*args, **kwargs):

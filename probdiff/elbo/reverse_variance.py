@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from probdiff._checks import require, require_count, require_key, require_type
-from probdiff._chunks import rows_at_once
+from probdiff._chunks import inputs_at_once
 from probdiff.chain.variances import OptimalVariance
 from probdiff.diffusion import Diffusion
 
@@ -29,7 +29,7 @@ def optimal_variance(diffusion, x, *, key, num_draws=1):
     require_type("diffusion", diffusion, Diffusion)
     ratio = getattr(diffusion.kernel, "log_ratio", None)
     require(isinstance(ratio, OptimalVariance), "diffusion", "reverse_variance='optimal'", "another reverse kernel")
-    diffusion.check(x)
+    diffusion.check_data(x)
     require_key(key)
     require_count("num_draws", num_draws)
     found = _squared_error(diffusion.evaluated(), jnp.asarray(x), key, num_draws)
@@ -47,4 +47,4 @@ def _squared_error(diffusion, x, key, num_draws):
         return jnp.square(eps - eps_hat).mean()
 
     steps = jnp.arange(1, diffusion.schedule.num_steps + 1)
-    return jax.lax.map(one, steps, batch_size=max(1, rows_at_once(diffusion.network) // (len(x) * num_draws)))
+    return jax.lax.map(one, steps, batch_size=max(1, inputs_at_once(diffusion.network) // (len(x) * num_draws)))

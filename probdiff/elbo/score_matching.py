@@ -41,14 +41,14 @@ def likelihood_weights(diffusion):
     """
     require_type("diffusion", diffusion, Diffusion)
     _require_fixed(diffusion)
-    return diffusion.kernel.weight(diffusion.schedule) * diffusion.schedule.sigma**2
+    return diffusion.kernel.kl_weight(diffusion.schedule) * diffusion.schedule.sigma**2
 
 
 def _require_fixed(diffusion):
     """Refuse a model whose terms are not N numbers times squared errors of the noise."""
     schedule = type(diffusion.schedule).__name__
     require(isinstance(diffusion.schedule, NoiseSchedule), "diffusion", "a NoiseSchedule for score matching", f"a {schedule}")
-    fixed = diffusion.kernel.closed_form and np.ndim(diffusion.kernel.weight(diffusion.schedule)) == 1
+    fixed = diffusion.kernel.closed_form and np.ndim(diffusion.kernel.kl_weight(diffusion.schedule)) == 1
     kernel = type(diffusion.kernel).__name__
     got = getattr(diffusion.kernel, "reverse_variance", f"a {kernel}")
     require(fixed, "diffusion", "a Gaussian kernel with one variance a step for score matching", got)
@@ -102,14 +102,14 @@ class ScoreError:
 
     noise_weights: tuple
 
-    def weight(self, diffusion):
+    def kl_weight(self, diffusion):
         """The table that squared errors of the noise are weighed with, shape ``(num_steps,)``, float64."""
         return np.asarray(self.noise_weights)
 
-    def ceiling(self, diffusion, x, x0):
+    def noise_free_bound(self, diffusion, x, x0):
         """Minus the loss of a network that knew the noise: 0, shape ``(datum,)``."""
         return jnp.zeros(len(x0), x0.dtype)
 
-    def __call__(self, diffusion, x, x0, n, z, noise, eps_hat, more):
-        """The terms of steps ``n``, shape ``(row, datum)``; see :class:`~probdiff.elbo.analytic.Shortfall`."""
-        return weighted_error(self.weight(diffusion), n, noise, eps_hat)
+    def __call__(self, diffusion, x, x0, n, z, noise, eps_hat, extra_noise):
+        """The terms of steps ``n``, shape ``(row, datum)``; see :class:`~probdiff.elbo.analytic.BoundTerm`."""
+        return weighted_error(self.kl_weight(diffusion), n, noise, eps_hat)

@@ -24,12 +24,12 @@ DECAY = 0.995
 UNIFORM_SHARE = 0.05
 
 
-def independent_points(key, size):
+def independent_uniforms(key, size):
     """``size`` independent uniform points of [0, 1)."""
     return jax.random.uniform(key, (size,))
 
 
-def stratified_points(key, size):
+def stratified_uniforms(key, size):
     """Points each uniform on [0, 1) and together evenly spread: a lattice with a random shift.
 
     Source: Kingma et al. (2021), arXiv:2107.00630, appendix I.1.
@@ -58,11 +58,11 @@ class OneStep:
     """One random step for each datum.
 
     Args:
-        points: How uniform points are drawn, one per datum.
+        uniforms: How uniform numbers are drawn, one per datum.
         learned: Whether the probabilities of the steps are learned; otherwise they are 1/N.
     """
 
-    points: Callable
+    uniforms: Callable
     learned: bool = False
 
     def num_rows(self, num_steps):
@@ -78,14 +78,14 @@ class OneStep:
             num_steps: N.
             probability: Probabilities of the steps, shape ``(num_steps,)``; 1/N if None.
         """
-        point = self.points(key, size)
+        uniform = self.uniforms(key, size)
         if probability is None:
-            n = jnp.clip(jnp.floor(num_steps * point).astype(jnp.int32) + 1, 1, num_steps)
+            n = jnp.clip(jnp.floor(num_steps * uniform).astype(jnp.int32) + 1, 1, num_steps)
             return n[None], jnp.full((1, size), float(num_steps))
         upper = jnp.cumsum(probability)
         # The intervals as they come out in working precision are the probabilities.
         upper = upper.at[-1].set(1.0)
-        n = jnp.clip(jnp.searchsorted(upper, point, side="right").astype(jnp.int32), 0, num_steps - 1) + 1
+        n = jnp.clip(jnp.searchsorted(upper, uniform, side="right").astype(jnp.int32), 0, num_steps - 1) + 1
         return n[None], 1 / jnp.diff(upper, prepend=0.0)[n - 1][None]
 
 
@@ -95,19 +95,19 @@ class Learner:
 
     Terms are measured in units of what they would be for standard normal data and the best network,
     :math:`w_n \bar\alpha_n`; before anything was learned, that is the guess. The state is a dict of arrays of shape
-    ``(bin,)``: ``weight``, how many uniformly drawn terms a bin has seen; ``term`` and ``control``, their sums;
+    ``(bin,)``: ``count``, how many uniformly drawn terms a bin has seen; ``term`` and ``control``, their sums;
     ``term_term``, ``term_control`` and ``control_control``, the sums of the products; ``gradient``, that of the squared
     gradients.
 
     Args:
         schedule: The noise schedule.
-        weight: :math:`w_n` of the kernel, as a tuple.
+        kl_weight: :math:`w_n` of the kernel, as a tuple.
         centred: Whether moments are about the mean of the bin: where the steps are spread evenly, the differences
             between their means cost no variance.
     """
 
     schedule: NoiseSchedule
-    weight: tuple
+    kl_weight: tuple
     centred: bool
 
     def __post_init__(self):
@@ -115,8 +115,8 @@ class Learner:
         place = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1]) if len(log_snr) > 1 else np.zeros(1)
         bins = 1 + np.minimum((BINS * place).astype(int), BINS - 1)
         bins[0] = 0
-        values = np.asarray(self.weight) * self.schedule.alpha_bar
-        gradients = np.asarray(self.weight) * self.schedule.signal
+        values = np.asarray(self.kl_weight) * self.schedule.alpha_bar
+        gradients = np.asarray(self.kl_weight) * self.schedule.signal_scale
         for name, table in (("bins", bins), ("values", values), ("gradients", gradients)):
             object.__setattr__(self, name, table)
 
@@ -126,12 +126,12 @@ class Learner:
 
     def updated(self, state, n, inverse_probability, term, control, squared_gradient):
         """The state after the terms of steps ``n`` were seen; arrays of one shape."""
-        dtype = state["weight"].dtype
+        dtype = state["count"].dtype
         count = (inverse_probability / self.schedule.num_steps).astype(dtype)
         unit, slope = (at_step(table, n, dtype) for table in (self.values, self.gradients))
         term, control = term / unit, control / unit
         seen = {
-            "weight": jnp.ones_like(count),
+            "count": jnp.ones_like(count),
             "term": term,
             "control": control,
             "term_term": term * term,
@@ -148,7 +148,7 @@ class Learner:
     def coefficient(self, state):
         """What multiplies the control variate at each step, shape ``(num_steps,)``; 1 before anything was learned."""
         slope, power = self._moment(state, "term", "control"), self._moment(state, "control", "control")
-        guess = 1 / (state["weight"] + 1)
+        guess = 1 / (state["count"] + 1)
         return ((slope + guess) / (power + guess))[self.bins]
 
     def probability(self, state, adapt_to, coefficient):
@@ -175,12 +175,12 @@ class Learner:
 
     def _mean(self, state, name):
         """Mean over what each bin has seen, and one term more that is as guessed."""
-        return (state[name] + 1) / (state["weight"] + 1)
+        return (state[name] + 1) / (state["count"] + 1)
 
     def _normalised(self, unit, mean_square):
         size = jnp.asarray(unit, mean_square.dtype) * jnp.sqrt(jnp.maximum(mean_square, 1e-12))
         return (1 - UNIFORM_SHARE) * size / size.sum() + UNIFORM_SHARE / len(size)
 
 
-STATE = ("weight", "term", "control", "term_term", "term_control", "control_control", "gradient")
+STATE = ("count", "term", "control", "term_term", "term_control", "control_control", "gradient")
 PROBABILITIES = {"value": Learner._for_value, "gradient": Learner._for_gradient}

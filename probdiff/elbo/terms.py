@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
-from probdiff._chunks import filled, parts, rows_at_once
-from probdiff._sharding import at_home, data_mesh, gathered, on_each, spread
+from probdiff._chunks import filled, inputs_at_once, parts
+from probdiff._sharding import data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import NoiseMoments
 from probdiff.chain.schedules import at_step
@@ -81,12 +81,12 @@ class ELBOMoments(eqx.Module):
     num_draws: int
 
 
-def _step_kl(diffusion, x0, n, eps, more):
-    """KL of step n at z_n made from ``eps``, shape ``batch``; ``more()`` is noise for a kernel that has to sample."""
+def _step_kl(diffusion, x0, n, eps, extra_noise):
+    """KL of step n at z_n made from ``eps``, shape ``batch``; ``extra_noise()`` is noise for a kernel that has to sample."""
     z, prediction = diffusion.noise_and_predict(x0, n, eps)
     kernel, schedule = diffusion.kernel, diffusion.schedule
     constant = at_step(kernel.constants(schedule, x0.shape[-1]), n, x0.dtype)
-    return constant + kernel.shortfall(schedule, x0, NoiseMoments(eps, 0.0), z, prediction, n, more)
+    return constant + kernel.excess(schedule, x0, NoiseMoments(eps, 0.0), z, prediction, n, extra_noise)
 
 
 def _reconstruction(diffusion, x, x0, eps):
@@ -114,9 +114,9 @@ class _Terms(eqx.Module):
     def step_kl(self, index, n):
         """KLs of steps ``n`` of the draws at ``index``, both of shape ``(row,)``: shape ``(row, datum)``."""
         own = jax.random.key(0) if self.key is None else self.key
-        more_key = jax.random.fold_in(own, 2**32 - 1)  # no draw has this number
+        extra_key = jax.random.fold_in(own, 2**32 - 1)  # no draw has this number
         eps = self._eps(index, n)
-        return _step_kl(self.diffusion, self.x0, n[:, None], eps, lambda: self._draw(more_key, index, n))
+        return _step_kl(self.diffusion, self.x0, n[:, None], eps, lambda: self._draw(extra_key, index, n))
 
     def reconstruction(self, index):
         """log p(x | z_1) of the draws at ``index``, shape ``(row, datum)``."""
@@ -132,9 +132,9 @@ class _Terms(eqx.Module):
 @eqx.filter_jit
 def _evaluate(diffusion, x, key, draws, noise, mesh):
     """ELBOTerms of the draws numbered ``draws``; ``noise`` is None or shape ``(len(draws), num_steps, datum, dim)``."""
-    x = spread(x, mesh)
+    x = shard(x, mesh)
     terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
-    chunk, later, dtype = rows_at_once(diffusion.network) // len(x), diffusion.schedule.num_steps - 1, terms.x0.dtype
+    chunk, later, dtype = inputs_at_once(diffusion.network) // len(x), diffusion.schedule.num_steps - 1, terms.x0.dtype
 
     def step_kl(i):
         return terms.step_kl(i // later, 2 + i % later)
@@ -142,16 +142,16 @@ def _evaluate(diffusion, x, key, draws, noise, mesh):
     kls = filled(step_kl, len(draws) * later, chunk, jnp.zeros((len(draws) * later, len(x)), dtype))
     log_lik = filled(terms.reconstruction, len(draws), chunk, jnp.zeros((len(draws), len(x)), dtype))
     kls = kls.reshape(len(draws), later, len(x))
-    return gathered(ELBOTerms(prior_kl(diffusion.schedule, terms.x0), kls, log_lik, diffusion.kernel.closed_form), mesh)
+    return gather(ELBOTerms(prior_kl(diffusion.schedule, terms.x0), kls, log_lik, diffusion.kernel.closed_form), mesh)
 
 
 @eqx.filter_jit
 def _accumulate(diffusion, x, key, draws, noise, state, mesh):
     """Welford's update of (count, means, sums of squares) by the draws, one at a time, in place and a part of the steps at a time."""
-    x = spread(x, mesh)
+    x = shard(x, mesh)
     terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
     later = diffusion.schedule.num_steps - 1
-    count, rows = parts(later, rows_at_once(diffusion.network) // len(x))
+    count, rows = parts(later, inputs_at_once(diffusion.network) // len(x))
     prior = prior_kl(diffusion.schedule, terms.x0)
 
     def updated(seen, mean, square, value, new=True):
@@ -180,7 +180,7 @@ def _accumulate(diffusion, x, key, draws, noise, state, mesh):
         means, squares = zip(*pairs)
         return seen + 1, (kl_mean, *means), (kl_square, *squares)
 
-    return gathered(jax.lax.fori_loop(0, len(draws), one_draw, state), mesh)
+    return gather(jax.lax.fori_loop(0, len(draws), one_draw, state), mesh)
 
 
 def elbo_terms(
@@ -210,7 +210,7 @@ def elbo_terms(
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated()
-    diffusion.check(x)
+    diffusion.check_data(x)
     require(
         (key is None) != (noise is None), "key, noise", "exactly one of the two", "neither" if key is None else "both"
     )
@@ -230,8 +230,8 @@ def elbo_terms(
     num_draws = 1 if num_draws is None else num_draws
     require_count("num_draws", num_draws)
     mesh = data_mesh(devices)
-    diffusion, x, key, noise = on_each((diffusion, jnp.asarray(x), key, noise), mesh)
-    return at_home(_in_blocks(diffusion, x, key, int(num_draws), noise, reduce, mesh, progress), mesh)
+    diffusion, x, key, noise = replicate((diffusion, jnp.asarray(x), key, noise), mesh)
+    return to_default_device(_in_blocks(diffusion, x, key, int(num_draws), noise, reduce, mesh, progress), mesh)
 
 
 def _in_blocks(diffusion, x, key, num_draws, noise, reduce, mesh, progress):
@@ -241,7 +241,7 @@ def _in_blocks(diffusion, x, key, num_draws, noise, reduce, mesh, progress):
     blocks, state = [], None
     with tqdm(total=num_draws, unit="draw", desc="ELBO", disable=not progress) as bar:
         for start in range(0, num_draws, block):
-            draws = on_each(jnp.arange(start, min(start + block, num_draws)), mesh)
+            draws = replicate(jnp.arange(start, min(start + block, num_draws)), mesh)
             eps = None if noise is None else noise[start : start + block]
             if reduce:
                 state = _accumulate(diffusion, x, key, draws, eps, state or _no_draws(diffusion, x), mesh)

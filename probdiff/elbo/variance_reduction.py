@@ -1,7 +1,7 @@
 r"""What makes an estimate of the analytic bound vary less: how its noise is drawn, what is known of it, and a control variate.
 
 Noise is drawn row by row, in pairs ε and −ε, or along one path of the forward chain; over a finite data set its mean and variance given
-z_n are known. The control variate is the shortfall of the best linear prediction of the noise, whose expectation has a closed form.
+z_n are known. The control variate is the excess of the best linear prediction of the noise, whose expectation has a closed form.
 For data of mean m and covariance :math:`S = U \mathrm{diag}(\lambda) U^T` the best linear :math:`\hat\epsilon` is, in the
 basis U, :math:`a_n (z_n - \sqrt{\bar\alpha_n} m)` with
 :math:`a_n = \sqrt{1-\bar\alpha_n} / (\bar\alpha_n \lambda + 1 - \bar\alpha_n)`. With that prediction
@@ -99,8 +99,8 @@ class PosteriorNoise(eqx.Module):
 
     def __call__(self, schedule, z, n, eps):
         """The :class:`NoiseMoments` of ``z``; ``eps`` is not looked at."""
-        signal = at_step(schedule.signal, n, z.dtype)
-        noise = at_step(schedule.noise, n, z.dtype)
+        signal = at_step(schedule.signal_scale, n, z.dtype)
+        noise = at_step(schedule.noise_scale, n, z.dtype)
 
         def moments(row):
             z, signal, noise = row
@@ -124,7 +124,7 @@ class LinearControl(eqx.Module):
         gain: a_n, shape ``(num_steps, dim)``.
         noise_part: The first sum above without w_n, shape ``(num_steps,)``.
         data_part: The factor of (Uᵀ(x_0 − m))² without w_n, shape ``(num_steps, dim)``.
-        signal, weight: √ᾱ_n and w_n, shape ``(num_steps,)``.
+        signal_scale, kl_weight: √ᾱ_n and w_n, shape ``(num_steps,)``.
     """
 
     mean: jax.Array
@@ -132,8 +132,8 @@ class LinearControl(eqx.Module):
     gain: jax.Array
     noise_part: jax.Array
     data_part: jax.Array
-    signal: jax.Array
-    weight: jax.Array
+    signal_scale: jax.Array
+    kl_weight: jax.Array
 
     def __init__(self, diffusion, x0):
         """Fit to encoded data, shape ``(datum, dim)``."""
@@ -147,16 +147,16 @@ class LinearControl(eqx.Module):
         self.gain = jnp.sqrt(noise)[:, None] / (explained + noise[:, None])
         self.noise_part = jnp.square(explained / (explained + noise[:, None])).sum(-1)
         self.data_part = jnp.square(self.gain) * alpha_bar[:, None]
-        self.signal = jnp.sqrt(alpha_bar)
-        self.weight = jnp.asarray(per_step(diffusion.kernel.weight(schedule)), x0.dtype)
+        self.signal_scale = jnp.sqrt(alpha_bar)
+        self.kl_weight = jnp.asarray(per_step(diffusion.kernel.kl_weight(schedule)), x0.dtype)
 
     def value(self, z, n, eps):
         """w_n ‖ε − ε̂‖² at ``z``, shape ``(*batch, dim)``, made from ``eps``; n of shape ``batch``."""
-        predicted = at_step(self.gain, n, z.dtype) * _product(z - self.signal[n - 1][..., None] * self.mean, self.basis)
-        return self.weight[n - 1] * jnp.square(_product(eps, self.basis) - predicted).sum(-1)
+        predicted = at_step(self.gain, n, z.dtype) * _product(z - self.signal_scale[n - 1][..., None] * self.mean, self.basis)
+        return self.kl_weight[n - 1] * jnp.square(_product(eps, self.basis) - predicted).sum(-1)
 
     def expected(self, coefficient, x0):
         """Σ_n coefficient_n E[w_n ‖ε − ε̂‖² | x_0], shape ``(datum,)``; ``coefficient`` of shape ``(num_steps,)``."""
-        scaled = coefficient * self.weight
+        scaled = coefficient * self.kl_weight
         squares = jnp.square(_product(x0 - self.mean, self.basis))
         return _product(squares, _product(scaled, self.data_part)) + _product(scaled, self.noise_part)

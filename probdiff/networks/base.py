@@ -36,7 +36,7 @@ def takes_key(network):
     return any(p.name == "key" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def told(network, schedule):
+def with_schedule(network, schedule):
     """The network on a schedule, if it wants to know."""
     return network.on_schedule(schedule) if hasattr(network, "on_schedule") else network
 

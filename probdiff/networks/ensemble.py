@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 
 from probdiff._checks import require
-from probdiff.networks.base import predict_noise, takes_key, told
+from probdiff.networks.base import predict_noise, takes_key, with_schedule
 
 
 class Ensemble(eqx.Module):
@@ -33,7 +33,7 @@ class Ensemble(eqx.Module):
 
     def on_schedule(self, schedule):
         """This ensemble on a schedule."""
-        return Ensemble([told(network, schedule) for network in self.networks])
+        return Ensemble([with_schedule(network, schedule) for network in self.networks])
 
     def __call__(self, z, n, *, key=None):
         """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""

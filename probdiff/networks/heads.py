@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from probdiff._checks import require, require_count
 from probdiff.chain.schedules import at_step
-from probdiff.networks.base import takes_key, told
+from probdiff.networks.base import takes_key, with_schedule
 
 
 class Head(eqx.Module):
@@ -44,7 +44,7 @@ class Head(eqx.Module):
 
     def on_schedule(self, schedule):
         """This head on a schedule."""
-        parts = told(self.network, schedule), schedule
+        parts = with_schedule(self.network, schedule), schedule
         return eqx.tree_at(lambda h: (h.network, h.schedule), self, parts, is_leaf=lambda leaf: leaf is None)
 
     def output(self, z, n, key=None):
@@ -62,7 +62,7 @@ class Head(eqx.Module):
     def levels_of(self, n, dtype):
         r"""√ᾱ_n and √(1−ᾱ_n), with an axis for the dimensions."""
         require(self.schedule is not None, type(self).__name__, "a schedule: use it in a Diffusion", "none")
-        return (at_step(table, n, dtype)[..., None] for table in (self.schedule.signal, self.schedule.noise))
+        return (at_step(table, n, dtype)[..., None] for table in (self.schedule.signal_scale, self.schedule.noise_scale))
 
 
 class X0Head(Head):

@@ -249,5 +249,5 @@ def _require_positive_definite(name, matrix):
 def _loc_and_scale(loc, scale, dim):
     """Both as arrays of shape ``(dim,)``, under the rules of the likelihood."""
     likelihood = NormalLikelihood(loc, scale)
-    likelihood.check(np.zeros((1, dim)))
+    likelihood.check_data(np.zeros((1, dim)))
     return np.broadcast_to(likelihood.loc, dim), np.broadcast_to(likelihood.scale, dim)

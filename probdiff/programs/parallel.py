@@ -23,7 +23,7 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 from probdiff._checks import require
-from probdiff._chunks import rows_at_once
+from probdiff._chunks import inputs_at_once
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step
 from probdiff.chain.schedules import NoiseSchedule, ScheduleTables, at_step
 from probdiff.programs.sites import AbstractDiffusion, minibatch
@@ -46,7 +46,7 @@ class Chain(dist.Distribution):
         """What the chain was made from."""
         return eqx.combine(self._arrays, self._static)
 
-    def check(self, value):
+    def require_path(self, value):
         """Refuse values that are not paths of this chain."""
         shape = (*self.batch_shape, *self.event_shape)
         require(jnp.shape(value)[-3:] == shape, "z", f"shape (num_steps, datum, dim) = {shape}", jnp.shape(value))
@@ -87,7 +87,7 @@ class ForwardChain(Chain):
 
     def log_prob(self, value):
         r"""The factors :math:`\log q(z_n | z_{n-1})`, shape ``(*sample_shape, num_steps, datum)``."""
-        self.check(value)
+        self.require_path(value)
         schedule, x0 = self.parts
         before = jnp.concatenate([value[..., 1:, :, :], jnp.broadcast_to(x0, value[..., :1, :, :].shape)], -3)
         return forward_step(schedule, before, self.steps).log_prob(value)
@@ -104,7 +104,7 @@ class PosteriorChain(ForwardChain):
 
     def log_prob(self, value):
         """The factors, that of z_N first, shape ``(*sample_shape, num_steps, datum)``."""
-        self.check(value)
+        self.require_path(value)
         schedule, x0 = self.parts
         first = forward_marginal(schedule, x0, schedule.num_steps).log_prob(value[..., :1, :, :])
         if schedule.num_steps == 1:
@@ -116,7 +116,7 @@ class PosteriorChain(ForwardChain):
 class ReverseChain(Chain):
     r"""The reverse chain :math:`p_\theta(z_{1:N}) = p(z_N) \prod_{n \ge 2} p_\theta(z_{n-1} | z_n)`.
 
-    Its density is one call of the network, in parts (:func:`~probdiff._chunks.rows_at_once`), whose inner values are computed again for the gradient: memory then
+    Its density is one call of the network, in parts (:func:`~probdiff._chunks.inputs_at_once`), whose inner values are computed again for the gradient: memory then
     does not grow with N but by the path itself. To draw from it takes one step after the other.
 
     Args:
@@ -145,7 +145,7 @@ class ReverseChain(Chain):
 
     def log_prob(self, value):
         """The factors, that of z_N first, shape ``(*sample_shape, num_steps, datum)``."""
-        self.check(value)
+        self.require_path(value)
         diffusion, key = self.parts
         path = jnp.moveaxis(value, -3, 0)
         first = diffusion.kernel.prior(path.shape[1:]).log_prob(path[:1])
@@ -157,7 +157,7 @@ class ReverseChain(Chain):
             n = n.reshape(-1, *(1,) * (z.ndim - 2))
             return diffusion.reverse_kernel(z, n, own_key).log_prob(before)
 
-        later = _in_parts(factors, rows_at_once(diffusion.network), self.steps[:-1, 0], path[:-1], path[1:])
+        later = _in_parts(factors, inputs_at_once(diffusion.network), self.steps[:-1, 0], path[:-1], path[1:])
         return jnp.moveaxis(jnp.concatenate([first, later]), 0, -2)
 
 

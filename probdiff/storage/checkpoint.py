@@ -86,7 +86,7 @@ class Checkpoint:
         """Whether there is anything to resume from."""
         return self.path.exists() or self.previous.exists()
 
-    def check(self):
+    def require_intact(self):
         """Refuse to go on if there are checkpoints, and not one is intact: a ValueError that names them."""
         self._first(load_arrays, warn=False)
 

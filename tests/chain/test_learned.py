@@ -25,7 +25,7 @@ X = np.array([[0.1, -0.2], [1.5, 0.4], [-0.7, -1.0]])
 def learned(start=3.0, log_range=1.6094379124341003, shape=(0.3, -0.2, 0.5, 0.0, -0.4)):
     schedule = probdiff.LearnedSchedule(N, 3.0, -2.0)
     values = jnp.asarray(start), jnp.asarray(log_range), jnp.asarray(shape)
-    return eqx.tree_at(lambda s: (s.start, s.log_range, s.shape), schedule, values)
+    return eqx.tree_at(lambda s: (s.start, s.log_range, s.logits), schedule, values)
 
 
 def network():
@@ -35,7 +35,7 @@ def network():
 def test_tables_are_those_of_the_fixed_schedule(float64):
     schedule = learned()
     fixed = schedule.fixed()
-    for name in ("beta", "alpha", "alpha_bar", "one_minus_alpha_bar", "signal", "noise", "log_snr", "sigma", "posterior_variance"):
+    for name in ("beta", "alpha", "alpha_bar", "one_minus_alpha_bar", "signal_scale", "noise_scale", "log_snr", "sigma", "posterior_variance"):
         np.testing.assert_allclose(getattr(schedule, name), getattr(fixed, name), rtol=1e-11, atol=1e-16, err_msg=name)
     np.testing.assert_allclose(schedule.log_snr[jnp.array([0, -1])], [3, -2], rtol=1e-12)
     start = probdiff.LearnedSchedule(1000, 8.0, -6.0)
@@ -45,7 +45,7 @@ def test_tables_are_those_of_the_fixed_schedule(float64):
 def test_single_precision_tables():
     schedule = probdiff.LearnedSchedule(1000, 13.0, -8.0)
     fixed = probdiff.log_snr_schedule(1000, 13.0, -8.0)
-    for name in ("beta", "alpha", "posterior_variance", "noise", "signal"):
+    for name in ("beta", "alpha", "posterior_variance", "noise_scale", "signal_scale"):
         np.testing.assert_allclose(getattr(schedule, name), getattr(fixed, name), rtol=1e-5, err_msg=name)
 
 
@@ -57,7 +57,7 @@ def test_gradient_with_respect_to_the_schedule(estimator, float64):
         diffusion = probdiff.Diffusion(learned(values[0], values[1], values[2:]).fixed(), network())
         return exact_terms(diffusion, X)["elbo"].sum()
 
-    values = np.concatenate([[3.0, np.log(5.0)], learned().shape])
+    values = np.concatenate([[3.0, np.log(5.0)], learned().logits])
     step = 1e-4
     slopes = [(exact(values + step * e) - exact(values - step * e)) / (2 * step) for e in np.eye(len(values))]
     diffusion = probdiff.Diffusion(learned(), network())
@@ -67,7 +67,7 @@ def test_gradient_with_respect_to_the_schedule(estimator, float64):
 
     def draw(key):
         found = jax.grad(lambda own: -elbo.loss(key, {PARAMS: own, **getattr(elbo, "initial_state", {})}, diffusion.model, guide, X))(own)
-        return jnp.concatenate([found.schedule.start[None], found.schedule.log_range[None], found.schedule.shape])
+        return jnp.concatenate([found.schedule.start[None], found.schedule.log_range[None], found.schedule.logits])
 
     draws = jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=1000))(jax.random.split(jax.random.key(0), 20_000))
     assert_mean(draws, np.array(slopes), power=2.0)
@@ -84,7 +84,7 @@ def test_a_fit_moves_it_and_it_is_evaluated_as_a_fixed_schedule():
     fitted = diffusion.bind(result.params)
     assert isinstance(fitted.evaluated().schedule, NoiseSchedule)
     moved = result.params[PARAMS].schedule
-    assert abs(float(moved.start) - 3) > 1e-3 and float(jnp.abs(moved.shape).max()) > 1e-3
+    assert abs(float(moved.start) - 3) > 1e-3 and float(jnp.abs(moved.logits).max()) > 1e-3
     np.testing.assert_allclose(fitted.schedule.log_snr[0], moved.start, rtol=1e-6)
     assert fitted.evaluated().network.embed.schedule == fitted.evaluated().schedule == fitted.schedule.fixed()
     terms = probdiff.elbo_terms(diffusion.bind(result.params), X, key=jax.random.key(2), num_draws=5)
@@ -129,11 +129,11 @@ def test_the_shape_can_be_trained_for_less_variance():
     schedule = probdiff.LearnedSchedule(steps, 6.0, -4.0)
     ends = np.asarray(schedule.start), np.asarray(schedule.log_range)
     values = (*ends, jnp.linspace(2.0, -2.0, 32))
-    schedule = eqx.tree_at(lambda s: (s.start, s.log_range, s.shape), schedule, values)
+    schedule = eqx.tree_at(lambda s: (s.start, s.log_range, s.logits), schedule, values)
     diffusion = probdiff.Diffusion(schedule, Known(), dim=2)
     x = jnp.asarray(np.random.default_rng(0).normal(0, np.sqrt(0.05), (64, 2)), jnp.float32)
     before = one_step_variance(diffusion, x)
-    elbo = probdiff.AnalyticELBO(diffusion, "uniform", shape="variance")
+    elbo = probdiff.AnalyticELBO(diffusion, "uniform", schedule_loss="variance")
     result = SVI(diffusion.model, elbo.guide, optax.adam(3e-2), elbo).run(jax.random.key(0), 400, x, progress_bar=False)
     after = one_step_variance(diffusion.bind(result.params), x)
     found = diffusion.bind(result.params).schedule.log_snr
@@ -166,7 +166,7 @@ def test_optimal_variance(num_steps, float64):
     other = MIXTURE.sample(rng, 40_000)
     for n in (2, num_steps // 2, num_steps):
         eps = rng.standard_normal(other.shape)
-        z = schedule.signal[n - 1] * other + schedule.noise[n - 1] * eps
+        z = schedule.signal_scale[n - 1] * other + schedule.noise_scale[n - 1] * eps
         squares = np.square(eps - np.asarray(diffusion.network(jnp.asarray(z), jnp.full(len(z), n)))).sum(1)
         error = squares.std() / np.sqrt(len(squares))
         posterior, beta, alpha = schedule.posterior_variance[n - 1], schedule.beta[n - 1], schedule.alpha[n - 1]
@@ -206,7 +206,7 @@ def test_learned_variance_lies_between_by_dimension(float64):
     np.testing.assert_allclose(share, 1 / (1 + np.exp(-np.array(expected).T[1:])), rtol=1e-8, atol=1e-10)
     n, rng = np.array([2, 7, 40]), np.random.default_rng(0)
     x0, eps = rng.normal(size=(3, 3)), rng.normal(size=(3, 3))
-    z = probdiff.forward_marginal(schedule, x0, n).mean + schedule.noise[n - 1][:, None] * eps
+    z = probdiff.forward_marginal(schedule, x0, n).mean + schedule.noise_scale[n - 1][:, None] * eps
     kl = kl_divergence(probdiff.forward_posterior(schedule, z, x0, n), kernel(schedule, z, 0.5 * z, n))
     np.testing.assert_allclose(kernel.step_kl(schedule, eps, 0.5 * z, n), kl, rtol=1e-9)
 

@@ -20,7 +20,7 @@ import probdiff
 from probdiff import cli, datasets, presets, training
 from probdiff._files import load_arrays
 from probdiff.diagnostics import report
-from probdiff.diagnostics.inspection import inspect_terms
+from probdiff.diagnostics.datatree import inspect_terms
 from probdiff.oracles import GaussianOracle, exact_terms
 from probdiff.programs.sites import PARAMS
 from probdiff.samplers import _draw_batch
@@ -287,7 +287,7 @@ def test_known_entropy_and_one_step(tmp_path, capsys, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def with_schedule(tmp_path_factory):
     """What ``probdiff fit`` gives to the fit, of data of one's own and with options of one's own; and the run."""
     folder, seen = tmp_path_factory.mktemp("told"), {}
     np.save(folder / "mine.npy", np.random.default_rng(0).normal(size=(50, 2)))

@@ -125,7 +125,7 @@ def target_without_variance(self, schedule, z, n, eps, right=PosteriorNoise.__ca
     return NoiseMoments(right(self, schedule, z, n, eps).mean, 0.0)
 
 
-def difference_of_means(self, schedule, x0, noise, z, eps_hat, n, more):
+def difference_of_means(self, schedule, x0, noise, z, eps_hat, n, extra_noise):
     return kl_divergence(probdiff.forward_posterior(schedule, z, x0, n), self(schedule, z, eps_hat, n))
 
 
@@ -137,7 +137,7 @@ def mixture_of_the_step_before(self, z, n):
     return self.at_log_snr(z, at_step(self.schedule.log_snr, jnp.maximum(n - 1, 1), z.dtype))
 
 
-def without_half(self, schedule, right=GaussianKernel.weight):
+def without_half(self, schedule, right=GaussianKernel.kl_weight):
     return 2 * right(self, schedule)
 
 
@@ -179,7 +179,7 @@ BUGS = {
         "shifted index after Bayes": (probdiff.forward_posterior, shifted(probdiff.forward_posterior)),
     },
     "terms on given noise": {
-        "dropped half": (GaussianKernel.weight, without_half),
+        "dropped half": (GaussianKernel.kl_weight, without_half),
         "dropped constant": (GaussianKernel.constant, lambda self, schedule: np.zeros(schedule.num_steps)),
         "mean for sum": (prior_kl, mean_for_sum),
     },
@@ -227,7 +227,7 @@ BUGS = {
         "mean of logs": (log_mean_exp, lambda log_weights, axis: np.mean(log_weights, axis)),
         "sum for mean": (log_mean_exp, lambda log_weights, axis: np.logaddexp.reduce(log_weights, axis)),
     },
-    "float32 step KLs": {"difference of means": (GaussianKernel.shortfall, difference_of_means)},
+    "float32 step KLs": {"difference of means": (GaussianKernel.excess, difference_of_means)},
     "units": {
         "dropped Jacobian": (probdiff.NormalLikelihood.__call__, without_jacobian),
         "nats for bits": (probdiff.bits_per_dim, lambda nats, dim: -nats / dim),

@@ -170,7 +170,7 @@ def test_what_learns_is_adapted_to_the_value_for_values_and_to_the_gradient_for_
     result = probdiff.compare_estimators(
         diffusion, X[:4], key=jax.random.key(0), num_draws=64, estimators=["kl_importance"]
     )
-    weight, square = diffusion.kernel.weight(schedule), (offset**2.0).sum(1)
+    weight, square = diffusion.kernel.kl_weight(schedule), (offset**2.0).sum(1)
     mean_square = {
         "value": weight**2 * (2 * (2 + 2 * square) + (2 + square) ** 2),
         "gradient": 4 * weight**2 * (2 + square),

@@ -9,7 +9,7 @@ import pytest
 from conftest import Z_MAX
 
 import probdiff
-from probdiff.diagnostics.gap import Ledger
+from probdiff.diagnostics.gap import GapDecomposition
 from probdiff.elbo.estimate import Estimate
 from probdiff.oracles import GaussianMixture, GaussianOracle, UniformBoxes, exact_terms
 
@@ -26,7 +26,7 @@ def make(scale, oracle=ORACLE, reverse_variance="posterior"):
 
 def account(diffusion, oracle=ORACLE):
     x = oracle.sample(np.random.default_rng(0), 4000)
-    return probdiff.ledger(diffusion, oracle, x, key=jax.random.key(1)), x
+    return probdiff.gap_decomposition(diffusion, oracle, x, key=jax.random.key(1)), x
 
 
 def near(estimate, expected, power):
@@ -47,7 +47,7 @@ def test_parts_against_the_closed_form(reverse_variance, float64):
     for n in range(1, 9):
         z_cov = schedule.alpha_bar[n - 1] * covariance + (1 - schedule.alpha_bar[n - 1]) * np.eye(2)
         square = np.trace(network.weight[n - 1] @ z_cov @ network.weight[n - 1].T)
-        expected = diffusion.kernel.weight(schedule)[n - 1] * 0.2**2 * square
+        expected = diffusion.kernel.kl_weight(schedule)[n - 1] * 0.2**2 * square
         error = found.network_per_step_error[n - 1]
         assert abs(found.network_per_step[n - 1] - expected) <= Z_MAX * error and 9.7 * error < 0.3 * expected
     assert found.entropy[0] == pytest.approx(-log_p.mean(), abs=Z_MAX * log_p.std() / np.sqrt(len(x)))
@@ -69,7 +69,7 @@ def test_the_exact_network_of_a_planar_set_leaves_nothing_to_the_network():
     dataset = probdiff.datasets.load("8gaussians")
     likelihood = dataset.likelihood()
     diffusion = probdiff.Diffusion(SCHEDULE, dataset.exact_network(SCHEDULE, likelihood), likelihood, dim=2)
-    found = probdiff.ledger(diffusion, dataset.oracle, dataset.test[:200], key=jax.random.key(0))
+    found = probdiff.gap_decomposition(diffusion, dataset.oracle, dataset.test[:200], key=jax.random.key(0))
     assert found.network.mean == 0 and found.gap == found.irreducible and found.gap.mean > 0
     assert "nan" not in str(found)
 
@@ -80,7 +80,7 @@ def test_a_datum_on_the_edge_of_a_box(float64):
     x = boxes.sample(np.random.default_rng(0), 10)
     x[0] = 0.2
     with jax.enable_x64(False):
-        found = probdiff.ledger(probdiff.Diffusion(SCHEDULE, boxes.network(SCHEDULE)), boxes, x, key=jax.random.key(0))
+        found = probdiff.gap_decomposition(probdiff.Diffusion(SCHEDULE, boxes.network(SCHEDULE)), boxes, x, key=jax.random.key(0))
     assert np.isfinite(found.gap.mean)
 
 
@@ -89,7 +89,7 @@ def test_the_account_prints_each_number_with_its_error_and_every_share():
     per_step = np.arange(1.0, 17.0) / 10
     estimates = {name: Estimate(k + 0.25, k / 100, 0.0) for k, name in enumerate(PARTS, 1)}
     steps = {"network_per_step": per_step, "network_per_step_error": per_step / 9, "log_snr": np.linspace(5, -3, 16)}
-    account = Ledger((1.5, 0.005), **estimates, **steps)
+    account = GapDecomposition((1.5, 0.005), **estimates, **steps)
     lines = str(account).splitlines()
     printed = {line[:30].strip(): [float(word) for word in line[30:].split()] for line in lines[2:12] if line}
     assert printed == {
@@ -129,10 +129,10 @@ def test_what_is_not_usable_is_refused(arguments, message):
     diffusion = probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE))
     given = {"diffusion": diffusion, "oracle": ORACLE, "x": np.zeros((4, 2), np.float32)} | arguments
     with pytest.raises((ValueError, TypeError), match=message):
-        probdiff.ledger(given.pop("diffusion"), given.pop("oracle"), given.pop("x"), key=jax.random.key(0))
+        probdiff.gap_decomposition(given.pop("diffusion"), given.pop("oracle"), given.pop("x"), key=jax.random.key(0))
 
 
 def test_data_on_a_grid_are_refused():
     diffusion = probdiff.Diffusion(SCHEDULE, lambda z, n: z, probdiff.DiscretizedNormalLikelihood(3), dim=2)
     with pytest.raises(TypeError, match="diffusion.likelihood: Expected a NormalLikelihood"):
-        probdiff.ledger(diffusion, ORACLE, jnp.zeros((4, 2), int), key=jax.random.key(0))
+        probdiff.gap_decomposition(diffusion, ORACLE, jnp.zeros((4, 2), int), key=jax.random.key(0))

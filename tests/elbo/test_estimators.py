@@ -16,7 +16,7 @@ from numpyro.infer import SVI
 import probdiff
 from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import GaussianKernel, weighted_error
-from probdiff.elbo import analytic as shortfall
+from probdiff.elbo import analytic as excess
 from probdiff.elbo import steps as proposal
 from probdiff.elbo import variance_reduction as noise_module
 from probdiff.elbo.objective import LEARNED
@@ -231,14 +231,14 @@ def test_control_variate_by_quadrature(float64):
 
 
 def test_control_variate_is_the_best_linear_prediction(float64):
-    """On Gaussian data of these moments it is the shortfall of the oracle's network."""
+    """On Gaussian data of these moments it is the excess of the oracle's network."""
     diffusion, x0 = make(), jnp.asarray(X)
     covariance = np.cov(X.T, bias=True) + 1e-9 * np.eye(2)
     network = GaussianOracle(X.mean(0), covariance).network(SCHEDULE)
     n, eps = jnp.array([[1, 4, N]]), jnp.asarray(np.random.default_rng(1).standard_normal((1, 3, 2)))
     z, _ = diffusion.noise_and_predict(x0, n, eps)
     squared = jnp.square(eps - network(z, n)).sum(-1)
-    expected = diffusion.kernel.weight(SCHEDULE)[np.asarray(n) - 1] * squared
+    expected = diffusion.kernel.kl_weight(SCHEDULE)[np.asarray(n) - 1] * squared
     np.testing.assert_allclose(LinearControl(diffusion, x0).value(z, n, eps), expected, rtol=1e-6)
 
 
@@ -305,7 +305,7 @@ def test_the_proposal_is_proportional_to_the_root_mean_square(float64):
     np.testing.assert_allclose(p[1:] / p[1:].sum(), ideal / ideal.sum(), rtol=0.15)
 
 
-@pytest.mark.parametrize("draw", [proposal.independent_points, proposal.stratified_points])
+@pytest.mark.parametrize("draw", [proposal.independent_uniforms, proposal.stratified_uniforms])
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("size, num_steps", [(1, 1), (4, 3), (7, 10)])
 def test_steps_have_their_probability_at_every_place_of_the_batch(draw, learned, size, num_steps):
@@ -323,7 +323,7 @@ def test_steps_have_their_probability_at_every_place_of_the_batch(draw, learned,
 
 def test_stratified_steps_cover_the_chain_evenly():
     keys = jax.random.split(jax.random.key(0), 200)
-    draw = proposal.OneStep(proposal.stratified_points).draw
+    draw = proposal.OneStep(proposal.stratified_uniforms).draw
     n = np.asarray(jax.vmap(lambda key: draw(key, 40, 20)[0][0])(keys))
     assert all(np.bincount(row, minlength=21)[1:].min() >= 1 and np.bincount(row).max() <= 3 for row in n)
 
@@ -350,7 +350,7 @@ def test_every_estimator_drops_into_svi(name, num_particles):
     if learns:
         # After many updates of 16 terms each, the decayed count is near 16 / (1 - decay) times 1 - decay^updates.
         expected = 16 * (1 - proposal.DECAY**150) / (1 - proposal.DECAY)
-        assert state[LEARNED]["weight"].sum() == pytest.approx(expected, rel=0.25)
+        assert state[LEARNED]["count"].sum() == pytest.approx(expected, rel=0.25)
 
 
 def test_without_the_guide_it_says_that_it_learns_nothing():
@@ -373,7 +373,7 @@ def test_an_update_leaves_the_old_state_as_it_was():
     svi = SVI(diffusion.model, guide, optax.adam(1e-3), elbo)
     state = svi.init(jax.random.key(0), x)
     svi.update(state, x)
-    assert state.mutable_state[LEARNED]["weight"].sum() == 0
+    assert state.mutable_state[LEARNED]["count"].sum() == 0
 
 
 def test_what_is_learned_is_in_the_checkpoint(tmp_path):
@@ -395,7 +395,7 @@ def test_what_is_learned_is_in_the_checkpoint(tmp_path):
 
     run(20, "halved.npz")
     resumed, whole = run(40, "halved.npz"), run(40, "whole.npz")
-    assert whole.svi.mutable_state[LEARNED]["weight"].sum() > 0
+    assert whole.svi.mutable_state[LEARNED]["count"].sum() > 0
     a, b = (jax.tree.leaves((s.svi.optim_state, s.svi.mutable_state)) for s in (resumed, whole))
     assert len(a) > 7 and all(np.array_equal(first, second) for first, second in zip(a, b))
 
@@ -410,7 +410,7 @@ def test_the_coefficient_is_the_best_there_is(float64):
     eps = jax.random.normal(jax.random.key(0), (*n.shape, 2))
     z, eps_hat = diffusion.noise_and_predict(x, n, eps)
     known = noise_module.sampled_noise(SCHEDULE, z, n, eps)
-    term = shortfall.Shortfall()(diffusion, x, x, n, z, known, eps_hat, None)
+    term = excess.BoundTerm()(diffusion, x, x, n, z, known, eps_hat, None)
     value = control.value(z, n, eps)
     best = (term * value).reshape(N, -1).mean(1) / (value**2).reshape(N, -1).mean(1)
     np.testing.assert_allclose(elbo._learner.coefficient(learned), best, rtol=0.1)

@@ -10,7 +10,7 @@ from numpyro import handlers
 from numpyro.infer import SVI
 
 import probdiff
-from probdiff._chunks import rows_at_once
+from probdiff._chunks import inputs_at_once
 
 
 def make(num_steps=6, dim=2, **kwargs):
@@ -39,7 +39,7 @@ def test_chunks_change_nothing(num_steps, options, patched, float64):
         return jax.jit(both)(params)
 
     expected = results()
-    patched(rows_at_once, lambda network: 1)
+    patched(inputs_at_once, lambda network: 1)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(results())):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -74,8 +74,8 @@ def test_the_bound_is_a_program(options):
     kinds = {name: site["type"] for name, site in trace.items()}
     assert kinds.pop("elbo") == "sample" and kinds.pop("diffusion$params") == "param"
     assert kinds.pop("diffusion$learned", "mutable") == "mutable"
-    assert kinds == {"ceiling": "deterministic", "shortfall": "deterministic"}
-    expected = trace["ceiling"]["value"] - trace["shortfall"]["value"]
+    assert kinds == {"noise_free_bound": "deterministic", "excess": "deterministic"}
+    expected = trace["noise_free_bound"]["value"] - trace["excess"]["value"]
     np.testing.assert_allclose(trace["elbo"]["fn"].log_prob(None), expected.sum(), rtol=1e-5)
     assert trace["elbo"]["scale"] == 10
 

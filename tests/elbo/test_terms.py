@@ -8,7 +8,7 @@ import numpyro
 import pytest
 
 import probdiff
-from probdiff._chunks import rows_at_once
+from probdiff._chunks import inputs_at_once
 from probdiff.elbo import terms as elbo_module
 
 
@@ -40,7 +40,7 @@ def test_chunks_change_nothing(rows, num_steps, reduce, patched):
         return probdiff.elbo_terms(fresh, X, key=jax.random.key(0), num_draws=5, reduce=reduce)
 
     expected = results()
-    patched(rows_at_once, lambda network: rows)
+    patched(inputs_at_once, lambda network: rows)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(results())):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 

@@ -143,7 +143,7 @@ def test_the_mixture_kernel_is_exact_for_independent_dimensions(float64):
         last = np.asarray(path[0])
         marginal = np.zeros((len(X), 2))
         for dim in range(2):
-            parts = PRIOR[dim] * scipy.stats.norm.pdf(last[:, dim, None], SCHEDULE.signal[-1] * GRID, np.sqrt(variance))
+            parts = PRIOR[dim] * scipy.stats.norm.pdf(last[:, dim, None], SCHEDULE.signal_scale[-1] * GRID, np.sqrt(variance))
             marginal[:, dim] = np.log(parts.sum(1))
         expected = (log_prior + scipy.stats.norm.logpdf(last).sum(1) - marginal.sum(1)).sum()
         np.testing.assert_allclose(log_p - log_q, expected, rtol=1e-9)
@@ -164,7 +164,7 @@ def test_the_sampled_kl_has_the_mean_of_the_integral(float64):
         log_mix = np.asarray(p.base_dist.log_prob(value))[:, dim]
         expected += scipy.integrate.simpson(density * (scipy.stats.norm.logpdf(value[:, dim], mean[dim], deviation) - log_mix), x=grid)
     xi = jax.random.normal(jax.random.key(0), (200_000, 1, 2))
-    draws = jax.vmap(lambda xi: diffusion.kernel.shortfall(SCHEDULE, x0, None, z, log_p, jnp.asarray(n), lambda: xi))(xi)
+    draws = jax.vmap(lambda xi: diffusion.kernel.excess(SCHEDULE, x0, None, z, log_p, jnp.asarray(n), lambda: xi))(xi)
     assert_mean(draws[:, 0], expected, power=0.05)
 
 

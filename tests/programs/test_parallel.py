@@ -11,7 +11,7 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.util import log_density
 
 import probdiff
-from probdiff._chunks import rows_at_once
+from probdiff._chunks import inputs_at_once
 from probdiff.oracles import GaussianOracle
 
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
@@ -85,7 +85,7 @@ def test_the_gradient_is_that_of_the_scanned_programs(float64, patched):
 
     expected = gradient(model.model)
     for rows in (4096, 3 * 4):
-        patched(rows_at_once, lambda network, rows=rows: rows)
+        patched(inputs_at_once, lambda network, rows=rows: rows)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradient(programs.model), expected)
 
 
@@ -94,7 +94,7 @@ def test_paths_are_those_of_the_forward_chain(float64):
     model, size = diffusion(6), 200_000
     x0 = jnp.broadcast_to(X[:1], (size, 2))
     path = np.asarray(probdiff.ForwardChain(model.schedule, x0).sample(jax.random.key(0)))[::-1]
-    signal, variance = model.schedule.signal, model.schedule.one_minus_alpha_bar
+    signal, variance = model.schedule.signal_scale, model.schedule.one_minus_alpha_bar
     centred = path - signal[:, None, None] * X[0]
     assert_mean(centred.transpose(1, 0, 2), 0.0)
     for m in range(6):

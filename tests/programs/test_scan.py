@@ -153,7 +153,7 @@ def test_generation(num_steps, likelihood, kind):
     drawn = Predictive(diffusion.model, num_samples=3)(jax.random.key(0), None, num_data=7)
     assert drawn["x"].shape == (3, 7, 2) and drawn["z"].shape == (3, num_steps, 7, 2)
     assert jnp.issubdtype(drawn["x"].dtype, kind)
-    likelihood.check(drawn["x"])
+    likelihood.check_data(drawn["x"])
     with pytest.raises(ValueError, match="num_data"):
         handlers.seed(diffusion.model, 0)(None)
     with pytest.raises(ValueError, match="dim: Expected"):
