@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Do the tests notice a bug?
 #
-# Each entry of the table below is a bug that somebody could make (several have been published) and the tests that are there to catch it.
-# The bugs are put into a copy of the package one at a time; the named tests, which pass without, must then fail.
+# Each entry of the table below is a bug that somebody could make (several have been published) and the tests that are
+# there to catch it. The bugs are put into a copy of the package one at a time; the named tests, which pass without, must
+# then fail.
 #
-# A bug is in a function, in whatever module that is: the function is found by its name, and in it the expression or the statements that
-# the bug changes, by their syntax tree. So nothing here depends on files, formatting or comments.
+# A bug is in a function, in whatever module that is: the function is found by its name, and in it the expression or the
+# statements that the bug changes, by their syntax tree. So nothing here depends on files, formatting or comments.
 
 # %%
 import argparse
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 
 # %%
 class Bug(NamedTuple):
-    """The bug in words; its function, ``name`` or ``Class.name``; what stands there; what the bug makes of it; the tests."""
+    """The bug in words; its function, ``name`` or ``Class.name``; what stands there; what it makes of that; the tests."""
 
     words: str
     function: str
@@ -294,7 +295,7 @@ def parsed(code):
 
 
 def put(wrong, right, node):
-    """Put ``wrong`` in the place of the first part of ``node`` that is ``right`` (lists of nodes); whether there was one."""
+    """Put ``wrong`` in the place of the first ``right`` (lists of nodes) in ``node``; whether there was one."""
     for name, field in ast.iter_fields(node):
         parts = field if isinstance(field, list) else [field]
         for k, part in enumerate(parts):

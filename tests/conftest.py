@@ -1,7 +1,7 @@
-"""Shared fixtures: float64, and the check that every Monte Carlo test uses.
+"""Shared fixtures: float64, other parts in the place of the package's, and the check that every Monte Carlo test uses.
 
-Most of the time of the tests is compilation, of programs that run for milliseconds. So XLA compiles them without its optimisations,
-and all processes of a run share what was compiled.
+Most of the time of the tests is compilation, of programs that run for milliseconds. So XLA compiles them without its
+optimisations, and all processes of a run share what was compiled.
 """
 
 import gc
@@ -60,7 +60,7 @@ def modules_of_the_package():
 
 
 def places(wanted):
-    """Where the loaded modules of the package, and the classes in them, hold something ``wanted``: (holder, name, value)."""
+    """Where the loaded modules of the package and their classes hold something ``wanted``: (holder, name, value)."""
     holders = {id(module): module for module in modules_of_the_package()}
     for module in list(holders.values()):
         for value in vars(module).values():
@@ -86,9 +86,9 @@ def compile_anew(monkeypatch):
 
 
 def patcher(monkeypatch):
-    """A function that puts a replacement in the place of a function or a method wherever the package has it, under whatever name.
+    """A function that puts a replacement in the place of a function or a method, wherever the package has it.
 
-    Of several replacements of the same function, the last counts.
+    It is found under whatever name, but not in tables. Of several replacements of the same function, the last counts.
     """
     found = {}
 
@@ -112,7 +112,7 @@ def set_constant(monkeypatch, name, value):
 
 @pytest.fixture
 def compiled_anew(monkeypatch):
-    """What the package keeps compiled is made anew for the test: it has no bug from before, and keeps none for later."""
+    """What the package keeps compiled is made anew: it has no bug from before, and keeps none for later."""
     compile_anew(monkeypatch)
 
 

@@ -29,14 +29,15 @@ def test_shapes_at_any_length(num_steps):
     assert np.all(np.isfinite(terms.elbo)) and np.all(terms.step_kl >= 0)
 
 
+@pytest.mark.parametrize("reduce", [False, True])
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("num_steps", [1, 2, 6])
-def test_chunks_change_nothing(rows, num_steps, patched):
+def test_chunks_change_nothing(rows, num_steps, reduce, patched):
     diffusion = make(num_steps)
 
     def results():
         fresh = probdiff.Diffusion(diffusion.schedule, lambda z, n: diffusion.network(z, n))  # compiled anew
-        return probdiff.elbo_terms(fresh, X, key=jax.random.key(0), num_draws=5)
+        return probdiff.elbo_terms(fresh, X, key=jax.random.key(0), num_draws=5, reduce=reduce)
 
     expected = results()
     patched(inputs_at_once, lambda network: rows)
