@@ -354,7 +354,7 @@ class _Loop:
                 )
 
     def _validation_bound(self, params, x, key):
-        trained = self.diffusion.evaluated()
+        trained = self.diffusion.bind(params).evaluated()
         particles = min(1024, -(-VALIDATION_ROWS // len(x)))
         elbo = AnalyticELBO(trained, "stratified", num_particles=particles, vectorize_particles=False)
         return -elbo.loss(key, {}, trained.model, trained.guide, x) / len(x)

@@ -265,6 +265,18 @@ def test_the_optimal_variances_are_those_of_the_result_on_many_data():
         assert np.abs(found / other[1:] - 1).max() > 0.2
 
 
+def test_the_optimal_variances_of_sorted_data_are_those_of_all_of_them(constant):
+    """From a part of the rows, which the order of a file does not choose."""
+    x = np.random.default_rng(4).normal(0, 3, (4000, 2)).astype(np.float32)
+    x = x[np.argsort(np.square(x).sum(1))]
+    constant("VARIANCE_ROWS", 1000 * LINE_SCHEDULE.num_steps)
+    kernels = [fit_line(2, -1.0, -1 / 20, "optimal", data).diffusion.kernel for data in (x, x[::-1])]
+    up, down = (np.asarray(kernel.variance(LINE_SCHEDULE))[1:] for kernel in kernels)
+    np.testing.assert_allclose(up, down, rtol=4.9 * np.sqrt(2 * 2 / 2000))
+    first = fit_line(2, -1.0, -1 / 20, "optimal", x[:1000]).diffusion.kernel.variance(LINE_SCHEDULE)
+    assert np.abs(up / np.asarray(first)[1:] - 1).max() > 0.3
+
+
 def test_ten_iterations_trace_once():
     traces = []
 
