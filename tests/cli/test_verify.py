@@ -18,8 +18,8 @@ from probdiff.chain import reverse as kernels
 from probdiff.chain.forward import isotropic_normal
 from probdiff.chain.reverse import GaussianKernel
 from probdiff.chain.schedules import NoiseSchedule, at_step
-from probdiff.cli import verification
-from probdiff.cli.verification import CHECKS, LEFT_OUT, PRECISIONS
+from probdiff.cli import verify as verification
+from probdiff.cli.verify import CHECKS, LEFT_OUT, PRECISIONS
 from probdiff.elbo import analytic as shortfall
 from probdiff.elbo import importance as bounds
 from probdiff.elbo import steps as proposal
