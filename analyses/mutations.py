@@ -141,7 +141,7 @@ MODEL = [
      """, "diffusion samplers"),
     ("the last noise of the digits is the root of what it was", "default_diffusion",
      "2 * float(np.log(3.4 * width))",
-     "float(np.log(3.4 * width))", "commands"),
+     "float(np.log(3.4 * width))", "fit"),
 ]  # fmt: skip
 
 # %%
@@ -192,10 +192,10 @@ FILES = [
      """
      for each in paths[:1]:
          require(not each.exists(), "out", "a new file", f"{each}, which exists", FileExistsError)
-     """, "commands"),
+     """, "sample"),
     ("standard output is not kept for the document", "_document_only",
      "os.dup2(2, 1)",
-     "None", "commands"),
+     "None", "main"),
 ]  # fmt: skip
 
 # %%
@@ -237,10 +237,10 @@ FIT = [
 FIGURES = [
     ("the fit is validated on the test data", "_fit_and_evaluate",
      "dataset.validation",
-     "dataset.test", "commands"),
-    ("models are compared on the training data", "_compare",
+     "dataset.test", "fit"),
+    ("models are compared on the training data", "run",
      "datasets[0].test",
-     "datasets[0].train", "commands"),
+     "datasets[0].train", "compare"),
     ("data are standardised by the test split", "Dataset.likelihood",
      "self.train",
      "self.test", "datasets"),
@@ -252,13 +252,13 @@ FIGURES = [
      "abs(self.difference[0]) <= Z_AGREE * np.hypot(self.analytic.error, self.trace.error)", "terms"),
     ("the error of the fit in bits is 0", "_row",
      "-estimate.error",
-     "0.0", "commands"),
+     "0.0", "fit"),
     ("the error of an estimator in bits is 0", "_row",
      "-error",
      "0.0", "comparisons"),
     ("the gap is not paired", "_reference",
      "Estimate.of(dataset.log_prob(dataset.test) - elbo)",
-     "Estimate.of(dataset.log_prob(dataset.test)[::-1] - elbo)", "commands"),
+     "Estimate.of(dataset.log_prob(dataset.test)[::-1] - elbo)", "fit"),
     ("gradients are drawn as is best for values", "_measure",
      "_adapted(*ESTIMATORS[name](trainable), 'gradient')",
      "_adapted(*ESTIMATORS[name](trainable), 'value')", "comparisons"),

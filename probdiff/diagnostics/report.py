@@ -1,96 +1,10 @@
-"""The final table of a fit: the bound on the test split, two ways, beside what is known about the data."""
+"""Results as text: the tables of a fit, of the comparisons and of a ledger."""
 
-import jax
 import numpy as np
 
-from probdiff.diagnostics.agreement import compute_both_ways
-from probdiff.elbo.estimate import Estimate
-from probdiff.elbo.terms import bits_per_dim, elbo_terms
+from probdiff.elbo.terms import bits_per_dim
 
-ITEMS = 512
-DRAWS = 4
-EVALUATIONS = 2**18  # of the network, by each of the two ways
 BLOCKS = 8
-
-
-def evaluate(diffusion, dataset, *, key, devices=None, progress=False):
-    """The bound on the test split.
-
-    Both ways on the first items, as many as take 2¹⁸ network evaluations each way (512 at most); by the analytic terms on
-    all of them.
-
-    Args:
-        diffusion: A trained Diffusion.
-        dataset: A :class:`~probdiff.datasets.Dataset`.
-        key: JAX key.
-        devices: Number of devices that share the data.
-        progress: Show progress bars.
-
-    Returns:
-        The :class:`~probdiff.diagnostics.agreement.TwoWays`, and the table as a dict for JSON (nats per datum throughout).
-    """
-    both_key, test_key = jax.random.split(key)
-    num_steps = diffusion.schedule.num_steps
-    items = dataset.test[: min(ITEMS, max(2, EVALUATIONS // (num_steps * DRAWS)))]
-    both = compute_both_ways(diffusion, items, key=both_key, num_draws=DRAWS, devices=devices, progress=progress)
-    if len(items) == len(dataset.test):
-        draws, terms = DRAWS, both.terms
-        parts = [np.asarray(part).mean(0) for part in (terms.step_kl.sum(1), terms.reconstruction, terms.elbo)]
-    else:
-        draws = 1
-        terms = elbo_terms(diffusion, dataset.test, key=test_key, reduce=True, devices=devices, progress=progress)
-        parts = [np.asarray(part.mean, np.float64) for part in (terms.step_kl, terms.reconstruction, terms.elbo)]
-        parts[0] = parts[0].sum(0)
-    signs = {"prior_kl": -1, "step_kl": -1, "reconstruction": 1, "elbo": 1}
-    test = {
-        name: _row(Estimate.of(part), dataset, sign)
-        for (name, sign), part in zip(signs.items(), (terms.prior_kl, *parts))
-    }
-    difference, difference_error = both.difference
-    results = {
-        "data": dataset.name,
-        "dim": dataset.dim,
-        "num_steps": num_steps,
-        "test": {"num_items": len(dataset.test), "num_draws": draws, **test},
-        "two_ways": {
-            "num_items": len(items),
-            "num_draws": DRAWS,
-            "analytic": _row(both.analytic, dataset),
-            "trace_elbo": _row(both.trace, dataset),
-            "difference": difference,
-            "difference_error": difference_error,
-            "z": both.z,
-            "agree": both.agree,
-        },
-        "reference": _reference(dataset, parts[-1]),
-    }
-    return both, results
-
-
-def _row(estimate, dataset, sign=1):
-    """Nats as they are; bits/dim as a code length, to which a KL (``sign`` −1) adds."""
-    row = {"nats": estimate.mean, "error": estimate.error}
-    if dataset.levels is not None:
-        bits, error = (float(bits_per_dim(nats, dataset.dim)) for nats in (sign * estimate.mean, -estimate.error))
-        row |= {"bits_per_dim": bits, "bits_error": error}
-    return row
-
-
-def _reference(dataset, elbo):
-    """What the bound is held against: independent dimensions on a grid, the true density where it is known."""
-    if dataset.levels is not None:
-        mean, error = dataset.independent_levels()
-        return {"independent_dimensions": _row(Estimate(float(mean), float(error), 0.0), dataset)}
-    if dataset.log_prob is None:
-        return {}
-    entropy, entropy_error = dataset.entropy()
-    gap = Estimate.of(dataset.log_prob(dataset.test) - elbo)
-    return {
-        "entropy": {"nats": float(entropy), "error": float(entropy_error)},
-        "gap": {"nats": gap.mean, "error": gap.error},
-    }
-
-
 LABELS = {
     "prior_kl": "prior KL",
     "step_kl": "Σ step KL",
@@ -105,7 +19,7 @@ LABELS = {
 
 
 def format_table(results):
-    """The table of :func:`evaluate` as text."""
+    """The results of ``probdiff fit`` as text: the bound on the test split, beside what is known about the data."""
     test, both, reference = results["test"], results["two_ways"], dict(results["reference"])
     bits = "bits_per_dim" in test["elbo"]
     width = 38

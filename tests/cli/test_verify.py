@@ -16,8 +16,8 @@ from probdiff import cli
 from probdiff.chain.forward import isotropic_normal, prior_kl
 from probdiff.chain.reverse import GaussianKernel, NoiseMoments
 from probdiff.chain.schedules import NoiseSchedule, at_step
-from probdiff.cli import verification
-from probdiff.cli.verification import CHECKS, LEFT_OUT, PRECISIONS
+from probdiff.cli import verify as verification
+from probdiff.cli.verify import CHECKS, LEFT_OUT, PRECISIONS
 from probdiff.elbo.importance import log_mean_exp
 from probdiff.elbo.score_matching import WEIGHTS, sigma_squared_weights
 from probdiff.elbo.steps import AllSteps, OneStep

@@ -1,4 +1,4 @@
-"""The checks of ``probdiff verify``: probdiff against what it shares no code with, on this machine and its JAX backend.
+"""``probdiff verify``: checks of probdiff against what it shares no code with, on this machine and its JAX backend.
 
 A check gives a figure and the bound that it must not exceed, in the precision that JAX is in:
 
@@ -9,6 +9,7 @@ A check gives a figure and the bound that it must not exceed, in the precision t
 
 import functools
 import itertools
+import json
 import math
 import time
 import warnings
@@ -388,3 +389,10 @@ def format_table(results):
     held = sum(row["holds"] for row in results["checks"])
     machine = f"{results['device']}, JAX {results['jax']}, NumPyro {results['numpyro']}"
     return "\n".join([*lines, "", f"{held} of {len(lines) - 1} hold; {machine}; {results['seconds']:.0f} s"])
+
+
+def run(arguments):
+    """Run all checks and print their table; returns the exit code."""
+    results = verify(progress=True)
+    print(json.dumps(results) if arguments.json else format_table(results), file=arguments.output)
+    return 0 if results["holds"] else 1

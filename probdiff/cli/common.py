@@ -1,0 +1,65 @@
+"""What several commands share: how they refuse what the user gave, the checks of options, the figures of a run."""
+
+import contextlib
+
+import jax
+from numpyro.infer import Predictive
+
+from probdiff._checks import require
+from probdiff._sharding import data_mesh
+from probdiff.diagnostics.plots import plot_loss, plot_samples, plot_step_kl
+
+
+class UsageError(Exception):
+    """Something that the user gave cannot be used."""
+
+
+@contextlib.contextmanager
+def usage():
+    """Around what checks or reads what the user gave: its errors become one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(error) from None
+
+
+def flag(name):
+    """An option as the user writes it."""
+    return "--" + name.replace("_", "-")
+
+
+def check_integer(name, value, lowest):
+    """Refuse as an option anything but an integer of at least ``lowest`` that fits a key of JAX."""
+    good = isinstance(value, int) and lowest <= value < 2**32
+    require(good, flag(name), f"an integer of at least {lowest}", value)
+
+
+def check_devices(count):
+    """The number of devices, None for one: all there are, if there are several processes."""
+    if count is None and jax.process_count() > 1:
+        count = jax.device_count()
+    all_of_them = jax.process_count() == 1 or count == jax.device_count()
+    require(all_of_them, "--devices", f"all {jax.device_count()} devices of the processes", count)
+    data_mesh(count)
+    return count
+
+
+def default_count(dataset):
+    """How many samples are drawn for a data set unless the user says otherwise."""
+    return 2000 if dataset.image_shape is None else 64
+
+
+def draw_figures(run, diffusion, dataset):
+    """Draw the figures of a fitted run into its folder; returns their paths."""
+    title = f"{dataset.name}, N = {diffusion.schedule.num_steps}"
+    count = default_count(dataset)
+    samples = Predictive(diffusion.model, num_samples=1)(jax.random.key(0), None, num_data=count)["x"][0]
+    figures = {
+        "loss": plot_loss(run.losses, run.validation, title),
+        "step_kl": plot_step_kl(run.datatree, diffusion.schedule, title),
+        "samples": plot_samples(samples, dataset.test[:count], dataset.image_shape, title),
+    }
+    paths = [run.figures / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values()):
+        figure.savefig(path)
+    return paths

@@ -1,0 +1,82 @@
+"""``probdiff compare``: all estimators of the bound on one run, or the models of several runs."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from probdiff._checks import require
+from probdiff.cli.common import UsageError, check_devices, check_integer, usage
+from probdiff.diagnostics.compare_estimators import check_names, compare_estimators
+from probdiff.diagnostics.compare_models import compare_models
+from probdiff.storage.run import open_run
+
+ESTIMATOR_ROWS, ESTIMATOR_ITEMS = 2**11, (2, 128)
+MODEL_ROWS = 2**21
+
+
+def run(arguments):
+    """Compare what the user names; returns the exit code."""
+    several = len(arguments.runs) > 1
+    names = None if arguments.estimators is None else [name.strip() for name in arguments.estimators.split(",")]
+    with usage():
+        _check(arguments, several, names)
+        runs = [open_run(path) for path in arguments.runs]
+        models = {path: run.diffusion for path, run in zip(arguments.runs, runs)}
+        datasets = [run.data for run in runs]
+        _check_same_data(runs, datasets)
+    if several:
+        return _compare_models(arguments, models, datasets[0].test)
+    return _compare_estimators(arguments, runs[0], models[arguments.runs[0]], datasets[0].test, names)
+
+
+def _compare_models(arguments, models, test):
+    largest = max(model.schedule.num_steps for model in models.values())
+    draws = arguments.num_draws or 4
+    items = test[: max(2, MODEL_ROWS // (largest * draws))]
+    with usage():
+        result = compare_models(models, items, key=jax.random.key(0), num_draws=draws, progress=True)
+    print(json.dumps(result.to_dict()) if arguments.json else result, file=arguments.output)
+    return 0
+
+
+def _compare_estimators(arguments, folder, diffusion, test, names):
+    num_steps, (fewest, most) = diffusion.schedule.num_steps, ESTIMATOR_ITEMS
+    items = test[: min(most, max(fewest, ESTIMATOR_ROWS // num_steps))]
+    draws = arguments.num_draws or 48
+    with usage():
+        devices = check_devices(arguments.devices)
+    print(f"probdiff: {len(items)} test items, N = {num_steps}", file=sys.stderr, flush=True)
+    result = compare_estimators(
+        diffusion, items, key=jax.random.key(0), num_draws=draws, estimators=names, devices=devices, progress=True
+    )
+    # What was computed is shown even if it cannot be written.
+    try:
+        path, problem = str(folder.save_comparison(result)), None
+    except OSError as error:
+        path, problem = None, error
+    text = json.dumps(result.to_dict() | {"figure": path}) if arguments.json else f"{result}\nfigure: {path}"
+    print(text, file=arguments.output)
+    if problem is not None:
+        raise UsageError(problem)
+    return 0
+
+
+def _check(arguments, several, names):
+    if arguments.num_draws is not None:
+        check_integer("num_draws", arguments.num_draws, 1 if several else 2)
+    one = f"{len(arguments.runs)}, which are compared as models"
+    require(not several or names is None, "--estimators", "one run", one)
+    different = len({Path(path).resolve() for path in arguments.runs}) == len(arguments.runs)
+    require(different, "RUN", "different runs", " ".join(arguments.runs))
+    if names is not None:
+        check_names(names)
+
+
+def _check_same_data(runs, datasets):
+    words = [f"{run.config['data']}, seed {run.config.get('seed', 0)}" for run in runs]
+    for run, dataset, got in zip(runs, datasets, words):
+        same = np.array_equal(dataset.test, datasets[0].test)
+        require(same, str(run.path), f"the test data of {runs[0].path} ({words[0]})", f"other data ({got})")

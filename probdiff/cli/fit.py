@@ -1,0 +1,252 @@
+"""``probdiff fit``: a run folder with a fitted model, and its bound on the test split computed two ways."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from probdiff._checks import require
+from probdiff._sharding import wait_for_all
+from probdiff.cli.common import check_devices, check_integer, draw_figures, flag, usage
+from probdiff.datasets import NAMES, load
+from probdiff.diagnostics.agreement import compute_both_ways
+from probdiff.diagnostics.report import format_table
+from probdiff.elbo.estimate import Estimate
+from probdiff.elbo.terms import bits_per_dim, elbo_terms
+from probdiff.presets import default_diffusion, default_options
+from probdiff.storage.run import check_free, create_run, next_free, open_run
+from probdiff.training import fit
+
+OPTIONS = ("num_steps", "iterations", "batch_size", "learning_rate", "seed")
+ITEMS = 512
+DRAWS = 4
+EVALUATIONS = 2**18  # of the network, by each of the two ways
+
+
+def run(arguments):
+    """Fit a model, or go on with a fit, and evaluate it; returns the exit code."""
+    given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
+    with usage():
+        _check_options(given)
+        resumable = not arguments.resume or arguments.out is not None
+        require(resumable, "--resume", "--out DIR, the run to go on with", "none")
+        first = _join(arguments)
+        devices = check_devices(arguments.devices)
+        folder, dataset, options = _prepare(given, arguments, first)
+        diffusion = folder.untrained
+        folder.checkpoint.require_intact()
+    if first:
+        print(
+            f"probdiff: {dataset.name}, {len(dataset.train)} training items of {dataset.dim} dimensions, "
+            f"N = {options['num_steps']} steps, {options['iterations']} iterations, in {folder.path}",
+            file=sys.stderr if arguments.json else sys.stdout,
+            flush=True,
+        )
+    try:
+        results = _fit_and_evaluate(folder, diffusion, dataset, options, devices, first)
+    except KeyboardInterrupt:
+        print(f"\nprobdiff: interrupted; go on with: probdiff fit --out {folder.path} --resume", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        kept = f"the last good state is in {folder.path}" if folder.checkpoint.exists() else "nothing was saved yet"
+        print(f"probdiff: error: {error}; {kept}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"probdiff: error: {error}; what was saved before is in {folder.path}", file=sys.stderr)
+        return 1
+    if first and arguments.json:
+        print(json.dumps(results), file=arguments.output)
+    elif first:
+        _print_results(results, folder)
+    return 0
+
+
+def _print_results(results, folder):
+    print(f"\n{format_table(results)}\n")
+    if results["skipped_updates"]:
+        print(f"{results['skipped_updates']} updates were skipped: their loss or gradient was not finite")
+    seconds = results["seconds"]
+    print(f"fitted in {seconds['fit']:.0f} s, evaluated in {seconds['evaluation']:.0f} s; figures in {folder.figures}")
+    print(f"next: probdiff inspect {folder.path}")
+
+
+def _join(arguments):
+    """Become one of several processes, if so asked; whether this is the first, which prints and writes."""
+    address, count, index = arguments.coordinator, arguments.processes, arguments.process
+    if address is None and count is None and index is None:
+        return True
+    require(address is not None, "--coordinator", "the address HOST:PORT of the first process, or auto", "none")
+    require(arguments.out is not None, "--out", "a folder that all processes see", "none")
+    if address == "auto":
+        none = count is None and index is None
+        require(none, "--coordinator", "no --processes and --process with auto, which finds them", "some")
+    else:
+        among = count is not None and index is not None and 0 <= index < count
+        require(among, "--process", "one of 0 … P−1 out of --processes P", f"{index} of {count}")
+        host, _, port = address.rpartition(":")
+        require(host and port.isdigit(), "--coordinator", "HOST:PORT or auto", address)
+    try:
+        jax.distributed.initialize(None if address == "auto" else address, count, index)
+    except RuntimeError as error:
+        raise ValueError(f"--coordinator: Expected processes that find each other; got: {error}") from None
+    return jax.process_index() == 0
+
+
+def _check_options(given):
+    for name, value in given.items():
+        if name == "learning_rate":
+            good = isinstance(value, int | float) and 0 < value < float("inf")
+            require(good, flag(name), "a positive number", value)
+        else:
+            check_integer(name, value, 0 if name == "seed" else 1)
+
+
+def _prepare(given, arguments, first):
+    """The run folder, the data and the options; nothing is compiled before this has passed."""
+    if arguments.resume:
+        return _reopen(given, arguments)
+    if arguments.out is not None and first:
+        check_free(arguments.out)
+    name = _data_name(arguments.data or "digits")
+    dataset = load(name, given.get("seed", 0))
+    options = {"data": name} | default_options(dataset) | given
+    diffusion = default_diffusion(dataset, options["num_steps"], options["seed"])
+    for split in (dataset.train, dataset.validation, dataset.test):
+        diffusion.check_data(split)
+    path = arguments.out or next_free(dataset.name)
+    if first:
+        create_run(path, diffusion, options)
+    wait_for_all("run folder")
+    return open_run(path, like=diffusion), dataset, options
+
+
+def _reopen(given, arguments):
+    """The run to go on with, its data and its options, of which none may be asked for anew."""
+    folder = open_run(arguments.out)
+    options = folder.config
+    missing = [name for name in ("data", *OPTIONS) if name not in options]
+    without = f"a config.json without {', '.join(missing)}"
+    require(not missing, str(folder.path), "a run of probdiff fit", without)
+    _check_options({name: options[name] for name in OPTIONS})
+    asked = given | ({"data": _data_name(arguments.data)} if arguments.data else {})
+    for name, value in asked.items():
+        require(value == options[name], flag(name), f"{options[name]}, as in the run to resume", value)
+    return folder, folder.data, options
+
+
+def _data_name(name):
+    """Files by their absolute path, so that a run can be opened from anywhere."""
+    return name if name in NAMES or not Path(name).exists() else str(Path(name).resolve())
+
+
+def _fit_and_evaluate(folder, diffusion, dataset, options, devices, first):
+    """Fit, evaluate and save; gives the results as they are saved. Of several processes, the first saves."""
+    fit_key, evaluation_key = jax.random.split(jax.random.key(options["seed"]))
+    start = time.monotonic()
+    fitted = fit(
+        diffusion,
+        dataset.train,
+        iterations=options["iterations"],
+        batch_size=options["batch_size"],
+        learning_rate=options["learning_rate"],
+        key=fit_key,
+        validation=dataset.validation,
+        checkpoint=folder.checkpoint,
+        devices=devices,
+    )
+    seconds = {"fit": time.monotonic() - start}
+    if first:
+        folder.save(fit=fitted)
+    start = time.monotonic()
+    both, results = evaluate(fitted.diffusion, dataset, key=evaluation_key, devices=devices, progress=first)
+    seconds["evaluation"] = time.monotonic() - start
+    results |= {
+        "run": str(folder.path),
+        "skipped_updates": fitted.skipped_updates,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+    if first:
+        folder.save(terms=both.terms, results=results)
+        draw_figures(folder, fitted.diffusion, dataset)
+    return results
+
+
+def evaluate(diffusion, dataset, *, key, devices=None, progress=False):
+    """The bound on the test split.
+
+    Both ways on the first items, as many as take 2¹⁸ network evaluations each way (512 at most); by the analytic terms on
+    all of them.
+
+    Args:
+        diffusion: A trained Diffusion.
+        dataset: A :class:`~probdiff.datasets.Dataset`.
+        key: JAX key.
+        devices: Number of devices that share the data.
+        progress: Show progress bars.
+
+    Returns:
+        The :class:`~probdiff.diagnostics.agreement.TwoWays`, and the table as a dict for JSON (nats per datum throughout).
+    """
+    both_key, test_key = jax.random.split(key)
+    num_steps = diffusion.schedule.num_steps
+    items = dataset.test[: min(ITEMS, max(2, EVALUATIONS // (num_steps * DRAWS)))]
+    both = compute_both_ways(diffusion, items, key=both_key, num_draws=DRAWS, devices=devices, progress=progress)
+    if len(items) == len(dataset.test):
+        draws, terms = DRAWS, both.terms
+        parts = [np.asarray(part).mean(0) for part in (terms.step_kl.sum(1), terms.reconstruction, terms.elbo)]
+    else:
+        draws = 1
+        terms = elbo_terms(diffusion, dataset.test, key=test_key, reduce=True, devices=devices, progress=progress)
+        parts = [np.asarray(part.mean, np.float64) for part in (terms.step_kl, terms.reconstruction, terms.elbo)]
+        parts[0] = parts[0].sum(0)
+    signs = {"prior_kl": -1, "step_kl": -1, "reconstruction": 1, "elbo": 1}
+    test = {
+        name: _row(Estimate.of(part), dataset, sign)
+        for (name, sign), part in zip(signs.items(), (terms.prior_kl, *parts))
+    }
+    difference, difference_error = both.difference
+    results = {
+        "data": dataset.name,
+        "dim": dataset.dim,
+        "num_steps": num_steps,
+        "test": {"num_items": len(dataset.test), "num_draws": draws, **test},
+        "two_ways": {
+            "num_items": len(items),
+            "num_draws": DRAWS,
+            "analytic": _row(both.analytic, dataset),
+            "trace_elbo": _row(both.trace, dataset),
+            "difference": difference,
+            "difference_error": difference_error,
+            "z": both.z,
+            "agree": both.agree,
+        },
+        "reference": _reference(dataset, parts[-1]),
+    }
+    return both, results
+
+
+def _row(estimate, dataset, sign=1):
+    """Nats as they are; bits/dim as a code length, to which a KL (``sign`` −1) adds."""
+    row = {"nats": estimate.mean, "error": estimate.error}
+    if dataset.levels is not None:
+        bits, error = (float(bits_per_dim(nats, dataset.dim)) for nats in (sign * estimate.mean, -estimate.error))
+        row |= {"bits_per_dim": bits, "bits_error": error}
+    return row
+
+
+def _reference(dataset, elbo):
+    """What the bound is held against: independent dimensions on a grid, the true density where it is known."""
+    if dataset.levels is not None:
+        mean, error = dataset.independent_levels()
+        return {"independent_dimensions": _row(Estimate(float(mean), float(error), 0.0), dataset)}
+    if dataset.log_prob is None:
+        return {}
+    entropy, entropy_error = dataset.entropy()
+    gap = Estimate.of(dataset.log_prob(dataset.test) - elbo)
+    return {
+        "entropy": {"nats": float(entropy), "error": float(entropy_error)},
+        "gap": {"nats": gap.mean, "error": gap.error},
+    }
