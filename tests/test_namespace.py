@@ -1,6 +1,8 @@
 """The namespace: what ``import probdiff`` gives, and what it does not import yet."""
 
 import importlib
+import importlib.metadata
+import inspect
 import os
 import pkgutil
 import subprocess
@@ -37,7 +39,7 @@ def test_nothing_heavy_is_imported(statement):
 
 @pytest.mark.parametrize("module", ["probdiff", "probdiff.cli"])
 def test_the_version(module):
-    assert python("-m", module, "--version") == "probdiff 0.1.0\n" == f"probdiff {probdiff.__version__}\n"
+    assert python("-m", module, "--version") == f"probdiff {probdiff.__version__}\n" == f"probdiff {importlib.metadata.version('probdiff')}\n"
 
 
 @pytest.mark.parametrize("name", probdiff.__all__)
@@ -53,7 +55,12 @@ def test_every_name_is_found_from_a_fresh_start():
 
 
 def test_only_the_names_are_offered_for_completion():
-    assert dir(probdiff) == sorted(probdiff.__all__) and len(set(probdiff.__all__)) == len(probdiff.__all__)
+    assert dir(probdiff) == sorted([*probdiff.__all__, "__version__"]) and len(set(probdiff.__all__)) == len(probdiff.__all__)
+
+
+def test_there_are_few_everyday_names():
+    modules = [name for name in probdiff.__all__ if inspect.ismodule(getattr(probdiff, name))]
+    assert len(probdiff.__all__) - len(modules) <= 25
 
 
 def test_an_unknown_name_is_refused_as_by_any_module():
@@ -64,11 +71,11 @@ def test_an_unknown_name_is_refused_as_by_any_module():
 
 
 def test_a_name_can_be_replaced_and_comes_back(monkeypatch):
-    right = probdiff.chain.score.score
+    right = probdiff.sandwich
     with monkeypatch.context() as patch:
-        patch.setattr(probdiff, "score", None)
-        assert probdiff.chain.score.score is None
-    assert probdiff.chain.score.score is right
+        patch.setattr(probdiff, "sandwich", None)
+        assert probdiff.sandwich is None
+    assert probdiff.sandwich is right
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)

@@ -13,7 +13,7 @@ from probdiff._sharding import wait_for_all
 from probdiff.cli.common import check_devices, check_integer, draw_figures, flag, usage
 from probdiff.datasets import NAMES, load
 from probdiff.diagnostics.agreement import compute_both_ways
-from probdiff.diagnostics.report import format_table
+from probdiff.diagnostics.tables import format_fit
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.terms import bits_per_dim, elbo_terms
 from probdiff.presets import default_diffusion, default_options
@@ -65,7 +65,7 @@ def run(arguments):
 
 
 def _print_results(results, folder):
-    print(f"\n{format_table(results)}\n")
+    print(f"\n{format_fit(results)}\n")
     if results["skipped_updates"]:
         print(f"{results['skipped_updates']} updates were skipped: their loss or gradient was not finite")
     seconds = results["seconds"]

@@ -8,7 +8,7 @@ from probdiff.cli.common import draw_figures, usage
 from probdiff.diagnostics.datatree import inspect_terms
 from probdiff.diagnostics.gap import gap_decomposition
 from probdiff.diagnostics.plots import plot_gap
-from probdiff.diagnostics.report import format_table
+from probdiff.diagnostics.tables import format_fit
 from probdiff.storage.run import open_run
 
 LEDGER_ROWS = 2**20
@@ -31,7 +31,7 @@ def run(arguments):
         results |= {"inspection": found | {"summary": summary}, "figures": [str(path) for path in paths]}
         print(json.dumps(results), file=arguments.output)
         return 0
-    print(f"{format_table(results)}\n")
+    print(f"{format_fit(results)}\n")
     print(found["text"])
     if account is not None:
         print(f"\n{account}\n")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from probdiff._checks import require, require_count, require_key, require_type
 from probdiff._chunks import inputs_at_once
 from probdiff._sharding import data_mesh, gather, replicate, shard
+from probdiff.diagnostics.tables import format_estimators
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.estimators import ESTIMATORS
@@ -128,8 +129,6 @@ class EstimatorComparison:
 
     def __str__(self):
         """The table, pairwise z-scores and the verdict."""
-        from probdiff.diagnostics.report import format_estimators
-
         return format_estimators(self)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff._checks import require, require_count, require_type
+from probdiff.diagnostics.tables import format_models
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.terms import elbo_terms
@@ -42,8 +43,6 @@ class ModelComparison:
 
     def __str__(self):
         """The table."""
-        from probdiff.diagnostics.report import format_models
-
         return format_models(self)
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from probdiff._checks import require, require_key, require_type
 from probdiff._chunks import inputs_at_once
 from probdiff.chain.schedules import at_dims
+from probdiff.diagnostics.tables import format_gap
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.estimate import Estimate
@@ -70,8 +71,6 @@ class GapDecomposition:
 
     def __str__(self):
         """The account as a table."""
-        from probdiff.diagnostics.report import format_gap
-
         return format_gap(self)
 
 

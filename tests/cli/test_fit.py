@@ -17,7 +17,7 @@ import probdiff
 from probdiff import cli, datasets, presets
 from probdiff.cli import fit as fit_command
 from probdiff.cli.fit import evaluate
-from probdiff.diagnostics.report import format_table
+from probdiff.diagnostics.tables import format_fit
 from probdiff.oracles.closed_form import exact_terms
 from probdiff.oracles.distributions import GaussianOracle
 
@@ -336,7 +336,7 @@ def test_the_table_says_what_the_results_say(bits, agree):
         "two_ways": {"num_items": 22, "num_draws": 4, "z": -4.0, "agree": agree} | two_ways,
         "reference": {"independent_dimensions": row(14)} if bits else {"entropy": entropy, "gap": gap},
     }
-    title, header, *lines = format_table(results).splitlines()
+    title, header, *lines = format_fit(results).splitlines()
     assert "mine" in title and "33 items of 6 dimensions, 1 draw each" in title and "N = 9 steps" in title
     assert ("bits/dim" in header) is bits and "the first 22 items, 4 draws each" in "\n".join(lines)
     labels = ("prior KL", "Σ step KL", "reconstruction", "ELBO")

@@ -1,4 +1,4 @@
-"""Results as text: the tables of a fit, of the comparisons and of a ledger."""
+"""Results as text: the tables of a fit, of the comparisons and of the gap taken apart."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ LABELS = {
 }
 
 
-def format_table(results):
+def format_fit(results):
     """The results of ``probdiff fit`` as text: the bound on the test split, beside what is known about the data."""
     test, both, reference = results["test"], results["two_ways"], dict(results["reference"])
     bits = "bits_per_dim" in test["elbo"]
