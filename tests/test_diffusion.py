@@ -65,7 +65,7 @@ PUBLIC = {
     "flow_log_prob": lambda d: probdiff.flow.flow_log_prob(d, X[:2]),
     "flow_likelihood": lambda d: probdiff.flow_likelihood(d, X[:2], key=KEY).log_prob,
     "score": lambda d: probdiff.chain.score.score(d, X, 2),
-    "ledger": lambda d: probdiff.diagnostics.gap_decomposition(d, ORACLE, X, key=KEY).network_per_step,
+    "gap_decomposition": lambda d: probdiff.diagnostics.gap_decomposition(d, ORACLE, X, key=KEY).network_per_step,
     **{
         name: lambda d, sampler=sampler: sampler(d, key=KEY, num_samples=3)
         for name, sampler in probdiff.samplers.SAMPLERS.items()

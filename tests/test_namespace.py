@@ -87,3 +87,12 @@ def test_no_function_hides_a_module(package):
         assert getattr(package, found.name) is module
         if package is probdiff and found.name in probdiff.__all__:
             assert probdiff.__getattr__(found.name) is module  # also where it was not imported before
+
+
+def test_no_public_function_takes_parameters():
+    """``Diffusion.bind`` is the only door for them."""
+    places = [probdiff, *(module for name in probdiff.__all__ if inspect.ismodule(module := getattr(probdiff, name)))]
+    functions = {f for place in places for name, f in vars(place).items() if inspect.isfunction(f) and name[0] != "_"}
+    functions |= {f for _, f in inspect.getmembers(probdiff.elbo.AnalyticELBO, inspect.isfunction) if f.__module__.startswith("probdiff")}
+    assert len(functions) > 60
+    assert not [f.__qualname__ for f in functions if "params" in inspect.signature(f).parameters]

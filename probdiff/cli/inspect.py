@@ -40,7 +40,7 @@ def run(arguments):
 
 
 def _account(folder, diffusion, dataset):
-    """The ledger of some test data, and its figure in the run."""
+    """The gap of some test data taken apart, and its figure in the run."""
     x = dataset.test[: max(100, LEDGER_ROWS // diffusion.schedule.num_steps)]
     account = gap_decomposition(diffusion, dataset.oracle, x, key=jax.random.key(0), progress=True)
     title = f"{dataset.name}, N = {diffusion.schedule.num_steps}, {len(x)} test data"

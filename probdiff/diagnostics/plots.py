@@ -138,17 +138,17 @@ def plot_estimators(table, num_items, title=""):
     return figure
 
 
-def plot_gap(ledger, title=""):
+def plot_gap(decomposition, title=""):
     """What the network adds to the gap of the bound: at each step, and summed from the first step on.
 
     Args:
-        ledger: A :class:`~probdiff.diagnostics.gap.GapDecomposition`.
+        decomposition: A :class:`~probdiff.diagnostics.gap.GapDecomposition`.
         title: Title of the figure.
     """
     figure, (left, right) = _figure(2, width=10.0)
     figure.suptitle(title)
-    log_snr, per_step = ledger.log_snr, ledger.network_per_step
-    error = 2 * ledger.network_per_step_error
+    log_snr, per_step = decomposition.log_snr, decomposition.network_per_step
+    error = 2 * decomposition.network_per_step_error
     lowest = 1e-3 * per_step.max()
     left.fill_between(log_snr, np.maximum(per_step - error, lowest), per_step + error, alpha=0.3, lw=0, label="± 2 s.e.")
     left.plot(log_snr, per_step, ".", ms=3, label="mean over data")
@@ -156,8 +156,8 @@ def plot_gap(ledger, title=""):
     left.set_ylim(lowest if lowest > 0 else None, None)
     left.legend(fontsize="small")
     right.plot(log_snr, np.cumsum(per_step), label="network, steps 1 … n")
-    right.axhline(ledger.irreducible.mean, color="C1", ls="--", label="irreducible gap, exact ε")
-    right.axhline(ledger.gap.mean, color="0.4", ls=":", label="gap of the ELBO")
+    right.axhline(decomposition.irreducible.mean, color="C1", ls="--", label="irreducible gap, exact ε")
+    right.axhline(decomposition.gap.mean, color="0.4", ls=":", label="gap of the ELBO")
     right.set(xlabel="log-SNR of step n", ylabel="nats per datum")
     right.legend(fontsize="small")
     for axes in (left, right):

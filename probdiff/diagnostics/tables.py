@@ -141,28 +141,28 @@ def format_models(comparison):
     return "\n".join([*lines, "difference: what the best model has more, paired item by item"])
 
 
-def format_gap(ledger):
+def format_gap(decomposition):
     """A :class:`~probdiff.diagnostics.gap.GapDecomposition` as text."""
-    entropy, entropy_error = ledger.entropy
-    elbo = -entropy - ledger.gap.mean
+    entropy, entropy_error = decomposition.entropy
+    elbo = -entropy - decomposition.gap.mean
     rows = [
         ("minus entropy of the data", -entropy, entropy_error),
-        ("− irreducible gap, exact ε", -ledger.irreducible.mean, ledger.irreducible.error),
-        ("− what the network adds", -ledger.network.mean, ledger.network.error),
-        ("− rest: 0 but for its error", -ledger.residual.mean, ledger.residual.error),
-        ("= ELBO", elbo, ledger.gap.error),
+        ("− irreducible gap, exact ε", -decomposition.irreducible.mean, decomposition.irreducible.error),
+        ("− what the network adds", -decomposition.network.mean, decomposition.network.error),
+        ("− rest: 0 but for its error", -decomposition.residual.mean, decomposition.residual.error),
+        ("= ELBO", elbo, decomposition.gap.error),
         ("", None, None),
-        ("− prior KL", -ledger.prior_kl.mean, ledger.prior_kl.error),
-        ("− Σ step KL", -ledger.step_kl.mean, ledger.step_kl.error),
-        ("+ reconstruction", ledger.reconstruction.mean, ledger.reconstruction.error),
+        ("− prior KL", -decomposition.prior_kl.mean, decomposition.prior_kl.error),
+        ("− Σ step KL", -decomposition.step_kl.mean, decomposition.step_kl.error),
+        ("+ reconstruction", decomposition.reconstruction.mean, decomposition.reconstruction.error),
     ]
     lines = ["The bound, accounted for, nats per datum", f"{'':30}{'nats':>10}{'± s.e.':>9}"]
     lines += [f"{name:30}{value:10.4f}{error:9.4f}" if name else "" for name, value, error in rows]
-    per_step, num_steps = ledger.network_per_step, len(ledger.network_per_step)
+    per_step, num_steps = decomposition.network_per_step, len(decomposition.network_per_step)
     edges = np.unique(np.linspace(0, num_steps, min(BLOCKS, num_steps) + 1).astype(int))
     lines += ["", f"{'what the network adds, by steps':36}{'log-SNR':>16}{'nats':>10}{'share':>8}"]
     for first, last in zip(edges, edges[1:]):
         nats = per_step[first:last].sum()
-        span = f"{ledger.log_snr[first]:.1f} … {ledger.log_snr[last - 1]:.1f}"
+        span = f"{decomposition.log_snr[first]:.1f} … {decomposition.log_snr[last - 1]:.1f}"
         lines.append(f"  n = {first + 1} … {last}".ljust(36) + f"{span:>16}{nats:10.5f}" + (f"{nats / per_step.sum():8.1%}" if per_step.any() else f"{'–':>8}"))
     return "\n".join(lines)
