@@ -104,7 +104,7 @@ class Diffusion(AbstractDiffusion):
         return self.kernel(self.schedule, z, self.predict(z, n, key), n)
 
     def predict(self, z, n, key=None):
-        """What the kernel wants to know of the network at ``z``: mostly the predicted noise, shaped like ``z``.
+        """The network's prediction at ``z``, as the kernel needs it: the noise, shaped like ``z``, or probabilities of levels.
 
         Arguments as for :meth:`reverse_kernel`.
         """

@@ -194,7 +194,7 @@ def _standard_normal(z):
 
 
 class FlowLikelihood(NamedTuple):
-    r"""What the probability flow says of the data, and how far its approximations and the solver go.
+    r"""The log-likelihood of the data by the probability flow, and how large the errors of its approximations and of the solver are.
 
     Attributes:
         log_q: The flow's log-density of :math:`z_1 \sim q(z_1 | x_0)`, nats, shape ``(draw, datum)``.

@@ -86,7 +86,7 @@ def ddim(diffusion, *, key, num_samples, steps=None, eta=0.0, devices=None, prog
 
 
 def _ddim_coefficients(schedule, taken, eta):
-    """What multiplies z_n, the predicted noise and new noise in z_m, float64, for each step n of ``taken``."""
+    """The factors of z_n, the predicted noise and new noise in z_m, float64, for each step n of ``taken``."""
     signal, noise = schedule.alpha_bar[taken - 1], schedule.one_minus_alpha_bar[taken - 1]
     signal_before = np.concatenate([[1.0], signal[:-1]])
     noise_before = np.concatenate([[0.0], noise[:-1]])

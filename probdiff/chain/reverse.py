@@ -129,7 +129,7 @@ class GaussianKernel(eqx.Module):
         return weighted_error(self.kl_weight(schedule), n, NoiseMoments(eps, 0.0), eps_hat) + constant
 
     def excess(self, schedule, x0, noise, z, eps_hat, n, extra_noise):
-        """What the KL of step n is above :meth:`constants`, shape ``batch``: the error of the noise, weighted.
+        """The part of the KL of step n that depends on the prediction, shape ``batch``: the weighted error of the noise.
 
         Args:
             schedule: The noise schedule.

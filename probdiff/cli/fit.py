@@ -238,7 +238,7 @@ def _row(estimate, dataset, sign=1):
 
 
 def _reference(dataset, elbo):
-    """What the bound is held against: independent dimensions on a grid, the true density where it is known."""
+    """The reference for the bound: independent dimensions on a grid, the true density where it is known."""
     if dataset.levels is not None:
         mean, error = dataset.independent_levels()
         return {"independent_dimensions": _row(Estimate(float(mean), float(error), 0.0), dataset)}

@@ -51,7 +51,7 @@ X = np.array([[0.1, -0.2], [1.5, 0.4], [-0.7, -1.0]])
 
 
 class Finding(NamedTuple):
-    """What a check found: a figure, the bound that it must not exceed, and the unit of both."""
+    """The finding of a check: a figure, the bound that it must not exceed, and the unit of both."""
 
     figure: float
     bound: float

@@ -228,7 +228,7 @@ def _adapted(guide, elbo, purpose):
 
 
 def _learn(diffusion, guide, elbo, x, key):
-    """What the estimator learns from repetitions of ``x``, by site; nothing for most."""
+    """The state that the estimator learns from repetitions of ``x``, by site; empty for most."""
     state = elbo.initial_state if isinstance(elbo, StepObjective) else {}
     if not state:
         return {}

@@ -139,7 +139,7 @@ def plot_estimators(table, num_items, title=""):
 
 
 def plot_gap(decomposition, title=""):
-    """What the network adds to the gap of the bound: at each step, and summed from the first step on.
+    """The network's part in the gap of the bound: at each step, and summed from the first step on.
 
     Args:
         decomposition: A :class:`~probdiff.diagnostics.gap.GapDecomposition`.

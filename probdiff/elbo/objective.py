@@ -137,7 +137,7 @@ class StepObjective(ELBO):
 
     @property
     def initial_state(self):
-        """What it starts from if it learns, by site, as ``SVIState.mutable_state`` holds it; otherwise empty."""
+        """The state that learning starts from, by site, as ``SVIState.mutable_state`` holds it; empty if nothing is learned."""
         return {} if self._learner is None else {LEARNED: self._learner.initial()}
 
     def adapted_to(self, purpose):
@@ -318,7 +318,7 @@ class SampledTerms(eqx.Module):
 
 
 def _seen(n, weight, term, control, terms, prediction):
-    """What :meth:`Learner.updated` takes."""
+    """The arguments of :meth:`Learner.updated` after the state."""
     gradient = jax.grad(lambda p: terms(p).sum())(prediction)
     seen = weight, term, control, jnp.square(gradient).sum(range(n.ndim, gradient.ndim))
     return n, *jax.tree.map(jax.lax.stop_gradient, seen)

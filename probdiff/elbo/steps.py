@@ -91,7 +91,7 @@ class OneStep:
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    r"""What an estimator learns: decayed moments of its terms, in bins of log-SNR (n = 1 has a bin of its own).
+    r"""The state that an estimator learns: decayed moments of its terms, in bins of log-SNR (n = 1 has a bin of its own).
 
     Terms are measured in units of what they would be for standard normal data and the best network,
     :math:`w_n \bar\alpha_n`; before anything was learned, that is the guess. The state is a dict of arrays of shape
@@ -146,7 +146,7 @@ class Learner:
         }
 
     def coefficient(self, state):
-        """What multiplies the control variate at each step, shape ``(num_steps,)``; 1 before anything was learned."""
+        """The coefficient of the control variate at each step, shape ``(num_steps,)``; 1 before anything was learned."""
         slope, power = self._moment(state, "term", "control"), self._moment(state, "control", "control")
         guess = 1 / (state["count"] + 1)
         return ((slope + guess) / (power + guess))[self.bins]

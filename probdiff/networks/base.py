@@ -70,7 +70,7 @@ def predict_levels(network, z, n, key=None):
 
 
 class LogSNREmbedding(eqx.Module):
-    """What tells a network the step: a small perceptron on sinusoids of its log-SNR.
+    """The embedding of a step: a small perceptron on sinusoids of its log-SNR.
 
     Before ``Diffusion`` has told it the schedule, −2 log n stands in for the log-SNR.
     """

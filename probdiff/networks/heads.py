@@ -48,7 +48,7 @@ class Head(eqx.Module):
         return eqx.tree_at(lambda h: (h.network, h.schedule), self, parts, is_leaf=lambda leaf: leaf is None)
 
     def output(self, z, n, key=None):
-        """What the network says, checked."""
+        """The network's output, whose shape is checked."""
         output = self.network(z, n, key=key) if key is not None and takes_key(self.network) else self.network(z, n)
         shape = self.output_shape(z)
         got = getattr(output, "shape", type(output).__name__)

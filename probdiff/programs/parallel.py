@@ -43,7 +43,7 @@ class Chain(dist.Distribution):
 
     @property
     def parts(self):
-        """What the chain was made from."""
+        """The tree that the chain was made from."""
         return eqx.combine(self._arrays, self._static)
 
     def require_path(self, value):

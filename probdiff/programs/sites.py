@@ -18,7 +18,7 @@ PARAMS = "diffusion$params"
 
 
 class AbstractDiffusion(eqx.Module):
-    """What the programs are written for: :class:`~probdiff.Diffusion`."""
+    """A model that the programs are written for; :class:`~probdiff.Diffusion` is one."""
 
     schedule: eqx.AbstractVar[object]
     kernel: eqx.AbstractVar[object]

@@ -63,7 +63,7 @@ class Run:
 
     @property
     def config(self):
-        """What was asked for, a dict; ``config["model"]`` describes the model."""
+        """The options of the fit, a dict; ``config["model"]`` describes the model."""
         return read_json(self.path / "config.json")
 
     @property
