@@ -95,7 +95,7 @@ class Learner:
 
     Terms are measured in units of what they would be for standard normal data and the best network,
     :math:`w_n \bar\alpha_n`; before anything was learned, that is the guess. The state is a dict of arrays of shape
-    ``(bin,)``: ``count``, how many uniformly drawn terms a bin has seen; ``term`` and ``control``, their sums;
+    ``(bin,)``: ``visits``, how many uniformly drawn terms a bin has seen; ``term`` and ``control``, their sums;
     ``term_term``, ``term_control`` and ``control_control``, the sums of the products; ``gradient``, that of the squared
     gradients.
 
@@ -126,12 +126,12 @@ class Learner:
 
     def updated(self, state, n, inverse_probability, term, control, squared_gradient):
         """The state after the terms of steps ``n`` were seen; arrays of one shape."""
-        dtype = state["count"].dtype
+        dtype = state["visits"].dtype
         count = (inverse_probability / self.schedule.num_steps).astype(dtype)
         unit, slope = (at_step(table, n, dtype) for table in (self.values, self.gradients))
         term, control = term / unit, control / unit
         seen = {
-            "count": jnp.ones_like(count),
+            "visits": jnp.ones_like(count),
             "term": term,
             "control": control,
             "term_term": term * term,
@@ -148,7 +148,7 @@ class Learner:
     def coefficient(self, state):
         """The coefficient of the control variate at each step, shape ``(num_steps,)``; 1 before anything was learned."""
         slope, power = self._moment(state, "term", "control"), self._moment(state, "control", "control")
-        guess = 1 / (state["count"] + 1)
+        guess = 1 / (state["visits"] + 1)
         return ((slope + guess) / (power + guess))[self.bins]
 
     def probability(self, state, adapt_to, coefficient):
@@ -175,12 +175,12 @@ class Learner:
 
     def _mean(self, state, name):
         """Mean over what each bin has seen, and one term more that is as guessed."""
-        return (state[name] + 1) / (state["count"] + 1)
+        return (state[name] + 1) / (state["visits"] + 1)
 
     def _normalised(self, unit, mean_square):
         size = jnp.asarray(unit, mean_square.dtype) * jnp.sqrt(jnp.maximum(mean_square, 1e-12))
         return (1 - UNIFORM_SHARE) * size / size.sum() + UNIFORM_SHARE / len(size)
 
 
-STATE = ("count", "term", "control", "term_term", "term_control", "control_control", "gradient")
+STATE = ("visits", "term", "control", "term_term", "term_control", "control_control", "gradient")
 PROBABILITIES = {"value": Learner._for_value, "gradient": Learner._for_gradient}

@@ -350,7 +350,7 @@ def test_every_estimator_drops_into_svi(name, num_particles):
     if learns:
         # After many updates of 16 terms each, the decayed count is near 16 / (1 - decay) times 1 - decay^updates.
         expected = 16 * (1 - proposal.DECAY**150) / (1 - proposal.DECAY)
-        assert state[LEARNED]["count"].sum() == pytest.approx(expected, rel=0.25)
+        assert state[LEARNED]["visits"].sum() == pytest.approx(expected, rel=0.25)
 
 
 def test_without_the_guide_it_says_that_it_learns_nothing():
@@ -373,7 +373,7 @@ def test_an_update_leaves_the_old_state_as_it_was():
     svi = SVI(diffusion.model, guide, optax.adam(1e-3), elbo)
     state = svi.init(jax.random.key(0), x)
     svi.update(state, x)
-    assert state.mutable_state[LEARNED]["count"].sum() == 0
+    assert state.mutable_state[LEARNED]["visits"].sum() == 0
 
 
 def test_what_is_learned_is_in_the_checkpoint(tmp_path):
@@ -395,7 +395,7 @@ def test_what_is_learned_is_in_the_checkpoint(tmp_path):
 
     run(20, "halved.npz")
     resumed, whole = run(40, "halved.npz"), run(40, "whole.npz")
-    assert whole.svi.mutable_state[LEARNED]["count"].sum() > 0
+    assert whole.svi.mutable_state[LEARNED]["visits"].sum() > 0
     a, b = (jax.tree.leaves((s.svi.optim_state, s.svi.mutable_state)) for s in (resumed, whole))
     assert len(a) > 7 and all(np.array_equal(first, second) for first, second in zip(a, b))
 
