@@ -35,7 +35,7 @@ def fit(schedule, train):
     likelihood = probdiff.NormalLikelihood.standardized(data.train)
     diffusion = probdiff.Diffusion(schedule, network, likelihood)
     options = {"iterations": ITERATIONS, "batch_size": BATCH, "learning_rate": 2e-3, "key": jax.random.key(1)}
-    return probdiff.fit(diffusion, train, **options).diffusion
+    return probdiff.fit(diffusion, train, **options).diffusion.unbind()  # to take gradients in its parameters
 
 
 # %% [markdown]

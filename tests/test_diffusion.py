@@ -56,11 +56,6 @@ PUBLIC = {
     "compute_both_ways": lambda d: probdiff.diagnostics.compute_both_ways(d, X, key=KEY, num_draws=2).path,
     "iwae": lambda d: probdiff.iwae(d, X, key=KEY, num_particles=3),
     "sandwich": lambda d: tuple(probdiff.sandwich(d, key=KEY, num_data=3, num_particles=2).upper.values()),
-    "compare_estimators": lambda d: [
-        value
-        for c in [probdiff.compare_estimators(d, X[:2], key=KEY, num_draws=2, estimators=["kl_combined"])]
-        for value in (c.draws, *c.projections.values())
-    ],
     "compare_models": lambda d: probdiff.compare_models({"a": d, "b": d}, X, key=KEY, num_draws=2).elbo["a"],
     "flow_log_prob": lambda d: probdiff.flow.flow_log_prob(d, X[:2]),
     "flow_likelihood": lambda d: probdiff.flow_likelihood(d, X[:2], key=KEY).log_prob,
@@ -146,10 +141,10 @@ def test_gradients_flow_through_the_arrays_of_a_bound_model():
 
 
 def test_the_estimators_gradients_are_those_of_the_unbound_model_without_dropout():
-    """All parameters, those of the schedule too, and the noise of dropout in none of them."""
-    comparisons = [
-        probdiff.compare_estimators(d, X[:2], key=KEY, num_draws=2, estimators=["kl_marginal"]) for d in (BOUND, DIRECT)
-    ]
-    for comparison in comparisons:
-        assert comparison.projections["kl_marginal"].shape[0] >= 8 and comparison.table.loc["kl_marginal", "gradient_variance"] > 0
-    np.testing.assert_allclose(*(c.projections["kl_marginal"] for c in comparisons), rtol=1e-4, atol=1e-4)
+    """All parameters of the bound model, those of the schedule too; a model that has no dropout at all gives the same."""
+    dry = eqx.tree_at(lambda d: d.network.network.dropout.p, DIRECT, 0.0)
+    options = {"key": KEY, "num_draws": 2, "estimators": ["kl_uniform"]}
+    found, expected = (probdiff.compare_estimators(d, X[:2], **options) for d in (BOUND, dry))
+    np.testing.assert_allclose(found.draws, expected.draws, rtol=1e-4, atol=1e-4)
+    for a, b in zip(found.projections.values(), expected.projections.values(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())

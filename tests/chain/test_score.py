@@ -108,7 +108,7 @@ def test_a_wrong_table_is_found(bug, patched, float64):
 
 @pytest.mark.parametrize("name", ["conditional_score", "vp_conditional_score", "score_from_eps", "vp_score_from_eps"])
 def test_a_wrong_sign_is_found(name, patched, float64):
-    right = getattr(probdiff, name)
+    right = getattr(probdiff.chain.score, name)
     patched(right, lambda *arguments: -right(*arguments))
     check = name.removesuffix("_score") if name.endswith("_score") else "marginal"
     with pytest.raises(AssertionError):

@@ -86,7 +86,7 @@ def test_the_loss_has_its_closed_form(weights, steps, float64):
     objective = probdiff.elbo.ScoreMatching(diffusion, own.get(weights, weights), steps=steps)
     guide = objective.guide
     if objective.initial_state:  # what is learned is measured in units of these terms
-        np.testing.assert_allclose(objective._learner.weight, table / SIGMAS**2, rtol=1e-10)
+        np.testing.assert_allclose(objective._learner.kl_weight, table / SIGMAS**2, rtol=1e-10)
 
     def loss(key):
         return objective.loss(key, {}, diffusion.model, guide, X)
