@@ -176,6 +176,7 @@ def _flow(diffusion, eps, base, z, key, num_probes, rtol, atol, progress):
     else:
         directions, scale = jax.random.rademacher(key, (size, num_probes, dim), z.dtype), 1 / num_probes
     ends = tuple(diffusion.schedule.log_snr[[0, -1]].tolist())
+    rtol, atol = jnp.asarray(rtol, z.dtype), jnp.asarray(atol, z.dtype)  # values, so that no other ones are compiled again
     block = even_chunk(size, max(1, inputs_at_once(diffusion.network) // directions.shape[1]))
     log_prob, counts = [], []
     with tqdm(total=size, unit="datum", desc="flow", disable=not progress) as bar:
