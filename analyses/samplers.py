@@ -131,7 +131,7 @@ entropy, _ = data.entropy()
 
 
 def measure(diffusion):
-    """SampledTerms of (series, setting, evaluations, energy distance, difference from ancestral); each pair with its error."""
+    """Rows of (series, setting, evaluations, energy distance, difference from ancestral); each pair with its error."""
     print(f"{'sampler':31}{'steps':>9}{'evals':>7}{'energy distance':>21}{'less ancestral’s':>21}{'log p + H':>15}")
     rows, ancestral = [], None
     for k, (name, setting, evaluations, sampler, options) in enumerate(settings()):

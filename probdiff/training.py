@@ -70,7 +70,7 @@ class FitState(NamedTuple):
         best_bound: Their bound on the validation data, nats per datum (−inf before the first validation).
         losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update
             was skipped. As the minibatch follows from its key and the iteration, this is the position in the data, too.
-        validation: SampledTerms of (iteration, bound on the validation data in nats per datum).
+        validation: Rows of (iteration, bound on the validation data in nats per datum).
         settings: What was asked for, by name: a resumed fit must be asked for the same.
     """
 
@@ -90,7 +90,7 @@ class Fit(NamedTuple):
         diffusion: The trained Diffusion: the averaged parameters; with validation data, the best of them.
         losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update was
             skipped, because the loss or a gradient was not finite.
-        validation: SampledTerms of (iteration, bound on the validation data in nats per datum).
+        validation: Rows of (iteration, bound on the validation data in nats per datum).
         state: The :class:`FitState`, from which the fit can go on.
     """
 

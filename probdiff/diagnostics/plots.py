@@ -18,7 +18,7 @@ def plot_loss(losses, validation, title=""):
 
     Args:
         losses: Negative bound of each iteration, nats per datum, shape ``(iteration,)``; NaN is not drawn.
-        validation: SampledTerms of (iteration, bound in nats per datum); may be empty.
+        validation: Rows of (iteration, bound in nats per datum); may be empty.
         title: Title of the figure.
     """
     figure, (axes,) = _figure()

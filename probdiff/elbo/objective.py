@@ -284,7 +284,7 @@ class StepObjective(ELBO):
 
 
 class SampledTerms(eqx.Module):
-    """The rows of one estimate: steps and weights of shape ``(row, datum)``, their noise, and what is done with them."""
+    """The sampled terms of one estimate: steps and inverse probabilities of shape ``(row, datum)``, their noise, and what is done with them."""
 
     term: Callable
     n: jax.Array

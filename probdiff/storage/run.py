@@ -144,7 +144,7 @@ class Run:
 
     @property
     def validation(self):
-        """SampledTerms of (iteration, bound on the validation data in nats per datum)."""
+        """Rows of (iteration, bound on the validation data in nats per datum)."""
         return self._table("validation.csv")
 
     @property
