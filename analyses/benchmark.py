@@ -94,9 +94,8 @@ class Tables:
         variance = schedule.beta * (1 - previous) / (1 - schedule.alpha_bar)
         variance[0] = schedule.beta[0]
         self.num_steps = schedule.num_steps
-        self.log_snr = schedule.log_snr
-        self.beta, self.variance, self.alpha_bar = (
-            jnp.asarray(t, jnp.float32) for t in (schedule.beta, variance, schedule.alpha_bar)
+        self.beta, self.variance, self.alpha_bar, self.log_snr = (
+            jnp.asarray(t, jnp.float32) for t in (schedule.beta, variance, schedule.alpha_bar, schedule.log_snr)
         )
         weight = schedule.beta**2 / (2 * variance * schedule.alpha * (1 - schedule.alpha_bar))
         self.weight = jnp.asarray(weight, jnp.float32)
@@ -108,7 +107,7 @@ def one_step_loss(network, tables, x, key):
     n = jax.random.randint(step_key, (len(x),), 1, tables.num_steps + 1)
     eps = jax.random.normal(noise_key, x.shape)
     alpha_bar = tables.alpha_bar[n - 1][:, None]
-    eps_hat = network(jnp.sqrt(alpha_bar) * x + jnp.sqrt(1 - alpha_bar) * eps, n)
+    eps_hat = network(jnp.sqrt(alpha_bar) * x + jnp.sqrt(1 - alpha_bar) * eps, tables.log_snr[n - 1])
     errors = tables.num_steps * tables.weight[n - 1] * ((eps - eps_hat) ** 2).sum(-1)
     return (errors + tables.alpha_bar[-1] * (x**2).sum(-1) / 2).mean()
 
@@ -157,7 +156,7 @@ def loop_in_torch(diffusion, data, batch, iterations):
             self.read, self.write, self.skip = linear(dim, hidden), linear(hidden, dim), linear(32, dim)
             parts = (lambda: torch.nn.LayerNorm(hidden), lambda: linear(32, 2 * hidden), *(lambda: linear(hidden, hidden),) * 2)
             self.blocks = torch.nn.ModuleList(torch.nn.ModuleList(part() for part in parts) for _ in network.blocks)
-            self.register_buffer("log_snr", torch.tensor(tables.log_snr, dtype=torch.float32))
+            self.register_buffer("log_snr", torch.tensor(np.array(tables.log_snr)))
             self.register_buffer("frequencies", torch.tensor(np.geomspace(0.05, 5, 8), dtype=torch.float32))
 
         def forward(self, z, n):
@@ -246,7 +245,7 @@ def path_loss(network, tables, x, key):
         beta, variance, alpha_bar = tables.beta[n - 1], tables.variance[n - 1], tables.alpha_bar[n - 1]
         mean = jnp.sqrt(1 - beta) * z
         new = mean + jnp.sqrt(beta) * jax.random.normal(noise_key, z.shape)
-        eps_hat = network(new, jnp.full(len(x), n))
+        eps_hat = network(new, jnp.full(len(x), tables.log_snr[n - 1]))
         reverse_mean = (new - beta / jnp.sqrt(1 - alpha_bar) * eps_hat) / jnp.sqrt(1 - beta)
         total += log_normal(z, reverse_mean, variance) - log_normal(new, mean, beta)
         return (new, total, key), None
@@ -260,7 +259,7 @@ def analytic_loss(network, tables, x, key):
     eps = jax.random.normal(key, (tables.num_steps, *x.shape))
     alpha_bar = tables.alpha_bar[:, None, None]
     z = jnp.sqrt(alpha_bar) * x + jnp.sqrt(1 - alpha_bar) * eps
-    eps_hat = network(z, n)
+    eps_hat = network(z, tables.log_snr[n - 1])
     kl = (tables.weight[1:, None] * ((eps - eps_hat)[1:] ** 2).sum(-1)).sum()
     beta, last = tables.beta[0], tables.alpha_bar[-1]
     mean = (z[0] - beta / jnp.sqrt(1 - tables.alpha_bar[0]) * eps_hat[0]) / jnp.sqrt(1 - beta)
@@ -421,9 +420,9 @@ if wanted("sampling"):
     dim, hidden, num_steps, size = (2, 8, 5, 8) if quick else (64, 256, 100, 1024)
     diffusion = make(num_steps, dim, hidden).bind({})
     network = eqx.filter_jit(diffusion.network)
-    z, n = jax.random.normal(KEY, (size, dim)), jnp.full(size, 3)
+    z, log_snr = jax.random.normal(KEY, (size, dim)), jnp.full(size, 0.3)
     times = in_turns(
-        lambda: probdiff.samplers.ancestral(diffusion, key=KEY, num_samples=size), lambda: [network(z, n) for _ in range(num_steps)]
+        lambda: probdiff.samplers.ancestral(diffusion, key=KEY, num_samples=size), lambda: [network(z, log_snr) for _ in range(num_steps)]
     )
     report("sampling", f"dim {dim}, hidden {hidden}, {size} samples", *times / num_steps, ("ancestral", "network"))
 

@@ -45,8 +45,8 @@ class Bug(NamedTuple):
 # %%
 MATHEMATICS = [
     ("β̃ with ᾱ of the same step", "NoiseSchedule.__init__",
-     "self.one_minus_alpha_bar[:-1]",
-     "self.one_minus_alpha_bar[1:]", "schedules properties"),
+     "noise[:-1]",
+     "noise[1:]", "schedules properties"),
     ("ᾱ for its root in the marginal", "forward_marginal",
      "jnp.sqrt(alpha_bar)[..., None] * x0",
      "alpha_bar[..., None] * x0", "forward"),
@@ -96,12 +96,12 @@ MATHEMATICS = [
 
 # %%
 MODEL = [
-    ("the evidence of z_n without its ½", "CategoricalHead.log_probabilities",
+    ("the evidence of z_n without its ½", "CategoricalHead._normalised",
      "jnp.square(distance) / 2",
      "jnp.square(distance)", "heads"),
-    ("the noise for its root in a head", "DensityHead.__call__",
-     "jnp.sqrt(noise)",
-     "noise", "heads"),
+    ("the noise for its root in a head", "DensityHead.noise",
+     "jnp.sqrt(signal_and_noise(log_snr)[1])",
+     "signal_and_noise(log_snr)[1]", "heads"),
     ("the SNR gained at another step", "MixtureKernel.excess",
      "snr[:-1]",
      "snr[1:]", "heads"),
@@ -115,8 +115,8 @@ MODEL = [
      "jax.lax.stop_gradient(mean_square) - mean_square",
      "mean_square - jax.lax.stop_gradient(mean_square)", "learned"),
     ("the sum of an ensemble for its mean", "Ensemble.__call__",
-     "sum(predict_noise(network, z, n, k) for network, k in zip(self.networks, given)) / len(self.networks)",
-     "sum(predict_noise(network, z, n, k) for network, k in zip(self.networks, given))", "networks"),
+     "sum(predict_noise(network, z, log_snr, n, k) for network, k in zip(self.networks, keys)) / len(self.networks)",
+     "sum(predict_noise(network, z, log_snr, n, k) for network, k in zip(self.networks, keys))", "networks"),
     ("the last part of the steps is counted twice", "_accumulate",
      "jnp.where(new[:, None], kl, 0).sum(0)",
      "kl.sum(0)", "terms"),
@@ -124,7 +124,7 @@ MODEL = [
      "jax.tree.leaves(own) and not self.frozen",
      "jax.tree.leaves(own)", "diffusion"),
     ("what is bound loses its learned schedule", "Diffusion.bind",
-     "trained._marked(frozen=True, training=False)",
+     "trained._replaced(frozen=True, training=False)",
      "trained.evaluated()", "diffusion"),
     ("DDIM reads the schedule before it is evaluated", "ddim",
      """

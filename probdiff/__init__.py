@@ -10,8 +10,8 @@ __version__ = "0.2.0.dev0"
 # The everyday names, by the module that has them. What else there is, is in the namespaces.
 _NAMES = {
     "chain.forward": ["forward_marginal", "forward_posterior", "forward_step"],
+    "chain.learned": ["LearnedSchedule"],
     "chain.schedules": [
-        "LearnedSchedule",
         "NoiseSchedule",
         "cosine_schedule",
         "geometric_schedule",

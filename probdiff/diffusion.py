@@ -13,10 +13,11 @@ import numpy as np
 import numpyro
 
 from probdiff._checks import is_concrete, is_trainable, require, require_type
-from probdiff.chain.reverse import GaussianKernel, MixtureKernel
-from probdiff.chain.schedules import LearnedSchedule, NoiseSchedule, at_step, require_schedule
-from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
-from probdiff.networks.base import predict_levels, predict_noise, takes_key, with_schedule
+from probdiff._static import Static
+from probdiff.chain.reverse import AbstractKernel, GaussianKernel, NoiseMoments, SampledStep
+from probdiff.chain.schedules import AbstractSchedule, at_step, require_schedule
+from probdiff.likelihoods import AbstractLikelihood, NormalLikelihood
+from probdiff.networks.base import evaluate, is_told_step, predict_noise, takes_key
 from probdiff.programs import scan
 from probdiff.programs.sites import PARAMS, AbstractDiffusion
 
@@ -25,26 +26,30 @@ class Diffusion(AbstractDiffusion):
     r"""A denoising diffusion model: schedule, ε-network, reverse kernel and likelihood.
 
     Args:
-        schedule: A :class:`~probdiff.NoiseSchedule`, or a :class:`~probdiff.LearnedSchedule`, which is trained.
-        network: An ε-network, any callable ``network(z, n) -> eps_hat`` (see :mod:`probdiff.networks.base`), or a head around a
-            network that predicts something else (:mod:`probdiff.networks.heads`). Its floating-point JAX arrays are trained.
+        schedule: A :class:`~probdiff.NoiseSchedule`, or one that is trained, such as a :class:`~probdiff.LearnedSchedule`.
+        network: An ε-network, any callable ``network(z, n) -> eps_hat`` or ``network(z, log_snr)`` (see
+            :mod:`probdiff.networks.base`), or a head around a network that predicts something else
+            (:mod:`probdiff.networks.heads`). Its floating-point JAX arrays are trained.
         likelihood: :math:`p_\theta(x | z_1)`; ``NormalLikelihood()`` if not given.
         reverse_variance: ``"posterior"`` (:math:`v_n = \tilde\beta_n`), ``"forward"`` (:math:`v_n = \beta_n`), ``"learned"``
             (between the two, by dimension) or ``"optimal"`` (the best for the network, estimated): see
-            :mod:`probdiff.chain.variances`.
+            :mod:`probdiff.chain.variances`; or an :class:`~probdiff.chain.AbstractReverseVariance`.
         dim: Dimension of the data; ``network.dim`` if not given. Needed only to generate, and for ``"learned"``.
-        kernel: A reverse kernel in the place of the Gaussian one: a :class:`~probdiff.chain.MixtureKernel`.
+        kernel: A reverse kernel in the place of the Gaussian one, such as a :class:`~probdiff.chain.MixtureKernel`.
+
+    It is a tree of JAX arrays alone: ``jax.jit(f)(diffusion)`` works, with whatever else the network holds static.
 
     Until it is bound (:meth:`bind`), its programs have the parameters as a NumPyro ``param`` site, and a model that is given
     data is taken to be training: its network gets ``key=``, also in ``svi.evaluate``, which NumPyro does not tell apart.
     A bound model is frozen: inside of another program nothing trains it. :meth:`unbind` goes back.
     """
 
-    schedule: NoiseSchedule | LearnedSchedule
-    network: Callable
-    kernel: GaussianKernel | MixtureKernel
-    likelihood: NormalLikelihood | DiscretizedNormalLikelihood
-    dim: int | None
+    schedule: AbstractSchedule
+    _arrays: Callable  # the network with everything but its JAX arrays replaced by None, and
+    _constants: Static = eqx.field(static=True)  # the rest of it
+    kernel: AbstractKernel
+    likelihood: AbstractLikelihood
+    dim: int | None = eqx.field(static=True)
     training: bool = eqx.field(static=True)
     frozen: bool = eqx.field(static=True)
 
@@ -52,25 +57,36 @@ class Diffusion(AbstractDiffusion):
         require_schedule(schedule)
         require(callable(network), "network", "a callable network(z, n)", type(network).__name__, TypeError)
         likelihood = NormalLikelihood() if likelihood is None else likelihood
-        require(
-            isinstance(likelihood, NormalLikelihood | DiscretizedNormalLikelihood),
-            "likelihood",
-            "an instance of a likelihood",
-            repr(likelihood),
-            TypeError,
-        )
+        own = isinstance(likelihood, AbstractLikelihood)
+        require(own, "likelihood", "an instance of a likelihood", repr(likelihood), TypeError)
         whole = dim is None or (isinstance(dim, int | np.integer) and dim >= 1)
         require(whole, "dim", "a positive integer", repr(dim))
         own_dim = getattr(network, "dim", None)
         require(dim is None or own_dim in (None, dim), "dim", f"{own_dim}, the network's", dim)
         self.schedule = schedule
-        self.network = with_schedule(network, schedule)
+        self._arrays, constants = eqx.partition(network, lambda leaf: isinstance(leaf, jax.Array))
+        self._constants = Static(constants)
         self.likelihood = likelihood
-        self.dim = own_dim if dim is None else dim
+        self.dim = own_dim if dim is None else int(dim)
         self.kernel = GaussianKernel(reverse_variance, schedule, self.dim) if kernel is None else kernel
-        require_kernel(self.kernel, network, likelihood)
+        require_type("kernel", self.kernel, AbstractKernel)
+        self.kernel.check_parts(network, likelihood)
         self.training = True
         self.frozen = False
+
+    def with_kernel(self, kernel):
+        """This model with another reverse kernel."""
+        return self._replaced(kernel=kernel)
+
+    @property
+    def network(self):
+        """The network as it was given, with the parameters that the model holds."""
+        return eqx.combine(self._arrays, self._constants.tree)
+
+    def with_network(self, network):
+        """This model with another network."""
+        arrays, constants = eqx.partition(network, lambda leaf: isinstance(leaf, jax.Array))
+        return self._replaced(_arrays=arrays, _constants=Static(constants))
 
     def model(self, x, num_data=None):
         """The reverse chain, a NumPyro program: :func:`probdiff.programs.scan.model`.
@@ -108,31 +124,65 @@ class Diffusion(AbstractDiffusion):
 
         Arguments as for :meth:`reverse_kernel`.
         """
-        ask = predict_levels if self.kernel.prediction == "levels" else predict_noise
-        return ask(self.network, z, n, key)
+        asked = self._network(key), *self._noise_level(z, n), key
+        return predict_noise(*asked) if self.kernel.prediction == "noise" else evaluate(*asked, method=self.kernel.prediction)
 
     def predict_noise(self, z, n):
         """The noise that the network predicts in ``z``, same shape; arguments as for :meth:`reverse_kernel`."""
-        return predict_noise(self.network, z, n)
+        return predict_noise(self._network(), *self._noise_level(z, n))
 
-    def noise_and_predict(self, x0, n, eps, key=None):
-        """z_n made from encoded data and ``eps``, and :meth:`predict` there.
+    def predict_noise_at(self, z, log_snr):
+        """The noise that the network predicts in ``z``, same shape, between steps: ``log_snr`` broadcasts to ``batch``.
+
+        Raises:
+            ValueError: If the network is told the step (:attr:`is_told_step`).
+        """
+        return predict_noise(self._network(), z, jnp.broadcast_to(jnp.asarray(log_snr, z.dtype), z.shape[:-1]))
+
+    @property
+    def is_told_step(self):
+        """Whether the network knows the steps only, and not the noise levels between."""
+        return is_told_step(self.network)
+
+    def _network(self, key=None):
+        """The network, without dropout unless there is a key for it."""
+        return eqx.nn.inference_mode(self.network) if key is None else self.network
+
+    def _noise_level(self, z, n):
+        """z, its log-SNR and its step, both of shape ``batch``."""
+        n = jnp.broadcast_to(jnp.asarray(n, jnp.int32), z.shape[:-1])
+        return z, at_step(self.schedule.log_snr, n, z.dtype), n
+
+    def sampled_step(self, x, x0, n, eps, key=None, known_noise=None, extra_noise=None):
+        """z_n made from encoded data and ``eps``, and what the network says there: a :class:`~probdiff.chain.reverse.SampledStep`.
 
         Args:
-            x0: Encoded data, shape ``(datum, dim)``.
+            x, x0: Data, and the same encoded, shape ``(datum, dim)``.
             n: Step, an integer array of shape ``(*batch, datum)``, or what broadcasts to it.
             eps: Noise, shape ``(*batch, datum, dim)``.
             key: For the network's dropout while training.
+            known_noise: A function of the schedule, z_n and n that gives the :class:`~probdiff.chain.reverse.NoiseMoments` of what
+                is taken to be known of the noise; ``eps`` itself if not given.
+            extra_noise: A function that gives noise shaped like ``eps``, for a kernel whose KL is sampled.
         """
         signal = at_step(self.schedule.signal_scale, n, x0.dtype)
         noise = at_step(self.schedule.noise_scale, n, x0.dtype)
         z = signal[..., None] * x0 + noise[..., None] * eps
-        return z, self.predict(z, n, key)
+        known = NoiseMoments(eps, 0.0) if known_noise is None else known_noise(self.schedule, z, n)
+        return SampledStep(x, x0, n, z, known, self.predict(z, n, key), extra_noise)
 
-    def log_likelihood(self, x, z, n, prediction):
-        """log p(x | z_1), in nats, shape ``batch``; n is 1, or what a masked-out entry has there."""
-        last = self.kernel(self.schedule, z, prediction, n)
-        return self.kernel.observation(self.likelihood, last).log_prob(x)
+    def step_kl(self, step):
+        """KL of steps 2 … N, in nats, shape ``batch``; an entry of n = 1 means nothing.
+
+        Args:
+            step: A :class:`~probdiff.chain.reverse.SampledStep`.
+        """
+        return self.kernel.step_kl(self.schedule, step)
+
+    def log_likelihood(self, step):
+        """The reconstruction log p(x | z_1), in nats, shape ``batch``; an entry of n > 1 means nothing. Argument as for :meth:`step_kl`."""
+        last = self.kernel(self.schedule, step.z, step.prediction, step.n)
+        return self.kernel.observation(self.likelihood, last).log_prob(step.x)
 
     def bind(self, params: Mapping):
         """The trained model: these parameters in place of the initial ones, frozen, dropout off.
@@ -151,40 +201,34 @@ class Diffusion(AbstractDiffusion):
         require(not unknown, "params", f"only the site {PARAMS!r}", f"{unknown}")
         trained = self.unbind()
         if PARAMS in params:
-            own, given = (jax.tree.map(jnp.shape, tree) for tree in (trained.trainable(), params[PARAMS]))
-            require(own == given, "params", "the parameters of this model", "another structure or other shapes")
             trained = trained._with(params[PARAMS])
-        return trained._marked(frozen=True, training=False)
+        return trained._replaced(frozen=True, training=False)
 
     def unbind(self):
         """The model before it was bound, at the parameters it has now: with its ``param`` site and dropout, to train on."""
-        return self._marked(frozen=False, training=True)
+        return self._replaced(frozen=False, training=True)
 
     def evaluated(self):
         """The bound model, with a learned schedule whose values are known replaced by its :class:`~probdiff.NoiseSchedule`."""
-        own = self._marked(frozen=True, training=False)
-        learned = isinstance(self.schedule, LearnedSchedule) and is_concrete(self.schedule.start)
-        return own._on_schedule(self.schedule.fixed()) if learned else own
+        known = all(map(is_concrete, jax.tree.leaves(self.schedule)))
+        return self._replaced(frozen=True, training=False, schedule=self.schedule.fixed() if known else self.schedule)
 
     def trainable_without_dropout(self):
         """The model with its ``param`` site, whose network gets no ``key=``: for gradients of what :meth:`evaluated` gives."""
-        return self._marked(frozen=False, training=False)
+        return self._replaced(frozen=False, training=False)
 
-    def _marked(self, **marks):
-        """This model with other static marks."""
-        if all(getattr(self, name) == mark for name, mark in marks.items()):
+    def _replaced(self, **parts):
+        """This model with other parts or marks."""
+        if all(getattr(self, name) is part for name, part in parts.items()):
             return self
         other = object.__new__(type(self))
         for field in dataclasses.fields(self):
-            object.__setattr__(other, field.name, marks.get(field.name, getattr(self, field.name)))
+            object.__setattr__(other, field.name, parts.get(field.name, getattr(self, field.name)))
         return other
 
     def trainable(self):
         """This model with everything but its parameters replaced by None: the value of its ``param`` site."""
-        learned = jax.tree.leaves(eqx.filter(self.schedule, is_trainable))
-        # The network looks up the schedule, too, but has no parameters of it.
-        own = eqx.tree_at(lambda d: d.network, self, with_schedule(self.network, None)) if learned else self
-        return eqx.filter(own, is_trainable)
+        return eqx.filter(self, is_trainable)
 
     def with_param_site(self):
         """This model with its parameters taken from the NumPyro ``param`` site (if it has any), for a program to run."""
@@ -198,23 +242,19 @@ class Diffusion(AbstractDiffusion):
     def tabulated(self):
         """This model with the tables of a learned schedule computed once, not in every step of a scan."""
         known = self.evaluated() if self.frozen else self
-        learned = isinstance(known.schedule, LearnedSchedule)
-        return known._on_schedule(known.schedule.tables()) if learned else known
+        return known._replaced(schedule=known.schedule.tabulated())
 
     def guide_schedule(self):
         """The schedule for a guide: the guide has parameters only if the schedule has."""
-        return self.schedule if isinstance(self.schedule, NoiseSchedule) else self.with_param_site().schedule
+        return self.with_param_site().schedule if self.schedule.is_trained else self.schedule
 
     def _with(self, params):
         """This model with other parameters, shaped like :meth:`trainable`."""
-        if isinstance(self.schedule, NoiseSchedule):
-            return eqx.combine(params, self)
-        untold = eqx.tree_at(lambda d: d.network, self, with_schedule(self.network, None))
-        other = eqx.combine(params, untold)
-        return other._on_schedule(other.schedule)
-
-    def _on_schedule(self, schedule):
-        return eqx.tree_at(lambda d: (d.schedule, d.network), self, (schedule, with_schedule(self.network, schedule)))
+        own, given = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (self.trainable(), params))
+        shapes, got = ({jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves} for leaves in (own, given))
+        require(shapes == got, "params", "the parameters of this model", "another structure or other shapes")
+        structure = jax.tree.structure(self.trainable())
+        return eqx.combine(jax.tree.unflatten(structure, [leaf for _, leaf in given]), self)
 
     def training_key(self, x):
         """A key for the network's ``key=``, drawn from the ``seed`` handler; None when not training on data."""
@@ -253,15 +293,3 @@ class Diffusion(AbstractDiffusion):
             "neither",
         )
         return num_data, self.dim
-
-
-def require_kernel(kernel, network, likelihood):
-    """Refuse a reverse kernel that does not suit the network or the likelihood."""
-    kinds = GaussianKernel | MixtureKernel
-    require(isinstance(kernel, kinds), "kernel", "a GaussianKernel or a MixtureKernel", type(kernel).__name__, TypeError)
-    if isinstance(kernel, MixtureKernel):
-        for name, part in (("network", network), ("likelihood", likelihood)):
-            levels = getattr(part, "levels", None)
-            expected = "CategoricalHead" if name == "network" else "DiscretizedNormalLikelihood"
-            got = f"a {type(part).__name__} of {levels}" if levels else f"a {type(part).__name__}"
-            require(levels == kernel.levels, name, f"a {expected} of {kernel.levels} levels for this MixtureKernel", got)

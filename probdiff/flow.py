@@ -4,10 +4,11 @@ With the log-SNR λ for time, :math:`\bar\alpha = sigmoid(\lambda)`, and an ε-n
 
     dz/dλ = ½ √(1−ᾱ) (√(1−ᾱ) z − ε̂(z, λ)),        log q(z_1) = log q(z_N) + ∫ ∇·(dz/dλ) dλ  from λ_1 to λ_N
 
-(in VE coordinates, dx/dσ = ε̂). Between the steps of the chain ε̂ is interpolated linearly in λ.
+(in VE coordinates, dx/dσ = ε̂). A network that is told the noise level is asked between the steps of the chain; the prediction of one
+that is told the step is interpolated linearly in λ.
 
 The flow is another model than the reverse chain :math:`p_\theta`, made of the same network. Its density of z_1 has two
-approximations in it, the interpolation and the base N(0, I) in the place of q(z_N), and it is not the density of the data: z_1
+approximations in it, the interpolation, if there is one, and the base N(0, I) in the place of q(z_N), and it is not the density of the data: z_1
 has the noise of the first step. :func:`flow_likelihood` reports the three apart.
 
 Sources: Song et al. (2021), arXiv:2011.13456, eqs. 13 and 39; Karras et al. (2022), arXiv:2206.00364, eq. 1, with σ for time.
@@ -31,8 +32,18 @@ MAX_STEPS = 100_000
 LOOSER = 10  # times the tolerances, for what the solver's error is
 
 
+def in_continuous_time(diffusion, every=1):
+    """The ε-network of a model, a function ``eps(z, log_snr)`` of one ``z`` of shape ``(dim,)``.
+
+    Args:
+        diffusion: A trained Diffusion.
+        every: Where it has to be interpolated, take only each ``every``-th step, and the last.
+    """
+    return Interpolated(diffusion, every) if diffusion.is_told_step else diffusion.predict_noise_at
+
+
 class Interpolated(eqx.Module):
-    """The ε-network of a model in continuous time: linear in log-SNR between the steps of the chain.
+    """The network of a model, told the step, between the steps of the chain: linear in log-SNR.
 
     Args:
         diffusion: A trained Diffusion.
@@ -40,7 +51,7 @@ class Interpolated(eqx.Module):
     """
 
     diffusion: Diffusion
-    every: int = 1
+    every: int = eqx.field(static=True, default=1)
 
     def __call__(self, z, log_snr):
         """Predict the noise in ``z`` of shape ``(dim,)``, by two evaluations of the network."""
@@ -112,7 +123,6 @@ def flow_log_prob(
     *,
     key=None,
     num_probes=None,
-    eps=None,
     base=None,
     rtol=1e-5,
     atol=1e-5,
@@ -126,8 +136,6 @@ def flow_log_prob(
         key: JAX key of the probes; not used without them.
         num_probes: None for the exact divergence, ``dim`` Jacobian-vector products for each evaluation of the network; or
             the number of random directions of Hutchinson's estimator, for large ``dim``: unbiased for the log-density.
-        eps: The ε-network in continuous time, a function ``eps(z, log_snr)`` of one ``z`` of shape ``(dim,)``, in the place of
-            the interpolation of the model's.
         base: Log-density in nats of :math:`z_N` of shape ``(datum, dim)``, a function, in the place of N(0, I)'s.
         rtol, atol: Tolerances of the solver for each step.
         progress: Show a progress bar.
@@ -152,8 +160,7 @@ def flow_log_prob(
     require_finite("z", z)
     _check_probes(key, num_probes)
     require_tolerances(rtol, atol)
-    eps = Interpolated(diffusion) if eps is None else eps
-    return _flow(diffusion, eps, base, z, key, num_probes, rtol, atol, progress)[0]
+    return _flow(diffusion, in_continuous_time(diffusion), base, z, key, num_probes, rtol, atol, progress)[0]
 
 
 def _check_probes(key, num_probes):
@@ -202,14 +209,15 @@ class FlowLikelihood(NamedTuple):
         log_prob: A lower bound, in expectation over draws, on the log-likelihood of x under the flow followed by the model's last
             step: log_q − log q(z_1 | x_0) + log p(x | z_1); nats in the user's units, shape ``(draw, datum)``.
         interpolation: Estimated error of ``log_q`` from the interpolation of ε̂ between the steps, shape ``(draw, datum)``: a third of
-            what taking only every second step changes (the error is of second order in their distance). NaN where N < 3.
+            what taking only every second step changes (the error is of second order in their distance). NaN where N < 3; 0 for a
+            network that is told the noise level, where nothing is interpolated.
         base: The prior KL, shape ``(datum,)``, nats. Its mean over the data bounds from above, on average over them, the error from
             N(0, I) in the place of :math:`q(z_N)`.
         smoothing: The error from σ_1, if ``log_q`` were read as the log-density of x (with its Jacobian): ``log_prob`` minus
             that, shape ``(draw, datum)``.
         solver: Estimated error of ``log_q`` from the solver: what tolerances ten times as large change, about the error at those, shape
-            ``(draw, datum)``. As the interpolated network has a kink at every step, it falls slowly with the tolerances: at the default,
-            1e-5, it was 4e-4 nats at most for the exact network of the moons.
+            ``(draw, datum)``. An interpolated network has a kink at every step, so that it falls slowly with the tolerances: at the
+            default, 1e-5, it was 4e-4 nats at most for the exact network of the moons.
         num_evaluations: Evaluations of the network along each flow, about, shape ``(draw, datum)``.
     """
 
@@ -273,18 +281,21 @@ def flow_likelihood(
     x0 = diffusion.likelihood.encode(x)
     eps = jax.random.normal(eps_key, (num_draws, *x0.shape), x0.dtype)
     first = jnp.ones((num_draws, len(x)), jnp.int32)
-    z, eps_hat = diffusion.noise_and_predict(x0, first, eps)
+    step = diffusion.sampled_step(x, x0, first, eps)
+    z = step.z
 
     def density(every=1, looser=1):
-        network = Interpolated(diffusion, every)
+        network = in_continuous_time(diffusion, every)
         flat = z.reshape(-1, z.shape[-1])
         found = _flow(diffusion, network, None, flat, probe_key, num_probes, looser * rtol, looser * atol, progress)
         return [each.reshape(first.shape) for each in found]
 
     log_q, count = density()
-    coarse = density(every=2)[0] if schedule.num_steps > 2 else np.nan
+    coarse = log_q
+    if diffusion.is_told_step:
+        coarse = density(every=2)[0] if schedule.num_steps > 2 else np.nan
     noising = np.asarray(forward_marginal(schedule, x0, 1).log_prob(z), np.float64)
-    last_step = np.asarray(diffusion.log_likelihood(x, z, first, eps_hat), np.float64)
+    last_step = np.asarray(diffusion.log_likelihood(step), np.float64)
     dim = x0.shape[-1]
     to_data = diffusion.likelihood.log_jacobian(dim) + dim / 2 * np.log(schedule.alpha_bar[0])
     log_prob = log_q - noising + last_step
@@ -295,5 +306,5 @@ def flow_likelihood(
         base=np.asarray(prior_kl(schedule, x0), np.float64),
         smoothing=log_prob - (log_q + to_data),
         solver=density(looser=LOOSER)[0] - log_q,
-        num_evaluations=2 * count,
+        num_evaluations=(1 + diffusion.is_told_step) * count,
     )

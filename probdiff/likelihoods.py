@@ -6,9 +6,10 @@ x, so that every figure is in the user's own units. Each refuses the other's dat
 grid can be made as large as one likes, and means nothing.
 """
 
-import dataclasses
+import abc
 import operator
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +23,40 @@ from probdiff._checks import is_concrete, require, require_finite
 MOST_LEVELS = 2**22
 
 
-@dataclasses.dataclass(frozen=True)
-class NormalLikelihood:
+class AbstractLikelihood(eqx.Module):
+    """How the data as the user has it and the chain's :math:`x_0` are related.
+
+    To write your own, give ``levels`` and the five methods. JAX arrays of the module are trained along with the network.
+
+    Attributes:
+        levels: Number of levels of data on a grid, integers 0 … levels − 1, so that bits/dim mean something; None for data with a
+            density.
+    """
+
+    levels: eqx.AbstractVar[int | None]
+
+    @abc.abstractmethod
+    def check_data(self, x: jax.Array | np.ndarray) -> None:
+        """Refuse data, shape ``(*batch, dim)``, that this likelihood does not take."""
+
+    @abc.abstractmethod
+    def encode(self, x: jax.Array | np.ndarray) -> jax.Array:
+        """Data to the chain, floats of the same shape; about unit variance is best."""
+
+    @abc.abstractmethod
+    def decode(self, x0: jax.Array) -> jax.Array:
+        """From the chain to the user's units; the inverse of :meth:`encode`."""
+
+    @abc.abstractmethod
+    def log_jacobian(self, dim: int) -> float:
+        r"""The log of :math:`|dx_0/dx|`, summed over the dimensions, in nats."""
+
+    @abc.abstractmethod
+    def __call__(self, loc: jax.Array, scale: jax.Array) -> dist.Distribution:
+        r"""Distribution of x when :math:`x_0` is N(loc, scale²), independent over the last axis (an event of one dimension)."""
+
+
+class NormalLikelihood(AbstractLikelihood):
     r"""Continuous data, :math:`x = loc + scale \cdot x_0`, with a normal density.
 
     Args:
@@ -33,16 +66,17 @@ class NormalLikelihood:
     Use :meth:`standardized` to take both from data.
     """
 
-    loc: tuple | float = 0.0
-    scale: tuple | float = 1.0
+    loc: tuple[float, ...] | float = eqx.field(static=True)
+    scale: tuple[float, ...] | float = eqx.field(static=True)
 
-    def __post_init__(self):
-        for name in ("loc", "scale"):
-            value = np.asarray(getattr(self, name), np.float64)
-            require(value.ndim <= 1, name, "a number or one number per dimension", f"shape {value.shape}")
-            require_finite(name, value)
-            object.__setattr__(self, name, tuple(value.tolist()) if value.ndim else float(value))
+    def __init__(self, loc=0.0, scale=1.0):
+        self.loc, self.scale = _numbers("loc", loc), _numbers("scale", scale)
         require(np.all(np.asarray(self.scale) > 0), "scale", "positive numbers", self.scale)
+
+    @property
+    def levels(self):
+        """None: the data have a density."""
+        return None
 
     @classmethod
     def standardized(cls, x):
@@ -101,8 +135,14 @@ class NormalLikelihood:
         return dist.Normal(self.decode(loc), jnp.asarray(self.scale, loc.dtype) * scale).to_event(1)
 
 
-@dataclasses.dataclass(frozen=True)
-class DiscretizedNormalLikelihood:
+def _numbers(name, value):
+    value = np.asarray(value, np.float64)
+    require(value.ndim <= 1, name, "a number or one number per dimension", f"shape {value.shape}")
+    require_finite(name, value)
+    return tuple(value.tolist()) if value.ndim else float(value)
+
+
+class DiscretizedNormalLikelihood(AbstractLikelihood):
     r"""Integers 0 … ``levels`` − 1 on a grid in [−1, 1], with the probabilities of a normal's bins.
 
     :math:`x_0 = 2x/(L-1) - 1`; each bin has half-width 1/(L−1) and the edge bins take the tails.
@@ -112,13 +152,13 @@ class DiscretizedNormalLikelihood:
         levels: Number of levels L, at least 2.
     """
 
-    levels: int
+    levels: int = eqx.field(static=True)
 
-    def __post_init__(self):
+    def __init__(self, levels):
         try:
-            object.__setattr__(self, "levels", operator.index(self.levels))
+            self.levels = operator.index(levels)
         except TypeError:
-            raise TypeError(f"levels: Expected an integer; got {self.levels!r}") from None
+            raise TypeError(f"levels: Expected an integer; got {levels!r}") from None
         require(self.levels >= 2, "levels", "at least 2", self.levels)
         require(self.levels <= MOST_LEVELS, "levels", f"at most {MOST_LEVELS}, as float32 tells apart", self.levels)
 

@@ -26,7 +26,7 @@ from probdiff._sharding import data_mesh, gather, replicate, shard
 from probdiff.chain.schedules import at_step
 from probdiff.chain.score import score, vp_from_ve
 from probdiff.diffusion import Diffusion
-from probdiff.flow import Interpolated, require_tolerances, solve, velocity
+from probdiff.flow import in_continuous_time, require_tolerances, solve, velocity
 
 EVALUATIONS = 2**20  # of the network, in a batch
 ADAPTIVE = 500  # of the network, about as many as a solver takes that chooses its steps
@@ -166,8 +166,8 @@ def probability_flow(diffusion, *, key, num_samples, steps=None, rtol=1e-4, atol
         diffusion: The model; it must know its dimension.
         key: JAX key.
         num_samples: Number of samples.
-        steps: Number of steps of Heun's method, of equal length in log-SNR, four evaluations of the network each; if not
-            given, a solver that chooses its steps, within ``rtol`` and ``atol``. One evaluation more follows.
+        steps: Number of steps of Heun's method, of equal length in log-SNR, two evaluations of the network each (four of one that is
+            told the step); if not given, a solver that chooses its steps, within ``rtol`` and ``atol``. One evaluation more follows.
         rtol, atol: Tolerances of that solver for each step.
         devices: Number of devices (or a list of them) that share the samples.
         progress: Show a progress bar.
@@ -185,7 +185,7 @@ def probability_flow(diffusion, *, key, num_samples, steps=None, rtol=1e-4, atol
 
 
 def _probability_flow(diffusion, key, steps, rtol, atol):
-    eps = Interpolated(diffusion)
+    eps = in_continuous_time(diffusion)
     start = jax.random.normal(key, (diffusion.dim,))
     ends = diffusion.schedule.log_snr[[-1, 0]].tolist()
     z, _ = solve(lambda time, z: velocity(eps, z, time), start, *ends, steps=steps, rtol=rtol, atol=atol)

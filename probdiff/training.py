@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
 from probdiff._sharding import data_mesh, gather, replicate, shard, to_default_device
-from probdiff.chain.variances import OptimalVariance
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.objective import StepObjective
@@ -226,7 +225,7 @@ def fit(
             raise
     state = to_default_device(state, mesh)
     fitted = diffusion.bind(state.best if len(state.validation) else loop.averaged(state.svi))
-    if isinstance(getattr(diffusion.kernel, "log_ratio", None), OptimalVariance):
+    if diffusion.kernel.is_estimated:
         size = min(len(data), max(2, VARIANCE_ROWS // diffusion.schedule.num_steps))
         row_key, noise_key = jax.random.split(state.keys[1])
         rows = np.asarray(jax.random.choice(row_key, len(data), (size,), replace=False))
@@ -265,7 +264,7 @@ def _describe(diffusion, state):
 
 
 def _figure(diffusion, nats):
-    levels = hasattr(diffusion.likelihood, "levels") and diffusion.dim
+    levels = diffusion.likelihood.levels and diffusion.dim
     return f"{nats:.2f} nats" + (f" ({bits_per_dim(nats, diffusion.dim):.3f} bits/dim)" if levels else "")
 
 

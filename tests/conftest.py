@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 
 import probdiff
+from probdiff.chain.reverse import NoiseMoments, SampledStep
 
 # The same examples in every run: a failure is always that of the change at hand.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -126,6 +127,11 @@ def patched(monkeypatch):
 def constant(monkeypatch):
     """A function ``constant(name, value)``; see :func:`set_constant`."""
     return lambda name, value: set_constant(monkeypatch, name, value)
+
+
+def sampled_step(eps, eps_hat, n):
+    """Latents in which there is the noise ``eps`` and ``eps_hat`` is predicted, for the KL of a Gaussian step."""
+    return SampledStep(None, eps, n, None, NoiseMoments(eps, 0.0), eps_hat, None)
 
 
 def assert_mean(draws, expected, power=None):

@@ -21,13 +21,13 @@ FIGURES = {
     "_accumulate": lambda: probdiff.elbo_terms(MODEL, X, key=KEY, num_draws=2, reduce=True).elbo.mean,
     "_to_base": lambda: probdiff.flow.flow_log_prob(MODEL, X),
     "_draw_batch": lambda: probdiff.samplers.ddim(MODEL, key=KEY, num_samples=2),
-    "_squared_error": lambda: probdiff.elbo.optimal_variance(MODEL, X, key=KEY).kernel.log_ratio.squared_error,
+    "_squared_error": lambda: probdiff.elbo.optimal_variance(MODEL, X, key=KEY).kernel.reverse_variance.squared_error,
     "_network_cost": lambda: probdiff.diagnostics.gap_decomposition(MODEL, ORACLE, X, key=KEY).network_per_step,
 }
 
 
-def wrong_noise(network, z, n, key=None):
-    return predict_noise(network, z, n, key) / 2
+def wrong_noise(*arguments):
+    return predict_noise(*arguments) / 2
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -5,21 +5,28 @@ Nothing here knows a network: a reverse kernel is given its prediction. Imports 
 
 from probdiff.chain import score
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step, prior_kl
-from probdiff.chain.reverse import GaussianKernel, MixtureKernel
+from probdiff.chain.learned import LearnedSchedule
+from probdiff.chain.reverse import AbstractKernel, GaussianKernel, MixtureKernel
 from probdiff.chain.schedules import (
-    LearnedSchedule,
+    AbstractSchedule,
     NoiseSchedule,
+    ScheduleTables,
     cosine_schedule,
     geometric_schedule,
     linear_schedule,
     log_snr_schedule,
 )
+from probdiff.chain.variances import AbstractReverseVariance
 
 __all__ = [
+    "AbstractKernel",
+    "AbstractReverseVariance",
+    "AbstractSchedule",
     "GaussianKernel",
     "LearnedSchedule",
     "MixtureKernel",
     "NoiseSchedule",
+    "ScheduleTables",
     "cosine_schedule",
     "forward_marginal",
     "forward_posterior",

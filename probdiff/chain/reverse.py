@@ -1,10 +1,5 @@
 r"""The reverse kernels :math:`p_\theta(z_{n-1} | z_n)`: what the model makes of the network's prediction.
 
-What a kernel is to the programs: ``prior``, the distribution of :math:`z_N`; ``prediction``, whether it wants the network's ``"noise"``
-or its probabilities of ``"levels"``; a call with that, which gives the distribution of :math:`z_{n-1}`; and ``observation``, what the
-last of these says of the data. To the analytic bound: the KL of step n is ``constants``, known exactly,
-plus ``excess``, which depends on the prediction; ``kl_weight`` is about what a squared error of the noise costs.
-
 The mixture kernel is for data on a grid: every level that is still possible has a Gaussian of its own,
 
     p(z_{n−1} | z_n) = ∏_i Σ_v p(v | z_n) q(z_{n−1,i} | z_{n,i}, v)
@@ -15,9 +10,10 @@ the number of steps. At n = 1 the level itself is drawn from p(v | z_1). Source 
 (2021), arXiv:2107.03006, section 3.3.
 """
 
+import abc
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,8 +22,9 @@ from numpyro import distributions as dist
 from numpyro.distributions.batch_util import promote_batch_shape
 
 from probdiff._checks import require, require_count, require_step
-from probdiff.chain.schedules import array_module, at_dims, at_step
-from probdiff.chain.variances import REVERSE_VARIANCES
+from probdiff.chain.schedules import AbstractSchedule, Table, array_module, at_dims, at_step
+from probdiff.chain.variances import AbstractReverseVariance, named_variance, variance_name
+from probdiff.likelihoods import AbstractLikelihood
 
 
 class NoiseMoments(NamedTuple):
@@ -43,7 +40,100 @@ def weighted_error(weight, n, noise, eps_hat):
     return (at_dims(weight, n, eps_hat.dtype) * squared).sum(-1)
 
 
-class GaussianKernel(eqx.Module):
+class SampledStep(NamedTuple):
+    """Latents z_n of the forward chain, and what the network says there.
+
+    Attributes:
+        x, x0: Data, and the same encoded, shape ``(datum, dim)``.
+        n: Steps, shape ``(*batch, datum)``, or what broadcasts to it.
+        z: Latents after n steps, shape ``(*batch, datum, dim)``.
+        noise: :class:`NoiseMoments` of the noise in ``z``.
+        prediction: What the network predicts of what the kernel asks for; mostly the noise, shaped like ``z``.
+        extra_noise: A function that gives standard normal noise shaped like ``z``, for a kernel whose KL is sampled.
+    """
+
+    x: jax.Array
+    x0: jax.Array
+    n: jax.Array
+    z: jax.Array
+    noise: NoiseMoments
+    prediction: jax.Array
+    extra_noise: Callable[[], jax.Array]
+
+
+class AbstractKernel(eqx.Module):
+    """The family of the reverse steps.
+
+    To write your own, give what the programs need (:meth:`prior`, :meth:`__call__`, :meth:`observation`) and what the analytic bound
+    needs (the KL of step n is :meth:`constants`, known exactly, plus :meth:`excess`, which depends on the prediction).
+
+    Attributes:
+        prediction: What the network is asked for: ``"noise"``, or the name of a method of the network (called like the network itself).
+        closed_form: Whether :meth:`excess` is exact given z_n; otherwise it is an unbiased sample.
+        is_estimated: Whether the kernel has variances that are computed from a network's errors (:meth:`with_squared_error`).
+    """
+
+    prediction: eqx.AbstractClassVar[str]
+    closed_form: eqx.AbstractClassVar[bool]
+
+    @property
+    def name(self) -> str:
+        """What tells kernels of one class apart, for messages and for run folders."""
+        return type(self).__name__
+
+    @abc.abstractmethod
+    def prior(self, shape: tuple[int, ...]) -> dist.Distribution:
+        """N(0, I) as a distribution of the kernel's own kind, for latents of shape ``(*batch, dim)``."""
+
+    @abc.abstractmethod
+    def __call__(self, schedule: AbstractSchedule, z: jax.Array, prediction: jax.Array, n: jax.Array) -> dist.Distribution:
+        """The distribution of :math:`z_{n-1}` given :math:`z_n`, shape ``(*batch, dim)``, and the prediction; n of shape ``batch``."""
+
+    @abc.abstractmethod
+    def observation(self, likelihood: AbstractLikelihood, last: dist.Distribution) -> dist.Distribution:
+        """The distribution of the data, given that of the last reverse step."""
+
+    @abc.abstractmethod
+    def noise_free_reconstruction(
+        self, schedule: AbstractSchedule, likelihood: AbstractLikelihood, x: jax.Array, x0: jax.Array
+    ) -> jax.Array:
+        """The reconstruction if the noise were known, in nats, shape ``(datum,)``."""
+
+    @abc.abstractmethod
+    def excess(self, schedule: AbstractSchedule, step: SampledStep) -> jax.Array:
+        """The part of the KL of steps 2 … N that depends on the prediction, in nats, shape ``batch``; an entry of n = 1 is not looked at."""
+
+    @abc.abstractmethod
+    def constants(self, schedule: AbstractSchedule, dim: int) -> Table:
+        """The rest of the KL of each step, 0 at n = 1, in nats, shape ``(num_steps,)``."""
+
+    @abc.abstractmethod
+    def kl_weight(self, schedule: AbstractSchedule) -> Table:
+        """About what a squared error of the noise costs at each step, shape ``(num_steps,)`` or ``(num_steps, dim)``."""
+
+    def step_kl(self, schedule: AbstractSchedule, step: SampledStep) -> jax.Array:
+        r"""KL of one reverse step, :math:`KL[q(z_{n-1} | z_n, x_0) \| p_\theta(z_{n-1} | z_n)]`, 2 ≤ n ≤ N.
+
+        Returns:
+            Nats, summed over ``dim``, shape ``batch``; exact given z_n if :attr:`closed_form`.
+        """
+        constant = at_step(self.constants(schedule, step.x0.shape[-1]), step.n, step.x0.dtype)
+        return constant + self.excess(schedule, step)
+
+    def check_parts(self, network: Callable, likelihood: AbstractLikelihood) -> None:
+        """Refuse a network or a likelihood that the kernel does not suit."""
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether :meth:`with_squared_error` changes anything."""
+        return False
+
+    def with_squared_error(self, squared_error: jax.Array) -> "AbstractKernel":
+        """The kernel with its variances from the network's mean squared error at each step, shape ``(num_steps,)``."""
+        return self
+
+
+class GaussianKernel(AbstractKernel):
     r"""Gaussian reverse steps.
 
     :math:`p_\theta(z_{n-1} | z_n) = N(\mu_\theta, v_n I)` with
@@ -52,21 +142,24 @@ class GaussianKernel(eqx.Module):
     Source: Ho et al. (2020), arXiv:2006.11239, section 3.2 and eq. 11.
 
     Args:
-        reverse_variance: :math:`v_n`, one of the names in :mod:`probdiff.chain.variances`.
+        reverse_variance: :math:`v_n`: an :class:`~probdiff.chain.AbstractReverseVariance`, or one of the names in
+            :mod:`probdiff.chain.variances`.
         schedule: The noise schedule; ``"learned"`` and ``"optimal"`` start from it.
         dim: Dimension of the data; for ``"learned"``.
     """
 
-    reverse_variance: str
-    log_ratio: Callable
-    closed_form = True
-    prediction = "noise"
+    reverse_variance: AbstractReverseVariance
+    closed_form: ClassVar[bool] = True
+    prediction: ClassVar[str] = "noise"
 
-    def __init__(self, reverse_variance, schedule=None, dim=None):
-        known = isinstance(reverse_variance, str) and reverse_variance in REVERSE_VARIANCES
-        require(known, "reverse_variance", f"one of {list(REVERSE_VARIANCES)}", repr(reverse_variance))
-        self.reverse_variance = reverse_variance
-        self.log_ratio = REVERSE_VARIANCES[reverse_variance](schedule, dim)
+    def __init__(
+        self,
+        reverse_variance: AbstractReverseVariance | str,
+        schedule: AbstractSchedule | None = None,
+        dim: int | None = None,
+    ):
+        own = isinstance(reverse_variance, AbstractReverseVariance)
+        self.reverse_variance = reverse_variance if own else named_variance(reverse_variance, schedule, dim)
 
     def prior(self, shape):
         """N(0, I) as a distribution of the kernel's own kind, for latents of shape ``(*batch, dim)``."""
@@ -103,44 +196,16 @@ class GaussianKernel(eqx.Module):
         """The reconstruction if the noise were known, log p(x | x_0, v_1), shape ``(datum,)``."""
         return likelihood(x0, at_step(schedule.beta**0.5, 1, x0.dtype)).log_prob(x)
 
-    def step_kl(self, schedule, eps, eps_hat, n):
-        r"""KL of one reverse step, :math:`KL[q(z_{n-1} | z_n, x_0) \| p_\theta(z_{n-1} | z_n)]`, in closed form.
+    def excess(self, schedule, step):
+        r"""The weighted error of the noise, in expectation over what is not known of it; at n = 1, the error in the density of x_0.
 
-        It equals :math:`w_n \|\epsilon - \hat\epsilon\|^2` with
+        The KL of step n is :math:`w_n \|\epsilon - \hat\epsilon\|^2`, with
         :math:`w_n = \beta_n^2 / (2 v_n \alpha_n (1-\bar\alpha_n))`, plus
         :math:`\tfrac{d}{2} (\tilde\beta_n / v_n - 1 - \log \tilde\beta_n / v_n)` where the variances differ; by dimension, if
         :math:`v_n` is. Computed from :math:`\epsilon - \hat\epsilon`: the difference of the two means would cancel in float32.
         Source: Ho et al. (2020), arXiv:2006.11239, eqs. 8 to 12.
-
-        Args:
-            schedule: The noise schedule.
-            eps: The noise in :math:`z_n`, shape ``(*batch, dim)``.
-            eps_hat: Its prediction, same shape.
-            n: Step, 2 ≤ n ≤ N; n = 1 is the reconstruction term.
-
-        Returns:
-            KL in nats, summed over ``dim``, shape ``batch``.
-
-        Raises:
-            ValueError: If n is outside [2, N]; TypeError if it is not an integer.
         """
-        require_step(n, 2, schedule.num_steps)
-        constant = at_step(self.constants(schedule, eps.shape[-1]), n, eps.dtype)
-        return weighted_error(self.kl_weight(schedule), n, NoiseMoments(eps, 0.0), eps_hat) + constant
-
-    def excess(self, schedule, x0, noise, z, eps_hat, n, extra_noise):
-        """The part of the KL of step n that depends on the prediction, shape ``batch``: the weighted error of the noise.
-
-        Args:
-            schedule: The noise schedule.
-            x0: Encoded data, shape ``(*batch, dim)`` (not needed here).
-            noise: :class:`NoiseMoments` of the noise in ``z``.
-            z: :math:`z_n`, same shape (not needed here).
-            eps_hat: The network's prediction.
-            n: Step; what is given for n = 1 is the error in the density of :math:`x_0`.
-            extra_noise: A function that gives noise shaped like ``x0``, for a kernel that has to sample (not needed here).
-        """
-        return weighted_error(self.kl_weight(schedule), n, noise, eps_hat)
+        return weighted_error(self.kl_weight(schedule), step.n, step.noise, step.prediction)
 
     def kl_weight(self, schedule):
         r"""The table :math:`w_n`, shape ``(num_steps,)`` or, by dimension, ``(num_steps, dim)``.
@@ -163,8 +228,23 @@ class GaussianKernel(eqx.Module):
 
     def _log_ratio(self, schedule):
         """log(v_n / β̃_n), and the array module for it."""
-        log_ratio = self.log_ratio(schedule)
+        log_ratio = self.reverse_variance(schedule)
         return array_module(log_ratio, schedule.beta), log_ratio
+
+
+    @property
+    def name(self):
+        """The name of the reverse variance."""
+        return variance_name(self.reverse_variance)
+
+    @property
+    def is_estimated(self):
+        """Whether the reverse variance is."""
+        return self.reverse_variance.is_estimated
+
+    def with_squared_error(self, squared_error):
+        """The kernel with the reverse variance that is best for errors of this size."""
+        return GaussianKernel(self.reverse_variance.with_squared_error(squared_error))
 
 
 class StepMixture(dist.MixtureSameFamily):
@@ -180,7 +260,7 @@ def _promote_mixture(d: StepMixture):
     return promoted
 
 
-class MixtureKernel(eqx.Module):
+class MixtureKernel(AbstractKernel):
     """Mixture reverse steps; the network must be a :class:`~probdiff.networks.CategoricalHead` of as many levels.
 
     Its KL has no closed form: the analytic bound has a sampled log-ratio in its place, unbiased and labelled as sampled.
@@ -189,9 +269,9 @@ class MixtureKernel(eqx.Module):
         levels: Number of levels L.
     """
 
-    levels: int
-    closed_form = False
-    prediction = "levels"
+    levels: int = eqx.field(static=True)
+    closed_form: ClassVar[bool] = False
+    prediction: ClassVar[str] = "log_probabilities"
 
     def __init__(self, levels):
         require_count("levels", levels)
@@ -233,29 +313,20 @@ class MixtureKernel(eqx.Module):
         """The reconstruction if the level were known: 0, shape ``(datum,)``."""
         return jnp.zeros(len(x0), x0.dtype)
 
-    def excess(self, schedule, x0, noise, z, log_probabilities, n, extra_noise):
+    def excess(self, schedule, step):
         r"""An unbiased sample of the KL of step n, shape ``batch``; it may be negative.
 
         Given z_n, to see z_{n−1} is to see x_0 once more, with precision SNR_{n−1} − SNR_n. So with ξ the noise of
         :math:`z_{n-1} \sim q(z_{n-1} | z_n, x_0)` and :math:`\delta_v = \sqrt{SNR_{n-1} - SNR_n}\,(x_0 - v)`, the log-ratio is
         :math:`-\log \sum_v p(v | z_n) \exp(-\delta_v \xi - \delta_v^2 / 2)` in each dimension.
-
-        Args:
-            schedule: The noise schedule.
-            x0: Encoded data, shape ``(*batch, dim)``.
-            noise: Not needed here.
-            z: Not needed here.
-            log_probabilities: log p(v | z_n) of every level, the network's prediction, shape ``(*z.shape, levels)``.
-            n: Step, 2 ≤ n ≤ N; an entry for n = 1 means nothing.
-            extra_noise: A function that gives ξ, shaped like ``x0``.
         """
-        xp = array_module(schedule.log_snr)
+        x0, xp = step.x0, array_module(schedule.log_snr)
         snr = xp.exp(schedule.log_snr)
         gained = snr[:-1] * -xp.expm1(schedule.log_snr[1:] - schedule.log_snr[:-1])
-        root = at_step(xp.concatenate([xp.zeros(1), gained]) ** 0.5, n, x0.dtype)[..., None, None]
+        root = at_step(xp.concatenate([xp.zeros(1), gained]) ** 0.5, step.n, x0.dtype)[..., None, None]
         offset = root * (x0[..., None] - self._grid(x0.dtype))
-        xi = extra_noise()[..., None]
-        return -jax.nn.logsumexp(log_probabilities - offset * (xi + offset / 2), -1).sum(-1)
+        xi = step.extra_noise()[..., None]
+        return -jax.nn.logsumexp(step.prediction - offset * (xi + offset / 2), -1).sum(-1)
 
     def kl_weight(self, schedule):
         r"""About what a squared error of the noise costs: that of Gaussian steps, shape ``(num_steps,)``."""
@@ -264,6 +335,13 @@ class MixtureKernel(eqx.Module):
     def constants(self, schedule, dim):
         """Zeros: a network that knows the level leaves no KL."""
         return array_module(schedule.beta).zeros(schedule.num_steps)
+
+    def check_parts(self, network, likelihood):
+        """Refuse a network that has no probabilities of as many levels, and a likelihood of other data."""
+        for name, part, expected in (("network", network, "CategoricalHead"), ("likelihood", likelihood, "DiscretizedNormalLikelihood")):
+            levels = getattr(part, "levels", None)
+            got = f"a {type(part).__name__} of {levels}" if levels else f"a {type(part).__name__}"
+            require(levels == self.levels, name, f"a {expected} of {self.levels} levels for this MixtureKernel", got)
 
     def _grid(self, dtype):
         return jnp.linspace(-1.0, 1.0, self.levels, dtype=dtype)

@@ -5,10 +5,11 @@ The chain is :math:`q(z_n | z_{n-1}) = N(\sqrt{\alpha_n} z_{n-1}, \beta_n I)` wi
 n = 1 … N. Arrays over steps hold step n at ``[n - 1]``.
 
 Tables are float64 NumPy arrays whatever JAX's precision; they are cast when they are looked up.
-They are constants: neither an optimiser nor weight decay can move them. Those of a :class:`LearnedSchedule` are JAX arrays,
+They are constants: neither an optimiser nor weight decay can move them. Those of a :class:`~probdiff.LearnedSchedule` are JAX arrays,
 functions of its parameters: the guide is then fitted along with the model.
 """
 
+import abc
 import operator
 
 import equinox as eqx
@@ -16,18 +17,61 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probdiff._checks import require, require_count
+from probdiff._checks import is_trainable, require
+from probdiff._static import Static
 
-KNOTS = 32  # of the log-SNR of a schedule that is learned
-EVEN_SHARE = 0.05  # of its range that is spread evenly whatever the parameters, so that no step vanishes
+Table = np.ndarray | jax.Array
 
 
-class NoiseSchedule:
-    r"""The variances :math:`\beta_n` of a forward chain, and the tables that follow from them.
+class ScheduleTables(eqx.Module):
+    """The tables of a schedule, each of shape ``(num_steps,)``; see :class:`AbstractSchedule`."""
 
-    Immutable and hashable (two schedules with the same ``beta`` are equal), so that a schedule is a
-    static part of every compiled function. Build one with :meth:`from_betas`, :meth:`from_sigmas`, :meth:`from_log_snr`,
-    :func:`linear_schedule`, :func:`cosine_schedule`, :func:`log_snr_schedule` or :func:`geometric_schedule`.
+    beta: Table
+    alpha: Table
+    alpha_bar: Table
+    one_minus_alpha_bar: Table
+    signal_scale: Table
+    noise_scale: Table
+    log_snr: Table
+    sigma: Table
+    posterior_variance: Table
+
+    @classmethod
+    def from_log_snr(cls, log_snr: jax.Array, fall: jax.Array | None = None) -> "ScheduleTables":
+        """The tables as JAX arrays, differentiable functions of the log-SNR.
+
+        Args:
+            log_snr: Shape ``(num_steps,)``, decreasing.
+            fall: How far it falls at steps 2 … N, shape ``(num_steps - 1,)``, where that is known better than by a difference.
+        """
+        fall = -jnp.diff(log_snr) if fall is None else fall
+        log_alpha_bar, log_noise = jax.nn.log_sigmoid(log_snr), jax.nn.log_sigmoid(-log_snr)
+        noise = jnp.exp(log_noise)
+        # 1 − SNR_n / SNR_{n−1} = β_n / (1 − ᾱ_n) = β̃_n / (1 − ᾱ_{n−1})
+        lost = -jnp.expm1(-fall)
+        return cls(
+            beta=jnp.concatenate([noise[:1], lost * noise[1:]]),
+            alpha=jnp.exp(jnp.diff(log_alpha_bar, prepend=jnp.zeros_like(log_snr[:1]))),
+            alpha_bar=jnp.exp(log_alpha_bar),
+            one_minus_alpha_bar=noise,
+            signal_scale=jnp.exp(log_alpha_bar / 2),
+            noise_scale=jnp.exp(log_noise / 2),
+            log_snr=log_snr,
+            sigma=jnp.exp(-log_snr / 2),
+            posterior_variance=jnp.concatenate([jnp.zeros_like(noise[:1]), lost * noise[:-1]]),
+        )
+
+
+def _table(name: str) -> property:
+    return property(lambda schedule: getattr(schedule.tables(), name))
+
+
+class AbstractSchedule(eqx.Module):
+    r"""A noise schedule: the variances :math:`\beta_n` of a forward chain, and the tables that follow from them.
+
+    To write your own, give ``num_steps`` and :meth:`tables`. A schedule that is a number for each step is a :class:`NoiseSchedule`
+    already; what a class of your own can add is parameters, as in :class:`~probdiff.LearnedSchedule`: ``tables`` returns
+    ``ScheduleTables.from_log_snr(log_snr)`` with the log-SNR of each step computed from the module's JAX arrays.
 
     Attributes (each of shape ``(num_steps,)``):
         beta: :math:`\beta_n`, strictly between 0 and 1.
@@ -44,22 +88,92 @@ class NoiseSchedule:
             Source: Ho et al. (2020), arXiv:2006.11239, eq. 7.
     """
 
-    def __init__(self, beta):
+    num_steps: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def tables(self) -> ScheduleTables:
+        """The tables, computed from the parameters that the schedule has now."""
+
+    beta, alpha, alpha_bar, one_minus_alpha_bar = map(_table, ("beta", "alpha", "alpha_bar", "one_minus_alpha_bar"))
+    signal_scale, noise_scale = map(_table, ("signal_scale", "noise_scale"))
+    log_snr, sigma, posterior_variance = map(_table, ("log_snr", "sigma", "posterior_variance"))
+
+    def tabulated(self) -> "AbstractSchedule":
+        """The same schedule with its tables computed once, not at every look."""
+        return TabulatedSchedule(self.tables())
+
+    def fixed(self) -> "NoiseSchedule":
+        """The :class:`NoiseSchedule` of the present log-SNR, also while JAX is tracing something else."""
+        with jax.ensure_compile_time_eval():
+            log_snr = self.log_snr
+        return NoiseSchedule.from_log_snr(np.asarray(log_snr, np.float64))
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the schedule has parameters: the guide is then fitted along with the model."""
+        return any(is_trainable(leaf) for leaf in jax.tree.leaves(self))
+
+
+class TabulatedSchedule(AbstractSchedule):
+    """A schedule by its tables, JAX arrays."""
+
+    values: ScheduleTables
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps N."""
+        return len(self.values.beta)
+
+    def tables(self) -> ScheduleTables:
+        """The tables."""
+        return self.values
+
+    def tabulated(self) -> AbstractSchedule:
+        """Itself."""
+        return self
+
+
+class NoiseSchedule(AbstractSchedule):
+    r"""A schedule of fixed variances :math:`\beta_n`.
+
+    Immutable and hashable (two schedules with the same ``beta`` are equal): a static part of every compiled function, of
+    float64 NumPy tables. Build one with :meth:`from_betas`, :meth:`from_sigmas`, :meth:`from_log_snr`,
+    :func:`linear_schedule`, :func:`cosine_schedule`, :func:`log_snr_schedule` or :func:`geometric_schedule`.
+    """
+
+    _tables: Static = eqx.field(static=True)
+
+    def __init__(self, beta: np.ndarray):
         """Use :meth:`from_betas`."""
         log_alpha_bar = np.cumsum(np.log1p(-beta))
-        self.beta = beta
-        self.alpha = 1 - beta
-        self.alpha_bar = np.exp(log_alpha_bar)
-        self.one_minus_alpha_bar = -np.expm1(log_alpha_bar)
-        self.signal_scale = np.exp(log_alpha_bar / 2)
-        self.noise_scale = np.sqrt(self.one_minus_alpha_bar)
-        self.log_snr = log_alpha_bar - np.log(self.one_minus_alpha_bar)
-        self.sigma = np.exp(-self.log_snr / 2)
-        previous = np.concatenate([[0.0], self.one_minus_alpha_bar[:-1]])
-        self.posterior_variance = beta * previous / self.one_minus_alpha_bar
-        for table in vars(self).values():
+        noise = -np.expm1(log_alpha_bar)
+        log_snr = log_alpha_bar - np.log(noise)
+        tables = ScheduleTables(
+            beta=beta,
+            alpha=1 - beta,
+            alpha_bar=np.exp(log_alpha_bar),
+            one_minus_alpha_bar=noise,
+            signal_scale=np.exp(log_alpha_bar / 2),
+            noise_scale=np.sqrt(noise),
+            log_snr=log_snr,
+            sigma=np.exp(-log_snr / 2),
+            posterior_variance=beta * np.concatenate([[0.0], noise[:-1]]) / noise,
+        )
+        for table in jax.tree.leaves(tables):
             table.setflags(write=False)
-        self._hash = hash(beta.tobytes())
+        self._tables = Static(tables)
+
+    def tables(self) -> ScheduleTables:
+        """The tables, float64."""
+        return self._tables.tree
+
+    def tabulated(self) -> AbstractSchedule:
+        """Itself."""
+        return self
+
+    def fixed(self) -> "NoiseSchedule":
+        """Itself."""
+        return self
 
     @classmethod
     def from_betas(cls, betas):
@@ -120,12 +234,6 @@ class NoiseSchedule:
     def num_steps(self):
         """The number of steps N."""
         return len(self.beta)
-
-    def __eq__(self, other):
-        return isinstance(other, NoiseSchedule) and np.array_equal(self.beta, other.beta)
-
-    def __hash__(self):
-        return self._hash
 
     def __repr__(self):
         return f"NoiseSchedule(num_steps={self.num_steps}, log_snr={self.log_snr[0]:.2f} … {self.log_snr[-1]:.2f})"
@@ -264,112 +372,6 @@ def geometric_schedule(num_steps, sigma_min=0.01, sigma_max=50.0):
     return log_snr_schedule(num_steps, -2 * np.log(sigma_min), -2 * np.log(sigma_max))
 
 
-class ScheduleTables(eqx.Module):
-    """The tables of a schedule as JAX arrays; the attributes of :class:`~probdiff.NoiseSchedule`."""
-
-    beta: jax.Array
-    alpha: jax.Array
-    alpha_bar: jax.Array
-    one_minus_alpha_bar: jax.Array
-    signal_scale: jax.Array
-    noise_scale: jax.Array
-    log_snr: jax.Array
-    sigma: jax.Array
-    posterior_variance: jax.Array
-
-    @property
-    def num_steps(self):
-        """The number of steps N."""
-        return len(self.beta)
-
-
-class LearnedSchedule(eqx.Module):
-    r"""A schedule whose log-SNR falls from a learned start to a learned end in a learned shape.
-
-    The log-SNR is piecewise linear in n between knots, each piece a positive share of the range. It starts as
-    :func:`~probdiff.log_snr_schedule`. It has the tables of a :class:`~probdiff.NoiseSchedule`, as JAX arrays that can be differentiated
-    with respect to the parameters. :meth:`fixed` makes a ``NoiseSchedule`` of it, which is what evaluations use.
-
-    With many steps the bound hardly depends on the shape, but the variance of a one-step estimate does:
-    see ``AnalyticELBO(…, schedule_loss="variance")``. Source: Kingma et al. (2021), arXiv:2107.00630, section 4 and appendix H.
-
-    Args:
-        num_steps: N, at least 2.
-        log_snr_max: Log-SNR after the first step, to start from.
-        log_snr_min: Log-SNR after the last step, to start from.
-
-    Attributes:
-        start: Log-SNR after the first step.
-        log_range: Log of how far it falls.
-        logits: Logits of the shares of the pieces.
-    """
-
-    start: jax.Array
-    log_range: jax.Array
-    logits: jax.Array
-    num_steps: int = eqx.field(static=True)
-    ends: tuple = eqx.field(static=True)
-
-    def __init__(self, num_steps, log_snr_max=10.0, log_snr_min=-8.0):
-        require_count("num_steps", num_steps)
-        require(num_steps >= 2, "num_steps", "at least 2 for a schedule that is learned", num_steps)
-        require(
-            np.isfinite([log_snr_min, log_snr_max]).all() and log_snr_min < log_snr_max,
-            "log_snr_max, log_snr_min",
-            "finite, log_snr_min < log_snr_max",
-            f"{log_snr_max}, {log_snr_min}",
-        )
-        self.start = jnp.asarray(float(log_snr_max))
-        self.log_range = jnp.asarray(float(np.log(log_snr_max - log_snr_min)))
-        self.logits = jnp.zeros(min(KNOTS, num_steps - 1))
-        self.num_steps = int(num_steps)
-        self.ends = float(log_snr_max), float(log_snr_min)
-
-    @property
-    def arguments(self):
-        """The arguments that this schedule was made with."""
-        return {"num_steps": self.num_steps, "log_snr_max": self.ends[0], "log_snr_min": self.ends[1]}
-
-    def tables(self):
-        """The :class:`ScheduleTables`, from differences of log-SNR in working precision."""
-        pieces = len(self.logits)
-        share = (1 - EVEN_SHARE) * jax.nn.softmax(self.logits) + EVEN_SHARE / pieces
-        covered = np.clip(np.linspace(0, pieces, self.num_steps)[:, None] - np.arange(pieces), 0, 1)
-        # How far the log-SNR has fallen at each step, and since the step before: two products, as a difference would cancel.
-        fallen, fall = (
-            jnp.exp(self.log_range) * jnp.matmul(jnp.asarray(matrix, share.dtype), share, precision="highest")
-            for matrix in (covered, np.diff(covered, axis=0))
-        )
-        log_snr = self.start - fallen
-        log_alpha_bar, log_noise = jax.nn.log_sigmoid(log_snr), jax.nn.log_sigmoid(-log_snr)
-        noise = jnp.exp(log_noise)
-        # 1 − SNR_n / SNR_{n−1} = β_n / (1 − ᾱ_n) = β̃_n / (1 − ᾱ_{n−1})
-        lost = -jnp.expm1(-fall)
-        return ScheduleTables(
-            beta=jnp.concatenate([noise[:1], lost * noise[1:]]),
-            alpha=jnp.exp(jnp.diff(log_alpha_bar, prepend=jnp.zeros_like(log_snr[:1]))),
-            alpha_bar=jnp.exp(log_alpha_bar),
-            one_minus_alpha_bar=noise,
-            signal_scale=jnp.exp(log_alpha_bar / 2),
-            noise_scale=jnp.exp(log_noise / 2),
-            log_snr=log_snr,
-            sigma=jnp.exp(-log_snr / 2),
-            posterior_variance=jnp.concatenate([jnp.zeros_like(noise[:1]), lost * noise[:-1]]),
-        )
-
-    def __getattr__(self, name):
-        if name in ScheduleTables.__dataclass_fields__:
-            return getattr(self.tables(), name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def fixed(self):
-        """The :class:`~probdiff.NoiseSchedule` of the present log-SNR, also while JAX is tracing something else."""
-        with jax.ensure_compile_time_eval():
-            log_snr = self.log_snr
-        return NoiseSchedule.from_log_snr(np.asarray(log_snr, np.float64))
-
-
-def require_schedule(schedule):
+def require_schedule(schedule: AbstractSchedule) -> None:
     """Refuse anything but a schedule."""
-    kinds = NoiseSchedule | LearnedSchedule | ScheduleTables
-    require(isinstance(schedule, kinds), "schedule", "a NoiseSchedule", type(schedule).__name__, TypeError)
+    require(isinstance(schedule, AbstractSchedule), "schedule", "a NoiseSchedule", type(schedule).__name__, TypeError)

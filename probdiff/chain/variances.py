@@ -1,11 +1,11 @@
 r"""Reverse variances :math:`v_n` of a Gaussian kernel, as a factor on the least of them.
 
-Each is a function of the schedule that gives :math:`\log(v_n / \tilde\beta_n)`, shape ``(num_steps,)`` or, by dimension,
+Each is called with the schedule and gives :math:`\log(v_n / \tilde\beta_n)`, shape ``(num_steps,)`` or, by dimension,
 ``(num_steps, dim)``; at n = 1, where :math:`v_1 = \beta_1`, it is 0 and not looked at. The bound needs the factor rather than
 :math:`v_n`: the constant of a step KL is :math:`\tfrac12 (e^{-r} - 1 + r)`, which would cancel otherwise.
 """
 
-import dataclasses
+import abc
 
 import equinox as eqx
 import jax
@@ -13,31 +13,55 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff._checks import require, require_count
-from probdiff.chain.schedules import array_module
+from probdiff.chain.schedules import AbstractSchedule, Table, array_module
 
 KNOTS = 32
 
 
-@dataclasses.dataclass(frozen=True)
-class PosteriorVariance:
+class AbstractReverseVariance(eqx.Module):
+    """The variances of the reverse steps.
+
+    To write your own, give ``__call__``; JAX arrays of the module are trained along with the network.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, schedule: AbstractSchedule) -> Table:
+        r"""The table :math:`\log(v_n / \tilde\beta_n)`, shape ``(num_steps,)`` or ``(num_steps, dim)``; entry n = 1 is not looked at."""
+
+
+    @classmethod
+    def for_model(cls, schedule: AbstractSchedule, dim: int | None) -> "AbstractReverseVariance":
+        """The variances that a model of this schedule and dimension starts with."""
+        return cls()
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether :meth:`with_squared_error` changes anything: ``probdiff.fit`` then calls it at the end."""
+        return False
+
+    def with_squared_error(self, squared_error: jax.Array) -> "AbstractReverseVariance":
+        """The best of the kind for a network whose mean squared error per dimension is this at each step, shape ``(num_steps,)``."""
+        return self
+
+
+class PosteriorVariance(AbstractReverseVariance):
     r""":math:`v_n = \tilde\beta_n`: the best if the data were one point. Ho et al. (2020), arXiv:2006.11239, section 3.2."""
 
-    def __call__(self, schedule):
+    def __call__(self, schedule: AbstractSchedule) -> Table:
         """Zeros."""
         return np.zeros(schedule.num_steps)
 
 
-@dataclasses.dataclass(frozen=True)
-class ForwardVariance:
+class ForwardVariance(AbstractReverseVariance):
     r""":math:`v_n = \beta_n`: the best for standard normal data. Ho et al. (2020), arXiv:2006.11239, section 3.2."""
 
-    def __call__(self, schedule):
+    def __call__(self, schedule: AbstractSchedule) -> Table:
         r"""log((1−ᾱ_n)/(1−ᾱ_{n−1}))."""
         log_noise = 2 * array_module(schedule.noise_scale).log(schedule.noise_scale)
         return array_module(log_noise).concatenate([0 * log_noise[:1], log_noise[1:] - log_noise[:-1]])
 
 
-class LearnedVariance(eqx.Module):
+class LearnedVariance(AbstractReverseVariance):
     r"""Between the two in log space, by dimension: :math:`\log v_n = s \log \beta_n + (1-s) \log \tilde\beta_n`.
 
     s is the sigmoid of a parameter, interpolated linearly over the steps; it starts at ½. Source of the form: Nichol and Dhariwal
@@ -49,18 +73,23 @@ class LearnedVariance(eqx.Module):
 
     logit: jax.Array
 
-    def __init__(self, schedule, dim):
+    def __init__(self, schedule: AbstractSchedule, dim: int | None):
         require(dim is not None, "dim", "Diffusion(…, dim=…) or a network with .dim, for the variances to be learned", "neither")
         require_count("dim", dim)
         self.logit = jnp.zeros((min(KNOTS, schedule.num_steps), dim))
 
-    def __call__(self, schedule):
+    @classmethod
+    def for_model(cls, schedule: AbstractSchedule, dim: int | None) -> AbstractReverseVariance:
+        """Half-way between the two."""
+        return cls(schedule, dim)
+
+    def __call__(self, schedule: AbstractSchedule) -> Table:
         """Shape ``(num_steps, dim)``."""
         share = jax.nn.sigmoid(interpolation(schedule.num_steps, len(self.logit)) @ self.logit)
         return share * jnp.asarray(ForwardVariance()(schedule), share.dtype)[:, None]
 
 
-class OptimalVariance(eqx.Module):
+class OptimalVariance(AbstractReverseVariance):
     r"""The best for a given network: :math:`v_n = \tilde\beta_n + \frac{\beta_n^2}{\alpha_n (1-\bar\alpha_n)} m_n`.
 
     :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` over the data minimises the expected KL of step n. It is not trained by gradient
@@ -74,14 +103,28 @@ class OptimalVariance(eqx.Module):
 
     squared_error: jax.Array
 
-    def __init__(self, schedule):
+    def __init__(self, schedule: AbstractSchedule):
         self.squared_error = jnp.asarray(schedule.alpha_bar, jnp.zeros(()).dtype)
 
-    def __call__(self, schedule):
+    @classmethod
+    def for_model(cls, schedule: AbstractSchedule, dim: int | None) -> AbstractReverseVariance:
+        """The best for standard normal data."""
+        return cls(schedule)
+
+    def __call__(self, schedule: AbstractSchedule) -> Table:
         """Shape ``(num_steps,)``."""
         factor = schedule.beta[1:] / (schedule.alpha[1:] * schedule.noise_scale[:-1] ** 2)
         known = jax.lax.stop_gradient(self.squared_error)
         return jnp.concatenate([jnp.zeros_like(known[:1]), jnp.log1p(jnp.asarray(factor, known.dtype) * known[1:])])
+
+    @property
+    def is_estimated(self) -> bool:
+        """True."""
+        return True
+
+    def with_squared_error(self, squared_error: jax.Array) -> AbstractReverseVariance:
+        """The variances from these errors."""
+        return eqx.tree_at(lambda variance: variance.squared_error, self, squared_error)
 
 
 def interpolation(num_steps, knots):
@@ -90,10 +133,26 @@ def interpolation(num_steps, knots):
     return np.maximum(0.0, 1 - np.abs(place[:, None] - np.arange(knots)))
 
 
-# Made from the schedule and the dimension of a model.
-REVERSE_VARIANCES = {
-    "posterior": lambda schedule, dim: PosteriorVariance(),
-    "forward": lambda schedule, dim: ForwardVariance(),
+# By the name that ``Diffusion(…, reverse_variance=…)`` takes.
+REVERSE_VARIANCES: dict[str, type[AbstractReverseVariance]] = {
+    "posterior": PosteriorVariance,
+    "forward": ForwardVariance,
     "learned": LearnedVariance,
-    "optimal": lambda schedule, dim: OptimalVariance(schedule),
+    "optimal": OptimalVariance,
 }
+
+
+def named_variance(name: str, schedule: AbstractSchedule, dim: int | None) -> AbstractReverseVariance:
+    """The reverse variance of a name.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    known = isinstance(name, str) and name in REVERSE_VARIANCES
+    require(known, "reverse_variance", f"one of {list(REVERSE_VARIANCES)} or an AbstractReverseVariance", repr(name))
+    return REVERSE_VARIANCES[name].for_model(schedule, dim)
+
+
+def variance_name(variance: AbstractReverseVariance) -> str:
+    """The name of a reverse variance, or of its class if it has none."""
+    return next((name for name, kind in REVERSE_VARIANCES.items() if type(variance) is kind), type(variance).__name__)

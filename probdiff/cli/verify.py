@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 import probdiff
 from probdiff.chain.schedules import at_step
-from probdiff.elbo.variance_reduction import sampled_noise
 from probdiff.oracles.closed_form import exact_log_prob, exact_terms
 from probdiff.oracles.distributions import GaussianMixture, GaussianOracle
 from probdiff.programs.sites import PARAMS
@@ -229,7 +228,7 @@ def score_matching():
     eps, z = jnp.asarray(eps), jnp.asarray(z)
     n = jnp.broadcast_to(STEPS, z.shape[:-1])
     term = probdiff.elbo.ScoreMatching(diffusion, "likelihood").term
-    by_noise = term(diffusion, X, X, n, z, sampled_noise(SCHEDULE, z, n, eps), diffusion.network(z, n), None)
+    by_noise = term(diffusion, diffusion.sampled_step(X, jnp.asarray(X), n, eps))
     error = jnp.square(probdiff.chain.score.score(diffusion, z / signal, n) + eps * signal / noise).sum(-1)
     by_score = probdiff.elbo.likelihood_weights(diffusion)[:, None] * error
     return _identity([by_noise[1:], by_score[1:]], 2 * [_step_kls(diffusion)], floor=1)
@@ -257,7 +256,7 @@ def mixture_scores():
     x_n, diffusion = z / signal, probdiff.Diffusion(VE_SCHEDULE, MIXTURE.network(VE_SCHEDULE))
     eps_hat = -noise * _gradient(lambda z: _log_mixture(z, signal, noise**2), z)
     score = _gradient(lambda x: _log_mixture(x, np.ones_like(signal), (noise / signal) ** 2), x_n)
-    found = [diffusion.network(z, n), probdiff.chain.score.score(diffusion, x_n, n)]
+    found = [diffusion.predict_noise(z, n), probdiff.chain.score.score(diffusion, x_n, n)]
     return _identity(found, [eps_hat, score], double=1e-8, floor=1)
 
 
@@ -283,8 +282,7 @@ def flow():
     schedule = probdiff.log_snr_schedule(30, 6.0, -3.0)
     diffusion, (signal, noise, _, z) = probdiff.Diffusion(schedule, MIXTURE.network(schedule)), _noised(schedule)
     first, last = (functools.partial(_log_mixture, signal=signal[k], variance=noise[k] ** 2) for k in (0, -1))
-    exact = {"eps": diffusion.network.at_log_snr, "base": last, "rtol": 1e-6, "atol": 1e-6}
-    error = probdiff.flow.flow_log_prob(diffusion, z[0], **exact) - np.asarray(first(z[0]))
+    error = probdiff.flow.flow_log_prob(diffusion, z[0], base=last, rtol=1e-6, atol=1e-6) - np.asarray(first(z[0]))
     return Finding(float(np.abs(error).max()), 1e-3, "nats")
 
 

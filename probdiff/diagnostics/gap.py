@@ -106,7 +106,7 @@ def gap_decomposition(diffusion, oracle, x, *, key, progress=False):
     require(np.isfinite(log_p).all(), "x", "data that the oracle may have drawn", "data where its density is 0")
     schedule = diffusion.schedule
     network = oracle.standardized(likelihood.loc, likelihood.scale).network(schedule)
-    exact = eqx.tree_at(lambda d: d.network, diffusion, network)
+    exact = diffusion.with_network(network)
     terms_key, bound_key, network_key = jax.random.split(key, 3)
     own = elbo_terms(diffusion, x, key=terms_key, reduce=True, progress=progress)
     x = jnp.asarray(x)
@@ -148,8 +148,8 @@ def _network_cost(diffusion, exact, x, key):
 
     def one(n):
         eps = jax.random.normal(jax.random.fold_in(key, n), x0.shape, x0.dtype)
-        z, eps_hat = diffusion.noise_and_predict(x0, n, eps)
-        return (at_dims(weight, n, x0.dtype) * jnp.square(eps_hat - exact.predict_noise(z, n))).sum(-1)
+        step = diffusion.sampled_step(x, x0, n, eps)
+        return (at_dims(weight, n, x0.dtype) * jnp.square(step.prediction - exact.predict_noise(step.z, n))).sum(-1)
 
     steps = jnp.arange(1, diffusion.schedule.num_steps + 1)
     return jax.lax.map(one, steps, batch_size=max(1, inputs_at_once(diffusion.network) // len(x)))

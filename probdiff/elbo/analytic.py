@@ -33,24 +33,18 @@ class BoundTerm:
         constant = diffusion.kernel.constants(diffusion.schedule, x0.shape[-1]).sum()
         return self._reconstruction(diffusion, x, x0) - constant - prior_kl(diffusion.schedule, x0)
 
-    def __call__(self, diffusion, x, x0, n, z, noise, prediction, extra_noise):
-        """The excess of term n over the noise-free bound, in nats.
+    def __call__(self, diffusion, step):
+        """The excess of the terms over the noise-free bound, in nats.
 
         Args:
             diffusion: The model.
-            x, x0: Data, and the same encoded, shape ``(datum, dim)``.
-            n: Step, shape ``(row, datum)``.
-            z: Latent after n steps, shape ``(row, datum, dim)``.
-            noise: A :class:`NoiseMoments` of the noise in ``z``.
-            prediction: What the kernel wanted to know of the network; mostly the predicted noise, shaped like ``z``.
-            extra_noise: A function that gives noise shaped like ``z``, for a kernel whose KL is sampled.
+            step: A :class:`~probdiff.chain.reverse.SampledStep` of steps n, shape ``(row, datum)``.
 
         Returns:
             Shape ``(row, datum)``.
         """
-        first = self._reconstruction(diffusion, x, x0) - diffusion.log_likelihood(x, z, n, prediction)
-        later = diffusion.kernel.excess(diffusion.schedule, x0, noise, z, prediction, n, extra_noise)
-        return jnp.where(n == 1, first, later)
+        first = self._reconstruction(diffusion, step.x, step.x0) - diffusion.log_likelihood(step)
+        return jnp.where(step.n == 1, first, diffusion.kernel.excess(diffusion.schedule, step))
 
     def _reconstruction(self, diffusion, x, x0):
         return diffusion.kernel.noise_free_reconstruction(diffusion.schedule, diffusion.likelihood, x, x0)

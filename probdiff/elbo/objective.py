@@ -25,10 +25,11 @@ from numpyro.primitives import Messenger, mutable
 
 from probdiff._checks import is_trainable, require, require_count, require_type
 from probdiff._chunks import even_chunk, inputs_at_once, sum_in_chunks
-from probdiff.chain.schedules import LearnedSchedule, NoiseSchedule, at_step, per_step
+from probdiff.chain.learned import LearnedSchedule
+from probdiff.chain.schedules import at_step, per_step
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.steps import PROBABILITIES, AllSteps, Learner, OneStep, independent_uniforms, stratified_uniforms
-from probdiff.elbo.variance_reduction import NOISE, LinearControl, PathNoise, PosteriorNoise, RowNoise, sampled_noise
+from probdiff.elbo.variance_reduction import NOISE, LinearControl, PathNoise, PosteriorNoise, RowNoise
 from probdiff.programs.sites import minibatch
 
 LEARNED = "diffusion$learned"
@@ -131,8 +132,7 @@ class StepObjective(ELBO):
         self._learner = None
         if isinstance(self._steps, OneStep) and (self._steps.learned or self._control is not None):
             weight = per_step(np.asarray(self.term.kl_weight(diffusion), np.float64))
-            schedule = diffusion.schedule if isinstance(diffusion.schedule, NoiseSchedule) else diffusion.schedule.fixed()
-            self._learner = Learner(schedule, tuple(weight.tolist()), self._steps.uniforms is stratified_uniforms)
+            self._learner = Learner(diffusion.schedule.fixed(), tuple(weight.tolist()), self._steps.uniforms is stratified_uniforms)
         self._trace_elbo = Trace_ELBO()
 
     @property
@@ -302,19 +302,19 @@ class SampledTerms(eqx.Module):
         """The corrected, weighted terms of some rows, shape ``(row, datum)``; and what can be learned from them."""
         n, eps = self.n[rows], self.noise(rows)
         key = None if self.network_key is None else jax.random.fold_in(self.network_key, rows[0])
-        z, prediction = diffusion.noise_and_predict(self.x0, n, eps, key)
-        moments = (sampled_noise if self.conditional_noise is None else self.conditional_noise)(diffusion.schedule, z, n, eps)
 
         def extra_noise():
             return RowNoise(self.extra_key, self.x0, 1)(rows)
 
-        def terms(prediction):
-            return self.term(diffusion, self.x, self.x0, n, z, moments, prediction, extra_noise)
+        step = diffusion.sampled_step(self.x, self.x0, n, eps, key, self.conditional_noise, extra_noise)
 
-        term = terms(prediction)
-        control = jnp.zeros_like(term) if self.control is None else self.control.value(jax.lax.stop_gradient(z), n, eps)
+        def terms(prediction):
+            return self.term(diffusion, step._replace(prediction=prediction))
+
+        term = terms(step.prediction)
+        control = jnp.zeros_like(term) if self.control is None else self.control.value(jax.lax.stop_gradient(step.z), n, eps)
         corrected = term - at_step(self.coefficient, n, term.dtype) * control
-        return self.inverse_probability[rows] * corrected, functools.partial(_seen, n, self.inverse_probability[rows], term, control, terms, prediction)
+        return self.inverse_probability[rows] * corrected, functools.partial(_seen, n, self.inverse_probability[rows], term, control, terms, step.prediction)
 
 
 def _seen(n, weight, term, control, terms, prediction):

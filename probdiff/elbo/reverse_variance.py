@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from probdiff._checks import require, require_count, require_key, require_type
 from probdiff._chunks import inputs_at_once
-from probdiff.chain.variances import OptimalVariance
 from probdiff.diffusion import Diffusion
 
 
@@ -27,13 +26,12 @@ def optimal_variance(diffusion, x, *, key, num_draws=1):
         ValueError: If the model has other reverse variances.
     """
     require_type("diffusion", diffusion, Diffusion)
-    ratio = getattr(diffusion.kernel, "log_ratio", None)
-    require(isinstance(ratio, OptimalVariance), "diffusion", "reverse_variance='optimal'", "another reverse kernel")
+    require(diffusion.kernel.is_estimated, "diffusion", "reverse_variance='optimal'", diffusion.kernel.name)
     diffusion.check_data(x)
     require_key(key)
     require_count("num_draws", num_draws)
     found = _squared_error(diffusion.evaluated(), jnp.asarray(x), key, num_draws)
-    return eqx.tree_at(lambda d: d.kernel.log_ratio.squared_error, diffusion, found)
+    return diffusion.with_kernel(diffusion.kernel.with_squared_error(found))
 
 
 @eqx.filter_jit
@@ -43,8 +41,8 @@ def _squared_error(diffusion, x, key, num_draws):
 
     def one(n):
         eps = jax.random.normal(jax.random.fold_in(key, n), (num_draws, *x0.shape), x0.dtype)
-        _, eps_hat = diffusion.noise_and_predict(x0, jnp.full(eps.shape[:-1], n), eps)
-        return jnp.square(eps - eps_hat).mean()
+        step = diffusion.sampled_step(x, x0, jnp.full(eps.shape[:-1], n), eps)
+        return jnp.square(eps - step.prediction).mean()
 
     steps = jnp.arange(1, diffusion.schedule.num_steps + 1)
     return jax.lax.map(one, steps, batch_size=max(1, inputs_at_once(diffusion.network) // (len(x) * num_draws)))

@@ -22,7 +22,6 @@ import numpy as np
 
 from probdiff._checks import require, require_finite, require_type
 from probdiff.chain.reverse import weighted_error
-from probdiff.chain.schedules import NoiseSchedule
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.objective import StepObjective
 
@@ -47,11 +46,9 @@ def likelihood_weights(diffusion):
 def _require_fixed(diffusion):
     """Refuse a model whose terms are not N numbers times squared errors of the noise."""
     schedule = type(diffusion.schedule).__name__
-    require(isinstance(diffusion.schedule, NoiseSchedule), "diffusion", "a NoiseSchedule for score matching", f"a {schedule}")
+    require(not diffusion.schedule.is_trained, "diffusion", "a NoiseSchedule for score matching", f"a {schedule}")
     fixed = diffusion.kernel.closed_form and np.ndim(diffusion.kernel.kl_weight(diffusion.schedule)) == 1
-    kernel = type(diffusion.kernel).__name__
-    got = getattr(diffusion.kernel, "reverse_variance", f"a {kernel}")
-    require(fixed, "diffusion", "a Gaussian kernel with one variance a step for score matching", got)
+    require(fixed, "diffusion", "a Gaussian kernel with one variance a step for score matching", diffusion.kernel.name)
 
 
 WEIGHTS = {"sigma_squared": sigma_squared_weights, "likelihood": likelihood_weights}
@@ -110,6 +107,6 @@ class ScoreError:
         """Minus the loss of a network that knew the noise: 0, shape ``(datum,)``."""
         return jnp.zeros(len(x0), x0.dtype)
 
-    def __call__(self, diffusion, x, x0, n, z, noise, eps_hat, extra_noise):
-        """The terms of steps ``n``, shape ``(row, datum)``; see :class:`~probdiff.elbo.analytic.BoundTerm`."""
-        return weighted_error(self.kl_weight(diffusion), n, noise, eps_hat)
+    def __call__(self, diffusion, step):
+        """The terms of the steps, shape ``(row, datum)``; see :class:`~probdiff.elbo.analytic.BoundTerm`."""
+        return weighted_error(self.kl_weight(diffusion), step.n, step.noise, step.prediction)

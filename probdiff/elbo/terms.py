@@ -19,8 +19,6 @@ from probdiff._checks import require, require_count, require_key, require_type
 from probdiff._chunks import filled, inputs_at_once, parts
 from probdiff._sharding import data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.forward import prior_kl
-from probdiff.chain.reverse import NoiseMoments
-from probdiff.chain.schedules import at_step
 from probdiff.diffusion import Diffusion
 
 
@@ -81,21 +79,6 @@ class ELBOMoments(eqx.Module):
     num_draws: int
 
 
-def _step_kl(diffusion, x0, n, eps, extra_noise):
-    """KL of step n at z_n made from ``eps``, shape ``batch``; ``extra_noise()`` is noise for a kernel that has to sample."""
-    z, prediction = diffusion.noise_and_predict(x0, n, eps)
-    kernel, schedule = diffusion.kernel, diffusion.schedule
-    constant = at_step(kernel.constants(schedule, x0.shape[-1]), n, x0.dtype)
-    return constant + kernel.excess(schedule, x0, NoiseMoments(eps, 0.0), z, prediction, n, extra_noise)
-
-
-def _reconstruction(diffusion, x, x0, eps):
-    """log p(x | z_1) at z_1 made from ``eps``, shape ``batch``."""
-    n = jnp.ones((), jnp.int32)
-    z, prediction = diffusion.noise_and_predict(x0, n, eps)
-    return diffusion.log_likelihood(x, z, n, prediction)
-
-
 def _noise(key, draw, n, like):
     """The noise of draw ``draw`` at step ``n``: the same whatever else is evaluated along with it."""
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, draw), n), like.shape, like.dtype)
@@ -115,12 +98,14 @@ class _Terms(eqx.Module):
         """KLs of steps ``n`` of the draws at ``index``, both of shape ``(row,)``: shape ``(row, datum)``."""
         own = jax.random.key(0) if self.key is None else self.key
         extra_key = jax.random.fold_in(own, 2**32 - 1)  # no draw has this number
-        eps = self._eps(index, n)
-        return _step_kl(self.diffusion, self.x0, n[:, None], eps, lambda: self._draw(extra_key, index, n))
+        return self.diffusion.step_kl(self._step(index, n, lambda: self._draw(extra_key, index, n)))
 
     def reconstruction(self, index):
         """log p(x | z_1) of the draws at ``index``, shape ``(row, datum)``."""
-        return _reconstruction(self.diffusion, self.x, self.x0, self._eps(index, jnp.ones_like(index)))
+        return self.diffusion.log_likelihood(self._step(index, jnp.ones_like(index)))
+
+    def _step(self, index, n, extra_noise=None):
+        return self.diffusion.sampled_step(self.x, self.x0, n[:, None], self._eps(index, n), extra_noise=extra_noise)
 
     def _eps(self, index, n):
         return self._draw(self.key, index, n) if self.noise is None else self.noise[index, n - 1].astype(self.x0.dtype)

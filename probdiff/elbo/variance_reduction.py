@@ -79,11 +79,6 @@ NOISE = {
 }
 
 
-def sampled_noise(schedule, z, n, eps):
-    """The noise that ``z`` was made from: a mean without variance."""
-    return NoiseMoments(eps, 0.0)
-
-
 class PosteriorNoise(eqx.Module):
     r"""The noise given z_n alone, when x_0 is one of finitely many points: its mean and variance over all of them.
 
@@ -97,8 +92,8 @@ class PosteriorNoise(eqx.Module):
 
     points: jax.Array
 
-    def __call__(self, schedule, z, n, eps):
-        """The :class:`NoiseMoments` of ``z``; ``eps`` is not looked at."""
+    def __call__(self, schedule, z, n):
+        """The :class:`NoiseMoments` of ``z``, shape ``(*batch, dim)``, after ``n`` steps."""
         signal = at_step(schedule.signal_scale, n, z.dtype)
         noise = at_step(schedule.noise_scale, n, z.dtype)
 

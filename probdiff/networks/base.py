@@ -1,18 +1,24 @@
 r"""ε-networks: what predicts the noise in :math:`z_n`.
 
-An ε-network is any callable ``network(z, n) -> eps_hat`` with ``z`` of shape ``(*batch, dim)``, ``n`` int32 of shape
-``batch`` and the result shaped like ``z``: an equinox module, whose floating-point JAX arrays are trained, or a plain
-function. Three things are optional:
+A network is told how noisy z is in one of two ways:
 
-* ``network(z, n, key=…)``: a network that takes ``key=`` is given one while training (dropout), never in evaluation;
+* a module of :class:`AbstractNetwork`, such as all that are here, is told the noise level: ``network(z, log_snr)``, with the log-SNR
+  :math:`\log \bar\alpha_n/(1-\bar\alpha_n)`. It needs no schedule, and can be asked between the steps of a chain;
+* any other callable is told the step: ``network(z, n) -> eps_hat``, with ``n`` int32.
+
+``z`` has shape ``(*batch, dim)``, the other shape ``batch``, and the result is shaped like ``z``. Floating-point JAX arrays of an equinox
+module are trained; NumPy arrays in it are constants, which no optimiser and no weight decay moves. Two things are optional:
+
+* ``key=``: a network that takes it by name is given one while training (dropout), never in evaluation;
   one key for the whole batch, so ``jax.vmap`` inside the network, not around it;
-* ``network.dim``: the dimension of the data, needed to generate;
-* ``network.on_schedule(schedule)``: returns the network for that schedule; called once, by ``Diffusion``.
+* ``network.dim``: the dimension of the data, needed to generate.
 
-NumPy arrays in a module are constants: no optimiser and no weight decay moves them.
+:func:`evaluate` is the one place that knows the two ways apart.
 """
 
+import abc
 import inspect
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -20,14 +26,49 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff._checks import require
-from probdiff.chain.schedules import at_step
 
 TIME_HARMONICS = 8
 EMBEDDING = 32
 MOST_BLOCKS = 1000
 
 
-def takes_key(network):
+class AbstractNetwork(eqx.Module):
+    """A network that is told the noise level.
+
+    To write your own, give ``dim`` and :meth:`__call__`, with or without ``key``.
+
+    Attributes:
+        dim: Dimension of the data; None if the network takes any.
+    """
+
+    dim: eqx.AbstractVar[int | None]
+
+    @abc.abstractmethod
+    def __call__(self, z: jax.Array, log_snr: jax.Array) -> jax.Array:
+        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr``, shape ``batch``: shaped like ``z``."""
+
+    @property
+    def is_told_step(self) -> bool:
+        """Whether there is a network inside that must be told the step."""
+        return False
+
+
+class AbstractWrapper(AbstractNetwork):
+    """A network around others, of either kind: the step is passed on to those that are told it."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, z: jax.Array, log_snr: jax.Array, *, n: jax.Array | None = None, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
+
+
+def is_told_step(network: Callable) -> bool:
+    """Whether a network must be told the step, and cannot be asked between steps."""
+    return network.is_told_step if isinstance(network, AbstractNetwork) else True
+
+
+def takes_key(network: Callable) -> bool:
     """Whether the network accepts ``key=``, by name or through ``**kwargs``."""
     try:
         parameters = inspect.signature(network).parameters.values()
@@ -36,60 +77,77 @@ def takes_key(network):
     return any(p.name == "key" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def with_schedule(network, schedule):
-    """The network on a schedule, if it wants to know."""
-    return network.on_schedule(schedule) if hasattr(network, "on_schedule") else network
-
-
-def predict_noise(network, z, n, key=None):
-    """Call an ε-network and check what comes back.
+def evaluate(
+    network: Callable,
+    z: jax.Array,
+    log_snr: jax.Array,
+    n: jax.Array | None = None,
+    key: jax.Array | None = None,
+    *,
+    method: str | None = None,
+) -> jax.Array:
+    """Call a network of either kind.
 
     Args:
-        network: The ε-network.
+        network: The network.
         z: Latents, shape ``(*batch, dim)``.
-        n: Step, an integer or an integer array that broadcasts to ``batch``.
-        key: Passed on if given; give one only while training.
+        log_snr: Their log-SNR, shape ``batch``.
+        n: Their step, shape ``batch``; None between steps.
+        key: Passed on if the network takes one; give one only while training.
+        method: Name of the method to call in the place of the network itself.
+
+    Raises:
+        ValueError: If the network must be told the step, and there is none.
+    """
+    call = network if method is None else getattr(network, method)
+    options = {} if key is None or not takes_key(call) else {"key": key}
+    if isinstance(network, AbstractWrapper):
+        return call(z, log_snr, n=n, **options)
+    if isinstance(network, AbstractNetwork):
+        return call(z, log_snr, **options)
+    require(n is not None, "network", "an AbstractNetwork, to be asked between steps", f"a {type(network).__name__}, which is told the step")
+    return call(z, n, **options)
+
+
+def predict_noise(
+    network: Callable, z: jax.Array, log_snr: jax.Array, n: jax.Array | None = None, key: jax.Array | None = None
+) -> jax.Array:
+    """:func:`evaluate` an ε-network, and check what comes back.
 
     Raises:
         ValueError: If the result is not shaped like ``z``.
     """
-    n = jnp.broadcast_to(jnp.asarray(n, jnp.int32), z.shape[:-1])
-    eps_hat = eqx.nn.inference_mode(network)(z, n) if key is None else network(z, n, key=key)
-    got = getattr(eps_hat, "shape", type(eps_hat).__name__)
-    require(got == z.shape, "network(z, n)", f"shape {z.shape}, the shape of z", got)
-    return eps_hat.astype(z.dtype)
+    return require_shape(evaluate(network, z, log_snr, n, key), z.shape, "the shape of z").astype(z.dtype)
 
 
-def predict_levels(network, z, n, key=None):
-    """Ask a :class:`~probdiff.networks.CategoricalHead` for log p(v | z_n) of every level, shape ``(*z.shape, levels)``.
+def require_shape(output: jax.Array, shape: tuple[int, ...], words: str) -> jax.Array:
+    """The output of a network, whose shape is checked."""
+    got = getattr(output, "shape", type(output).__name__)
+    require(got == shape, "network(z, n)", f"shape {shape}, {words}", got)
+    return output
 
-    Arguments as for :func:`predict_noise`.
-    """
-    network = network if key is not None else eqx.nn.inference_mode(network)
-    return network.log_probabilities(z, jnp.broadcast_to(jnp.asarray(n, jnp.int32), z.shape[:-1]), key=key)
+
+def signal_and_noise(log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""√ᾱ and √(1−ᾱ) at some log-SNR, with an axis for the dimensions."""
+    signal, noise = (jnp.exp(jax.nn.log_sigmoid(sign * log_snr) / 2)[..., None] for sign in (1, -1))
+    return signal, noise
 
 
 class LogSNREmbedding(eqx.Module):
-    """The embedding of a step: a small perceptron on sinusoids of its log-SNR.
+    """The embedding of a noise level: a small perceptron on sinusoids of the log-SNR."""
 
-    Before ``Diffusion`` has told it the schedule, −2 log n stands in for the log-SNR.
-    """
+    layers: list[eqx.nn.Linear]
 
-    mlp: eqx.nn.MLP
-    schedule: object
+    def __init__(self, key: jax.Array):
+        keys = jax.random.split(key, 2)
+        self.layers = [eqx.nn.Linear(size, EMBEDDING, key=k) for size, k in zip((2 * TIME_HARMONICS, EMBEDDING), keys)]
 
-    def __init__(self, key):
-        self.mlp = eqx.nn.MLP(2 * TIME_HARMONICS, EMBEDDING, EMBEDDING, 1, jax.nn.silu, jax.nn.silu, key=key)
-        self.schedule = None
-
-    def on_schedule(self, schedule):
-        """This embedding of the log-SNR of ``schedule``."""
-        return eqx.tree_at(lambda e: e.schedule, self, schedule, is_leaf=lambda leaf: leaf is self.schedule)
-
-    def __call__(self, n, dtype):
-        """The embedding of steps ``n``, shape ``(*batch, EMBEDDING)``."""
-        log_snr = -2 * jnp.log(n.astype(dtype)) if self.schedule is None else at_step(self.schedule.log_snr, n, dtype)
-        return batched(self.mlp, sinusoids(log_snr, np.geomspace(0.05, 5, TIME_HARMONICS)))
+    def __call__(self, log_snr: jax.Array) -> jax.Array:
+        """The embedding, shape ``(*batch, EMBEDDING)``, of a log-SNR of shape ``batch``."""
+        h = sinusoids(log_snr, np.geomspace(0.05, 5, TIME_HARMONICS))
+        for layer in self.layers:
+            h = jax.nn.silu(batched(layer, h))
+        return h
 
 
 def batched(layer, x):

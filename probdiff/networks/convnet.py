@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff._checks import require, require_count
-from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, LogSNREmbedding, batched
+from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, AbstractNetwork, LogSNREmbedding, batched
 
 AT_ONCE = 128  # images, on CPU: their hidden layers then stay in its cache
 
@@ -33,8 +33,8 @@ class _Convolution(eqx.Module):
         return jnp.concatenate(shifted, -1) @ self.weight.reshape(9 * inputs, -1) + self.bias
 
 
-class ConvNet(eqx.Module):
-    """Residual convolutional network on images of one channel, told the step by an embedding of its log-SNR.
+class ConvNet(AbstractNetwork):
+    """Residual convolutional network on images of one channel, told the noise level by an embedding of its log-SNR.
 
     It keeps the resolution: in an image of 8×8 every pixel sees every other after four convolutions. In each block the
     embedding scales and shifts the hidden layer, and every pixel has a bias of its own, so that the network knows where it is.
@@ -48,15 +48,15 @@ class ConvNet(eqx.Module):
         outputs: Outputs for each pixel, on a new last axis; None for one, shaped like the input.
     """
 
-    shape: tuple
+    shape: tuple[int, int] = eqx.field(static=True)
     embed: LogSNREmbedding
     read: _Convolution
     place: jax.Array
-    blocks: list
+    blocks: list["_Block"]
     write: eqx.nn.Linear
     write_place: jax.Array
-    dropout: eqx.nn.Dropout
-    outputs: int | None
+    dropout: float = eqx.field(static=True)
+    outputs: int | None = eqx.field(static=True)
 
     def __init__(self, shape, *, key, channels=64, num_blocks=3, dropout=0.0, outputs=None):
         require(np.shape(shape) == (2,), "shape", "(height, width)", repr(shape))
@@ -73,7 +73,7 @@ class ConvNet(eqx.Module):
         self.blocks = [_Block(self.shape, channels, key) for key in keys[3:]]
         self.write = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(channels, outputs or 1, key=keys[2]))
         self.write_place = jnp.zeros((*self.shape, outputs or 1))
-        self.dropout = eqx.nn.Dropout(dropout)
+        self.dropout = dropout
         self.outputs = outputs
 
     @property
@@ -88,21 +88,17 @@ class ConvNet(eqx.Module):
             "shape": self.shape,
             "channels": self.place.shape[-1],
             "num_blocks": len(self.blocks),
-            "dropout": self.dropout.p,
+            "dropout": self.dropout,
             "outputs": self.outputs,
         }
 
-    def on_schedule(self, schedule):
-        """This network, embedding the log-SNR of ``schedule``."""
-        return eqx.tree_at(lambda network: network.embed, self, self.embed.on_schedule(schedule))
-
-    def __call__(self, z, n, *, key=None):
-        """Predict for ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
-        if key is None and n.size > AT_ONCE and jax.default_backend() == "cpu":
-            rows = z.reshape(-1, self.dim), n.reshape(-1)
+    def __call__(self, z, log_snr, *, key=None):
+        """Predict for ``z`` of shape ``(*batch, dim)`` and log-SNR ``log_snr``, shape ``batch``."""
+        if key is None and log_snr.size > AT_ONCE and jax.default_backend() == "cpu":
+            rows = z.reshape(-1, self.dim), log_snr.reshape(-1)
             output = jax.lax.map(lambda row: self(*row), rows, batch_size=AT_ONCE)
             return output.reshape(*z.shape, *output.shape[2:])
-        embedding = self.embed(n, z.dtype)[..., None, None, :]
+        embedding = self.embed(log_snr)[..., None, None, :]
         image = z.reshape(*z.shape[:-1], *self.shape, 1)
         h = self.read(image) + self.place
         keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
@@ -130,5 +126,6 @@ class _Block(eqx.Module):
     def __call__(self, h, embedding, dropout, key):
         scale, shift = jnp.split(batched(self.modulate, embedding), 2, -1)
         inner = self.up(batched(self.norm, h)) + self.place
-        inner = dropout(jax.nn.silu(inner * (1 + scale) + shift), key=key, inference=key is None)
+        inner = jax.nn.silu(inner * (1 + scale) + shift)
+        inner = eqx.nn.Dropout(dropout)(inner, key=key, inference=key is None)
         return h + self.down(inner)

@@ -1,13 +1,14 @@
 """Several networks as one."""
 
-import equinox as eqx
+from collections.abc import Callable
+
 import jax
 
 from probdiff._checks import require
-from probdiff.networks.base import predict_noise, takes_key, with_schedule
+from probdiff.networks.base import AbstractWrapper, is_told_step, predict_noise
 
 
-class Ensemble(eqx.Module):
+class Ensemble(AbstractWrapper):
     r"""The mean of several ε-networks, such as those of fits that differ by their seeds.
 
     A step KL is convex in the predicted noise, so that the KLs of the mean are at most the mean of the KLs. What is gained is the
@@ -17,7 +18,7 @@ class Ensemble(eqx.Module):
         networks: ε-networks on data of one dimension, at least one.
     """
 
-    networks: list
+    networks: list[Callable]
 
     def __init__(self, networks):
         self.networks = list(networks)
@@ -31,12 +32,12 @@ class Ensemble(eqx.Module):
         """Dimension of the data, if a network knows it."""
         return next((network.dim for network in self.networks if getattr(network, "dim", None) is not None), None)
 
-    def on_schedule(self, schedule):
-        """This ensemble on a schedule."""
-        return Ensemble([with_schedule(network, schedule) for network in self.networks])
+    @property
+    def is_told_step(self):
+        """Whether one of the networks is."""
+        return any(map(is_told_step, self.networks))
 
-    def __call__(self, z, n, *, key=None):
-        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+    def __call__(self, z, log_snr, *, n=None, key=None):
+        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
         keys = [None] * len(self.networks) if key is None else jax.random.split(key, len(self.networks))
-        given = [k if takes_key(network) else None for network, k in zip(self.networks, keys)]
-        return sum(predict_noise(network, z, n, k) for network, k in zip(self.networks, given)) / len(self.networks)
+        return sum(predict_noise(network, z, log_snr, n, k) for network, k in zip(self.networks, keys)) / len(self.networks)

@@ -5,6 +5,7 @@ A head is an ε-network made of a network that predicts something else. In :math
 samplers know only :math:`\hat\epsilon`. A bare network predicts ε.
 """
 
+import abc
 from collections.abc import Callable
 
 import equinox as eqx
@@ -12,25 +13,31 @@ import jax
 import jax.numpy as jnp
 
 from probdiff._checks import require, require_count
-from probdiff.chain.schedules import at_step
-from probdiff.networks.base import takes_key, with_schedule
+from probdiff.networks.base import AbstractWrapper, evaluate, is_told_step, require_shape, signal_and_noise
 
 
-class Head(eqx.Module):
-    """An ε-network around another network, whose output a subclass turns into the noise (``eps``).
+class AbstractHead(AbstractWrapper):
+    """An ε-network around another network of either kind, whose prediction it turns into the noise.
+
+    To write your own, give :meth:`noise`; and ``output_shape`` if the prediction is not shaped like ``z``.
 
     Attributes:
-        network: The network, ``network(z, n)``, with the options of :mod:`probdiff.networks.base`.
-        schedule: That of the model; ``Diffusion`` tells it.
+        network: The network, with the options of :mod:`probdiff.networks.base`.
     """
 
     network: Callable
-    schedule: object
 
-    def __init__(self, network):
+    def __init__(self, network: Callable):
         require(callable(network), "network", "a callable network(z, n)", type(network).__name__, TypeError)
         self.network = network
-        self.schedule = None
+
+    @abc.abstractmethod
+    def noise(self, prediction: jax.Array, z: jax.Array, log_snr: jax.Array) -> jax.Array:
+        """The noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr``, shape ``batch``, that a prediction says."""
+
+    def output_shape(self, z: jax.Array) -> tuple[int, ...]:
+        """The shape that the network must return for ``z``."""
+        return z.shape
 
     @property
     def dim(self):
@@ -38,47 +45,39 @@ class Head(eqx.Module):
         return getattr(self.network, "dim", None)
 
     @property
+    def is_told_step(self):
+        """Whether the network is."""
+        return is_told_step(self.network)
+
+    @property
     def arguments(self):
         """The arguments that this head was made with."""
         return {"network": self.network}
 
-    def on_schedule(self, schedule):
-        """This head on a schedule."""
-        parts = with_schedule(self.network, schedule), schedule
-        return eqx.tree_at(lambda h: (h.network, h.schedule), self, parts, is_leaf=lambda leaf: leaf is None)
+    def output(self, z, log_snr, n=None, key=None):
+        """The network's prediction, whose shape is checked."""
+        output = evaluate(self.network, z, log_snr, n, key)
+        return require_shape(output, self.output_shape(z), f"for a {type(self).__name__}").astype(z.dtype)
 
-    def output(self, z, n, key=None):
-        """The network's output, whose shape is checked."""
-        output = self.network(z, n, key=key) if key is not None and takes_key(self.network) else self.network(z, n)
-        shape = self.output_shape(z)
-        got = getattr(output, "shape", type(output).__name__)
-        require(got == shape, "network(z, n)", f"shape {shape} for a {type(self).__name__}", got)
-        return output.astype(z.dtype)
-
-    def output_shape(self, z):
-        """The shape that the network must return for ``z``."""
-        return z.shape
-
-    def levels_of(self, n, dtype):
-        r"""√ᾱ_n and √(1−ᾱ_n), with an axis for the dimensions."""
-        require(self.schedule is not None, type(self).__name__, "a schedule: use it in a Diffusion", "none")
-        return (at_step(table, n, dtype)[..., None] for table in (self.schedule.signal_scale, self.schedule.noise_scale))
+    def __call__(self, z, log_snr, *, n=None, key=None):
+        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
+        return self.noise(self.output(z, log_snr, n, key), z, log_snr)
 
 
-class X0Head(Head):
+class X0Head(AbstractHead):
     r"""The network predicts the data: :math:`\hat\epsilon = (z - \sqrt{\bar\alpha}\,\hat x_0) / \sqrt{1-\bar\alpha}`.
 
     Args:
         network: Returns :math:`\hat x_0`, shaped like ``z``.
     """
 
-    def __call__(self, z, n, *, key=None):
-        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
-        signal, noise = self.levels_of(n, z.dtype)
-        return (z - signal * self.output(z, n, key)) / noise
+    def noise(self, prediction, z, log_snr):
+        """The noise in ``z`` if the data are as predicted."""
+        signal, noise = signal_and_noise(log_snr)
+        return (z - signal * prediction) / noise
 
 
-class VHead(Head):
+class VHead(AbstractHead):
     r"""The network predicts the velocity :math:`v = \sqrt{\bar\alpha}\,\epsilon - \sqrt{1-\bar\alpha}\,x_0`:
     :math:`\hat\epsilon = \sqrt{\bar\alpha}\,\hat v + \sqrt{1-\bar\alpha}\, z`.
 
@@ -88,13 +87,13 @@ class VHead(Head):
         network: Returns :math:`\hat v`, shaped like ``z``.
     """
 
-    def __call__(self, z, n, *, key=None):
-        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
-        signal, noise = self.levels_of(n, z.dtype)
-        return signal * self.output(z, n, key) + noise * z
+    def noise(self, prediction, z, log_snr):
+        """The noise in ``z`` if the velocity is as predicted."""
+        signal, noise = signal_and_noise(log_snr)
+        return signal * prediction + noise * z
 
 
-class DensityHead(Head):
+class DensityHead(AbstractHead):
     r"""For data with a density: the network predicts the noise on a scale that falls with it, :math:`\hat\epsilon = (1-\bar\alpha)^{1/4}\,\hat y`.
 
     The best prediction is :math:`-\sqrt{1-\bar\alpha}` times a score, and that of noise finer than the data nearly 0. Where the density is smooth it
@@ -106,13 +105,12 @@ class DensityHead(Head):
         network: Returns :math:`\hat y`, shaped like ``z``.
     """
 
-    def __call__(self, z, n, *, key=None):
-        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
-        _, noise = self.levels_of(n, z.dtype)
-        return jnp.sqrt(noise) * self.output(z, n, key)
+    def noise(self, prediction, z, log_snr):
+        """The prediction on the scale of the noise."""
+        return jnp.sqrt(signal_and_noise(log_snr)[1]) * prediction
 
 
-class CategoricalHead(Head):
+class CategoricalHead(AbstractHead):
     r"""For data on a grid: the network predicts a probability for each level of each dimension.
 
     The network gives logits of what the *other* dimensions say; what z says of its own dimension is known exactly and is added,
@@ -127,7 +125,7 @@ class CategoricalHead(Head):
         levels: Number of levels L.
     """
 
-    levels: int
+    levels: int = eqx.field(static=True)
 
     def __init__(self, network, levels):
         super().__init__(network)
@@ -149,14 +147,17 @@ class CategoricalHead(Head):
         """The shape that the network must return for ``z``."""
         return (*z.shape, self.levels)
 
-    def log_probabilities(self, z, n, *, key=None):
-        """log p(v | z_n) of every level, normalised, shape ``(*z.shape, levels)``."""
-        signal, noise = self.levels_of(n, z.dtype)
-        distance = (z[..., None] - signal[..., None] * self.grid.astype(z.dtype)) / noise[..., None]
-        return jax.nn.log_softmax(self.output(z, n, key) - jnp.square(distance) / 2)
+    def log_probabilities(self, z, log_snr, *, n=None, key=None):
+        """log p(v | z_n) of every level, normalised, shape ``(*z.shape, levels)``; arguments as of the head itself."""
+        return self._normalised(self.output(z, log_snr, n, key), z, log_snr)
 
-    def __call__(self, z, n, *, key=None):
-        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
-        signal, noise = self.levels_of(n, z.dtype)
-        mean = jnp.exp(self.log_probabilities(z, n, key=key)) @ self.grid.astype(z.dtype)
+    def noise(self, prediction, z, log_snr):
+        """The noise in ``z`` if the data are the mean of the levels."""
+        signal, noise = signal_and_noise(log_snr)
+        mean = jnp.exp(self._normalised(prediction, z, log_snr)) @ self.grid.astype(z.dtype)
         return (z - signal * mean) / noise
+
+    def _normalised(self, logits, z, log_snr):
+        signal, noise = signal_and_noise(log_snr)
+        distance = (z[..., None] - signal[..., None] * self.grid.astype(z.dtype)) / noise[..., None]
+        return jax.nn.log_softmax(logits - jnp.square(distance) / 2)

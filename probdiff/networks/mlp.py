@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff._checks import require, require_count
-from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, LogSNREmbedding, batched, sinusoids
+from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, AbstractNetwork, LogSNREmbedding, batched, sinusoids
 
 MOST_HARMONICS = 24  # the last then turns as fast as float32 resolves
 
 
-class MLP(eqx.Module):
-    r"""Residual multilayer perceptron, told the step by a sinusoidal embedding of its log-SNR.
+class MLP(AbstractNetwork):
+    r"""Residual multilayer perceptron, told the noise level by a sinusoidal embedding of its log-SNR.
 
     In each block the embedding shifts and scales the hidden layer. Beside the blocks there is a short cut: the output
-    has a step-dependent combination of z and its harmonics added to it, dimension by dimension. Where z is nearly all
+    has a combination, different at each noise level, of z and its harmonics added to it, dimension by dimension. Where z is nearly all
     noise it is nearly its own noise; where the noise is finer than the grid of the data, the nearest level tells it.
 
     Args:
@@ -30,16 +30,16 @@ class MLP(eqx.Module):
             levels), without the short cut; None for one, shaped like the input.
     """
 
-    dim: int
+    dim: int = eqx.field(static=True)
     embed: LogSNREmbedding
     read: eqx.nn.Linear
-    blocks: list
+    blocks: list["_Block"]
     write: eqx.nn.Linear
     skip: eqx.nn.Linear | None
-    dropout: eqx.nn.Dropout
-    hidden: int
-    num_harmonics: int
-    outputs: int | None
+    dropout: float = eqx.field(static=True)
+    hidden: int = eqx.field(static=True)
+    num_harmonics: int = eqx.field(static=True)
+    outputs: int | None = eqx.field(static=True)
 
     def __init__(self, dim, *, key, hidden=128, num_blocks=3, dropout=0.0, num_harmonics=0, outputs=None):
         counts = (("dim", dim), ("hidden", hidden), ("num_blocks", num_blocks))
@@ -60,7 +60,7 @@ class MLP(eqx.Module):
         self.write = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(hidden, dim * (outputs or 1), key=keys[2]))
         skip = eqx.nn.Linear(EMBEDDING, dim * (1 + 2 * num_harmonics), key=keys[3])
         self.skip = jax.tree.map(jnp.zeros_like, skip) if outputs is None else None
-        self.dropout = eqx.nn.Dropout(dropout)
+        self.dropout = dropout
 
     @property
     def arguments(self):
@@ -69,18 +69,14 @@ class MLP(eqx.Module):
             "dim": self.dim,
             "hidden": self.hidden,
             "num_blocks": len(self.blocks),
-            "dropout": self.dropout.p,
+            "dropout": self.dropout,
             "num_harmonics": self.num_harmonics,
             "outputs": self.outputs,
         }
 
-    def on_schedule(self, schedule):
-        """This network, embedding the log-SNR of ``schedule``."""
-        return eqx.tree_at(lambda mlp: mlp.embed, self, self.embed.on_schedule(schedule))
-
-    def __call__(self, z, n, *, key=None):
-        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
-        embedding = self.embed(n, z.dtype)
+    def __call__(self, z, log_snr, *, key=None):
+        """Predict for ``z`` of shape ``(*batch, dim)`` and log-SNR ``log_snr``, shape ``batch``."""
+        embedding = self.embed(log_snr)
         inputs = jnp.concatenate([z[..., None], sinusoids(z, np.pi * 2.0 ** np.arange(self.num_harmonics))], -1)
         h = batched(self.read, inputs.reshape(*z.shape[:-1], -1))
         keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
@@ -109,4 +105,4 @@ class _Block(eqx.Module):
     def __call__(self, h, embedding, dropout, key):
         scale, shift = jnp.split(batched(self.modulate, embedding), 2, -1)
         inner = jax.nn.silu(batched(self.up, batched(self.norm, h)) * (1 + scale) + shift)
-        return h + batched(self.down, dropout(inner, key=key, inference=key is None))
+        return h + batched(self.down, eqx.nn.Dropout(dropout)(inner, key=key, inference=key is None))

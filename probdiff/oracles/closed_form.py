@@ -80,7 +80,7 @@ def _encoded(diffusion, x):
         type(diffusion.likelihood).__name__,
         TypeError,
     )
-    variance = getattr(diffusion.kernel, "reverse_variance", type(diffusion.kernel).__name__)
+    variance = diffusion.kernel.name
     require(variance in ("posterior", "forward"), "diffusion", "reverse_variance 'posterior' or 'forward'", repr(variance))
     x = np.asarray(x, np.float64)
     scale = np.broadcast_to(diffusion.likelihood.scale, x.shape[1:])
@@ -97,6 +97,6 @@ def _reverse_mean(diffusion, n):
 
 def _reverse_variance(diffusion, n):
     schedule = diffusion.schedule
-    if n == 1 or diffusion.kernel.reverse_variance == "forward":
+    if n == 1 or diffusion.kernel.name == "forward":
         return schedule.beta[n - 1]
     return schedule.beta[n - 1] * (1 - schedule.alpha_bar[n - 2]) / (1 - schedule.alpha_bar[n - 1])

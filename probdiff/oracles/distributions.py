@@ -126,7 +126,7 @@ class GaussianMixture:
         r"""The network with the smallest expected error, :math:`E[\epsilon | z_n]`, times ``scale``."""
         variances, axes = np.linalg.eigh(self.covariances)
         means = np.einsum("ki,kij->kj", self.means, axes)
-        return MixtureNetwork(np.log(self.weights), means, variances, axes, schedule, scale)
+        return MixtureNetwork(np.log(self.weights), means, variances, axes, scale)
 
     def sample(self, rng, size):
         """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``."""
@@ -210,7 +210,7 @@ class UniformBoxes:
 
     def network(self, schedule, scale=1.0):
         r"""The network with the smallest expected error, :math:`E[\epsilon | z_n]`, times ``scale``."""
-        return BoxesNetwork((self.upper + self.lower) / 2, (self.upper - self.lower) / 2, schedule, scale)
+        return BoxesNetwork((self.upper + self.lower) / 2, (self.upper - self.lower) / 2, scale)
 
     def sample(self, rng, size):
         """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``."""

@@ -1,7 +1,6 @@
 r"""The best ε-networks there are, :math:`E[\epsilon | z_n]`, of the distributions in :mod:`probdiff.oracles.distributions`.
 
-They are ε-networks like any other, ``network(z, n) -> eps_hat``, but constant: nothing in them is trained. Those of mixtures and of
-boxes are also known in continuous time, ``network.at_log_snr(z, log_snr)``.
+They are ε-networks like any other, but constant: nothing in them is trained. Those of mixtures and of boxes are told the noise level.
 """
 
 import functools
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probdiff.chain.schedules import NoiseSchedule, at_step
+from probdiff.networks.base import AbstractNetwork
 
 NODES = 40  # of the quadrature over a truncated normal,
 REACH = 8.5  # which leaves out what is below exp(-REACH²/2) of its largest density.
@@ -42,7 +41,7 @@ class LinearNetwork(eqx.Module):
         return _einsum("...ij,...j->...i", weight, z) + bias
 
 
-class MixtureNetwork(eqx.Module):
+class MixtureNetwork(AbstractNetwork):
     r""":math:`E[\epsilon | z_n]` of a mixture of Gaussians; constant, nothing in it is trained.
 
     Component k of :math:`q(z_n)` is :math:`N(\sqrt{\bar\alpha_n} m_k, C_k)`, :math:`C_k = \bar\alpha_n S_k +
@@ -54,7 +53,6 @@ class MixtureNetwork(eqx.Module):
         means: :math:`m_k` in the axes of component k, shape ``(K, dim)``.
         variances: Eigenvalues of :math:`S_k`, shape ``(K, dim)``, or ``(1, dim)`` if all are the same.
         axes: Its eigenvectors, in columns, shape ``(K, dim, dim)``, or ``(1, dim, dim)``.
-        schedule: The noise schedule.
         scale: Factor of the result.
     """
 
@@ -62,20 +60,15 @@ class MixtureNetwork(eqx.Module):
     means: np.ndarray
     variances: np.ndarray
     axes: np.ndarray
-    schedule: NoiseSchedule
-    scale: float
+    scale: float = eqx.field(static=True)
 
     @property
     def dim(self):
         """Dimension of the data."""
         return self.means.shape[-1]
 
-    def __call__(self, z, n):
-        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
-        return self.at_log_snr(z, at_step(self.schedule.log_snr, n, z.dtype))
-
-    def at_log_snr(self, z, log_snr):
-        """The same in continuous time: ``log_snr`` of shape ``batch`` is that of ``z``."""
+    def __call__(self, z, log_snr):
+        """Predict the noise in ``z`` of shape ``(*batch, dim)`` and log-SNR ``log_snr``, shape ``batch``."""
         constants = (self.log_weights, self.means, self.variances, self.axes)
         log_weights, means, variances, axes = (jnp.asarray(a, z.dtype) for a in constants)
         signal, noise = _signal_and_noise(log_snr)
@@ -86,7 +79,7 @@ class MixtureNetwork(eqx.Module):
         return self.scale * _einsum("...kj,kij->...i", _given_z(log_joint) * eps, axes)
 
 
-class BoxesNetwork(eqx.Module):
+class BoxesNetwork(AbstractNetwork):
     r""":math:`E[\epsilon | z_n]` of data uniform on boxes; constant, nothing in it is trained.
 
     As :math:`\epsilon = (z - \sqrt{\bar\alpha_n} x_0) / \sqrt{1-\bar\alpha_n}`, ε given z and the box of :math:`x_0`
@@ -95,26 +88,20 @@ class BoxesNetwork(eqx.Module):
     Args:
         centre: Centre of each box, shape ``(K, dim)``.
         half_width: Half of its width, shape ``(K, dim)``.
-        schedule: The noise schedule.
         scale: Factor of the result.
     """
 
     centre: np.ndarray
     half_width: np.ndarray
-    schedule: NoiseSchedule
-    scale: float
+    scale: float = eqx.field(static=True)
 
     @property
     def dim(self):
         """Dimension of the data."""
         return self.centre.shape[-1]
 
-    def __call__(self, z, n):
-        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
-        return self.at_log_snr(z, at_step(self.schedule.log_snr, n, z.dtype))
-
-    def at_log_snr(self, z, log_snr):
-        """The same in continuous time: ``log_snr`` of shape ``batch`` is that of ``z``."""
+    def __call__(self, z, log_snr):
+        """Predict the noise in ``z`` of shape ``(*batch, dim)`` and log-SNR ``log_snr``, shape ``batch``."""
         centre, half_width = (jnp.asarray(a, z.dtype) for a in (self.centre, self.half_width))
         signal, noise = _signal_and_noise(log_snr)
         log_mass, eps = _confined_normal((z[..., None, :] - signal * centre) / noise, signal * half_width / noise)

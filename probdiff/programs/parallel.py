@@ -25,26 +25,20 @@ from numpyro.distributions import constraints
 from probdiff._checks import require
 from probdiff._chunks import inputs_at_once
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step
-from probdiff.chain.schedules import NoiseSchedule, ScheduleTables, at_step
+from probdiff.chain.schedules import at_step, require_schedule
 from probdiff.programs.sites import AbstractDiffusion, minibatch
 
 
 class Chain(dist.Distribution):
-    """A distribution over paths z_N … z_1, shape ``(num_steps, datum, dim)``, made from a tree of ``parts``."""
+    """A distribution over paths z_N … z_1, shape ``(num_steps, datum, dim)``, made from a tree of arrays, ``parts``."""
 
     support = constraints.real_vector
     reparametrized_params = []
-    pytree_data_fields = ("_arrays",)
-    pytree_aux_fields = ("_static",)
+    pytree_data_fields = ("parts",)
 
     def __init__(self, parts, shape, *, validate_args=None):
-        self._arrays, self._static = eqx.partition(parts, eqx.is_array)
+        self.parts = parts
         super().__init__(tuple(shape[:-1]), tuple(shape[-1:]), validate_args=validate_args)
-
-    @property
-    def parts(self):
-        """The tree that the chain was made from."""
-        return eqx.combine(self._arrays, self._static)
 
     def require_path(self, value):
         """Refuse values that are not paths of this chain."""
@@ -69,8 +63,7 @@ class ForwardChain(Chain):
     """
 
     def __init__(self, schedule, x0, *, validate_args=None):
-        known = isinstance(schedule, NoiseSchedule | ScheduleTables)
-        require(known, "schedule", "a NoiseSchedule", type(schedule).__name__, TypeError)
+        require_schedule(schedule)
         require(jnp.ndim(x0) == 2, "x0", "shape (datum, dim)", jnp.shape(x0))
         super().__init__((schedule, x0), (schedule.num_steps, *x0.shape), validate_args=validate_args)
 

@@ -34,8 +34,9 @@ from probdiff._files import (
     write_bytes,
     write_json,
 )
+from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.reverse import MixtureKernel
-from probdiff.chain.schedules import LearnedSchedule, NoiseSchedule
+from probdiff.chain.schedules import NoiseSchedule
 from probdiff.diagnostics.datatree import from_datatree, to_datatree
 from probdiff.diffusion import Diffusion
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
@@ -241,14 +242,14 @@ def describe(diffusion):
     """The model in words that JSON can hold; the schedule's variances and the parameters are kept apart."""
     kernel, schedule = diffusion.kernel, diffusion.schedule
     mixture = isinstance(kernel, MixtureKernel)
-    kept = {"mixture_levels": kernel.levels} if mixture else {"reverse_variance": kernel.reverse_variance}
+    kept = {"mixture_levels": kernel.levels} if mixture else {"reverse_variance": kernel.name}
     if isinstance(schedule, LearnedSchedule):
         kept["schedule"] = schedule.arguments
     return kept | {
         "network": _describe_network(diffusion.network),
         "likelihood": {
             "name": type(diffusion.likelihood).__name__,
-            "arguments": dataclasses.asdict(diffusion.likelihood),
+            "arguments": vars(diffusion.likelihood),
         },
         "num_steps": diffusion.schedule.num_steps,
         "dim": diffusion.dim,

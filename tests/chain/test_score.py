@@ -54,7 +54,7 @@ def check_marginal_score(n):
     exact = probdiff.Diffusion(SCHEDULE, LINE.network(SCHEDULE))
     np.testing.assert_allclose(probdiff.chain.score.score(exact, x, n), expected, rtol=1e-10, atol=1e-12)
     z = probdiff.chain.score.vp_from_ve(SCHEDULE, x, n)
-    eps_hat = exact.network(z, jnp.full(len(z), n))
+    eps_hat = exact.predict_noise(z, n)
     signal = 1 / np.sqrt(1 + SIGMAS[n - 1] ** 2)
     np.testing.assert_allclose(probdiff.chain.score.vp_score_from_eps(SCHEDULE, eps_hat, n), expected / signal, rtol=1e-10, atol=1e-12)
 

@@ -13,6 +13,7 @@ from numpyro.distributions import kl_divergence
 
 import probdiff
 from probdiff import cli
+from probdiff._static import Static
 from probdiff.chain.forward import isotropic_normal, prior_kl
 from probdiff.chain.reverse import GaussianKernel, NoiseMoments
 from probdiff.chain.schedules import NoiseSchedule, at_step
@@ -77,11 +78,11 @@ def one_step_more(num_steps, right=probdiff.cosine_schedule):
 
 def first_order_tables(self, beta, right=NoiseSchedule.__init__):
     right(self, beta)
-    self.alpha_bar = np.exp(-np.cumsum(beta))
+    self._tables = Static(eqx.tree_at(lambda tables: tables.alpha_bar, self.tables(), np.exp(-np.cumsum(beta))))
 
 
-def network_of_the_step_before(network, z, n, key=None):
-    return network(z, jnp.broadcast_to(jnp.maximum(n - 1, 1), z.shape[:-1]))
+def network_of_the_step_before(network, z, log_snr, n, key=None):
+    return network(z, jnp.maximum(n - 1, 1))
 
 
 def swapped_constant(self, schedule):
@@ -121,20 +122,21 @@ def control_without_noise_part(self, coefficient, x0, right=LinearControl.expect
     return right(eqx.tree_at(lambda c: c.noise_part, self, jnp.zeros_like(self.noise_part)), coefficient, x0)
 
 
-def target_without_variance(self, schedule, z, n, eps, right=PosteriorNoise.__call__):
-    return NoiseMoments(right(self, schedule, z, n, eps).mean, 0.0)
+def target_without_variance(self, schedule, z, n, right=PosteriorNoise.__call__):
+    return NoiseMoments(right(self, schedule, z, n).mean, 0.0)
 
 
-def difference_of_means(self, schedule, x0, noise, z, eps_hat, n, extra_noise):
-    return kl_divergence(probdiff.forward_posterior(schedule, z, x0, n), self(schedule, z, eps_hat, n))
+def difference_of_means(self, schedule, step):
+    posterior = probdiff.forward_posterior(schedule, step.z, step.x0, step.n)
+    return kl_divergence(posterior, self(schedule, step.z, step.prediction, step.n))
 
 
 def without_jacobian(self, loc, scale):
     return dist.Normal(loc, scale).to_event(1)
 
 
-def mixture_of_the_step_before(self, z, n):
-    return self.at_log_snr(z, at_step(self.schedule.log_snr, jnp.maximum(n - 1, 1), z.dtype))
+def mixture_of_another_noise_level(self, z, log_snr, right=MixtureNetwork.__call__):
+    return right(self, z, log_snr + 0.1)
 
 
 def without_half(self, schedule, right=GaussianKernel.kl_weight):
@@ -211,7 +213,7 @@ BUGS = {
         "sign": (probdiff.chain.score.score, negated(probdiff.chain.score.score)),
     },
     "scores of a mixture": {
-        "shifted index": (MixtureNetwork.__call__, mixture_of_the_step_before),
+        "shifted noise level": (MixtureNetwork.__call__, mixture_of_another_noise_level),
         "sign": (probdiff.chain.score.score, negated(probdiff.chain.score.score)),
     },
     "scores given x_0": {

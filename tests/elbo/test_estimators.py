@@ -134,8 +134,8 @@ def _swapped(self, schedule):
     return np.concatenate([[0.0], (ratio - 1 - np.log(ratio)) / 2])
 
 
-def _index_off_by_one(network, z, n, key=None):
-    return network(z, jnp.broadcast_to(jnp.maximum(n - 1, 1), z.shape[:-1]))
+def _index_off_by_one(network, z, log_snr, n, key=None):
+    return network(z, jnp.maximum(n - 1, 1))
 
 
 def _all_but_last(self, key, size, num_steps, probability=None):
@@ -208,7 +208,7 @@ def test_one_step_estimators_enumerated(steps, control, noise, float64, patched)
         n = jnp.arange(1, N + 1)[:, None]
         for sign in signs:
             noise_n = jnp.broadcast_to(sign * eps, (N, 1, 2))
-            z, _ = diffusion.noise_and_predict(x, n, noise_n)
+            z = diffusion.sampled_step(x, x, n, noise_n).z
             expected += (rows.coefficient @ rows.control.value(z, n, noise_n)).sum() / len(signs)
         expected -= rows.control.expected(rows.coefficient, x).sum()
     np.testing.assert_allclose(total, expected, rtol=1e-12)
@@ -225,7 +225,7 @@ def test_control_variate_by_quadrature(float64):
     total = 0.0
     for k in range(1, N + 1):
         n = jnp.full(eps.shape[:2], k)
-        z, _ = diffusion.noise_and_predict(x0, n, eps)
+        z = diffusion.sampled_step(x0, x0, n, eps).z
         total += coefficient[k - 1] * mass @ control.value(z, n, eps)
     np.testing.assert_allclose(control.expected(coefficient, x0), total, rtol=1e-10)
 
@@ -236,7 +236,7 @@ def test_control_variate_is_the_best_linear_prediction(float64):
     covariance = np.cov(X.T, bias=True) + 1e-9 * np.eye(2)
     network = GaussianOracle(X.mean(0), covariance).network(SCHEDULE)
     n, eps = jnp.array([[1, 4, N]]), jnp.asarray(np.random.default_rng(1).standard_normal((1, 3, 2)))
-    z, _ = diffusion.noise_and_predict(x0, n, eps)
+    z = diffusion.sampled_step(x0, x0, n, eps).z
     squared = jnp.square(eps - network(z, n)).sum(-1)
     expected = diffusion.kernel.kl_weight(SCHEDULE)[np.asarray(n) - 1] * squared
     np.testing.assert_allclose(LinearControl(diffusion, x0).value(z, n, eps), expected, rtol=1e-6)
@@ -244,7 +244,7 @@ def test_control_variate_is_the_best_linear_prediction(float64):
 
 def test_posterior_noise_by_brute_force(float64):
     points, z, n = jnp.asarray(X), jnp.asarray([[[0.3, 0.1], [1.0, -2.0]]]), jnp.array([[5, 9]])
-    moments = noise_module.PosteriorNoise(points)(SCHEDULE, z, n, None)
+    moments = noise_module.PosteriorNoise(points)(SCHEDULE, z, n)
     for k in range(2):
         signal = np.sqrt(SCHEDULE.alpha_bar[n[0, k] - 1])
         noise = np.sqrt(1 - signal**2)
@@ -408,9 +408,8 @@ def test_the_coefficient_is_the_best_there_is(float64):
     x, control = jnp.asarray(X), LinearControl(diffusion, jnp.asarray(X))
     n = jnp.broadcast_to(jnp.arange(1, N + 1)[:, None, None], (N, 4000, 3)).reshape(-1, 3)
     eps = jax.random.normal(jax.random.key(0), (*n.shape, 2))
-    z, eps_hat = diffusion.noise_and_predict(x, n, eps)
-    known = noise_module.sampled_noise(SCHEDULE, z, n, eps)
-    term = excess.BoundTerm()(diffusion, x, x, n, z, known, eps_hat, None)
-    value = control.value(z, n, eps)
+    step = diffusion.sampled_step(x, x, n, eps)
+    term = excess.BoundTerm()(diffusion, step)
+    value = control.value(step.z, n, eps)
     best = (term * value).reshape(N, -1).mean(1) / (value**2).reshape(N, -1).mean(1)
     np.testing.assert_allclose(elbo._learner.coefficient(learned), best, rtol=0.1)

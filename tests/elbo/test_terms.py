@@ -36,7 +36,7 @@ def test_chunks_change_nothing(rows, num_steps, reduce, patched):
     diffusion = make(num_steps)
 
     def results():
-        fresh = probdiff.Diffusion(diffusion.schedule, lambda z, n: diffusion.network(z, n))  # compiled anew
+        fresh = probdiff.Diffusion(diffusion.schedule, lambda z, n: diffusion.predict_noise(z, n))  # compiled anew
         return probdiff.elbo_terms(fresh, X, key=jax.random.key(0), num_draws=5, reduce=reduce)
 
     expected = results()

@@ -15,6 +15,7 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.util import log_density
 
 import probdiff
+from probdiff.chain.reverse import SampledStep
 from probdiff.oracles import GaussianOracle
 
 N, LEVELS = 5, 4
@@ -57,7 +58,7 @@ def test_a_head_gives_back_the_noise(n, float64):
     }
     for head, output in outputs.items():
         diffusion = probdiff.Diffusion(SCHEDULE, head(lambda z, n, output=output: output))
-        np.testing.assert_allclose(diffusion.network(z, steps), eps_hat, rtol=1e-9, atol=1e-12, err_msg=head.__name__)
+        np.testing.assert_allclose(diffusion.predict_noise(z, n), eps_hat, rtol=1e-9, atol=1e-12, err_msg=head.__name__)
 
 
 @pytest.mark.parametrize("n", [1, 3, N])
@@ -74,23 +75,22 @@ def test_the_categorical_head_is_the_score_of_the_mixture(n, float64):
 
     z = jnp.asarray(np.random.default_rng(n).normal(size=(6, 2)))
     expected = -np.sqrt(variance) * jax.vmap(jax.grad(log_q))(z)
-    np.testing.assert_allclose(categorical().network(z, jnp.full(6, n)), expected, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(categorical().predict_noise(z, n), expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("head", [probdiff.networks.X0Head, probdiff.networks.VHead, probdiff.networks.DensityHead, probdiff.networks.CategoricalHead])
-def test_a_head_is_trained_and_told_the_schedule(head):
+def test_a_head_is_trained(head):
     outputs = LEVELS if head is probdiff.networks.CategoricalHead else None
     network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.5, outputs=outputs)
     head = head(network, LEVELS) if outputs else head(network)
     diffusion = probdiff.Diffusion(SCHEDULE, head, probdiff.DiscretizedNormalLikelihood(LEVELS))
-    assert diffusion.dim == 2 and diffusion.network.schedule == diffusion.network.network.embed.schedule == SCHEDULE
+    assert diffusion.dim == 2 and not diffusion.is_told_step
     result = SVI(diffusion.model, diffusion.guide, optax.adam(1e-2), Trace_ELBO()).run(jax.random.key(0), 150, X, progress_bar=False)
     assert result.losses[-20:].mean() < 0.9 * result.losses[:5].mean()
     fitted = diffusion.bind(result.params)
     z = jnp.ones((3, 2))
-    np.testing.assert_array_equal(fitted.network(z, jnp.full(3, 2)), fitted.network(z, jnp.full(3, 2)))
-    key = jax.random.key(0)
-    assert not np.array_equal(diffusion.network(z, jnp.full(3, 2), key=key), fitted.network(z, jnp.full(3, 2)))
+    np.testing.assert_array_equal(fitted.predict(z, 2), fitted.predict(z, 2))
+    assert not np.array_equal(fitted.predict(z, 2, jax.random.key(0)), fitted.predict(z, 2))
 
 
 @pytest.mark.parametrize("make", [categorical, mixture])
@@ -164,7 +164,8 @@ def test_the_sampled_kl_has_the_mean_of_the_integral(float64):
         log_mix = np.asarray(p.base_dist.log_prob(value))[:, dim]
         expected += scipy.integrate.simpson(density * (scipy.stats.norm.logpdf(value[:, dim], mean[dim], deviation) - log_mix), x=grid)
     xi = jax.random.normal(jax.random.key(0), (200_000, 1, 2))
-    draws = jax.vmap(lambda xi: diffusion.kernel.excess(SCHEDULE, x0, None, z, log_p, jnp.asarray(n), lambda: xi))(xi)
+    step = SampledStep(None, x0, jnp.asarray(n), z, None, log_p, None)
+    draws = jax.vmap(lambda xi: diffusion.kernel.excess(SCHEDULE, step._replace(extra_noise=lambda: xi)))(xi)
     assert_mean(draws[:, 0], expected, power=0.05)
 
 
@@ -194,16 +195,16 @@ def test_conv_net(tmp_path):
     run = probdiff.storage.create_run(tmp_path / "run", diffusion)
     run.save(fit=fit)
     back = probdiff.open_run(run.path).diffusion
-    z, n = jax.random.normal(jax.random.key(1), (2, 7, 12)), jnp.full((2, 7), 3)
-    np.testing.assert_array_equal(back.network(z, n), fit.diffusion.network(z, n))
+    z = jax.random.normal(jax.random.key(1), (2, 7, 12))
+    np.testing.assert_array_equal(back.predict_noise(z, 3), fit.diffusion.predict_noise(z, 3))
     # Many images are taken in parts.
     many, n = jax.random.normal(jax.random.key(3), (3, 100, 12)), 1 + jnp.arange(300).reshape(3, 100) % N
-    few = [[back.network(many[i, j : j + 50], n[i, j : j + 50]) for j in (0, 50)] for i in range(3)]
-    np.testing.assert_allclose(back.network(many, n), np.array(few).reshape(3, 100, 12), rtol=1e-4, atol=1e-5)
+    few = [[back.predict_noise(many[i, j : j + 50], n[i, j : j + 50]) for j in (0, 50)] for i in range(3)]
+    np.testing.assert_allclose(back.predict_noise(many, n), np.array(few).reshape(3, 100, 12), rtol=1e-4, atol=1e-5)
     # One convolution reaches the neighbours, the whole network two blocks of two: nothing is mixed up between pixels.
     first = probdiff.networks.ConvNet((3, 9), key=jax.random.key(0), channels=6, num_blocks=1)
     first = jax.tree.map(lambda leaf: leaf + 0.1 if isinstance(leaf, jax.Array) else leaf, first)
-    moved = jax.jacobian(lambda z: first(z, jnp.ones((), jnp.int32)))(jax.random.normal(jax.random.key(2), (27,)))
+    moved = jax.jacobian(lambda z: first(z, jnp.ones(())))(jax.random.normal(jax.random.key(2), (27,)))
     reach = np.abs(np.asarray(moved)).reshape(3, 9, 3, 9).max((0, 2)) > 1e-9
     near = np.abs(np.arange(9)[:, None] - np.arange(9)) <= 3
     np.testing.assert_array_equal(reach, near)

@@ -50,6 +50,11 @@ def boxes_log_q(z, n, lower=BOXES.lower, upper=BOXES.upper):
     return logsumexp(jnp.log(mass).sum(-1)) - np.log(np.prod(upper - lower, -1).sum())
 
 
+def by_step(network, schedule=SCHEDULE):
+    """A network of either kind as a function of z and n."""
+    return probdiff.Diffusion(schedule, network).predict_noise
+
+
 def exact_eps(log_q, z, n, **kwargs):
     noise = signal_and_noise(n)[1]
     return -noise * jax.vmap(jax.grad(lambda one: log_q(one, n, **kwargs)))(jnp.asarray(z))
@@ -59,9 +64,9 @@ def exact_eps(log_q, z, n, **kwargs):
 @pytest.mark.parametrize("name, log_q", [("mixture", mixture_log_q), ("boxes", boxes_log_q)])
 def test_network_is_the_scaled_score(name, log_q, n, float64):
     expected = exact_eps(log_q, Z, n)
-    eps_hat = ORACLES[name].network(SCHEDULE)(jnp.asarray(Z), jnp.full(5, n))
+    eps_hat = by_step(ORACLES[name].network(SCHEDULE))(jnp.asarray(Z), jnp.full(5, n))
     np.testing.assert_allclose(eps_hat, expected, rtol=1e-8, atol=1e-12)
-    half = ORACLES[name].network(SCHEDULE, scale=0.5)
+    half = by_step(ORACLES[name].network(SCHEDULE, scale=0.5))
     np.testing.assert_allclose(half(jnp.asarray(Z), jnp.array(n)), expected / 2, rtol=1e-8, atol=1e-12)
 
 
@@ -69,6 +74,7 @@ def test_network_is_the_scaled_score(name, log_q, n, float64):
 def test_network_takes_any_batch_and_a_step_for_each_datum(name, float64):
     network = ORACLES[name].network(SCHEDULE)
     assert network.dim == ORACLES[name].dim == 2
+    network = by_step(network)
     z = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 2)))
     n = jnp.tile(jnp.arange(1, 7, dtype=jnp.int32), (4, 1))
     together = jax.jit(lambda z, n: network(z, n))(z, n)
@@ -81,7 +87,7 @@ def test_shared_covariance_is_that_of_every_component(float64):
     copies = GaussianMixture(WEIGHTS, MEANS, np.stack(3 * [COVARIANCES[0]]))
     n = jnp.full(5, 3)
     z = jnp.asarray(Z)
-    np.testing.assert_allclose(shared.network(SCHEDULE)(z, n), copies.network(SCHEDULE)(z, n), rtol=1e-12)
+    np.testing.assert_allclose(*(by_step(oracle.network(SCHEDULE))(z, n) for oracle in (shared, copies)), rtol=1e-12)
     np.testing.assert_allclose(shared.log_prob(Z), copies.log_prob(Z), rtol=1e-12)
     assert shared.entropy() == pytest.approx(copies.entropy(), rel=1e-12, abs=1e-12)
     draws, same = (oracle.sample(np.random.default_rng(0), 5) for oracle in (shared, copies))
@@ -93,7 +99,7 @@ def test_one_component_is_the_gaussian_oracle(float64):
     mean = np.arange(5.0) - 2
     one, gaussian = GaussianMixture([1.0], mean[None], covariance), GaussianOracle(mean, covariance)
     z, n = jnp.asarray(np.random.default_rng(2).normal(size=(6, 5))), jnp.arange(1, 7)
-    np.testing.assert_allclose(one.network(SCHEDULE, 0.9)(z, n), gaussian.network(SCHEDULE, 0.9)(z, n), rtol=1e-10)
+    np.testing.assert_allclose(*(by_step(oracle.network(SCHEDULE, 0.9))(z, n) for oracle in (one, gaussian)), rtol=1e-10)
     np.testing.assert_allclose(one.log_prob(z), gaussian.log_prob(z), rtol=1e-12)
 
 
@@ -104,7 +110,7 @@ def test_checkerboard_network_is_the_scaled_score(n, float64):
     black = 2 * np.unique(np.floor(load("checkerboard").train / 2), axis=0)
     assert len(black) == 8
     lower, upper = ((black + side - likelihood.loc) / likelihood.scale for side in (0, 2))
-    network = load("checkerboard").exact_network(SCHEDULE, likelihood)
+    network = by_step(load("checkerboard").exact_network(SCHEDULE, likelihood))
     expected = exact_eps(boxes_log_q, Z, n, lower=lower, upper=upper)
     np.testing.assert_allclose(network(jnp.asarray(Z), jnp.full(5, n)), expected, rtol=1e-8, atol=1e-12)
 
@@ -113,7 +119,7 @@ def known_networks(schedule):
     sets = [load(name) for name in datasets.PLANAR]
     known = {data.name: data.exact_network(schedule, data.likelihood()) for data in sets}
     known |= {name: oracle.network(schedule) for name, oracle in ORACLES.items()}
-    return {name: eqx.filter_jit(network) for name, network in known.items()}
+    return {name: eqx.filter_jit(by_step(network, schedule)) for name, network in known.items()}
 
 
 @pytest.mark.parametrize("schedule", [probdiff.linear_schedule(10_000), probdiff.log_snr_schedule(10_000)])
@@ -147,7 +153,7 @@ def test_float32_is_finite_and_right_far_outside(schedule):
 def test_boxes_far_outside_against_the_nearest_edge(float64):
     """At 300 standard deviations of the noise from the edge, ε − edge has the mean of an exponential, 1/300."""
     schedule = probdiff.NoiseSchedule.from_betas([1e-4])
-    network = UniformBoxes([[-1.0]], [[1.0]]).network(schedule)
+    network = by_step(UniformBoxes([[-1.0]], [[1.0]]).network(schedule), schedule)
     edge = np.array([300.0, -300.0])
     z = np.sign(edge)[:, None] * np.sqrt(1 - 1e-4) + 1e-2 * edge[:, None]
     expected = edge + np.sign(edge) * (1 / 300 - 2 / 300**3)
@@ -166,7 +172,7 @@ def test_prediction_is_the_conditional_mean_of_drawn_noise(name, float64):
     eps = rng.normal(size=x0.shape)
     signal, noise = signal_and_noise(3)
     z = signal * np.asarray(x0) + noise * eps
-    eps_hat = jax.lax.map(lambda one: network(one, jnp.array(3)), jnp.asarray(z), batch_size=1000)
+    eps_hat = jax.lax.map(lambda one: by_step(network)(one, 3), jnp.asarray(z), batch_size=1000)
     functions = np.concatenate([z, np.sin(2 * z), np.cos(2 * z), np.ones((len(z), 1))], -1)
 
     def moments(prediction):

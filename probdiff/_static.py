@@ -1,0 +1,42 @@
+"""Constants of a module as a hashable value, for its static fields: JAX then sees only what is computed with."""
+
+import hashlib
+
+import jax
+import numpy as np
+
+
+class Static:
+    """A tree without JAX arrays, equal to another if the structures are and every leaf is.
+
+    NumPy arrays in it keep their float64 and are never traced: as leaves of a module they would become float32 tracers that look
+    trainable. Leaves that cannot be hashed are told apart by identity.
+
+    Args:
+        tree: Any tree of constants: NumPy arrays, numbers, functions.
+    """
+
+    def __init__(self, tree):
+        leaves, structure = jax.tree.flatten(tree)
+        self.tree = tree
+        self._identity = structure, tuple(map(_identity, leaves))
+        self._hash = hash(self._identity)
+
+    def __eq__(self, other):
+        return self is other or (isinstance(other, Static) and self._identity == other._identity)
+
+    def __hash__(self):
+        return self._hash
+
+    def __repr__(self):
+        return f"Static({type(self.tree).__name__})"
+
+
+def _identity(leaf):
+    if isinstance(leaf, np.ndarray):
+        return leaf.shape, leaf.dtype.str, hashlib.sha256(np.ascontiguousarray(leaf)).digest()
+    try:
+        hash(leaf)
+    except TypeError:
+        return id(leaf)
+    return type(leaf), leaf

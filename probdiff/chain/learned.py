@@ -1,0 +1,72 @@
+"""A noise schedule that is fitted along with the model."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff._checks import require, require_count
+from probdiff.chain.schedules import AbstractSchedule, ScheduleTables
+
+KNOTS = 32  # of the log-SNR
+EVEN_SHARE = 0.05  # of its range that is spread evenly whatever the parameters, so that no step vanishes
+
+
+class LearnedSchedule(AbstractSchedule):
+    r"""A schedule whose log-SNR falls from a learned start to a learned end in a learned shape.
+
+    The log-SNR is piecewise linear in n between knots, each piece a positive share of the range. It starts as
+    :func:`~probdiff.log_snr_schedule`. Its tables are JAX arrays that can be differentiated with respect to the parameters.
+    :meth:`fixed` makes a :class:`~probdiff.NoiseSchedule` of it, which is what evaluations use.
+
+    With many steps the bound hardly depends on the shape, but the variance of a one-step estimate does:
+    see ``AnalyticELBO(…, schedule_loss="variance")``. Source: Kingma et al. (2021), arXiv:2107.00630, section 4 and appendix H.
+
+    Args:
+        num_steps: N, at least 2.
+        log_snr_max: Log-SNR after the first step, to start from.
+        log_snr_min: Log-SNR after the last step, to start from.
+
+    Attributes:
+        start: Log-SNR after the first step.
+        log_range: Log of how far it falls.
+        logits: Logits of the shares of the pieces.
+    """
+
+    start: jax.Array
+    log_range: jax.Array
+    logits: jax.Array
+    num_steps: int = eqx.field(static=True)
+    ends: tuple = eqx.field(static=True)
+
+    def __init__(self, num_steps, log_snr_max=10.0, log_snr_min=-8.0):
+        require_count("num_steps", num_steps)
+        require(num_steps >= 2, "num_steps", "at least 2 for a schedule that is learned", num_steps)
+        require(
+            np.isfinite([log_snr_min, log_snr_max]).all() and log_snr_min < log_snr_max,
+            "log_snr_max, log_snr_min",
+            "finite, log_snr_min < log_snr_max",
+            f"{log_snr_max}, {log_snr_min}",
+        )
+        self.start = jnp.asarray(float(log_snr_max))
+        self.log_range = jnp.asarray(float(np.log(log_snr_max - log_snr_min)))
+        self.logits = jnp.zeros(min(KNOTS, num_steps - 1))
+        self.num_steps = int(num_steps)
+        self.ends = float(log_snr_max), float(log_snr_min)
+
+    @property
+    def arguments(self):
+        """The arguments that this schedule was made with."""
+        return {"num_steps": self.num_steps, "log_snr_max": self.ends[0], "log_snr_min": self.ends[1]}
+
+    def tables(self):
+        """The :class:`ScheduleTables`, from differences of log-SNR in working precision."""
+        pieces = len(self.logits)
+        share = (1 - EVEN_SHARE) * jax.nn.softmax(self.logits) + EVEN_SHARE / pieces
+        covered = np.clip(np.linspace(0, pieces, self.num_steps)[:, None] - np.arange(pieces), 0, 1)
+        # How far the log-SNR has fallen at each step, and since the step before: two products, as a difference would cancel.
+        fallen, fall = (
+            jnp.exp(self.log_range) * jnp.matmul(jnp.asarray(matrix, share.dtype), share, precision="highest")
+            for matrix in (covered, np.diff(covered, axis=0))
+        )
+        return ScheduleTables.from_log_snr(self.start - fallen, fall)

@@ -1,0 +1,197 @@
+"""Parts that a user wrote: a schedule, a likelihood, a kernel, a reverse variance, a network and a head, in everything that takes a model."""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpyro import distributions as dist
+from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+
+import probdiff
+from probdiff.chain.schedules import at_step
+from probdiff.chain.variances import PosteriorVariance
+
+KEY = jax.random.key(3)
+N = 4
+X = np.exp(np.random.default_rng(0).normal(size=(6, 2))).astype(np.float32)
+
+
+class Straight(probdiff.chain.AbstractSchedule):
+    """Log-SNR along a straight line between two trained ends."""
+
+    ends: jax.Array
+    num_steps: int = eqx.field(static=True)
+
+    def tables(self):
+        return probdiff.chain.ScheduleTables.from_log_snr(jnp.linspace(self.ends[0], self.ends[1], self.num_steps))
+
+
+class LogNormalLikelihood(probdiff.likelihoods.AbstractLikelihood):
+    """Positive data, whose logarithm is the chain's."""
+
+    levels = None
+
+    def check_data(self, x):
+        assert np.issubdtype(x.dtype, np.floating)
+
+    def encode(self, x):
+        return jnp.log(jnp.asarray(x))
+
+    def decode(self, x0):
+        return jnp.exp(x0)
+
+    def log_jacobian(self, dim):
+        return 0.0  # at x = 1: the flow's reading of log q(z_1) is not looked at here
+
+    def __call__(self, loc, scale):
+        return dist.LogNormal(loc, scale).to_event(1)
+
+
+class Halfway(probdiff.chain.AbstractReverseVariance):
+    """Half-way between the posterior's variance and β, in logarithms, by a trained share."""
+
+    share: jax.Array
+
+    def __call__(self, schedule):
+        noise = jnp.log(jnp.asarray(schedule.one_minus_alpha_bar))
+        return self.share * jnp.concatenate([jnp.zeros(1), noise[1:] - noise[:-1]])
+
+
+class LaplaceKernel(probdiff.chain.AbstractKernel):
+    """Reverse steps with heavier tails: Laplace, of the Gaussian's mean and variance. Its KL is sampled."""
+
+    closed_form: ClassVar[bool] = False
+    prediction: ClassVar[str] = "noise"
+
+    def prior(self, shape):
+        return dist.Laplace(jnp.zeros(shape), jnp.ones(shape[-1:])).to_event(1)
+
+    def __call__(self, schedule, z, prediction, n):
+        per_eps, per_z = (at_step(t, n, z.dtype) for t in (schedule.beta / schedule.noise_scale, schedule.alpha**-0.5))
+        loc = per_z[..., None] * (z - per_eps[..., None] * prediction)
+        scale = at_step((schedule.beta / 2) ** 0.5, n, z.dtype)[..., None]
+        return dist.Laplace(loc, jnp.broadcast_to(scale, (*scale.shape[:-1], z.shape[-1]))).to_event(1)
+
+    def observation(self, likelihood, last):
+        return likelihood(last.base_dist.loc, last.base_dist.scale)
+
+    def noise_free_reconstruction(self, schedule, likelihood, x, x0):
+        return jnp.zeros(len(x0), x0.dtype)
+
+    def excess(self, schedule, step):
+        n = jnp.maximum(step.n, 2)
+        q = probdiff.forward_posterior(schedule, step.z, step.x0, n)
+        value = q.mean + jnp.sqrt(q.variance) * step.extra_noise()
+        return q.log_prob(value) - self(schedule, step.z, step.prediction, n).log_prob(value)
+
+    def constants(self, schedule, dim):
+        return np.zeros(schedule.num_steps)
+
+    def kl_weight(self, schedule):
+        return np.ones(schedule.num_steps)
+
+
+class Shrink(probdiff.networks.AbstractNetwork):
+    """A trained share of the noise of standard normal data."""
+
+    dim: int = eqx.field(static=True)
+    share: jax.Array
+    activation: object  # a foreign network's function among its fields
+
+    def __call__(self, z, log_snr):
+        return self.activation(self.share) * z * jax.nn.sigmoid(-log_snr)[..., None] ** 0.5
+
+
+class DoubleHead(probdiff.networks.AbstractHead):
+    """A network that predicts twice the noise."""
+
+    def noise(self, prediction, z, log_snr):
+        return prediction / 2
+
+
+def shrink():
+    return Shrink(2, jnp.asarray(0.8), lambda share: jnp.sin(share))
+
+
+SCHEDULE = probdiff.log_snr_schedule(N, 4.0, -3.0)
+NETWORKS = {"network": shrink, "head": lambda: DoubleHead(shrink()), "callable": lambda: lambda z, n: 0.5 * z}
+MODELS = {
+    **{name: lambda make=make: probdiff.Diffusion(SCHEDULE, make(), dim=2) for name, make in NETWORKS.items()},
+    "schedule": lambda: probdiff.Diffusion(Straight(jnp.array([4.0, -3.0]), N), shrink()),
+    "likelihood": lambda: probdiff.Diffusion(SCHEDULE, shrink(), LogNormalLikelihood()),
+    "reverse variance": lambda: probdiff.Diffusion(SCHEDULE, shrink(), reverse_variance=Halfway(jnp.asarray(0.5))),
+    "kernel": lambda: probdiff.Diffusion(SCHEDULE, shrink(), kernel=LaplaceKernel()),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_function_takes_it(name):
+    model = MODELS[name]()
+    two = probdiff.diagnostics.compute_both_ways(model, X, key=KEY, num_draws=400)
+    assert two.agree, (two.difference, two.z)
+    for sampler in probdiff.samplers.SAMPLERS.values():
+        assert np.isfinite(sampler(model, key=KEY, num_samples=3)).all()
+    assert np.isfinite(probdiff.sandwich(model, key=KEY, num_data=3, num_particles=2).upper[2]).all()
+    assert np.isfinite(probdiff.flow_likelihood(model, X[:2], key=KEY).log_prob).all()
+    assert np.isfinite(probdiff.chain.score.score(model, X, 2)).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_estimator_agrees_on_it(name):
+    model = MODELS[name]()
+    estimators = [e for e in probdiff.ESTIMATORS if e != "mean_field" and (model.kernel.closed_form or e != "kl_posterior_target")]
+    comparison = probdiff.compare_estimators(model, X, key=KEY, num_draws=100, estimators=estimators)
+    assert comparison.agree, str(comparison)
+    if model.kernel.closed_form:
+        elbo = TraceMeanField_ELBO()
+        draws = [-elbo.loss(jax.random.key(i), {}, model.bind({}).model, model.bind({}).posterior_guide, X) / len(X) for i in range(30)]
+        reference = comparison.table.loc["kl_marginal"]
+        assert abs(np.mean(draws) - reference["elbo"]) < 4.9 * np.hypot(np.std(draws) / np.sqrt(30), reference["se"]) + 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "callable"])
+def test_svi_and_fit_train_it(name):
+    model = MODELS[name]()
+    result = SVI(model.model, model.guide, optax.adam(1e-2), Trace_ELBO()).run(KEY, 5, X, progress_bar=False)
+    fit = probdiff.fit(model, X, iterations=5, batch_size=4, learning_rate=1e-2, progress=False)
+    for fitted in (model.bind(result.params), fit.diffusion):
+        moved = [np.any(a != b) for a, b in zip(jax.tree.leaves(fitted.trainable()), jax.tree.leaves(model.trainable()), strict=True)]
+        assert all(moved), moved
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_jit_takes_a_model(name):
+    """Its leaves are JAX arrays alone: functions and tables are static, and two models of equal parts compile one program."""
+    model, compiled = MODELS[name](), []
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model))
+
+    @jax.jit
+    def bound(model):
+        compiled.append(1)
+        return probdiff.elbo_terms(model, X, key=KEY).elbo
+
+    np.testing.assert_allclose(bound(model), probdiff.elbo_terms(model, X, key=KEY).elbo, rtol=1e-4)
+    bound(jax.tree.map(lambda leaf: leaf + 0, model))
+    assert len(compiled) == 1
+
+
+def test_tables_stay_double_and_constant_under_jit():
+    network = probdiff.oracles.GaussianOracle([0.0, 0.0], np.eye(2)).network(SCHEDULE)
+    model = probdiff.Diffusion(SCHEDULE, network)
+
+    @jax.jit
+    def tables(model):
+        assert all(isinstance(each, np.ndarray) and each.dtype == np.float64 for each in (model.schedule.beta, model.network.weight))
+        assert not jax.tree.leaves(model.trainable())
+        return model.predict_noise(jnp.ones((1, 2)), 2)
+
+    np.testing.assert_allclose(tables(model), model.predict_noise(jnp.ones((1, 2)), 2), rtol=1e-6)
+
+
+def test_the_posterior_variance_as_an_object_is_that_of_its_name():
+    named, own = (probdiff.Diffusion(SCHEDULE, shrink(), reverse_variance=v) for v in ("posterior", PosteriorVariance()))
+    assert named.kernel == own.kernel and named.kernel.name == "posterior"
