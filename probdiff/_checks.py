@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+AnyArray = jax.Array | np.ndarray
+Whole = int | np.integer
+
 
 def require(condition, name, expected, got, error=ValueError):
     """Raise ``error`` with the message ``name: Expected …; got …`` unless ``condition`` holds."""

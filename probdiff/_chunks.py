@@ -1,39 +1,67 @@
-"""Work cut in pieces: how much at a time, so that what is at hand stays in a processor's cache and memory does not grow with the whole."""
+"""Work cut in pieces: how much at a time, so that what is at hand stays in a processor's cache, memory does not grow with the whole, a
+progress bar moves and Ctrl-C is heard."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
 
 from probdiff._checks import is_trainable
 
-HIDDEN_VALUES = 2**19
+HIDDEN_VALUES = 2**19  # of one layer, in the cache of a processor
+FEWEST_INPUTS, MOST_INPUTS = 2**8, 2**12  # of a network at a time, on a processor,
+ACCELERATOR_INPUTS = 2**16  # and on an accelerator, which wants as many as there are
+EVALUATIONS = 2**20  # of a network between two looks at Ctrl-C: a second or so
+MOST_NUMBERS = 2**24  # side by side: gradients, paths, distances to points
 
 
-def inputs_at_once(network):
+def inputs_at_once(network: Any) -> int:
     """How many inputs of a network to evaluate at a time: its hidden layers then stay in the cache of a processor.
 
-    Taken from the longest side of its weights. On an accelerator, which wants as many as there are, 65 536.
+    Taken from the longest side of its weights.
     """
     if jax.default_backend() != "cpu":
-        return 2**16
+        return ACCELERATOR_INPUTS
     weights = [leaf.shape for leaf in jax.tree.leaves(network) if is_trainable(leaf) and leaf.ndim >= 2]
     widest = max((max(shape) for shape in weights), default=1)
-    return min(4096, max(256, HIDDEN_VALUES // widest))
+    return min(MOST_INPUTS, max(FEWEST_INPUTS, HIDDEN_VALUES // widest))
 
 
-def even_chunk(size, largest):
+def even_chunk(size: int, largest: int) -> int:
     """The size of the fewest chunks, none larger than ``largest`` (or 1), that ``size`` can be cut in evenly."""
     return -(-size // max(1, -(-size // max(1, largest))))
 
 
-def parts(size, largest):
+def blocks(size: int, largest: int, *, unit: str, desc: str, progress: bool) -> Iterator[np.ndarray]:
+    """The numbers 0 … ``size`` − 1 in blocks of one length, at most ``largest``, with a progress bar that moves after each.
+
+    The last number is repeated to fill the last block; :func:`joined` leaves out what comes of that.
+    """
+    length = even_chunk(size, largest)
+    with tqdm(total=size, unit=unit, desc=desc, disable=not progress) as bar:
+        for start in range(0, size, length):
+            yield np.minimum(start + np.arange(length), size - 1)
+            bar.update(min(length, size - start))
+
+
+def joined(results: list, size: int) -> Any:
+    """The results of :func:`blocks`, trees of arrays, put together along the first axis on the host."""
+    return jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts])[:size], *results)
+
+
+def parts(size: int, largest: int) -> tuple[int, Callable[[jax.Array], tuple[jax.Array, jax.Array]]]:
     """The number of parts that ``size`` rows are cut in, and a function from a part to its rows and which of them are new.
 
     The last part is moved back to end with the last row, so nothing is padded.
     """
     chunk = even_chunk(size, largest)
 
-    def rows(k):
+    def rows(k: jax.Array) -> tuple[jax.Array, jax.Array]:
         first = jnp.minimum(k * chunk, size - chunk)
         each = first + jnp.arange(chunk)
         return each, each >= k * chunk
@@ -41,59 +69,73 @@ def parts(size, largest):
     return -(-size // chunk) if size else 0, rows
 
 
-def filled(function, size, largest, out):
+def filled(function: Callable[[jax.Array], jax.Array], size: int, largest: int, out: jax.Array) -> jax.Array:
     """``out`` with ``function(i)`` at row i, for ``size`` rows, at most ``largest`` rows at a time, in place."""
     count, rows = parts(size, largest)
 
-    def body(k, out):
+    def body(k: jax.Array, out: jax.Array) -> jax.Array:
         each, _ = rows(k)
         return jax.lax.dynamic_update_slice_in_dim(out, function(each), each[0], 0)
 
     return jax.lax.fori_loop(0, count, body, out) if count else out
 
 
-@eqx.filter_custom_vjp
-def sum_in_chunks(diffusion, rows, chunk):
-    """:func:`sum_terms`, ``chunk`` rows at a time.
+def over_steps(function: Callable[[jax.Array], Any], num_steps: int, network: Any, inputs: int) -> Any:
+    """``function(n)`` for n = 1 … N, stacked; each asks the network for ``inputs`` predictions."""
+    return jax.lax.map(function, jnp.arange(1, num_steps + 1), batch_size=max(1, inputs_at_once(network) // inputs))
 
-    Where it is differentiated, each chunk's gradient is taken along with its value and added up: the cost is that of
-    one pass back and forth, and memory does not grow with the number of rows.
+
+def checkpointed(function: Callable[..., jax.Array], largest: int, *arrays: jax.Array) -> jax.Array:
+    """``function`` of arrays along their first axis, in equal parts of about ``largest`` inputs, and the rest.
+
+    Inner values are computed again for the gradient: memory then does not grow with the number of parts.
     """
-    return _over_chunks(_chunk_value, diffusion, rows, chunk)
+    size, rows = len(arrays[0]), math.prod(arrays[1].shape[1:-1])
+    part = max(1, largest // rows)
+    if size <= part:
+        return function(*arrays)
+    whole = size - size % part
+    pieces = [array[:whole].reshape(-1, part, *array.shape[1:]) for array in arrays]
+    found = jax.lax.map(lambda each: jax.checkpoint(function)(*each), tuple(pieces))
+    found = found.reshape(whole, *found.shape[2:])
+    return found if whole == size else jnp.concatenate([found, function(*(array[whole:] for array in arrays))])
+
+
+class Summands(Protocol):
+    """What :func:`sum_in_chunks` adds up."""
+
+    def sums(self, diffusion: Any, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The sum over the chosen rows, a number; and another result, which is not differentiated."""
+
+
+@eqx.filter_custom_vjp
+def sum_in_chunks(diffusion: Any, terms: Summands, size: int, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """``terms.sums(diffusion, rows)`` added up over ``size`` rows, ``chunk`` at a time.
+
+    Where it is differentiated with respect to the parameters of the diffusion, each chunk's gradient is taken along with its value
+    and added up: the cost is that of one pass back and forth, and memory does not grow with the number of rows.
+    """
+    return _over_chunks(lambda rows: terms.sums(diffusion, rows), size, chunk)
 
 
 @sum_in_chunks.def_fwd
-def _sum_forward(perturbed, diffusion, rows, chunk):
-    def value_and_gradient(diffusion, *arguments):
-        params, constants = eqx.partition(diffusion, is_trainable)
+def _sum_forward(perturbed: Any, diffusion: Any, terms: Summands, size: int, chunk: int) -> Any:
+    params, constants = eqx.partition(diffusion, is_trainable)
 
-        def value(params):
-            return _chunk_value(eqx.combine(params, constants), *arguments)
+    def value_and_gradient(rows: jax.Array) -> Any:
+        return jax.value_and_grad(lambda params: terms.sums(eqx.combine(params, constants), rows), has_aux=True)(params)
 
-        return jax.value_and_grad(value, has_aux=True)(params)
-
-    return _over_chunks(value_and_gradient, diffusion, rows, chunk)
+    return _over_chunks(value_and_gradient, size, chunk)
 
 
 @sum_in_chunks.def_bwd
-def _sum_backward(gradient, cotangent, perturbed, diffusion, *arguments):
+def _sum_backward(gradient: Any, cotangent: Any, perturbed: Any, diffusion: Any, *arguments: Any) -> Any:
     return jax.tree.map(lambda g: (cotangent[0] * g).astype(g.dtype), gradient)
 
 
-def _over_chunks(function, diffusion, rows, chunk):
-    def value(first):
-        return function(diffusion, rows, first + jnp.arange(chunk))
+def _over_chunks(value: Callable[[jax.Array], Any], size: int, chunk: int) -> Any:
+    def add(total: Any, first: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value(first + jnp.arange(chunk))), None
 
-    def add(total, first):
-        return jax.tree.map(jnp.add, total, value(first)), None
-
-    first = jnp.arange(0, len(rows.n), chunk)
-    return jax.lax.scan(add, value(first[0]), first[1:])[0]
-
-
-def _chunk_value(diffusion, rows, chosen):
-    """The sums over the chosen rows, of which those past the last do not count."""
-    inside = jnp.minimum(chosen, len(rows.n) - 1)
-    values = rows.evaluate(diffusion, inside)[0]
-    per_datum = jnp.where((inside == chosen)[:, None], values, 0).sum(0)
-    return per_datum.sum(), per_datum
+    first = jnp.arange(0, size, chunk)
+    return jax.lax.scan(add, value(first[0] + jnp.arange(chunk)), first[1:])[0]

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from probdiff._checks import require
+from probdiff._checks import Whole, require
 
 AXIS = "data"
+
+Devices = Whole | Sequence[jax.Device] | None
 
 
 def data_mesh(devices):

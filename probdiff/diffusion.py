@@ -213,6 +213,10 @@ class Diffusion(AbstractDiffusion):
         known = all(map(is_concrete, jax.tree.leaves(self.schedule)))
         return self._replaced(frozen=True, training=False, schedule=self.schedule.fixed() if known else self.schedule)
 
+    def is_like(self, other):
+        """Whether another model differs by its parameters only, and by being bound or not."""
+        return jax.tree.structure(self.unbind()) == jax.tree.structure(other.unbind())
+
     def trainable_without_dropout(self):
         """The model with its ``param`` site, whose network gets no ``key=``: for gradients of what :meth:`evaluated` gives."""
         return self._replaced(frozen=False, training=False)

@@ -15,24 +15,30 @@ Sources: Song et al. (2021), arXiv:2011.13456, eqs. 13 and 39; Karras et al. (20
 Hutchinson's estimator: Grathwohl et al. (2019), arXiv:1810.01367, section 3.1.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from jaxtyping import Array, Float, PRNGKeyArray
+from numpy.typing import ArrayLike
 
 from probdiff._checks import require, require_count, require_finite, require_key, require_type
-from probdiff._chunks import even_chunk, inputs_at_once
+from probdiff._chunks import blocks, inputs_at_once, joined
 from probdiff.chain.forward import forward_marginal, prior_kl
 from probdiff.diffusion import Diffusion
+from probdiff.programs.sites import Data
 
 MAX_STEPS = 100_000
 LOOSER = 10  # times the tolerances, for what the solver's error is
 
 
-def in_continuous_time(diffusion, every=1):
+Eps = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def in_continuous_time(diffusion: Diffusion, every: int = 1) -> Eps:
     """The ε-network of a model, a function ``eps(z, log_snr)`` of one ``z`` of shape ``(dim,)``.
 
     Args:
@@ -53,7 +59,7 @@ class Interpolated(eqx.Module):
     diffusion: Diffusion
     every: int = eqx.field(static=True, default=1)
 
-    def __call__(self, z, log_snr):
+    def __call__(self, z: Float[Array, "dim"], log_snr: Float[Array, ""]) -> Float[Array, "dim"]:
         """Predict the noise in ``z`` of shape ``(dim,)``, by two evaluations of the network."""
         num_steps = self.diffusion.schedule.num_steps
         steps = np.union1d(np.arange(1, num_steps + 1, self.every), num_steps)
@@ -66,13 +72,13 @@ class Interpolated(eqx.Module):
         return (1 - share) * eps_hat[0] + share * eps_hat[1]
 
 
-def velocity(eps, z, log_snr):
+def velocity(eps: Eps, z: Float[Array, "dim"], log_snr: Float[Array, ""]) -> Float[Array, "dim"]:
     """dz/dλ of the flow of ``eps(z, log_snr)``, shaped like ``z``."""
     noise = jnp.exp(jax.nn.log_sigmoid(-log_snr) / 2)
     return noise / 2 * (noise * z - eps(z, log_snr))
 
 
-def solve(field, state, start, end, *, rtol, atol, steps=None):
+def solve(field: Callable[[jax.Array, Any], Any], state: Any, start: float, end: float, *, rtol: float | jax.Array, atol: float | jax.Array, steps: int | None = None) -> tuple[Any, jax.Array]:
     """The state at log-SNR ``end`` of d state/dλ = ``field(λ, state)``, and the number of evaluations of ``field``.
 
     By a method of fifth order that chooses its steps within the tolerances, or in ``steps`` equal steps of Heun's.
@@ -100,14 +106,14 @@ def solve(field, state, start, end, *, rtol, atol, steps=None):
 
 
 @eqx.filter_jit
-def _to_base(eps, z, ends, directions, scale, rtol, atol):
+def _to_base(eps: Eps, z: Float[Array, "datum dim"], ends: tuple[float, float], directions: Float[Array, "datum direction dim"], scale: float, rtol: float | jax.Array, atol: float | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """z_N, the integral of the divergence and the number of evaluations of ``eps``, for each z_1.
 
     The divergence is ``scale`` × Σ v·Jv over the ``directions`` v, shape ``(datum, direction, dim)``.
     """
 
-    def one(z, directions):
-        def field(time, state):
+    def one(z: Float[Array, "dim"], directions: Float[Array, "direction dim"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def field(time: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
             value, jvp = jax.linearize(lambda z: velocity(eps, z, time), state[0])
             return value, scale * jnp.sum(directions * jax.vmap(jvp)(directions))
 
@@ -118,16 +124,16 @@ def _to_base(eps, z, ends, directions, scale, rtol, atol):
 
 
 def flow_log_prob(
-    diffusion,
-    z,
+    diffusion: Diffusion,
+    z: Data,
     *,
-    key=None,
-    num_probes=None,
-    base=None,
-    rtol=1e-5,
-    atol=1e-5,
-    progress=False,
-):
+    key: PRNGKeyArray | None = None,
+    num_probes: int | None = None,
+    base: Callable[[np.ndarray], ArrayLike] | None = None,
+    rtol: float | jax.Array = 1e-5,
+    atol: float | jax.Array = 1e-5,
+    progress: bool = False,
+) -> Float[np.ndarray, "datum"]:
     r"""The flow's log-density of :math:`z_1`, from base N(0, I) at :math:`z_N`.
 
     Args:
@@ -163,19 +169,19 @@ def flow_log_prob(
     return _flow(diffusion, in_continuous_time(diffusion), base, z, key, num_probes, rtol, atol, progress)[0]
 
 
-def _check_probes(key, num_probes):
+def _check_probes(key: PRNGKeyArray | None, num_probes: int | None) -> None:
     if num_probes is not None:
         require_count("num_probes", num_probes)
         require_key(key)
 
 
-def require_tolerances(rtol, atol):
+def require_tolerances(rtol: float | jax.Array, atol: float | jax.Array) -> None:
     """Refuse tolerances that are not between 0 and 1."""
     for name, value in (("rtol", rtol), ("atol", atol)):
         require(0 < value < 1, name, "a number between 0 and 1", value)
 
 
-def _flow(diffusion, eps, base, z, key, num_probes, rtol, atol, progress):
+def _flow(diffusion: Diffusion, eps: Eps, base: Callable[[np.ndarray], ArrayLike] | None, z: Float[Array, "datum dim"], key: PRNGKeyArray | None, num_probes: int | None, rtol: float | jax.Array, atol: float | jax.Array, progress: bool) -> tuple[np.ndarray, np.ndarray]:
     """Log-densities of z_1, and the number of evaluations of ``eps`` for each."""
     size, dim = z.shape
     if num_probes is None:
@@ -184,20 +190,16 @@ def _flow(diffusion, eps, base, z, key, num_probes, rtol, atol, progress):
         directions, scale = jax.random.rademacher(key, (size, num_probes, dim), z.dtype), 1 / num_probes
     ends = tuple(diffusion.schedule.log_snr[[0, -1]].tolist())
     rtol, atol = jnp.asarray(rtol, z.dtype), jnp.asarray(atol, z.dtype)  # values, so that no other ones are compiled again
-    block = even_chunk(size, max(1, inputs_at_once(diffusion.network) // directions.shape[1]))
-    log_prob, counts = [], []
-    with tqdm(total=size, unit="datum", desc="flow", disable=not progress) as bar:
-        for start in range(0, size, block):
-            rows = jnp.minimum(start + jnp.arange(block), size - 1)
-            end, change, count = _to_base(eps, z[rows], ends, directions[rows], scale, rtol, atol)
-            end, change = np.asarray(end), np.asarray(change, np.float64)
-            log_prob.append((_standard_normal(end) if base is None else np.asarray(base(end))) + change)
-            counts.append(np.asarray(count))
-            bar.update(min(block, size - start))
-    return np.concatenate(log_prob)[:size], np.concatenate(counts)[:size]
+    found = []
+    for rows in blocks(size, inputs_at_once(diffusion.network) // directions.shape[1], unit="datum", desc="flow", progress=progress):
+        end, change, count = _to_base(eps, z[rows], ends, directions[rows], scale, rtol, atol)
+        end = np.asarray(end)
+        log_prob = (_standard_normal(end) if base is None else np.asarray(base(end))) + np.asarray(change, np.float64)
+        found.append((log_prob, count))
+    return joined(found, size)
 
 
-def _standard_normal(z):
+def _standard_normal(z: np.ndarray) -> np.ndarray:
     return -np.square(z.astype(np.float64)).sum(-1) / 2 - z.shape[-1] / 2 * np.log(2 * np.pi)
 
 
@@ -229,7 +231,7 @@ class FlowLikelihood(NamedTuple):
     solver: np.ndarray
     num_evaluations: np.ndarray
 
-    def __str__(self):
+    def __str__(self) -> str:
         """A table of means, each with its standard error over the data."""
         rows = (
             ("log-likelihood by the flow (lower bound)", self.log_prob),
@@ -251,8 +253,8 @@ class FlowLikelihood(NamedTuple):
 
 
 def flow_likelihood(
-    diffusion, x, *, key, num_draws=1, num_probes=None, rtol=1e-5, atol=1e-5, progress=False
-):
+    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int = 1, num_probes: int | None = None, rtol: float | jax.Array = 1e-5, atol: float | jax.Array = 1e-5, progress: bool = False
+) -> FlowLikelihood:
     r"""The log-likelihood of data by the probability flow, and the errors of its three approximations and of the solver.
 
     The flow gives a density of :math:`z_1`, which has the noise of the first step. For the data themselves it takes the place
@@ -284,7 +286,7 @@ def flow_likelihood(
     step = diffusion.sampled_step(x, x0, first, eps)
     z = step.z
 
-    def density(every=1, looser=1):
+    def density(every: int = 1, looser: float = 1) -> list[np.ndarray]:
         network = in_continuous_time(diffusion, every)
         flat = z.reshape(-1, z.shape[-1])
         found = _flow(diffusion, network, None, flat, probe_key, num_probes, looser * rtol, looser * atol, progress)

@@ -13,26 +13,32 @@ and end with the mean E[x_0 | z_n] at the first of them: samples are too sharp i
 their number of steps; `analyses/samplers.py` measures how good.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from numpyro import handlers
-from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
-from probdiff._chunks import even_chunk
-from probdiff._sharding import data_mesh, gather, replicate, shard
-from probdiff.chain.schedules import at_step
+from probdiff._chunks import EVALUATIONS, blocks, joined
+from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
+from probdiff.chain.schedules import AbstractSchedule, at_step
 from probdiff.chain.score import score, vp_from_ve
 from probdiff.diffusion import Diffusion
 from probdiff.flow import in_continuous_time, require_tolerances, solve, velocity
 
-EVALUATIONS = 2**20  # of the network, in a batch
 ADAPTIVE = 500  # of the network, about as many as a solver takes that chooses its steps
 
 
-def ancestral(diffusion, *, key, num_samples, devices=None, progress=False):
+Samples = Shaped[np.ndarray, "num_samples dim"]
+
+
+def ancestral(diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: int, devices: Devices = None, progress: bool = False) -> Samples:
     """Draw from the model: ``diffusion.model`` as it stands.
 
     Args:
@@ -50,11 +56,11 @@ def ancestral(diffusion, *, key, num_samples, devices=None, progress=False):
     return _draw(_ancestral, diffusion, (), key, num_samples, evaluations, devices, progress)
 
 
-def _ancestral(diffusion, key):
+def _ancestral(diffusion: Diffusion, key: PRNGKeyArray) -> jax.Array:
     return handlers.seed(diffusion.model, key)(None, num_data=1)[0]
 
 
-def ddim(diffusion, *, key, num_samples, steps=None, eta=0.0, devices=None, progress=False):
+def ddim(diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: int, steps: int | Sequence[int] | np.ndarray | None = None, eta: float = 0.0, devices: Devices = None, progress: bool = False) -> Samples:
     r"""Draw by DDIM: steps that keep the marginals of the chain, for any sub-sequence of it.
 
     With :math:`\tau` a sub-sequence of 1 … N and m before n in it (:math:`\bar\alpha = 1` before its first),
@@ -85,7 +91,7 @@ def ddim(diffusion, *, key, num_samples, steps=None, eta=0.0, devices=None, prog
     return _draw(_ddim, diffusion, (taken, *coefficients), key, num_samples, len(taken), devices, progress)
 
 
-def _ddim_coefficients(schedule, taken, eta):
+def _ddim_coefficients(schedule: AbstractSchedule, taken: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The factors of z_n, the predicted noise and new noise in z_m, float64, for each step n of ``taken``."""
     signal, noise = schedule.alpha_bar[taken - 1], schedule.one_minus_alpha_bar[taken - 1]
     signal_before = np.concatenate([[1.0], signal[:-1]])
@@ -96,8 +102,8 @@ def _ddim_coefficients(schedule, taken, eta):
     return per_z, per_eps, np.sqrt(added)
 
 
-def _ddim(diffusion, key, taken, per_z, per_eps, added):
-    def step(z, each):
+def _ddim(diffusion: Diffusion, key: PRNGKeyArray, taken: jax.Array, per_z: jax.Array, per_eps: jax.Array, added: jax.Array) -> jax.Array:
+    def step(z: jax.Array, each: Any) -> tuple[jax.Array, None]:
         n, per_z, per_eps, added, key = each
         eps_hat = diffusion.predict_noise(z, n)
         return per_z * z + per_eps * eps_hat + added * jax.random.normal(key, z.shape, z.dtype), None
@@ -110,8 +116,8 @@ def _ddim(diffusion, key, taken, per_z, per_eps, added):
 
 
 def annealed_langevin(
-    diffusion, *, key, num_samples, steps=None, num_updates=10, step_size=0.5, devices=None, progress=False
-):
+    diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: int, steps: int | Sequence[int] | np.ndarray | None = None, num_updates: int = 10, step_size: float = 0.5, devices: Devices = None, progress: bool = False
+) -> Samples:
     r"""Draw by Langevin dynamics on the score of each noise level, in VE coordinates, from the largest level down.
 
     At each level, ``num_updates`` times :math:`x \leftarrow x + \tfrac{a}{2} s_\theta(x, n) + \sqrt{a}\, \xi` with
@@ -142,14 +148,14 @@ def annealed_langevin(
     return _draw(_annealed_langevin, diffusion, arguments, key, num_samples, len(levels) + 1, devices, progress)
 
 
-def _annealed_langevin(diffusion, key, levels, step_size):
+def _annealed_langevin(diffusion: Diffusion, key: PRNGKeyArray, levels: jax.Array, step_size: jax.Array) -> jax.Array:
     schedule = diffusion.schedule
     start_key, noise_key = jax.random.split(key)
     start = jax.random.normal(start_key, (diffusion.dim,))
     # The standard normal z_N, in VE coordinates.
     x = start * jnp.hypot(1, at_step(schedule.sigma, levels[-1], start.dtype))
 
-    def update(x, each):
+    def update(x: jax.Array, each: Any) -> tuple[jax.Array, None]:
         n, key = each
         size = step_size.astype(x.dtype) * jnp.square(at_step(schedule.sigma, n, x.dtype))
         drift = size / 2 * score(diffusion, x, n)
@@ -159,7 +165,7 @@ def _annealed_langevin(diffusion, key, levels, step_size):
     return _denoised(diffusion, vp_from_ve(schedule, x, levels[0]), levels[0])
 
 
-def probability_flow(diffusion, *, key, num_samples, steps=None, rtol=1e-4, atol=1e-4, devices=None, progress=False):
+def probability_flow(diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: int, steps: int | None = None, rtol: float = 1e-4, atol: float = 1e-4, devices: Devices = None, progress: bool = False) -> Samples:
     r"""Draw by the probability flow, from z_N to z_1: nothing is random on the way.
 
     Args:
@@ -184,7 +190,7 @@ def probability_flow(diffusion, *, key, num_samples, steps=None, rtol=1e-4, atol
     return _draw(_probability_flow, diffusion, options, key, num_samples, evaluations, devices, progress)
 
 
-def _probability_flow(diffusion, key, steps, rtol, atol):
+def _probability_flow(diffusion: Diffusion, key: PRNGKeyArray, steps: int | None, rtol: float, atol: float) -> jax.Array:
     eps = in_continuous_time(diffusion)
     start = jax.random.normal(key, (diffusion.dim,))
     ends = diffusion.schedule.log_snr[[-1, 0]].tolist()
@@ -195,14 +201,14 @@ def _probability_flow(diffusion, key, steps, rtol, atol):
 SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "langevin": annealed_langevin, "ode": probability_flow}
 
 
-def _denoised(diffusion, z, n):
+def _denoised(diffusion: Diffusion, z: Float[Array, "*batch dim"], n: Any) -> jax.Array:
     r"""The mean of x_0 that the network predicts from ``z`` after ``n`` steps, in the units of the data."""
     tables = diffusion.schedule.alpha_bar, diffusion.schedule.one_minus_alpha_bar
     signal, noise = (at_step(np.sqrt(table), n, z.dtype) for table in tables)
     return diffusion.likelihood.decode((z - noise * diffusion.predict_noise(z, n)) / signal)
 
 
-def _evaluated(diffusion):
+def _evaluated(diffusion: Diffusion) -> Diffusion:
     """The model as it is evaluated, before any table of it is read."""
     require_type("diffusion", diffusion, Diffusion)
     require(
@@ -211,7 +217,7 @@ def _evaluated(diffusion):
     return diffusion.evaluated()
 
 
-def _subsequence(diffusion, steps):
+def _subsequence(diffusion: Diffusion, steps: int | Sequence[int] | np.ndarray | None) -> np.ndarray:
     """The steps taken, an increasing array: all, a number of them, or as given."""
     num_steps = diffusion.schedule.num_steps
     if steps is None:
@@ -227,22 +233,18 @@ def _subsequence(diffusion, steps):
     return steps
 
 
-def _draw(one, diffusion, arguments, key, num_samples, evaluations, devices, progress):
+def _draw(one: Callable[..., jax.Array], diffusion: Diffusion, arguments: tuple, key: PRNGKeyArray, num_samples: int, evaluations: int, devices: Devices, progress: bool) -> Samples:
     """``one(diffusion, key, *arguments)`` for the key of each sample, a batch at a time."""
     require_count("num_samples", num_samples)
     require_key(key)
     mesh = data_mesh(devices)
     diffusion, arguments, key = replicate((diffusion, arguments, key), mesh)
-    batch = even_chunk(num_samples, max(64, EVALUATIONS // evaluations))
-    samples = []
-    with tqdm(total=num_samples, unit="sample", desc=one.__name__.strip("_"), disable=not progress) as bar:
-        for start in range(0, num_samples, batch):
-            samples.append(np.asarray(_draw_batch(one, diffusion, arguments, key, start + np.arange(batch), mesh)))
-            bar.update(min(batch, num_samples - start))
-    return np.concatenate(samples)[:num_samples]
+    cut = blocks(num_samples, max(64, EVALUATIONS // evaluations), unit="sample", desc=one.__name__.strip("_"), progress=progress)
+    samples = [np.asarray(_draw_batch(one, diffusion, arguments, key, numbers, mesh)) for numbers in cut]
+    return joined(samples, num_samples)
 
 
 @eqx.filter_jit
-def _draw_batch(one, diffusion, arguments, key, numbers, mesh):
+def _draw_batch(one: Callable[..., jax.Array], diffusion: Diffusion, arguments: tuple, key: PRNGKeyArray, numbers: np.ndarray, mesh: Mesh | None) -> jax.Array:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, shard(numbers, mesh))
     return gather(jax.vmap(lambda key: one(diffusion, key, *arguments))(keys), mesh)

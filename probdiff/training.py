@@ -6,31 +6,43 @@ best on validation data. Everything that decides the future of a fit is in its :
 """
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
 from numpyro import handlers
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
-from probdiff._sharding import data_mesh, gather, replicate, shard, to_default_device
+from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.objective import StepObjective
 from probdiff.elbo.reverse_variance import optimal_variance
 from probdiff.elbo.terms import bits_per_dim
-from probdiff.programs.sites import PARAMS
+from probdiff.programs.sites import PARAMS, Data
 
 CHUNK = 100
 VALIDATION_ROWS = 2**14
 VARIANCE_ROWS = 2**20  # network evaluations for the best reverse variances
 WARM_UP = 200
 MOST_SKIPPED = 10  # updates in a row, before a fit is given up
+
+
+class CheckpointLike(Protocol):
+    """What a fit is saved in, such as :class:`~probdiff.storage.Checkpoint`."""
+
+    def load(self, template: "FitState") -> "FitState | None":
+        """The saved state, of the structure of ``template``; None if there is none."""
+
+    def save(self, state: "FitState") -> None:
+        """Save a state."""
 
 
 class EMAState(NamedTuple):
@@ -40,16 +52,16 @@ class EMAState(NamedTuple):
     ema_params: optax.Params
 
 
-def parameter_ema(decay):
+def parameter_ema(decay: float) -> optax.GradientTransformation:
     """Exponential moving average of the *parameters*; put it last in ``optax.chain``. Updates pass unchanged.
 
     The decay rises from 0.1 to ``decay`` as (1 + t) / (10 + t), so that the initial weights are soon forgotten.
     """
 
-    def init(params):
+    def init(params: Any) -> EMAState:
         return EMAState(jnp.zeros((), jnp.int32), params)
 
-    def update(updates, state, params):
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, EMAState]:
         count = state.count + 1
         rate = 1 - jnp.minimum(decay, (1 + count) / (10 + count))
         new = optax.apply_updates(params, updates)
@@ -99,32 +111,32 @@ class Fit(NamedTuple):
     state: FitState
 
     @property
-    def params(self):
+    def params(self) -> dict[str, Any]:
         """The parameters of :attr:`diffusion`, as :meth:`Diffusion.bind` takes them."""
         return {PARAMS: self.diffusion.unbind().trainable()}
 
     @property
-    def skipped_updates(self):
+    def skipped_updates(self) -> int:
         """How many updates were skipped."""
         return int(np.isnan(self.losses).sum())
 
 
 def fit(
-    diffusion,
-    data,
+    diffusion: Diffusion,
+    data: Data,
     *,
-    iterations=10_000,
-    batch_size=128,
-    learning_rate=1e-3,
-    key=None,
-    validation=None,
-    validate_every=500,
-    elbo=None,
-    ema_decay=0.999,
-    checkpoint=None,
-    devices=None,
-    progress=True,
-):
+    iterations: int = 10_000,
+    batch_size: int = 128,
+    learning_rate: float | optax.GradientTransformation = 1e-3,
+    key: PRNGKeyArray | None = None,
+    validation: Data | None = None,
+    validate_every: int = 500,
+    elbo: ELBO | None = None,
+    ema_decay: float = 0.999,
+    checkpoint: CheckpointLike | None = None,
+    devices: Devices = None,
+    progress: bool = True,
+) -> Fit:
     """Fit a diffusion by SVI.
 
     Args:
@@ -158,9 +170,7 @@ def fit(
         FloatingPointError: If ten updates in a row had to be skipped; what the checkpoint holds is finite.
     """
     require_type("diffusion", diffusion, Diffusion)
-    given, diffusion = diffusion, diffusion.unbind()
-    if isinstance(elbo, StepObjective) and elbo.diffusion is given:
-        elbo = elbo.of(diffusion)
+    diffusion = diffusion.unbind()
     for name, value in (("iterations", iterations), ("batch_size", batch_size), ("validate_every", validate_every)):
         require_count(name, value)
     require(0 <= ema_decay < 1, "ema_decay", "0 <= ema_decay < 1", ema_decay)
@@ -233,11 +243,11 @@ def fit(
     return Fit(fitted, state.losses, state.validation, state)
 
 
-def _save_nothing(state):
+def _save_nothing(state: FitState) -> None:
     pass
 
 
-def _optimiser(learning_rate, iterations, ema_decay):
+def _optimiser(learning_rate: float | optax.GradientTransformation, iterations: int, ema_decay: float) -> optax.GradientTransformation:
     if not isinstance(learning_rate, optax.GradientTransformation):
         require(np.isfinite(learning_rate) and learning_rate > 0, "learning_rate", "a positive number", learning_rate)
         warm_up = min(WARM_UP, iterations // 10)
@@ -245,7 +255,7 @@ def _optimiser(learning_rate, iterations, ema_decay):
     return optax.chain(learning_rate, parameter_ema(ema_decay))
 
 
-def _fingerprint(data):
+def _fingerprint(data: Any) -> str | None:
     """A few words that tell one array from another; None for None."""
     if data is None:
         return None
@@ -253,7 +263,7 @@ def _fingerprint(data):
     return f"{data.dtype} {data.shape} {hashlib.sha256(data).hexdigest()[:16]}"
 
 
-def _describe(diffusion, state):
+def _describe(diffusion: Diffusion, state: FitState) -> str:
     recent = state.losses[-CHUNK:]
     bounds = {"bound": -recent[np.isfinite(recent)].mean()} if np.isfinite(recent).any() else {}
     if len(state.validation):
@@ -263,12 +273,12 @@ def _describe(diffusion, state):
     return ", ".join(parts + [f"{skipped} updates skipped"] * (skipped > 0))
 
 
-def _figure(diffusion, nats):
+def _figure(diffusion: Diffusion, nats: Any) -> str:
     levels = diffusion.likelihood.levels and diffusion.dim
     return f"{nats:.2f} nats" + (f" ({bits_per_dim(nats, diffusion.dim):.3f} bits/dim)" if levels else "")
 
 
-def _all_finite(*trees):
+def _all_finite(*trees: Any) -> jax.Array:
     """Whether all numbers are; as one array, because a reduction for each of many leaves takes seconds to compile."""
     leaves = [leaf.ravel() for leaf in jax.tree.leaves(trees) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.isfinite(jnp.concatenate(leaves)).all()
@@ -277,7 +287,7 @@ def _all_finite(*trees):
 class _Loop:
     """The compiled parts of a fit."""
 
-    def __init__(self, diffusion, data, batch_size, optimiser, elbo, mesh):
+    def __init__(self, diffusion: Diffusion, data: Any, batch_size: int, optimiser: optax.GradientTransformation, elbo: ELBO | None, mesh: Mesh | None) -> None:
         self.diffusion, self.batch_size, self.mesh = diffusion, batch_size, mesh
         self.data = replicate(jnp.asarray(data), mesh)
         elbo = AnalyticELBO(diffusion, steps="stratified_importance") if elbo is None else elbo
@@ -287,7 +297,7 @@ class _Loop:
         self._bound = jax.jit(self._validation_bound)
         self._advance = jax.jit(self._updates, static_argnames="guarded")
 
-    def init(self, key, settings):
+    def init(self, key: PRNGKeyArray, settings: dict[str, Any]) -> FitState:
         init_key, *keys = jax.random.split(key, 3)
         # Compiled, because it then computes no more than the state.
         svi = jax.jit(self.svi.init)(init_key, self.data[: self.batch_size])
@@ -295,27 +305,27 @@ class _Loop:
         histories = np.zeros(0, best_bound.dtype), np.zeros((0, 2))
         return FitState(svi, tuple(keys), self.averaged(svi), best_bound, *histories, settings)
 
-    def averaged(self, svi_state):
+    def averaged(self, svi_state: Any) -> dict[str, Any]:
         return {PARAMS: optax.tree_utils.tree_get(svi_state.optim_state[1][1], "ema_params")[PARAMS]}
 
-    def _rows(self, key, iteration):
+    def _rows(self, key: PRNGKeyArray, iteration: Any) -> jax.Array:
         """The rows of the data in a minibatch."""
         return jax.random.randint(jax.random.fold_in(key, iteration), (self.batch_size,), 0, len(self.data))
 
-    def _updates(self, svi_state, data, key, start, count, guarded):
+    def _updates(self, svi_state: Any, data: jax.Array, key: PRNGKeyArray, start: Any, count: Any, guarded: bool) -> tuple[Any, jax.Array, jax.Array]:
         """``count`` updates: the state, the losses (and 0 up to ``CHUNK``) and whether all is finite; if ``guarded``, without those that
         are not."""
 
-        def update(old, iteration):
+        def update(old: Any, iteration: Any) -> Any:
             return self.svi.update(old, shard(data[self._rows(key, iteration)], self.mesh))
 
-        def update_if_finite(old, iteration):
+        def update_if_finite(old: Any, iteration: Any) -> Any:
             new, loss = update(old, iteration)
             good = _all_finite(loss, new.optim_state, new.mutable_state)
             kept = jax.lax.cond(good, lambda: new._replace(rng_key=None), lambda: old._replace(rng_key=None))
             return kept._replace(rng_key=new.rng_key), jnp.where(good, loss, jnp.nan)
 
-        def body(i, carry):
+        def body(i: jax.Array, carry: Any) -> Any:
             state, losses = carry
             state, loss = (update_if_finite if guarded else update)(state, start + i)
             return state, losses.at[i].set(loss)
@@ -325,7 +335,7 @@ class _Loop:
         good = guarded or _all_finite(losses, new.optim_state, new.mutable_state)
         return gather((new, losses, jnp.asarray(good)), self.mesh)
 
-    def advance(self, state, count):
+    def advance(self, state: FitState, count: Any) -> FitState:
         """The state after ``count`` updates more.
 
         What is not finite stays so: one look at the end says whether every update was good, and only if not, they are made again,
@@ -340,7 +350,7 @@ class _Loop:
         self._refuse_many_skipped(losses, start, state.keys[0])
         return state._replace(svi=svi_state, losses=losses)
 
-    def _refuse_many_skipped(self, losses, start, key):
+    def _refuse_many_skipped(self, losses: np.ndarray, start: Any, key: PRNGKeyArray) -> None:
         run = 0
         for iteration in range(max(0, start - MOST_SKIPPED), len(losses)):
             run = run + 1 if np.isnan(losses[iteration]) else 0
@@ -352,13 +362,13 @@ class _Loop:
                     f"iteration {first + 1}, on rows {rows[:8].tolist()}{' …' * (len(rows) > 8)} of the data"
                 )
 
-    def _validation_bound(self, params, x, key):
+    def _validation_bound(self, params: Any, x: Data, key: PRNGKeyArray) -> jax.Array:
         trained = self.diffusion.bind(params).evaluated()
         particles = min(1024, -(-VALIDATION_ROWS // len(x)))
         elbo = AnalyticELBO(trained, "stratified", num_particles=particles, vectorize_particles=False)
         return -elbo.loss(key, {}, trained.model, trained.guide, x) / len(x)
 
-    def validate(self, state, x):
+    def validate(self, state: FitState, x: Data) -> FitState:
         params = self.averaged(state.svi)
         bound = self._bound(params, x, state.keys[1])
         row = np.array([[len(state.losses), float(bound)]])

@@ -4,11 +4,15 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from probdiff._checks import require, require_count
+from probdiff._sharding import Devices
+from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.importance import path_elbo
 from probdiff.elbo.terms import ELBOTerms, elbo_terms
+from probdiff.programs.sites import Data
 
 Z_AGREE = 3.0
 
@@ -25,34 +29,34 @@ class TwoWays(NamedTuple):
     path: np.ndarray
 
     @property
-    def analytic(self):
+    def analytic(self) -> Estimate:
         """:class:`Estimate` by the analytic terms."""
         return Estimate.of_draws(self.terms.elbo)
 
     @property
-    def trace(self):
+    def trace(self) -> Estimate:
         """:class:`Estimate` by ``Trace_ELBO``."""
         return Estimate.of_draws(self.path)
 
     @property
-    def difference(self):
+    def difference(self) -> tuple[float, float]:
         """Analytic minus path estimate, nats per datum, and its Monte Carlo standard error."""
         a, b = self.analytic, self.trace
         return a.mean - b.mean, float(np.hypot(a.monte_carlo_error, b.monte_carlo_error))
 
     @property
-    def z(self):
+    def z(self) -> float:
         """The difference in Monte Carlo standard errors; 0 where both are exactly equal."""
         difference, error = self.difference
         return difference / error if error > 0 else (0.0 if difference == 0 else float(np.copysign(np.inf, difference)))
 
     @property
-    def agree(self):
+    def agree(self) -> bool:
         """Whether the difference is at most three standard errors."""
         return bool(abs(self.z) <= Z_AGREE)
 
 
-def compute_both_ways(diffusion, x, *, key, num_draws, devices=None, progress=False):
+def compute_both_ways(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int, devices: Devices = None, progress: bool = False) -> TwoWays:
     """The bound on ``x`` by the analytic terms and by ``Trace_ELBO``: a :class:`TwoWays`.
 
     Args:

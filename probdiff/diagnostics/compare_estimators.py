@@ -7,17 +7,22 @@ differences are taken draw by draw. All figures are for these data: errors are M
 import dataclasses
 import functools
 import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+from numpyro.infer.elbo import ELBO
 from scipy import special
 from tqdm import tqdm
 
 from probdiff._checks import require, require_count, require_key, require_type
-from probdiff._chunks import inputs_at_once
-from probdiff._sharding import data_mesh, gather, replicate, shard
+from probdiff._chunks import MOST_NUMBERS, inputs_at_once
+from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
 from probdiff.diagnostics.tables import format_estimators
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
@@ -25,16 +30,14 @@ from probdiff.elbo.estimators import ESTIMATORS
 from probdiff.elbo.importance import log_mean_exp, pareto_khat
 from probdiff.elbo.objective import StepObjective
 from probdiff.elbo.terms import bits_per_dim
-from probdiff.programs.sites import PARAMS
+from probdiff.programs.sites import PARAMS, Data
 
 REFERENCE = "kl_uniform"
 FAMILY_ERROR = 0.0027  # three standard errors, for all pairs together
-BLOCK_ROWS = 2**16
-ROWS_AT_ONCE = 512
-KEPT_ROWS = 2**15  # of the network, for the way back of a gradient
-KEPT_NUMBERS = 2**24  # of gradients side by side
+BLOCK_ROWS = 2**16  # of the network between two looks at Ctrl-C
+ROWS_AT_ONCE = 512  # of the network, of several draws
 MORE_DRAWS = 64
-GRADIENT_ROWS = 2**15
+GRADIENT_ROWS = 2**15  # of the network, for the way back of gradients
 GRADIENT_DRAWS = (8, 1024)
 DIRECTIONS = 8
 ROUNDING = 2.0**-20
@@ -74,22 +77,22 @@ class EstimatorComparison:
     dim: int
 
     @property
-    def largest_z(self):
+    def largest_z(self) -> float:
         """The largest pairwise z-score without its sign, in values and in gradients."""
         scores = [self.value_z.values.ravel(), self.gradient_z.values.ravel()]
         return float(np.nanmax(np.abs(np.concatenate([[0.0], *scores]))))
 
     @property
-    def agree(self):
+    def agree(self) -> bool:
         """Whether all estimators agree, in values and in gradients."""
         return self.largest_z <= self.z_limit
 
-    def best(self, cost):
+    def best(self, cost: str) -> str | None:
         """The estimator for which a cost, a column of :attr:`table`, is least; None if it is known for none."""
         column = self.table[cost].dropna()
         return None if column.empty else column.idxmin()
 
-    def to_datatree(self):
+    def to_datatree(self) -> Any:
         """A DataTree: the draws, ``posterior/elbo`` (chain, draw, estimator, datum), and the ``table`` (estimator)."""
         import arviz as az
         import xarray as xr
@@ -103,7 +106,7 @@ class EstimatorComparison:
         tree["posterior"]["elbo"].attrs.update(units="nats", long_name="estimate of the evidence lower bound")
         return tree
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Everything but the draws, for JSON; what is not known is None."""
         table = self.table.astype(object).where(self.table.notna(), None)
         known = self.iwae and {k: v if np.isfinite(v) else None for k, v in self.iwae._asdict().items()}
@@ -121,22 +124,22 @@ class EstimatorComparison:
             "khat": None if self.khat is None else np.where(np.isfinite(self.khat), self.khat, None).tolist(),
         }
 
-    def plot(self):
+    def plot(self) -> Any:
         """A figure: each estimator's bound with its error, and its costs relative to ``kl_uniform``."""
         from probdiff.diagnostics.plots import plot_estimators
 
         return plot_estimators(self.table, self.draws.shape[2])
 
-    def __str__(self):
+    def __str__(self) -> str:
         """The table, pairwise z-scores and the verdict."""
         return format_estimators(self)
 
 
-def _json_matrix(frame):
+def _json_matrix(frame: Any) -> dict[str, Any]:
     return {name: {k: v for k, v in row.items() if np.isfinite(v)} for name, row in frame.iterrows()}
 
 
-def compare_estimators(diffusion, x, *, key, num_draws=200, estimators=None, devices=None, progress=False):
+def compare_estimators(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int = 200, estimators: Iterable[str] | str | None = None, devices: Devices = None, progress: bool = False) -> EstimatorComparison:
     """Estimate the bound of one model on the same data in every way.
 
     Estimators that learn (probabilities of steps, coefficients) first learn on ``x``, and are then held fixed. In the
@@ -179,7 +182,7 @@ def compare_estimators(diffusion, x, *, key, num_draws=200, estimators=None, dev
     return _summarise(measured, num_draws, x)
 
 
-def check_names(names):
+def check_names(names: Iterable[str] | str) -> list[str]:
     """The names as a list, each known and there once."""
     names = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in names if name not in ESTIMATORS]
@@ -188,7 +191,7 @@ def check_names(names):
     return list(dict.fromkeys(names))
 
 
-def _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions, mesh):
+def _measure(name: str, diffusion: Diffusion, x: jax.Array, num_draws: int, draw_key: PRNGKeyArray, learn_key: PRNGKeyArray, directions: Float[Array, "direction size"], mesh: Mesh | None) -> dict[str, Any]:
     """Draws of one estimator: values, projections of gradients, variance of gradients, cost."""
     # Values are those of the bound model; a gradient needs its ``param`` site.
     trainable, diffusion = diffusion.trainable_without_dropout(), diffusion.evaluated()
@@ -206,7 +209,7 @@ def _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions, mes
     result = {"values": values, "evaluations": evaluations, "seconds": seconds}
     if directions.size:
         count = int(np.clip(GRADIENT_ROWS // rows, *GRADIENT_DRAWS))
-        together = max(1, min(together, KEPT_ROWS // rows, KEPT_NUMBERS // directions.shape[1]))
+        together = max(1, min(together, GRADIENT_ROWS // rows, MOST_NUMBERS // directions.shape[1]))
         gradient = functools.partial(_gradient, trainable, *by_gradient, x, learned, directions)
         (projections, squares), total, seconds = _in_blocks(gradient, _keys(draw_key, count), together, rows, mesh)
         square_of_mean = float(jnp.square(total / count).sum())
@@ -215,19 +218,19 @@ def _measure(name, diffusion, x, num_draws, draw_key, learn_key, directions, mes
     return result
 
 
-def _keys(key, count):
+def _keys(key: PRNGKeyArray, count: int) -> jax.Array:
     """The keys of the first ``count`` draws: the same whatever ``count`` is."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
-def _adapted(guide, elbo, purpose):
+def _adapted(guide: Callable, elbo: ELBO, purpose: str) -> tuple[Callable, ELBO]:
     if not isinstance(elbo, StepObjective):
         return guide, elbo
     adapted = elbo.adapted_to(purpose)
     return adapted.guide, adapted
 
 
-def _learn(diffusion, guide, elbo, x, key):
+def _learn(diffusion: Diffusion, guide: Callable, elbo: ELBO, x: jax.Array, key: PRNGKeyArray) -> dict[str, Any]:
     """The state that the estimator learns from repetitions of ``x``, by site; empty for most."""
     state = elbo.initial_state if isinstance(elbo, StepObjective) else {}
     if not state:
@@ -235,34 +238,34 @@ def _learn(diffusion, guide, elbo, x, key):
     updates, size = LEARNING
     many = jnp.tile(x, (-(-size // len(x)), 1))
 
-    def update(state, key):
+    def update(state: Any, key: PRNGKeyArray) -> tuple[Any, None]:
         return elbo.loss_with_mutable_state(key, state, diffusion.model, guide, many)["mutable_state"], None
 
     return jax.jit(lambda state, keys: jax.lax.scan(update, state, keys)[0])(state, jax.random.split(key, updates))
 
 
-def _value(diffusion, guide, elbo, x, learned, key):
+def _value(diffusion: Diffusion, guide: Callable, elbo: ELBO, x: jax.Array, learned: Any, key: PRNGKeyArray) -> Float[Array, "datum"]:
     """One draw of each datum's bound, shape ``(datum,)``."""
     if isinstance(elbo, StepObjective):
         return elbo.per_datum(key, x, learned)
 
-    def one(key, x):
+    def one(key: PRNGKeyArray, x: jax.Array) -> jax.Array:
         return -elbo.loss(key, {}, diffusion.model, guide, x[None])
 
     return jax.vmap(one)(jax.random.split(key, len(x)), x)
 
 
-def _gradient(diffusion, guide, elbo, x, learned, directions, key):
+def _gradient(diffusion: Diffusion, guide: Callable, elbo: ELBO, x: jax.Array, learned: Any, directions: Float[Array, "direction size"], key: PRNGKeyArray) -> Any:
     """One draw of the gradient of the mean bound: its projections, its square length, and the gradient itself."""
 
-    def mean_bound(params):
+    def mean_bound(params: Any) -> jax.Array:
         return -elbo.loss(key, {PARAMS: params, **learned}, diffusion.model, guide, x) / len(x)
 
     gradient = ravel_pytree(jax.grad(mean_bound)(diffusion.trainable()))[0]
     return (directions @ gradient, jnp.square(gradient).sum()), gradient
 
 
-def _in_blocks(function, keys, together, rows, mesh):
+def _in_blocks(function: Callable, keys: jax.Array, together: int, rows: int, mesh: Mesh | None) -> tuple[Any, Any, float]:
     """Draws of ``function`` and the seconds of one draw once it is compiled.
 
     Args:
@@ -275,8 +278,8 @@ def _in_blocks(function, keys, together, rows, mesh):
     groups = _divisor(len(keys) // together, max(1, BLOCK_ROWS // (rows * together)))
     calls = keys.reshape(-1, groups, together)
 
-    def several(total, keys):
-        def add(total, keys):
+    def several(total: Any, keys: jax.Array) -> Any:
+        def add(total: Any, keys: jax.Array) -> Any:
             kept, added = jax.vmap(function)(shard(keys, mesh))
             return jax.tree.map(lambda a, b: a + b.sum(0), total, added), kept
 
@@ -293,12 +296,12 @@ def _in_blocks(function, keys, together, rows, mesh):
     return joined, total, seconds
 
 
-def _divisor(number, largest):
+def _divisor(number: int, largest: int) -> int:
     """The largest divisor of ``number`` that is not above ``largest``."""
     return max(size for size in range(1, min(number, largest) + 1) if number % size == 0)
 
 
-def _summarise(measured, num_draws, x):
+def _summarise(measured: dict[str, Any], num_draws: int, x: jax.Array) -> EstimatorComparison:
     import pandas as pd
 
     rows = {name: _row(each, x) for name, each in measured.items()}
@@ -326,7 +329,7 @@ def _summarise(measured, num_draws, x):
     )
 
 
-def _row(measured, x):
+def _row(measured: dict[str, Any], x: jax.Array) -> dict[str, Any]:
     means = measured["values"].mean(1)
     error = means.std(ddof=1) / np.sqrt(len(means))
     bits, bits_error = bits_per_dim(np.array([means.mean(), -error]), x.shape[1])
@@ -345,7 +348,7 @@ def _row(measured, x):
     }
 
 
-def _pairwise_z(draws):
+def _pairwise_z(draws: dict[str, np.ndarray]) -> Any:
     """z-scores of the differences of means, as standard normal scores.
 
     Where two estimators were drawn equally often, the differences are paired draw by draw.
@@ -364,7 +367,7 @@ def _pairwise_z(draws):
     return scores
 
 
-def _z(first, second):
+def _z(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Student's t of the difference of two means, turned into the normal score of the same tail probability."""
     if len(first) == len(second):
         error = _error(first - second)
@@ -375,5 +378,5 @@ def _z(first, second):
     return -np.sign(t) * special.ndtri(special.stdtr(min(len(first), len(second)) - 1, -np.abs(t)))
 
 
-def _error(draws):
+def _error(draws: np.ndarray) -> np.ndarray:
     return draws.std(0, ddof=1) / np.sqrt(len(draws))

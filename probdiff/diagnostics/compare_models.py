@@ -1,15 +1,19 @@
 """Models compared by their bound on the same data, in the manner of ArviZ's ``compare``."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from probdiff._checks import require, require_count, require_type
 from probdiff.diagnostics.tables import format_models
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.terms import elbo_terms
+from probdiff.programs.sites import Data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ class ModelComparison:
     levels: bool
     dim: int
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The table, for JSON."""
         table = self.table.astype(object).where(self.table.notna(), None)
         return {
@@ -41,12 +45,12 @@ class ModelComparison:
             "num_draws": self.num_draws,
         }
 
-    def __str__(self):
+    def __str__(self) -> str:
         """The table."""
         return format_models(self)
 
 
-def compare_models(models, x, *, key, num_draws=4, progress=False):
+def compare_models(models: Mapping[str, Diffusion], x: Data, *, key: PRNGKeyArray, num_draws: int = 4, progress: bool = False) -> ModelComparison:
     """Rank models by their bound on the same data.
 
     The difference of two models is taken item by item: what makes an item hard for both cancels. Models of equal N

@@ -9,15 +9,16 @@ Gaussian steps, the prior and the reverse variances cost, whatever the network. 
 """
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from probdiff._checks import require, require_key, require_type
-from probdiff._chunks import inputs_at_once
+from probdiff._chunks import EVALUATIONS, blocks, joined, over_steps
 from probdiff.chain.schedules import at_dims
 from probdiff.diagnostics.tables import format_gap
 from probdiff.diffusion import Diffusion
@@ -25,8 +26,7 @@ from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.terms import elbo_terms
 from probdiff.likelihoods import NormalLikelihood
-
-BLOCK_ROWS = 2**18
+from probdiff.programs.sites import Data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,25 +56,25 @@ class GapDecomposition:
     reconstruction: Estimate
     log_snr: np.ndarray
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {
             name: value.tolist() if isinstance(value, np.ndarray) else getattr(value, "_asdict", lambda v=value: v)()
             for name, value in vars(self).items()
         }
 
-    def plot(self):
+    def plot(self) -> Any:
         """A figure: what the network adds at each step, and its running sum."""
         from probdiff.diagnostics.plots import plot_gap
 
         return plot_gap(self)
 
-    def __str__(self):
+    def __str__(self) -> str:
         """The account as a table."""
         return format_gap(self)
 
 
-def gap_decomposition(diffusion, oracle, x, *, key, progress=False):
+def gap_decomposition(diffusion: Diffusion, oracle: Any, x: Data, *, key: PRNGKeyArray, progress: bool = False) -> GapDecomposition:
     """Account for the bound of a model on data whose distribution is known.
 
     Args:
@@ -127,29 +127,24 @@ def gap_decomposition(diffusion, oracle, x, *, key, progress=False):
     )
 
 
-def _bound(diffusion, x, key, progress):
+def _bound(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray, progress: bool) -> Float[np.ndarray, "datum"]:
     """All steps of every datum's bound, minus a control variate: the gap is small, and so must its noise be."""
     objective = AnalyticELBO(diffusion, "all", control="linear")
     evaluate = jax.jit(lambda key, x: objective.per_datum(key, x))
-    count = -(-diffusion.schedule.num_steps * len(x) // BLOCK_ROWS)
-    blocks = np.array_split(np.arange(len(x)), min(count, len(x)))
-    bounds = [
-        np.asarray(evaluate(jax.random.fold_in(key, i), x[block]), np.float64)
-        for i, block in enumerate(tqdm(blocks, unit="block", desc="bound", disable=not progress))
-    ]
-    return np.concatenate(bounds)
+    cut = blocks(len(x), EVALUATIONS // diffusion.schedule.num_steps, unit="datum", desc="bound", progress=progress)
+    bounds = [np.asarray(evaluate(jax.random.fold_in(key, i), x[rows]), np.float64) for i, rows in enumerate(cut)]
+    return joined(bounds, len(x))
 
 
 @eqx.filter_jit
-def _network_cost(diffusion, exact, x, key):
+def _network_cost(diffusion: Diffusion, exact: Diffusion, x: jax.Array, key: PRNGKeyArray) -> Float[Array, "num_steps datum"]:
     """w_n ‖ε̂ − ε*‖² at one z_n for each step and datum, shape ``(num_steps, datum)``."""
     x0 = diffusion.likelihood.encode(x)
     weight = diffusion.kernel.kl_weight(diffusion.schedule)
 
-    def one(n):
+    def one(n: Int[Array, ""]) -> Float[Array, "datum"]:
         eps = jax.random.normal(jax.random.fold_in(key, n), x0.shape, x0.dtype)
         step = diffusion.sampled_step(x, x0, n, eps)
         return (at_dims(weight, n, x0.dtype) * jnp.square(step.prediction - exact.predict_noise(step.z, n))).sum(-1)
 
-    steps = jnp.arange(1, diffusion.schedule.num_steps + 1)
-    return jax.lax.map(one, steps, batch_size=max(1, inputs_at_once(diffusion.network) // len(x)))
+    return over_steps(one, diffusion.schedule.num_steps, diffusion.network, len(x))

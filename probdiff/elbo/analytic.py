@@ -12,28 +12,32 @@ and the bound is L(x) = noise_free_bound(x) − Σ_n E excess_n. Every estimator
 sum; large constants such as the log-density of a peaked p(x | z_1) never get into its variance.
 """
 
-import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 from probdiff.chain.forward import prior_kl
-from probdiff.elbo.objective import StepObjective
+from probdiff.chain.reverse import SampledStep
+from probdiff.chain.schedules import Table
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.objective import AbstractTerm, StepObjective
+from probdiff.elbo.steps import AbstractSteps
 
 
-@dataclasses.dataclass(frozen=True)
-class BoundTerm:
+class BoundTerm(AbstractTerm):
     """The terms of the bound, as a :class:`~probdiff.elbo.objective.StepObjective` takes them."""
 
-    def kl_weight(self, diffusion):
+    def kl_weight(self, diffusion: Diffusion) -> Table:
         """The table w_n that squared errors are weighed with, shape ``(num_steps,)``, float64."""
         return diffusion.kernel.kl_weight(diffusion.schedule)
 
-    def noise_free_bound(self, diffusion, x, x0):
+    def noise_free_bound(self, diffusion: Diffusion, x: Shaped[Array, "datum dim"], x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
         """The bound of a network that knew the noise, in nats, shape ``(datum,)``."""
         constant = diffusion.kernel.constants(diffusion.schedule, x0.shape[-1]).sum()
         return self._reconstruction(diffusion, x, x0) - constant - prior_kl(diffusion.schedule, x0)
 
-    def __call__(self, diffusion, step):
+    def __call__(self, diffusion: Diffusion, step: SampledStep) -> Float[Array, "row datum"]:
         """The excess of the terms over the noise-free bound, in nats.
 
         Args:
@@ -46,14 +50,19 @@ class BoundTerm:
         first = self._reconstruction(diffusion, step.x, step.x0) - diffusion.log_likelihood(step)
         return jnp.where(step.n == 1, first, diffusion.kernel.excess(diffusion.schedule, step))
 
-    def _reconstruction(self, diffusion, x, x0):
+    def _reconstruction(self, diffusion: Diffusion, x: Shaped[Array, "datum dim"], x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
         return diffusion.kernel.noise_free_reconstruction(diffusion.schedule, diffusion.likelihood, x, x0)
 
 
 class AnalyticELBO(StepObjective):
-    """The analytic bound as an objective for ``SVI``, in the place of ``Trace_ELBO``: a :class:`StepObjective`.
+    """The analytic bound as an objective for ``SVI``, in the place of ``Trace_ELBO``.
 
-    ``AnalyticELBO(diffusion, steps="all", *, noise=, control=, points=, adapt_to=, num_particles=, vectorize_particles=)``
+    Args:
+        diffusion: The model.
+        steps: ``"all"``, ``"uniform"``, ``"stratified"``, ``"importance"``, ``"stratified_importance"``, or an object in their place.
+        options: ``noise``, ``control``, ``points``, ``adapt_to``, ``schedule_loss``, ``num_particles``, ``vectorize_particles``: all as
+            for :class:`~probdiff.elbo.objective.StepObjective`.
     """
 
-    term = BoundTerm()
+    def __init__(self, diffusion: Diffusion, steps: AbstractSteps | str = "all", **options: Any) -> None:
+        super().__init__(diffusion, BoundTerm(), steps, **options)

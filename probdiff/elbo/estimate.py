@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 class Estimate(NamedTuple):
@@ -19,7 +20,7 @@ class Estimate(NamedTuple):
     monte_carlo_error: float
 
     @classmethod
-    def of(cls, mean, variance=None, num_draws=1):
+    def of(cls, mean: ArrayLike, variance: ArrayLike | None = None, num_draws: int = 1) -> "Estimate":
         """From each datum's mean over draws, and the variance between its draws (None: there is no noise)."""
         mean = np.asarray(mean, np.float64)
         monte_carlo = 0.0 if variance is None else np.sqrt(np.sum(np.asarray(variance, np.float64)) / num_draws)
@@ -27,7 +28,7 @@ class Estimate(NamedTuple):
         return cls(float(mean.mean()), float(error), float(monte_carlo / len(mean)))
 
     @classmethod
-    def of_draws(cls, draws):
+    def of_draws(cls, draws: ArrayLike) -> "Estimate":
         """From draws of shape ``(draw, datum)``, at least two of them."""
         draws = np.asarray(draws, np.float64)
         return cls.of(draws.mean(0), draws.var(0, ddof=1), len(draws))

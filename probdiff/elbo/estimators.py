@@ -22,17 +22,21 @@ own; the others put :class:`~probdiff.AnalyticELBO` together from its parts. Opt
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from numpyro.infer.elbo import ELBO
 
+from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
 
 
-def _numpyro(elbo, guide, diffusion, **options):
+def _numpyro(elbo: type[ELBO], guide: str, diffusion: Diffusion, **options: Any) -> tuple[Callable, ELBO]:
     return getattr(diffusion, guide), elbo(**options)
 
 
-def _analytic(preset, diffusion, **options):
+def _analytic(preset: dict[str, Any], diffusion: Diffusion, **options: Any) -> tuple[Callable, ELBO]:
     objective = AnalyticELBO(diffusion, **(preset | options))
     return objective.guide, objective
 

@@ -10,24 +10,27 @@ Sources: Burda et al. (2016), arXiv:1509.00519, eq. 8; Sobolev and Vetrov (2019)
 q for the auxiliary distribution.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, PRNGKeyArray
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
-from tqdm import tqdm
+from scipy.special import logsumexp
 
 from probdiff._checks import require, require_count, require_key, require_type
-from probdiff._sharding import data_mesh, gather, replicate, shard
+from probdiff._chunks import MOST_NUMBERS, blocks, joined
+from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
 from probdiff.diffusion import Diffusion
+from probdiff.programs.sites import Data
 
-PATH_ELEMENTS = 2**24
 FEWEST_DRAWS = 25
 
 
-def path_elbo(diffusion, x, *, key, num_draws, devices=None, progress=False):
+def path_elbo(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int, devices: Devices = None, progress: bool = False) -> Float[np.ndarray, "draw datum"]:
     r"""NumPyro's ``Trace_ELBO`` of every datum by itself, with the forward guide: :math:`\log p - \log q` of paths.
 
     Args:
@@ -50,25 +53,22 @@ def path_elbo(diffusion, x, *, key, num_draws, devices=None, progress=False):
     mesh = data_mesh(devices)
     diffusion, x, key = replicate((diffusion, jnp.asarray(x), key), mesh)
 
-    def one(key, x):
+    def one(key: PRNGKeyArray, x: jax.Array) -> jax.Array:
         return -Trace_ELBO().loss(key, {}, diffusion.model, diffusion.guide, x[None])
 
     @jax.jit
-    def evaluate(keys, x):
+    def evaluate(keys: jax.Array, x: jax.Array) -> jax.Array:
         return gather(jax.vmap(one)(shard(keys, mesh), shard(x, mesh)), mesh)
 
-    block = max(1, PATH_ELEMENTS // (diffusion.schedule.num_steps * x.shape[1]))
-    draws = []
-    with tqdm(total=num_draws, unit="path", desc="Trace_ELBO", disable=not progress) as bar:
-        for draw_key in jax.random.split(key, num_draws):
-            keys = jax.random.split(draw_key, len(x))
-            blocks = range(0, len(x), block)
-            draws.append(np.concatenate([evaluate(keys[i : i + block], x[i : i + block]) for i in blocks]))
-            bar.update()
-    return np.stack(draws)
+    # A row is a path of one datum; the values of its latents are all kept at once.
+    keys = jax.vmap(lambda key: jax.random.split(key, len(x)))(jax.random.split(key, num_draws))
+    size, largest = num_draws * len(x), MOST_NUMBERS // (diffusion.schedule.num_steps * x.shape[1])
+    cut = blocks(size, largest, unit="path", desc="Trace_ELBO", progress=progress)
+    keys = keys.reshape(size, *keys.shape[2:])
+    return joined([np.asarray(evaluate(keys[rows], x[rows % len(x)])) for rows in cut], size).reshape(num_draws, len(x))
 
 
-def iwae(diffusion, x, *, key, num_particles, num_draws=1, progress=False):
+def iwae(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_particles: int, num_draws: int = 1, progress: bool = False) -> Float[np.ndarray, "draw datum"]:
     """The importance-weighted bound of every datum; it rises to log p(x) with the number of particles.
 
     NumPyro's ``RenyiELBO(alpha=0, num_particles=K)`` on a single datum has the same expectation.
@@ -93,14 +93,12 @@ def iwae(diffusion, x, *, key, num_particles, num_draws=1, progress=False):
     return log_mean_exp(log_weights.reshape(num_draws, num_particles, -1), 1)
 
 
-def log_mean_exp(log_weights, axis):
+def log_mean_exp(log_weights: Any, axis: int) -> np.ndarray:
     """The log of the mean of exp(``log_weights``), in float64."""
-    log_weights = np.asarray(log_weights, np.float64)
-    highest = log_weights.max(axis, keepdims=True)
-    return np.log(np.exp(log_weights - highest).mean(axis)) + highest.squeeze(axis)
+    return logsumexp(np.asarray(log_weights, np.float64), axis) - np.log(np.shape(log_weights)[axis])
 
 
-def pareto_khat(log_weights):
+def pareto_khat(log_weights: Any) -> Float[np.ndarray, "datum"]:
     """The Pareto shape k̂ of the largest importance weights p/q of each datum (PSIS), by ArviZ.
 
     k̂ says whether the importance-weighted estimate of p(x) can be trusted (below 0.7) from this many draws. It does *not*
@@ -143,7 +141,7 @@ class Sandwich(NamedTuple):
     lower: dict
     upper: dict
 
-    def __str__(self):
+    def __str__(self) -> str:
         """The bounds from below to above, each with its error and its paired distance to the one before."""
         rows = [(f"lower, K = {k}", self.lower[k]) for k in sorted(self.lower)]
         rows += [(f"upper, K = {k}", self.upper[k]) for k in sorted(self.upper, reverse=True)]
@@ -157,7 +155,7 @@ class Sandwich(NamedTuple):
         return "\n".join(lines)
 
 
-def sandwich(diffusion, *, key, num_data, num_particles=(1, 10, 100), progress=False):
+def sandwich(diffusion: Diffusion, *, key: PRNGKeyArray, num_data: int, num_particles: int | Sequence[int] = (1, 10, 100), progress: bool = False) -> Sandwich:
     r"""Draw data from the model, and bound their log-likelihood from below and from above.
 
     Each datum is generated with its path, an exact draw of :math:`p_\theta(z | x)`. Every bound is one draw for each
@@ -190,10 +188,10 @@ def sandwich(diffusion, *, key, num_data, num_particles=(1, 10, 100), progress=F
     return Sandwich(x, lower, upper)
 
 
-def _generate(diffusion, key, num_data):
+def _generate(diffusion: Diffusion, key: PRNGKeyArray, num_data: int) -> tuple[jax.Array, np.ndarray]:
     """Data from the model, and log p(x, z) − log q(z | x) of the path that each came from."""
 
-    def one(key):
+    def one(key: PRNGKeyArray) -> tuple[jax.Array, jax.Array]:
         with handlers.seed(rng_seed=key):
             model = handlers.trace(diffusion.model).get_trace(None, num_data=1)
             x = model["x"]["value"]

@@ -8,10 +8,12 @@ over the rows (n, ε) that were drawn for it. Which rows, what noise and what co
 estimator is put together from.
 """
 
+import abc
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self
 
 import equinox as eqx
 import jax
@@ -26,43 +28,57 @@ from numpyro.primitives import Messenger, mutable
 from probdiff._checks import is_trainable, require, require_count, require_type
 from probdiff._chunks import even_chunk, inputs_at_once, sum_in_chunks
 from probdiff.chain.learned import LearnedSchedule
-from probdiff.chain.schedules import at_step, per_step
+from probdiff.chain.reverse import SampledStep
+from probdiff.chain.schedules import Table, at_step, per_step
 from probdiff.diffusion import Diffusion
-from probdiff.elbo.steps import PROBABILITIES, AllSteps, Learner, OneStep, independent_uniforms, stratified_uniforms
-from probdiff.elbo.variance_reduction import NOISE, LinearControl, PathNoise, PosteriorNoise, RowNoise
+from probdiff.elbo.steps import PROBABILITIES, STEPS, AbstractSteps, Learner
+from probdiff.elbo.variance_reduction import CONTROLS, NOISE, AbstractControl, AbstractNoise, PosteriorNoise, RowNoise
 from probdiff.programs.sites import minibatch
 
 LEARNED = "diffusion$learned"
 
-STEPS = {
-    "all": AllSteps(),
-    "uniform": OneStep(independent_uniforms),
-    "stratified": OneStep(stratified_uniforms),
-    "importance": OneStep(independent_uniforms, learned=True),
-    "stratified_importance": OneStep(stratified_uniforms, learned=True),
-}
+Learned = Mapping[str, Mapping[str, jax.Array]]
 
 
-CONTROLS = {None: None, "linear": LinearControl}
+class AbstractTerm(eqx.Module):
+    """The terms of a sum over the steps.
+
+    To write your own, give the three methods.
+    """
+
+    @abc.abstractmethod
+    def kl_weight(self, diffusion: Diffusion) -> Table:
+        """The table that squared errors of the noise are weighed with, about; shape ``(num_steps,)``, float64."""
+
+    @abc.abstractmethod
+    def noise_free_bound(self, diffusion: Diffusion, x: jax.Array, x0: jax.Array) -> jax.Array:
+        """The estimate for a network that knows the noise, in nats, shape ``(datum,)``."""
+
+    @abc.abstractmethod
+    def __call__(self, diffusion: Diffusion, step: SampledStep) -> jax.Array:
+        """The terms of steps n, shape ``(row, datum)``, which are subtracted from that: nats, same shape."""
 
 
 class StepObjective(ELBO):
     """A sum over the steps of a term that depends on x_0, the noise and its prediction, as an objective for ``SVI``.
 
     The sum is itself a NumPyro program, :meth:`program`: its only log density is one ``factor``. The loss is
-    ``Trace_ELBO`` on that program and an empty guide. A subclass says what the terms are: its ``term`` is an object like
-    :class:`~probdiff.elbo.analytic.BoundTerm`. The estimate is put together from three parts:
+    ``Trace_ELBO`` on that program and an empty guide. The estimate is put together from parts; each option takes an object, or the
+    name of one:
 
     Args:
-        diffusion: The model. ``SVI`` must be given this model's ``model``, and its ``guide`` or ``posterior_guide``, or
-            this objective's :attr:`guide`; ``handlers.scale`` by a number may be wrapped around both alike.
-        steps: ``"all"``: every step, N network evaluations a datum. Otherwise one step n a datum, the term divided by its
-            probability: ``"uniform"`` on 1 … N; ``"stratified"``: the same, spread evenly over the data of the batch;
-            ``"importance"``: from probabilities that are learned; ``"stratified_importance"``: both.
-        noise: ``"independent"``; ``"antithetic"``: each term twice, with ε and −ε; ``"path"``: that of one path
-            z_1 … z_N of the forward chain (all steps only).
-        control: ``"linear"`` subtracts a control variate, the excess of the best linear prediction of the noise
-            (:mod:`probdiff.elbo.variance_reduction`), with a coefficient that is learned (with all steps: 1); None subtracts nothing.
+        diffusion: The model. ``SVI`` must be given the ``model`` of this Diffusion, or of one that differs by its parameters, and
+            its ``guide`` or ``posterior_guide``, or this objective's :attr:`guide`; ``handlers.scale`` (by a number, or one for each
+            datum) and ``handlers.mask`` may be wrapped around both alike.
+        term: What is summed, an :class:`AbstractTerm`.
+        steps: An :class:`~probdiff.elbo.steps.AbstractSteps`. ``"all"``: every step, N network evaluations a datum. Otherwise one step
+            n a datum, the term divided by its probability: ``"uniform"`` on 1 … N; ``"stratified"``: the same, spread evenly over the
+            data of the batch; ``"importance"``: from probabilities that are learned; ``"stratified_importance"``: both.
+        noise: An :class:`~probdiff.elbo.variance_reduction.AbstractNoise`. ``"independent"``; ``"antithetic"``: each term twice, with ε
+            and −ε; ``"path"``: that of one path z_1 … z_N of the forward chain (all steps only).
+        control: A class of :class:`~probdiff.elbo.variance_reduction.AbstractControl`. ``"linear"`` subtracts a control variate, the
+            excess of the best linear prediction of the noise, with a coefficient that is learned (with all steps: 1); None subtracts
+            nothing.
         points: None, or the data whose mean bound is wanted (the whole training set, say), shape ``(point, dim)``: the
             noise in each step KL is then replaced by its mean and variance over all the points that z_n may come from.
             The estimate is right for the mean over ``points`` when ``x`` is drawn from them, not for a single datum.
@@ -86,125 +102,124 @@ class StepObjective(ELBO):
 
     def __init__(
         self,
-        diffusion,
-        steps="all",
+        diffusion: Diffusion,
+        term: AbstractTerm,
+        steps: AbstractSteps | str = "all",
         *,
-        noise="independent",
-        control=None,
-        points=None,
-        adapt_to="gradient",
-        schedule_loss="bound",
-        num_particles=1,
-        vectorize_particles=True,
+        noise: AbstractNoise | str = "independent",
+        control: type[AbstractControl] | str | None = None,
+        points: np.ndarray | jax.Array | Literal["batch"] | None = None,
+        adapt_to: str = "gradient",
+        schedule_loss: str = "bound",
+        num_particles: int = 1,
+        vectorize_particles: bool = True,
     ):
         require_type("diffusion", diffusion, Diffusion)
-        for name, value, known in (
-            ("steps", steps, STEPS),
-            ("noise", noise, NOISE),
-            ("control", control, CONTROLS),
-            ("adapt_to", adapt_to, PROBABILITIES),
-            ("schedule_loss", schedule_loss, SCHEDULE_LOSSES),
-        ):
-            found = (value is None or isinstance(value, str)) and value in known
-            require(found, name, f"one of {list(known)}", repr(value))
-        require(noise != "path" or steps == "all", "noise", "steps='all' with noise='path'", f"steps={steps!r}")
+        self.term = term
+        self._steps = named("steps", steps, STEPS, lambda value: isinstance(value, AbstractSteps))
+        self._noise = named("noise", noise, NOISE, lambda value: isinstance(value, AbstractNoise))
+        self._control = named(
+            "control", control, CONTROLS, lambda value: isinstance(value, type) and issubclass(value, AbstractControl)
+        )
+        path = self._noise.needs_all_steps
+        require(not (path and self._steps.is_random), "noise", "steps='all' with noise='path'", f"steps={steps!r}")
+        for name, value, known in (("adapt_to", adapt_to, PROBABILITIES), ("schedule_loss", schedule_loss, SCHEDULE_LOSSES)):
+            require(isinstance(value, str) and value in known, name, f"one of {list(known)}", repr(value))
         require_count("num_particles", num_particles)
-        learned_shape = isinstance(diffusion.schedule, LearnedSchedule) and steps != "all"
-        require(schedule_loss == "bound" or learned_shape, "schedule_loss", "a LearnedSchedule and one step a datum for 'variance'", repr(schedule_loss))
+        learned_shape = isinstance(diffusion.schedule, LearnedSchedule) and self._steps.is_random
+        expected = "a LearnedSchedule and one step a datum for 'variance'"
+        require(schedule_loss == "bound" or learned_shape, "schedule_loss", expected, repr(schedule_loss))
         super().__init__(num_particles, vectorize_particles)
         self.diffusion = diffusion
         self.adapt_to = adapt_to
         self.schedule_loss = schedule_loss
-        self._steps = STEPS[steps]
-        self._noise, self._copies = NOISE[noise]
-        self._control = CONTROLS[control]
-        self._points = points
-        kernel = type(diffusion.kernel).__name__
-        require(points is None or diffusion.kernel.closed_form, "points", f"None with a {kernel}", f"{points!r:.40}")
-        if isinstance(points, str):
-            require(points == "batch", "points", "an array, 'batch' or None", repr(points))
-        elif points is not None:
-            try:
-                diffusion.check_data(points)
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"points: {error}") from None
-            self._points = diffusion.likelihood.encode(points)
+        self._points = _encoded_points(diffusion, points)
         self._learner = None
-        if isinstance(self._steps, OneStep) and (self._steps.learned or self._control is not None):
+        if self._steps.is_random and (self._steps.learned or self._control is not None):
             weight = per_step(np.asarray(self.term.kl_weight(diffusion), np.float64))
-            self._learner = Learner(diffusion.schedule.fixed(), tuple(weight.tolist()), self._steps.uniforms is stratified_uniforms)
+            self._learner = Learner(diffusion.schedule.fixed(), tuple(weight.tolist()), self._steps.is_stratified)
         self._trace_elbo = Trace_ELBO()
 
     @property
-    def initial_state(self):
+    def initial_state(self) -> dict[str, dict[str, jax.Array]]:
         """The state that learning starts from, by site, as ``SVIState.mutable_state`` holds it; empty if nothing is learned."""
         return {} if self._learner is None else {LEARNED: self._learner.initial()}
 
-    def adapted_to(self, purpose):
+    def adapted_to(self, purpose: str) -> Self:
         """This objective with another ``adapt_to``; what it learns is the same."""
         require(purpose in PROBABILITIES, "purpose", f"one of {list(PROBABILITIES)}", repr(purpose))
         other = copy.copy(self)
         other.adapt_to = purpose
         return other
 
-    def of(self, diffusion):
-        """This objective for the same model bound or not; what it learns is the same."""
+    def of(self, diffusion: Diffusion) -> Self:
+        """This objective for the same model at other parameters, bound or not; what it learns is the same."""
         other = copy.copy(self)
         other.diffusion = diffusion
         return other
 
     @property
-    def evaluations(self):
+    def evaluations(self) -> int:
         """Network evaluations for each datum and particle."""
-        return self._steps.num_rows(self.diffusion.schedule.num_steps) * self._copies
+        return self._steps.num_rows(self.diffusion.schedule.num_steps) * self._noise.copies
 
-    def guide(self, x, num_data=None):
+    def guide(self, x: Any, num_data: Any = None) -> None:
         """``diffusion.guide``, with the site that holds what this objective has learned (if it learns anything)."""
         if self._learner is not None:
             mutable(LEARNED, self._learner.initial())
         self.diffusion.guide(x, num_data)
 
-    def program(self, x, num_data=None):
+    def program(self, x: Any, num_data: Any = None, *, weight: jax.Array | None = None) -> None:
         """The bound on ``x`` as a NumPyro program; arguments as for :meth:`Diffusion.model`.
 
         Sites: ``param`` of the model; ``deterministic`` ``noise_free_bound`` and ``excess``, shape ``(datum,)``, whose difference
         is the estimate of each datum's bound; ``factor`` ``elbo``; and ``mutable``, what is learned.
+
+        Args:
+            x: Data, shape ``(datum, dim)``.
+            num_data: Size of the full data set.
+            weight: What each datum's bound is multiplied by in the factor, shape ``(datum,)``; 1 if not given.
         """
         self.diffusion.check_data(x)
         with_params = self.diffusion.from_param_site()
         diffusion = SCHEDULE_LOSSES[self.schedule_loss](with_params).tabulated()
         x = jnp.asarray(x)
         x0 = diffusion.likelihood.encode(x)
+        weight = jnp.ones(len(x), x0.dtype) if weight is None else jnp.broadcast_to(jnp.asarray(weight, x0.dtype), len(x))
         learned = None if self._learner is None else mutable(LEARNED, self._learner.initial())
         key = numpyro.prng_key()
-        rows = self._rows(diffusion, x, x0, key, learned)
-        total, per_datum, seen = sum_terms(diffusion, rows)
-        if rows.control is not None:
-            expected = rows.control.expected(rows.coefficient, x0)
-            total, per_datum = total + expected.sum(), per_datum + expected
+        terms = self._sampled_terms(diffusion, x, x0, weight, key, learned)
+        total, per_datum, seen = sum_terms(diffusion, terms)
+        if terms.control is not None:
+            expected = terms.control.expected(terms.coefficient, x0)
+            total, per_datum = total + (weight * expected).sum(), per_datum + expected
         if learned is not None:
             learned.update(self._learner.updated(learned, *seen()))
         top = numpyro.deterministic("noise_free_bound", self.term.noise_free_bound(diffusion, x, x0))
         numpyro.deterministic("excess", per_datum)
         with minibatch(x, num_data):
-            numpyro.factor("elbo", top.sum() - total)
+            numpyro.factor("elbo", (weight * top).sum() - total)
             if self.schedule_loss == "variance":
-                numpyro.factor("variance", self._minus_variance(with_params, x, x0, key, learned))
+                numpyro.factor("variance", self._minus_variance(with_params, x, x0, weight, key, learned))
 
-    def _minus_variance(self, diffusion, x, x0, key, learned):
+    def _minus_variance(
+        self, diffusion: Diffusion, x: jax.Array, x0: jax.Array, weight: jax.Array, key: jax.Array, learned: Any
+    ) -> jax.Array:
         """0, with the gradient of minus the mean square of the estimates with respect to the schedule's shape."""
         other = _with_trained_logits_only(diffusion).tabulated()
-        rows = self._rows(other, x, x0, key, learned)
-        values = rows.evaluate(other, jnp.arange(len(rows.n)))[0].sum(0)
-        mean_square = jnp.square(values).sum() / jax.lax.stop_gradient(jnp.abs(values).mean())
+        terms = self._sampled_terms(other, x, x0, weight, key, learned)
+        values = terms.evaluate(other, jnp.arange(len(terms.n)))[0].sum(0)
+        mean_square = (weight * jnp.square(values)).sum() / jax.lax.stop_gradient(jnp.abs(values).mean())
         return jax.lax.stop_gradient(mean_square) - mean_square
 
-    def _rows(self, diffusion, x, x0, key, learned):
+    def _sampled_terms(
+        self, diffusion: Diffusion, x: jax.Array, x0: jax.Array, weight: jax.Array, key: jax.Array, learned: Any
+    ) -> "SampledTerms":
         """Draw the steps and the noise."""
         step_key, noise_key, extra_key = jax.random.split(key, 3)
-        num_steps = diffusion.schedule.num_steps
+        num_steps, copies = diffusion.schedule.num_steps, self._noise.copies
         # The mean of the control is exact whatever the schedule: it need not be differentiated.
-        control = None if self._control is None else jax.lax.stop_gradient(self._control(diffusion, x0))
+        control = None if self._control is None else jax.lax.stop_gradient(self._control.fitted(diffusion, x0))
         coefficient, probability = jnp.full(num_steps, 0.0 if control is None else 1.0, x0.dtype), None
         if learned is not None:
             if control is not None:
@@ -212,15 +227,13 @@ class StepObjective(ELBO):
             if self._steps.learned:
                 probability = self._learner.probability(learned, self.adapt_to, coefficient)
         n, inverse_probability = self._steps.draw(step_key, len(x), num_steps, probability)
-        n, inverse_probability = (
-            jnp.repeat(each, self._copies, 0) for each in (n, inverse_probability.astype(x0.dtype) / self._copies)
-        )
         points = x0 if isinstance(self._points, str) else self._points
         return SampledTerms(
             term=self.term,
-            n=n,
-            inverse_probability=inverse_probability,
-            noise=self._noise(noise_key, diffusion, x0),
+            n=jnp.repeat(n, copies, 0),
+            inverse_probability=jnp.repeat(inverse_probability.astype(x0.dtype) / copies, copies, 0),
+            weight=weight,
+            noise=self._noise.draw(noise_key, diffusion.schedule, x0),
             conditional_noise=None if points is None else PosteriorNoise(points),
             control=control,
             coefficient=coefficient,
@@ -230,20 +243,18 @@ class StepObjective(ELBO):
             extra_key=extra_key,
         )
 
-    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+    def loss_with_mutable_state(
+        self, rng_key: jax.Array, param_map: Mapping, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """Minus the bound, summed over the data; called by ``SVI``."""
-        scales, _ = _scales_around(model, "model", (self.diffusion.model,))
-        guides = (self.diffusion.guide, self.diffusion.posterior_guide, self.guide)
-        guide_scales, own_guide = _scales_around(guide, "guide", guides)
-        require(
-            len(scales) == len(guide_scales) and all(map(_same, scales, guide_scales)),
-            "guide",
-            f"the same handlers.scale as around the model, {scales}",
-            guide_scales,
-        )
-        program = self.program
-        for scale in reversed(scales):
-            program = handlers.scale(program, scale=scale)
+        own_model, scale, weight = _unwrapped(model, "model")
+        own_guide, guide_scale, guide_weight = _unwrapped(guide, "guide")
+        alike = all(map(_same, (scale, weight), (guide_scale, guide_weight)))
+        require(alike, "guide", "the same handlers.scale and handlers.mask as around the model", "others")
+        diffusion = self._owner(own_model, "model", "diffusion.model")
+        guides = "diffusion.guide or diffusion.posterior_guide or objective.guide"
+        self._owner(own_guide, "guide", guides)
+        program = handlers.scale(functools.partial(self.of(diffusion).program, weight=weight), scale=scale)
         carried = LEARNED in param_map
         # (svi.evaluate does not pass the state on; that is no reason to warn.)
         if self._learner is not None and not carried and own_guide.__self__ is not self:
@@ -253,7 +264,7 @@ class StepObjective(ELBO):
                 stacklevel=2,
             )
 
-        def one(key):
+        def one(key: jax.Array) -> tuple[jax.Array, Any]:
             # A copy, because the program changes the state in place.
             own = {LEARNED: dict(param_map[LEARNED])} if carried else {}
             result = self._trace_elbo.loss_with_mutable_state(
@@ -269,7 +280,17 @@ class StepObjective(ELBO):
             loss, state = jax.tree.map(lambda each: each.mean(0), particles)
         return {"loss": loss, "mutable_state": state}
 
-    def per_datum(self, rng_key, x, learned=None):
+    def _owner(self, program: Callable, name: str, expected: str) -> Diffusion:
+        """The Diffusion that a program is a method of, which must differ from this objective's by its parameters only."""
+        owner, method = getattr(program, "__self__", None), getattr(program, "__name__", None)
+        methods = [each.rpartition(".")[2] for each in expected.split(" or ") if not each.startswith("objective")]
+        if isinstance(owner, StepObjective) and name == "guide" and method == "guide":
+            owner, methods = owner.diffusion, ["guide"]
+        mine = isinstance(owner, Diffusion) and method in methods and owner.is_like(self.diffusion)
+        require(mine, name, f"{expected} of the Diffusion that the objective was given", f"{program!r:.80}")
+        return owner
+
+    def per_datum(self, rng_key: jax.Array, x: Any, learned: Learned | None = None) -> jax.Array:
         """The estimate of each datum's bound, in nats, shape ``(datum,)``, at the parameters that the model holds, dropout off.
 
         Args:
@@ -283,62 +304,98 @@ class StepObjective(ELBO):
         return trace["noise_free_bound"]["value"] - trace["excess"]["value"]
 
 
+def named(name: str, value: Any, known: Mapping, is_part: Callable[[Any], bool]) -> Any:
+    """A part, given as an object or by its name.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if is_part(value):
+        return value
+    found = (value is None or isinstance(value, str)) and value in known
+    require(found, name, f"one of {list(known)} or an object in its place", repr(value))
+    return known[value]
+
+
+def _encoded_points(diffusion: Diffusion, points: Any) -> Any:
+    kernel = diffusion.kernel.name
+    require(points is None or diffusion.kernel.closed_form, "points", f"None with a {kernel}", f"{points!r:.40}")
+    if points is None or isinstance(points, str):
+        require(points in (None, "batch"), "points", "an array, 'batch' or None", repr(points))
+        return points
+    try:
+        diffusion.check_data(points)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"points: {error}") from None
+    return diffusion.likelihood.encode(points)
+
+
 class SampledTerms(eqx.Module):
     """The sampled terms of one estimate: steps and inverse probabilities of shape ``(row, datum)``, their noise, and what is done with them."""
 
-    term: Callable
+    term: AbstractTerm
     n: jax.Array
     inverse_probability: jax.Array
-    noise: RowNoise | PathNoise
+    weight: jax.Array
+    noise: Callable[[jax.Array], jax.Array]
     conditional_noise: PosteriorNoise | None
-    control: LinearControl | None
+    control: AbstractControl | None
     coefficient: jax.Array
     x: jax.Array
     x0: jax.Array
     network_key: jax.Array | None
     extra_key: jax.Array
 
-    def evaluate(self, diffusion, rows):
-        """The corrected, weighted terms of some rows, shape ``(row, datum)``; and what can be learned from them."""
-        n, eps = self.n[rows], self.noise(rows)
+    def evaluate(self, diffusion: Diffusion, rows: jax.Array) -> tuple[jax.Array, Callable]:
+        """The corrected terms of some rows over their probabilities, shape ``(row, datum)``; and what can be learned from them."""
+        n, eps, inverse_probability = self.n[rows], self.noise(rows), self.inverse_probability[rows]
         key = None if self.network_key is None else jax.random.fold_in(self.network_key, rows[0])
 
-        def extra_noise():
+        def extra_noise() -> jax.Array:
             return RowNoise(self.extra_key, self.x0, 1)(rows)
 
         step = diffusion.sampled_step(self.x, self.x0, n, eps, key, self.conditional_noise, extra_noise)
 
-        def terms(prediction):
+        def terms(prediction: jax.Array) -> jax.Array:
             return self.term(diffusion, step._replace(prediction=prediction))
 
         term = terms(step.prediction)
-        control = jnp.zeros_like(term) if self.control is None else self.control.value(jax.lax.stop_gradient(step.z), n, eps)
-        corrected = term - at_step(self.coefficient, n, term.dtype) * control
-        return self.inverse_probability[rows] * corrected, functools.partial(_seen, n, self.inverse_probability[rows], term, control, terms, step.prediction)
+        control = jnp.zeros_like(term)
+        if self.control is not None:
+            control = self.control.value(jax.lax.stop_gradient(step.z), n, eps)
+
+        def seen() -> tuple[jax.Array, ...]:
+            """The arguments of :meth:`Learner.updated` after the state."""
+            gradient = jax.grad(lambda p: terms(p).sum())(step.prediction)
+            squared = jnp.square(gradient).sum(range(n.ndim, gradient.ndim))
+            return n, *jax.tree.map(jax.lax.stop_gradient, (inverse_probability, term, control, squared))
+
+        return inverse_probability * (term - at_step(self.coefficient, n, term.dtype) * control), seen
+
+    def sums(self, diffusion: Diffusion, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The weighted sum over the chosen rows and the data, and that over the rows of each datum; rows past the last do not count."""
+        inside = jnp.minimum(chosen, len(self.n) - 1)
+        values = self.evaluate(diffusion, inside)[0]
+        per_datum = jnp.where((inside == chosen)[:, None], values, 0).sum(0)
+        return (self.weight * per_datum).sum(), per_datum
 
 
-def _seen(n, weight, term, control, terms, prediction):
-    """The arguments of :meth:`Learner.updated` after the state."""
-    gradient = jax.grad(lambda p: terms(p).sum())(prediction)
-    seen = weight, term, control, jnp.square(gradient).sum(range(n.ndim, gradient.ndim))
-    return n, *jax.tree.map(jax.lax.stop_gradient, seen)
-
-
-def sum_terms(diffusion, rows):
-    """The sum over rows and data, and that over rows of each datum; and, of one or two rows, what can be learned."""
-    chunk = even_chunk(len(rows.n), max(2, inputs_at_once(diffusion.network) // len(rows.x)))
-    if chunk < len(rows.n):
-        return *sum_in_chunks(diffusion, rows, chunk), None
-    values, seen = rows.evaluate(diffusion, jnp.arange(chunk))
+def sum_terms(diffusion: Diffusion, terms: SampledTerms) -> tuple[jax.Array, jax.Array, Callable | None]:
+    """The weighted sum over rows and data, and that over rows of each datum; and, of one or two rows, what can be learned."""
+    size = len(terms.n)
+    chunk = even_chunk(size, max(2, inputs_at_once(diffusion.network) // len(terms.x)))
+    if chunk < size:
+        return *sum_in_chunks(diffusion, terms, size, chunk), None
+    values, seen = terms.evaluate(diffusion, jnp.arange(chunk))
     per_datum = values.sum(0)
-    return per_datum.sum(), jax.lax.stop_gradient(per_datum), seen
+    return (terms.weight * per_datum).sum(), jax.lax.stop_gradient(per_datum), seen
 
 
-def _with_fixed_logits(diffusion):
+def _with_fixed_logits(diffusion: Diffusion) -> Diffusion:
     return eqx.tree_at(lambda d: d.schedule.logits, diffusion, replace_fn=jax.lax.stop_gradient)
 
 
-def _with_trained_logits_only(diffusion):
+def _with_trained_logits_only(diffusion: Diffusion) -> Diffusion:
     """The model without any gradient but that of the shape of its schedule."""
     fixed = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if is_trainable(leaf) else leaf, diffusion)
     return eqx.tree_at(lambda d: d.schedule.logits, fixed, diffusion.schedule.logits)
@@ -347,33 +404,27 @@ def _with_trained_logits_only(diffusion):
 SCHEDULE_LOSSES = {"bound": lambda diffusion: diffusion, "variance": _with_fixed_logits}
 
 
-def _empty_guide(*args, **kwargs):
+def _empty_guide(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def _same(a, b):
-    return a is b or bool(np.all(np.asarray(a) == np.asarray(b)))
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (a is not None and b is not None and bool(np.all(np.asarray(a) == np.asarray(b))))
 
 
-def _scales_around(program, name, own):
-    """The scales of the ``handlers.scale`` around one of the programs ``own``, outermost first; and which it is."""
-    scales = []
+def _unwrapped(program: Callable, name: str) -> tuple[Callable, Any, jax.Array | None]:
+    """The program inside of ``handlers.scale`` and ``handlers.mask``, the number that they multiply its log density by, and
+    what they multiply that of each datum by (None for 1)."""
+    scale, weight = 1.0, None
     while isinstance(program, Messenger):
-        require(
-            type(program) is handlers.scale,
-            name,
-            "no handler but handlers.scale around it",
-            f"handlers.{type(program).__name__}",
-        )
-        require(jnp.ndim(program.scale) == 0, name, "handlers.scale by a number", f"shape {jnp.shape(program.scale)}")
-        scales.append(program.scale)
+        kinds = {handlers.scale: "scale", handlers.mask: "mask"}
+        wrapper = f"handlers.{type(program).__name__}"
+        require(type(program) in kinds, name, "no handlers but scale and mask around it", wrapper)
+        factor = getattr(program, kinds[type(program)])
+        require(jnp.ndim(factor) <= 1, name, f"{wrapper} by a number, or one for each datum", f"shape {jnp.shape(factor)}")
+        if jnp.ndim(factor) == 0 and isinstance(program, handlers.scale):
+            scale = scale * factor
+        else:
+            weight = jnp.asarray(factor, jnp.zeros(()).dtype) * (1.0 if weight is None else weight)
         program = program.fn
-    mine = any(
-        getattr(program, "__func__", None) is p.__func__ and getattr(program, "__self__", None) is p.__self__
-        for p in own
-    )
-    names = " or ".join(
-        f"{'diffusion' if isinstance(p.__self__, Diffusion) else 'objective'}.{p.__func__.__name__}" for p in own
-    )
-    require(mine, name, f"{names} of the Diffusion that the objective was given", f"{program!r:.80}")
-    return scales, program
+    return program, scale, weight

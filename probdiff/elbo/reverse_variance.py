@@ -3,13 +3,15 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from probdiff._checks import require, require_count, require_key, require_type
-from probdiff._chunks import inputs_at_once
+from probdiff._chunks import over_steps
 from probdiff.diffusion import Diffusion
+from probdiff.programs.sites import Data
 
 
-def optimal_variance(diffusion, x, *, key, num_draws=1):
+def optimal_variance(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int = 1) -> Diffusion:
     r"""Set the reverse variances of a model with ``reverse_variance="optimal"`` to the best for its network.
 
     Args:
@@ -35,14 +37,13 @@ def optimal_variance(diffusion, x, *, key, num_draws=1):
 
 
 @eqx.filter_jit
-def _squared_error(diffusion, x, key, num_draws):
+def _squared_error(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray, num_draws: int) -> Float[Array, "num_steps"]:
     """m_n of each step, shape ``(num_steps,)``."""
     x0 = diffusion.likelihood.encode(x)
 
-    def one(n):
+    def one(n: Int[Array, ""]) -> Float[Array, ""]:
         eps = jax.random.normal(jax.random.fold_in(key, n), (num_draws, *x0.shape), x0.dtype)
         step = diffusion.sampled_step(x, x0, jnp.full(eps.shape[:-1], n), eps)
         return jnp.square(eps - step.prediction).mean()
 
-    steps = jnp.arange(1, diffusion.schedule.num_steps + 1)
-    return jax.lax.map(one, steps, batch_size=max(1, inputs_at_once(diffusion.network) // (len(x) * num_draws)))
+    return over_steps(one, diffusion.schedule.num_steps, diffusion.network, len(x) * num_draws)

@@ -15,23 +15,26 @@ Sources: Vincent (2011), doi:10.1162/NECO_a_00142; Song and Ermon (2019), arXiv:
 arXiv:2006.11239, eqs. 12 and 14; Song et al. (2021), arXiv:2101.09258, theorem 1, for continuous time.
 """
 
-import dataclasses
-
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
 
 from probdiff._checks import require, require_finite, require_type
-from probdiff.chain.reverse import weighted_error
+from probdiff.chain.reverse import SampledStep, weighted_error
 from probdiff.diffusion import Diffusion
-from probdiff.elbo.objective import StepObjective
+from probdiff.elbo.objective import AbstractTerm, StepObjective
+from probdiff.elbo.steps import AbstractSteps
 
 
-def sigma_squared_weights(diffusion):
+def sigma_squared_weights(diffusion: Diffusion) -> Float[np.ndarray, "num_steps"]:
     r"""The usual weights, :math:`\lambda_n = \sigma_n^2`, shape ``(num_steps,)``, float64."""
     return diffusion.schedule.sigma**2
 
 
-def likelihood_weights(diffusion):
+def likelihood_weights(diffusion: Diffusion) -> Float[np.ndarray, "num_steps"]:
     r"""The weights of the bound, :math:`\lambda_n = w_n \sigma_n^2`, shape ``(num_steps,)``, float64.
 
     :math:`w_n = \beta_n^2 / (2 v_n \alpha_n (1-\bar\alpha_n))`; with :math:`v_n = \tilde\beta_n`, that is
@@ -43,7 +46,7 @@ def likelihood_weights(diffusion):
     return diffusion.kernel.kl_weight(diffusion.schedule) * diffusion.schedule.sigma**2
 
 
-def _require_fixed(diffusion):
+def _require_fixed(diffusion: Diffusion) -> None:
     """Refuse a model whose terms are not N numbers times squared errors of the noise."""
     schedule = type(diffusion.schedule).__name__
     require(not diffusion.schedule.is_trained, "diffusion", "a NoiseSchedule for score matching", f"a {schedule}")
@@ -73,8 +76,8 @@ class ScoreMatching(StepObjective):
     """
 
     def __init__(
-        self, diffusion, weights="sigma_squared", *, steps="stratified", num_particles=1, vectorize_particles=True
-    ):
+        self, diffusion: Diffusion, weights: str | ArrayLike = "sigma_squared", *, steps: AbstractSteps | str = "stratified", num_particles: int = 1, vectorize_particles: bool = True
+    ) -> None:
         require_type("diffusion", diffusion, Diffusion)
         _require_fixed(diffusion)
         if isinstance(weights, str):
@@ -85,28 +88,27 @@ class ScoreMatching(StepObjective):
         require(weights.shape == shape, "weights", f"shape (num_steps,) = {shape}", f"shape {weights.shape}")
         require_finite("weights", weights)
         require(np.all(weights > 0), "weights", "positive numbers", weights.min())
-        self.term = ScoreError(tuple((weights / diffusion.schedule.sigma**2).tolist()))
-        super().__init__(diffusion, steps, num_particles=num_particles, vectorize_particles=vectorize_particles)
+        term = ScoreError(tuple((weights / diffusion.schedule.sigma**2).tolist()))
+        super().__init__(diffusion, term, steps, num_particles=num_particles, vectorize_particles=vectorize_particles)
 
 
-@dataclasses.dataclass(frozen=True)
-class ScoreError:
+class ScoreError(AbstractTerm):
     r"""The term :math:`\lambda_n \|s_\theta + \epsilon/\sigma_n\|^2 = (\lambda_n/\sigma_n^2) \|\epsilon - \epsilon_\theta\|^2`.
 
     Args:
         noise_weights: :math:`\lambda_n/\sigma_n^2`, N numbers.
     """
 
-    noise_weights: tuple
+    noise_weights: tuple[float, ...] = eqx.field(static=True)
 
-    def kl_weight(self, diffusion):
+    def kl_weight(self, diffusion: Diffusion) -> Float[np.ndarray, "num_steps"]:
         """The table that squared errors of the noise are weighed with, shape ``(num_steps,)``, float64."""
         return np.asarray(self.noise_weights)
 
-    def noise_free_bound(self, diffusion, x, x0):
+    def noise_free_bound(self, diffusion: Diffusion, x: jax.Array, x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
         """Minus the loss of a network that knew the noise: 0, shape ``(datum,)``."""
         return jnp.zeros(len(x0), x0.dtype)
 
-    def __call__(self, diffusion, step):
+    def __call__(self, diffusion: Diffusion, step: SampledStep) -> Float[Array, "row datum"]:
         """The terms of the steps, shape ``(row, datum)``; see :class:`~probdiff.elbo.analytic.BoundTerm`."""
         return weighted_error(self.kl_weight(diffusion), step.n, step.noise, step.prediction)

@@ -10,12 +10,15 @@ The mean squares are learned from the terms that were drawn *before*, as functio
 stays unbiased given what was known when it was drawn.
 """
 
+import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from probdiff.chain.schedules import NoiseSchedule, at_step
 
@@ -24,12 +27,12 @@ DECAY = 0.995
 UNIFORM_SHARE = 0.05
 
 
-def independent_uniforms(key, size):
+def independent_uniforms(key: PRNGKeyArray, size: int) -> Float[Array, "size"]:
     """``size`` independent uniform points of [0, 1)."""
     return jax.random.uniform(key, (size,))
 
 
-def stratified_uniforms(key, size):
+def stratified_uniforms(key: PRNGKeyArray, size: int) -> Float[Array, "size"]:
     """Points each uniform on [0, 1) and together evenly spread: a lattice with a random shift.
 
     Source: Kingma et al. (2021), arXiv:2107.00630, appendix I.1.
@@ -37,47 +40,90 @@ def stratified_uniforms(key, size):
     return (jax.random.uniform(key) + jnp.arange(size) / size) % 1
 
 
-@dataclasses.dataclass(frozen=True)
-class AllSteps:
-    """Every step once for each datum."""
+class AbstractSteps(eqx.Module):
+    """Which steps an estimator evaluates for each datum.
 
-    learned = False
+    To write your own, give ``learned``, :meth:`num_rows` and :meth:`draw`, and the two properties where they differ.
 
-    def num_rows(self, num_steps):
-        """Terms for each datum: N."""
-        return num_steps
-
-    def draw(self, key, size, num_steps, probability=None):
-        """Steps and their inverse probabilities (1: every step is there), both of shape ``(num_steps, size)``."""
-        n = jnp.broadcast_to(jnp.arange(1, num_steps + 1)[:, None], (num_steps, size))
-        return n, jnp.ones(n.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class OneStep:
-    """One random step for each datum.
-
-    Args:
-        uniforms: How uniform numbers are drawn, one per datum.
-        learned: Whether the probabilities of the steps are learned; otherwise they are 1/N.
+    Attributes:
+        learned: Whether the probabilities of the steps are learned.
     """
 
-    uniforms: Callable
-    learned: bool = False
+    learned: eqx.AbstractVar[bool]
 
-    def num_rows(self, num_steps):
-        """Terms for each datum: one."""
-        return 1
+    @property
+    def is_random(self) -> bool:
+        """Whether the steps are drawn; otherwise all are there."""
+        return True
 
-    def draw(self, key, size, num_steps, probability=None):
-        """Steps and their inverse probabilities, both of shape ``(1, size)``.
+    @property
+    def is_stratified(self) -> bool:
+        """Whether the steps of a batch are spread evenly."""
+        return False
+
+    @abc.abstractmethod
+    def num_rows(self, num_steps: int) -> int:
+        """How many terms there are for each datum."""
+
+    @abc.abstractmethod
+    def draw(
+        self, key: jax.Array, size: int, num_steps: int, probability: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Steps and their inverse probabilities, both of shape ``(row, size)``.
 
         Args:
             key: JAX key.
             size: Number of data.
             num_steps: N.
-            probability: Probabilities of the steps, shape ``(num_steps,)``; 1/N if None.
+            probability: If they are learned, the probabilities of the steps, shape ``(num_steps,)``.
         """
+
+
+class AllSteps(AbstractSteps):
+    """Every step once for each datum."""
+
+    @property
+    def learned(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def is_random(self) -> bool:
+        """False."""
+        return False
+
+    def num_rows(self, num_steps: int) -> int:
+        """N."""
+        return num_steps
+
+    def draw(self, key: PRNGKeyArray, size: int, num_steps: int, probability: Float[Array, "num_steps"] | None = None) -> tuple[Int[Array, "row size"], Float[Array, "row size"]]:
+        """Steps and their inverse probabilities (1: every step is there), both of shape ``(num_steps, size)``."""
+        n = jnp.broadcast_to(jnp.arange(1, num_steps + 1)[:, None], (num_steps, size))
+        return n, jnp.ones(n.shape)
+
+
+class OneStep(AbstractSteps):
+    """One random step for each datum.
+
+    Args:
+        uniforms: How uniform numbers are drawn, one per datum: :func:`independent_uniforms` or :func:`stratified_uniforms`.
+        learned: Whether the probabilities of the steps are learned; otherwise they are 1/N.
+    """
+
+    uniforms: Callable[[jax.Array, int], jax.Array] = eqx.field(static=True)
+    learned: bool = eqx.field(static=True, default=False)
+
+    @property
+    def is_stratified(self) -> bool:
+        """Whether the uniform numbers are."""
+        return self.uniforms is stratified_uniforms
+
+    def num_rows(self, num_steps: int) -> int:
+        """One."""
+        return 1
+
+    def draw(self, key: PRNGKeyArray, size: int, num_steps: int, probability: Float[Array, "num_steps"] | None = None) -> tuple[Int[Array, "row size"], Float[Array, "row size"]]:
+        """Steps and their inverse probabilities, both of shape ``(1, size)``."""
         uniform = self.uniforms(key, size)
         if probability is None:
             n = jnp.clip(jnp.floor(num_steps * uniform).astype(jnp.int32) + 1, 1, num_steps)
@@ -87,6 +133,15 @@ class OneStep:
         upper = upper.at[-1].set(1.0)
         n = jnp.clip(jnp.searchsorted(upper, uniform, side="right").astype(jnp.int32), 0, num_steps - 1) + 1
         return n[None], 1 / jnp.diff(upper, prepend=0.0)[n - 1][None]
+
+
+STEPS: dict[str, AbstractSteps] = {
+    "all": AllSteps(),
+    "uniform": OneStep(independent_uniforms),
+    "stratified": OneStep(stratified_uniforms),
+    "importance": OneStep(independent_uniforms, learned=True),
+    "stratified_importance": OneStep(stratified_uniforms, learned=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +165,7 @@ class Learner:
     kl_weight: tuple
     centred: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         log_snr = self.schedule.log_snr
         place = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1]) if len(log_snr) > 1 else np.zeros(1)
         bins = 1 + np.minimum((BINS * place).astype(int), BINS - 1)
@@ -120,11 +175,11 @@ class Learner:
         for name, table in (("bins", bins), ("values", values), ("gradients", gradients)):
             object.__setattr__(self, name, table)
 
-    def initial(self):
+    def initial(self) -> dict[str, jax.Array]:
         """The state before anything was learned."""
         return {name: jnp.zeros(BINS + 1) for name in STATE}
 
-    def updated(self, state, n, inverse_probability, term, control, squared_gradient):
+    def updated(self, state: Mapping[str, jax.Array], n: Int[Array, "*batch"], inverse_probability: Float[Array, "*batch"], term: Float[Array, "*batch"], control: Float[Array, "*batch"], squared_gradient: Float[Array, "*batch"]) -> dict[str, jax.Array]:
         """The state after the terms of steps ``n`` were seen; arrays of one shape."""
         dtype = state["visits"].dtype
         count = (inverse_probability / self.schedule.num_steps).astype(dtype)
@@ -145,13 +200,13 @@ class Learner:
             for name, value in seen.items()
         }
 
-    def coefficient(self, state):
+    def coefficient(self, state: Mapping[str, jax.Array]) -> Float[Array, "num_steps"]:
         """The coefficient of the control variate at each step, shape ``(num_steps,)``; 1 before anything was learned."""
         slope, power = self._moment(state, "term", "control"), self._moment(state, "control", "control")
         guess = 1 / (state["visits"] + 1)
         return ((slope + guess) / (power + guess))[self.bins]
 
-    def probability(self, state, adapt_to, coefficient):
+    def probability(self, state: Mapping[str, jax.Array], adapt_to: str, coefficient: Float[Array, "num_steps"]) -> Float[Array, "num_steps"]:
         """Probabilities of the steps, shape ``(num_steps,)``.
 
         Args:
@@ -161,23 +216,23 @@ class Learner:
         """
         return PROBABILITIES[adapt_to](self, state, coefficient)
 
-    def _for_value(self, state, coefficient):
+    def _for_value(self, state: Mapping[str, jax.Array], coefficient: Float[Array, "num_steps"]) -> Float[Array, "num_steps"]:
         pairs = (("term", "term"), ("term", "control"), ("control", "control"))
         term, both, control = (self._moment(state, *pair)[self.bins] for pair in pairs)
         return self._normalised(self.values, term - 2 * coefficient * both + jnp.square(coefficient) * control)
 
-    def _for_gradient(self, state, coefficient):
+    def _for_gradient(self, state: Mapping[str, jax.Array], coefficient: Float[Array, "num_steps"]) -> Float[Array, "num_steps"]:
         return self._normalised(self.gradients, self._mean(state, "gradient")[self.bins])
 
-    def _moment(self, state, a, b):
+    def _moment(self, state: Mapping[str, jax.Array], a: str, b: str) -> jax.Array:
         product = self._mean(state, f"{a}_{b}")
         return product - self._mean(state, a) * self._mean(state, b) if self.centred else product
 
-    def _mean(self, state, name):
+    def _mean(self, state: Mapping[str, jax.Array], name: str) -> jax.Array:
         """Mean over what each bin has seen, and one term more that is as guessed."""
         return (state[name] + 1) / (state["visits"] + 1)
 
-    def _normalised(self, unit, mean_square):
+    def _normalised(self, unit: np.ndarray, mean_square: jax.Array) -> Float[Array, "num_steps"]:
         size = jnp.asarray(unit, mean_square.dtype) * jnp.sqrt(jnp.maximum(mean_square, 1e-12))
         return (1 - UNIFORM_SHARE) * size / size.sum() + UNIFORM_SHARE / len(size)
 

@@ -9,20 +9,28 @@ only the marginal q(z_n | x_0), so that every step has noise of its own and step
 in chunks of a few hundred to a few thousand network inputs, which bounds the working memory whatever N and the number of draws are.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import require, require_count, require_key, require_type
-from probdiff._chunks import filled, inputs_at_once, parts
-from probdiff._sharding import data_mesh, gather, replicate, shard, to_default_device
+from probdiff._checks import AnyArray, require, require_count, require_key, require_type
+from probdiff._chunks import EVALUATIONS, blocks, filled, inputs_at_once, parts
+from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.forward import prior_kl
+from probdiff.chain.reverse import SampledStep
 from probdiff.diffusion import Diffusion
+from probdiff.programs.sites import Data
+
+Noise = Float[AnyArray, "draw num_steps datum dim"]
 
 
-def bits_per_dim(nats, dim):
+def bits_per_dim(nats: Any, dim: int) -> Any:
     """Code length in bits per dimension of an ELBO or log-likelihood in nats: −nats / (dim ln 2)."""
     return -nats / (dim * np.log(2))
 
@@ -43,7 +51,7 @@ class ELBOTerms(eqx.Module):
     closed_form: bool = eqx.field(static=True, default=True)
 
     @property
-    def elbo(self):
+    def elbo(self) -> Float[Array, "draw datum"]:
         """The bound, −prior_kl − Σ step_kl + reconstruction, shape ``(draw, datum)``."""
         return self.reconstruction - self.step_kl.sum(1) - self.prior_kl
 
@@ -79,7 +87,7 @@ class ELBOMoments(eqx.Module):
     num_draws: int
 
 
-def _noise(key, draw, n, like):
+def _noise(key: PRNGKeyArray, draw: Int[Array, ""], n: Int[Array, ""], like: Float[Array, "datum dim"]) -> Float[Array, "datum dim"]:
     """The noise of draw ``draw`` at step ``n``: the same whatever else is evaluated along with it."""
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, draw), n), like.shape, like.dtype)
 
@@ -94,34 +102,34 @@ class _Terms(eqx.Module):
     draws: jax.Array
     noise: jax.Array | None
 
-    def step_kl(self, index, n):
+    def step_kl(self, index: Int[Array, "row"], n: Int[Array, "row"]) -> Float[Array, "row datum"]:
         """KLs of steps ``n`` of the draws at ``index``, both of shape ``(row,)``: shape ``(row, datum)``."""
         own = jax.random.key(0) if self.key is None else self.key
         extra_key = jax.random.fold_in(own, 2**32 - 1)  # no draw has this number
         return self.diffusion.step_kl(self._step(index, n, lambda: self._draw(extra_key, index, n)))
 
-    def reconstruction(self, index):
+    def reconstruction(self, index: Int[Array, "row"]) -> Float[Array, "row datum"]:
         """log p(x | z_1) of the draws at ``index``, shape ``(row, datum)``."""
         return self.diffusion.log_likelihood(self._step(index, jnp.ones_like(index)))
 
-    def _step(self, index, n, extra_noise=None):
+    def _step(self, index: Int[Array, "row"], n: Int[Array, "row"], extra_noise: Callable[[], jax.Array] | None = None) -> SampledStep:
         return self.diffusion.sampled_step(self.x, self.x0, n[:, None], self._eps(index, n), extra_noise=extra_noise)
 
-    def _eps(self, index, n):
+    def _eps(self, index: Int[Array, "row"], n: Int[Array, "row"]) -> Float[Array, "row datum dim"]:
         return self._draw(self.key, index, n) if self.noise is None else self.noise[index, n - 1].astype(self.x0.dtype)
 
-    def _draw(self, key, index, n):
+    def _draw(self, key: PRNGKeyArray, index: Int[Array, "row"], n: Int[Array, "row"]) -> Float[Array, "row datum dim"]:
         return jax.vmap(_noise, (None, 0, 0, None))(key, self.draws[index], n, self.x0)
 
 
 @eqx.filter_jit
-def _evaluate(diffusion, x, key, draws, noise, mesh):
+def _evaluate(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray | None, draws: Int[Array, "draw"], noise: Float[Array, "draw num_steps datum dim"] | None, mesh: Mesh | None) -> ELBOTerms:
     """ELBOTerms of the draws numbered ``draws``; ``noise`` is None or shape ``(len(draws), num_steps, datum, dim)``."""
     x = shard(x, mesh)
     terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
     chunk, later, dtype = inputs_at_once(diffusion.network) // len(x), diffusion.schedule.num_steps - 1, terms.x0.dtype
 
-    def step_kl(i):
+    def step_kl(i: Int[Array, "row"]) -> Float[Array, "row datum"]:
         return terms.step_kl(i // later, 2 + i % later)
 
     kls = filled(step_kl, len(draws) * later, chunk, jnp.zeros((len(draws) * later, len(x)), dtype))
@@ -131,7 +139,7 @@ def _evaluate(diffusion, x, key, draws, noise, mesh):
 
 
 @eqx.filter_jit
-def _accumulate(diffusion, x, key, draws, noise, state, mesh):
+def _accumulate(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray | None, draws: Int[Array, "draw"], noise: Float[Array, "draw num_steps datum dim"] | None, state: Any, mesh: Mesh | None) -> Any:
     """Welford's update of (count, means, sums of squares) by the draws, one at a time, in place and a part of the steps at a time."""
     x = shard(x, mesh)
     terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
@@ -139,15 +147,15 @@ def _accumulate(diffusion, x, key, draws, noise, state, mesh):
     count, rows = parts(later, inputs_at_once(diffusion.network) // len(x))
     prior = prior_kl(diffusion.schedule, terms.x0)
 
-    def updated(seen, mean, square, value, new=True):
+    def updated(seen: jax.Array, mean: jax.Array, square: jax.Array, value: jax.Array, new: Any = True) -> tuple[jax.Array, jax.Array]:
         change = jnp.where(new, value - mean, 0)
         mean = mean + change / (seen + 1)
         return mean, square + change * (value - mean)
 
-    def one_draw(index, state):
+    def one_draw(index: Int[Array, ""], state: Any) -> Any:
         seen, (kl_mean, *means), (kl_square, *squares) = state
 
-        def part(k, carry):
+        def part(k: jax.Array, carry: Any) -> Any:
             total, *moments = carry
             each, new = rows(k)
             kl = terms.step_kl(jnp.full_like(each, index), 2 + each)
@@ -169,8 +177,8 @@ def _accumulate(diffusion, x, key, draws, noise, state, mesh):
 
 
 def elbo_terms(
-    diffusion, x, *, key=None, num_draws=None, noise=None, reduce=False, devices=None, progress=False
-):
+    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray | None = None, num_draws: int | None = None, noise: Noise | None = None, reduce: bool = False, devices: Devices = None, progress: bool = False
+) -> ELBOTerms | ELBOMoments:
     r"""The terms of the bound on each datum, each from noise of its own.
 
     Draw s at step n sees :math:`z_n = \sqrt{\bar\alpha_n} x_0 + \sqrt{1-\bar\alpha_n}\, \epsilon_{s,n}`, independent over
@@ -219,32 +227,29 @@ def elbo_terms(
     return to_default_device(_in_blocks(diffusion, x, key, int(num_draws), noise, reduce, mesh, progress), mesh)
 
 
-def _in_blocks(diffusion, x, key, num_draws, noise, reduce, mesh, progress):
+def _in_blocks(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray | None, num_draws: int, noise: Float[Array, "draw num_steps datum dim"] | None, reduce: bool, mesh: Mesh | None, progress: bool) -> ELBOTerms | ELBOMoments:
     """Blocks of draws, a second or so each, so that a progress bar can move and Ctrl-C is heard."""
-    per_draw = diffusion.schedule.num_steps * len(x)
-    block = max(1, min(num_draws, 2**20 // per_draw))
-    blocks, state = [], None
-    with tqdm(total=num_draws, unit="draw", desc="ELBO", disable=not progress) as bar:
-        for start in range(0, num_draws, block):
-            draws = replicate(jnp.arange(start, min(start + block, num_draws)), mesh)
-            eps = None if noise is None else noise[start : start + block]
-            if reduce:
-                state = _accumulate(diffusion, x, key, draws, eps, state or _no_draws(diffusion, x), mesh)
-            else:
-                blocks.append(_evaluate(diffusion, x, key, draws, eps, mesh))
-            jax.block_until_ready((blocks, state))
-            bar.update(len(draws))
+    found, state = [], None
+    largest = EVALUATIONS // (diffusion.schedule.num_steps * len(x))
+    for numbers in map(np.unique, blocks(num_draws, largest, unit="draw", desc="ELBO", progress=progress)):
+        draws = replicate(jnp.asarray(numbers), mesh)
+        eps = None if noise is None else noise[numbers]
+        if reduce:
+            state = _accumulate(diffusion, x, key, draws, eps, state or _no_draws(diffusion, x), mesh)
+        else:
+            found.append(_evaluate(diffusion, x, key, draws, eps, mesh))
+        jax.block_until_ready((found, state))
     if reduce:
         _, means, squares = state
         moments = [Moments(m, s / (num_draws - 1) if num_draws > 1 else s * jnp.nan) for m, s in zip(means, squares)]
         return ELBOMoments(prior_kl(diffusion.schedule, diffusion.likelihood.encode(x)), *moments, num_draws)
-    if len(blocks) == 1:
-        return blocks[0]
-    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)
-    return eqx.tree_at(lambda terms: terms.prior_kl, joined, blocks[0].prior_kl)
+    if len(found) == 1:
+        return found[0]
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
+    return eqx.tree_at(lambda terms: terms.prior_kl, joined, found[0].prior_kl)
 
 
-def _no_draws(diffusion, x):
+def _no_draws(diffusion: Diffusion, x: jax.Array) -> Any:
     per_datum = jnp.zeros(len(x), diffusion.likelihood.encode(x[:1]).dtype)
     zeros = (jnp.zeros((diffusion.schedule.num_steps - 1, len(x)), per_datum.dtype), per_datum, per_datum)
     return jnp.zeros((), per_datum.dtype), zeros, zeros

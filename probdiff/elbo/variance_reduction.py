@@ -11,14 +11,20 @@ basis U, :math:`a_n (z_n - \sqrt{\bar\alpha_n} m)` with
 exact for *any* x_0, whether or not the data are Gaussian. So the moments may be taken from the batch at hand.
 """
 
+import abc
 import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from probdiff._chunks import MOST_NUMBERS
 from probdiff.chain.reverse import NoiseMoments
-from probdiff.chain.schedules import at_step, per_step
+from probdiff.chain.schedules import AbstractSchedule, at_step, per_step
+from probdiff.diffusion import Diffusion
 
 # Accelerators would round the factors to fewer bits, and the value would miss its closed-form mean.
 _product = functools.partial(jnp.matmul, precision="highest")
@@ -31,10 +37,10 @@ class RowNoise(eqx.Module):
     like: jax.Array
     copies: int = eqx.field(static=True)
 
-    def __call__(self, rows):
+    def __call__(self, rows: Int[Array, "row"]) -> Float[Array, "row datum dim"]:
         """Noise of some rows, shape ``(row, datum, dim)``."""
 
-        def one(row):
+        def one(row: Int[Array, ""]) -> Float[Array, "datum dim"]:
             eps = jax.random.normal(jax.random.fold_in(self.key, row // self.copies), self.like.shape, self.like.dtype)
             return eps * (1 - 2 * (row % self.copies)).astype(eps.dtype)
 
@@ -46,36 +52,70 @@ class PathNoise(eqx.Module):
 
     eps: jax.Array
 
-    def __call__(self, rows):
+    def __call__(self, rows: Int[Array, "row"]) -> Float[Array, "row datum dim"]:
         """Noise of some rows, shape ``(row, datum, dim)``."""
         return self.eps[rows]
 
 
-def _row_noise(key, diffusion, x0, copies):
-    return RowNoise(key, x0, copies)
+class AbstractNoise(eqx.Module):
+    """How the noise of the sampled terms is drawn.
+
+    To write your own, give ``copies`` and :meth:`draw`.
+
+    Attributes:
+        copies: How many terms in a row share their step.
+        needs_all_steps: Whether the noise is that of all steps, in their order.
+    """
+
+    copies: eqx.AbstractClassVar[int]
+    needs_all_steps: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def draw(self, key: jax.Array, schedule: AbstractSchedule, x0: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """The noise of encoded data of shape ``(datum, dim)``: a function of row numbers, which gives shape ``(row, datum, dim)``."""
 
 
-def _path_noise(key, diffusion, x0):
-    """z_n = √α_n z_{n−1} + √β_n ξ_n, as a recursion of the noise: z_n = √ᾱ_n x_0 + √(1−ᾱ_n) ε_n."""
-    schedule = diffusion.schedule
-    # (Whatever the schedule, the noise of each step is standard normal: it has no gradient in expectation.)
-    tables = schedule.alpha * schedule.posterior_variance / schedule.beta, schedule.beta / schedule.one_minus_alpha_bar
-    kept, added = (jax.lax.stop_gradient(jnp.asarray(table**0.5, x0.dtype)) for table in tables)
+class IndependentNoise(AbstractNoise):
+    """Independent noise for every term."""
 
-    def step(eps, each):
-        kept, added, key = each
-        eps = kept * eps + added * jax.random.normal(key, eps.shape, eps.dtype)
-        return eps, eps
+    copies: ClassVar[int] = 1
 
-    keys = jax.random.split(key, schedule.num_steps)
-    return PathNoise(jax.lax.scan(step, jnp.zeros_like(x0), (kept, added, keys))[1])
+    def draw(self, key: PRNGKeyArray, schedule: AbstractSchedule, x0: Float[Array, "datum dim"]) -> Callable[[jax.Array], jax.Array]:
+        """A :class:`RowNoise`."""
+        return RowNoise(key, x0, self.copies)
 
 
-# How the noise of the rows is drawn, and how many rows share a step.
-NOISE = {
-    "independent": (functools.partial(_row_noise, copies=1), 1),
-    "antithetic": (functools.partial(_row_noise, copies=2), 2),
-    "path": (_path_noise, 1),
+class AntitheticNoise(IndependentNoise):
+    """Each term twice, with ε and with −ε."""
+
+    copies: ClassVar[int] = 2
+
+
+class ForwardPathNoise(AbstractNoise):
+    """The noise along one path z_1 … z_N of the forward chain."""
+
+    copies: ClassVar[int] = 1
+    needs_all_steps: ClassVar[bool] = True
+
+    def draw(self, key: PRNGKeyArray, schedule: AbstractSchedule, x0: Float[Array, "datum dim"]) -> Callable[[jax.Array], jax.Array]:
+        """z_n = √α_n z_{n−1} + √β_n ξ_n, as a recursion of the noise: z_n = √ᾱ_n x_0 + √(1−ᾱ_n) ε_n."""
+        # (Whatever the schedule, the noise of each step is standard normal: it has no gradient in expectation.)
+        tables = schedule.alpha * schedule.posterior_variance / schedule.beta, schedule.beta / schedule.one_minus_alpha_bar
+        kept, added = (jax.lax.stop_gradient(jnp.asarray(table**0.5, x0.dtype)) for table in tables)
+
+        def step(eps: jax.Array, each: Any) -> tuple[jax.Array, jax.Array]:
+            kept, added, key = each
+            eps = kept * eps + added * jax.random.normal(key, eps.shape, eps.dtype)
+            return eps, eps
+
+        keys = jax.random.split(key, schedule.num_steps)
+        return PathNoise(jax.lax.scan(step, jnp.zeros_like(x0), (kept, added, keys))[1])
+
+
+NOISE: dict[str, AbstractNoise] = {
+    "independent": IndependentNoise(),
+    "antithetic": AntitheticNoise(),
+    "path": ForwardPathNoise(),
 }
 
 
@@ -92,12 +132,12 @@ class PosteriorNoise(eqx.Module):
 
     points: jax.Array
 
-    def __call__(self, schedule, z, n):
+    def __call__(self, schedule: AbstractSchedule, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"]) -> NoiseMoments:
         """The :class:`NoiseMoments` of ``z``, shape ``(*batch, dim)``, after ``n`` steps."""
         signal = at_step(schedule.signal_scale, n, z.dtype)
         noise = at_step(schedule.noise_scale, n, z.dtype)
 
-        def moments(row):
+        def moments(row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             z, signal, noise = row
             candidates = (z - signal * self.points) / noise
             squared = jnp.square(candidates).sum(-1)
@@ -106,13 +146,33 @@ class PosteriorNoise(eqx.Module):
             return mean, probability @ jnp.square(candidates - mean)
 
         rows = z.reshape(-1, z.shape[-1]), signal.ravel(), noise.ravel()
-        batch_size = max(1, 2**22 // self.points.size)
+        batch_size = max(1, MOST_NUMBERS // self.points.size)
         mean, variance = jax.lax.map(jax.checkpoint(moments), rows, batch_size=batch_size)
         return NoiseMoments(mean.reshape(z.shape), variance.reshape(z.shape))
 
 
-class LinearControl(eqx.Module):
-    """The control variate for one batch.
+class AbstractControl(eqx.Module):
+    """A control variate, fitted to one batch: something like the excess, whose expectation is known.
+
+    To write your own, give the three methods.
+    """
+
+    @classmethod
+    @abc.abstractmethod
+    def fitted(cls, diffusion: Diffusion, x0: jax.Array) -> "AbstractControl":
+        """The control variate for a batch of encoded data, shape ``(datum, dim)``."""
+
+    @abc.abstractmethod
+    def value(self, z: jax.Array, n: jax.Array, eps: jax.Array) -> jax.Array:
+        """Its value at ``z``, shape ``(*batch, dim)``, made from ``eps`` at steps n of shape ``batch``; shape ``batch``."""
+
+    @abc.abstractmethod
+    def expected(self, coefficient: jax.Array, x0: jax.Array) -> jax.Array:
+        """Σ_n coefficient_n E[value | x_0, n], shape ``(datum,)``; ``coefficient`` of shape ``(num_steps,)``."""
+
+
+class LinearControl(AbstractControl):
+    """The excess of the best linear prediction of the noise.
 
     Attributes:
         mean, basis: Mean, shape ``(dim,)``, and eigenvectors, shape ``(dim, dim)``, of the data that it was fitted to.
@@ -130,8 +190,12 @@ class LinearControl(eqx.Module):
     signal_scale: jax.Array
     kl_weight: jax.Array
 
-    def __init__(self, diffusion, x0):
-        """Fit to encoded data, shape ``(datum, dim)``."""
+    @classmethod
+    def fitted(cls, diffusion: Diffusion, x0: Float[Array, "datum dim"]) -> "LinearControl":
+        """The best for the mean and the covariance of the batch."""
+        return cls(diffusion, x0)
+
+    def __init__(self, diffusion: Diffusion, x0: Float[Array, "datum dim"]) -> None:
         x0 = jax.lax.stop_gradient(x0)
         self.mean = x0.mean(0)
         centred = x0 - self.mean
@@ -145,13 +209,16 @@ class LinearControl(eqx.Module):
         self.signal_scale = jnp.sqrt(alpha_bar)
         self.kl_weight = jnp.asarray(per_step(diffusion.kernel.kl_weight(schedule)), x0.dtype)
 
-    def value(self, z, n, eps):
+    def value(self, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"], eps: Float[Array, "*batch datum dim"]) -> Float[Array, "*batch"]:
         """w_n ‖ε − ε̂‖² at ``z``, shape ``(*batch, dim)``, made from ``eps``; n of shape ``batch``."""
         predicted = at_step(self.gain, n, z.dtype) * _product(z - self.signal_scale[n - 1][..., None] * self.mean, self.basis)
         return self.kl_weight[n - 1] * jnp.square(_product(eps, self.basis) - predicted).sum(-1)
 
-    def expected(self, coefficient, x0):
+    def expected(self, coefficient: Float[Array, "num_steps"], x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
         """Σ_n coefficient_n E[w_n ‖ε − ε̂‖² | x_0], shape ``(datum,)``; ``coefficient`` of shape ``(num_steps,)``."""
         scaled = coefficient * self.kl_weight
         squares = jnp.square(_product(x0 - self.mean, self.basis))
         return _product(squares, _product(scaled, self.data_part)) + _product(scaled, self.noise_part)
+
+
+CONTROLS: dict[str | None, type[AbstractControl] | None] = {None: None, "linear": LinearControl}

@@ -13,8 +13,6 @@ the forward guide takes given values, too.
 sum.
 """
 
-import math
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,7 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 from probdiff._checks import require
-from probdiff._chunks import inputs_at_once
+from probdiff._chunks import checkpointed, inputs_at_once
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step
 from probdiff.chain.schedules import at_step, require_schedule
 from probdiff.programs.sites import AbstractDiffusion, minibatch
@@ -150,21 +148,8 @@ class ReverseChain(Chain):
             n = n.reshape(-1, *(1,) * (z.ndim - 2))
             return diffusion.reverse_kernel(z, n, own_key).log_prob(before)
 
-        later = _in_parts(factors, inputs_at_once(diffusion.network), self.steps[:-1, 0], path[:-1], path[1:])
+        later = checkpointed(factors, inputs_at_once(diffusion.network), self.steps[:-1, 0], path[:-1], path[1:])
         return jnp.moveaxis(jnp.concatenate([first, later]), 0, -2)
-
-
-def _in_parts(function, at_once, *arrays):
-    """``function`` of arrays along their first axis, in equal parts of about ``at_once`` rows, and the rest."""
-    size, rows = len(arrays[0]), math.prod(arrays[1].shape[1:-1])
-    part = max(1, at_once // rows)
-    if size <= part:
-        return function(*arrays)
-    whole = size - size % part
-    parts = [array[:whole].reshape(-1, part, *array.shape[1:]) for array in arrays]
-    found = jax.lax.map(lambda each: jax.checkpoint(function)(*each), tuple(parts))
-    found = found.reshape(whole, *found.shape[2:])
-    return found if whole == size else jnp.concatenate([found, function(*(array[whole:] for array in arrays))])
 
 
 def _require_diffusion(value):

@@ -8,13 +8,16 @@ import abc
 
 import equinox as eqx
 import numpyro
+from jaxtyping import Real
 from numpyro import distributions as dist
 from numpyro.distributions.kl import kl_divergence
 from numpyro.primitives import Messenger
 
-from probdiff._checks import is_concrete, require
+from probdiff._checks import AnyArray, is_concrete, require
 
 PARAMS = "diffusion$params"
+
+Data = Real[AnyArray, "datum dim"]
 
 
 class AbstractDiffusion(eqx.Module):

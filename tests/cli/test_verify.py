@@ -22,7 +22,7 @@ from probdiff.cli.verify import CHECKS, LEFT_OUT, PRECISIONS
 from probdiff.elbo.importance import log_mean_exp
 from probdiff.elbo.score_matching import WEIGHTS, sigma_squared_weights
 from probdiff.elbo.steps import AllSteps, OneStep
-from probdiff.elbo.variance_reduction import NOISE, LinearControl, PathNoise, PosteriorNoise, RowNoise
+from probdiff.elbo.variance_reduction import NOISE, ForwardPathNoise, LinearControl, PathNoise, PosteriorNoise, RowNoise
 from probdiff.flow import velocity
 from probdiff.networks.base import predict_noise
 from probdiff.oracles.networks import MixtureNetwork
@@ -113,9 +113,10 @@ def pairs_without_second(self, rows, right=RowNoise.__call__):
     return right(self, rows) * (rows % self.copies == 0)[:, None, None]
 
 
-def path_noise_of_one_step(key, diffusion, x0):
-    deviation = np.sqrt(diffusion.schedule.beta)[:, None, None]
-    return PathNoise(deviation * jax.random.normal(key, (len(deviation), *x0.shape), x0.dtype))
+class NoiseOfOneStep(ForwardPathNoise):
+    def draw(self, key, schedule, x0):
+        deviation = np.sqrt(schedule.beta)[:, None, None]
+        return PathNoise(deviation * jax.random.normal(key, (len(deviation), *x0.shape), x0.dtype))
 
 
 def control_without_noise_part(self, coefficient, x0, right=LinearControl.expected):
@@ -196,7 +197,7 @@ BUGS = {
     "estimator mean_field": {
         "dropped x_0": (probdiff.forward_marginal, without_data),
     },
-    "estimator kl_path": {"noise of one step": (NOISE, "path", (path_noise_of_one_step, 1))},
+    "estimator kl_path": {"noise of one step": (NOISE, "path", NoiseOfOneStep())},
     "estimator kl_marginal": {"dropped step": (AllSteps.draw, draw_all_but_the_last)},
     "estimator kl_uniform": {"N − 1 for N": (OneStep.draw, draw_one_of_fewer)},
     "estimator kl_stratified": {"no random shift": (OneStep.draw, draw_without_a_random_shift)},

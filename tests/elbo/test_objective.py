@@ -102,7 +102,7 @@ def test_options_that_are_not_there_are_refused(options, message):
 
 
 def test_a_model_or_guide_of_another_diffusion_is_refused():
-    diffusion, other = make(), make()
+    diffusion, other = make(), make(7)
     objective = probdiff.AnalyticELBO(diffusion)
 
     def loss(model, guide):
@@ -115,11 +115,48 @@ def test_a_model_or_guide_of_another_diffusion_is_refused():
         (diffusion.guide, diffusion.guide, "model: Expected"),
         (diffusion.model, diffusion.model, "guide: Expected"),
         (lambda x: diffusion.model(x), diffusion.guide, "model: Expected"),
-        (handlers.mask(diffusion.model, mask=True), diffusion.guide, "no handler but handlers.scale"),
+        (handlers.block(diffusion.model), diffusion.guide, "no handlers but scale and mask around it; got handlers.block"),
         (scaled, diffusion.guide, "the same handlers.scale"),
         (scaled, handlers.scale(diffusion.guide, scale=0.3), "the same handlers.scale"),
-        (handlers.scale(diffusion.model, scale=jnp.ones(7)), diffusion.guide, "by a number"),
+        (handlers.scale(diffusion.model, scale=jnp.ones((6, 7))), diffusion.guide, "by a number, or one for each datum"),
+        (handlers.scale(diffusion.model, scale=jnp.ones(7)), diffusion.guide, "the same handlers.scale"),
     ]:
         with pytest.raises(ValueError, match=message):
             loss(model, guide)
     assert np.isfinite(loss(scaled, handlers.scale(diffusion.posterior_guide, scale=0.5)))
+
+
+WEIGHT = np.array([0.5, 2.0, 0.1, 1.0, 3.0, 0.2, 1.5])
+
+
+@pytest.mark.parametrize("name", ["trace", "kl_marginal", "kl_combined", "kl_path"])
+def test_scale_and_mask_by_datum(name, float64):
+    """Value and gradient, on the same noise: a mask leaves one datum, whatever the others are; a scale weighs them; as NumPyro's own ELBO does."""
+    diffusion = make()
+    guide, elbo = probdiff.ESTIMATORS[name](diffusion)
+
+    def loss(*wrappers, x=X):
+        programs = [diffusion.model, guide]
+        for wrap in wrappers:
+            programs = [wrap(program) for program in programs]
+
+        def value(params):
+            return elbo.loss(jax.random.key(3), {"diffusion$params": params, **getattr(elbo, "initial_state", {})}, *programs, x)
+
+        found, gradient = jax.value_and_grad(value)(diffusion.trainable())
+        return np.append(gradient.network.write.weight, found)
+
+    def mask(keep):
+        return lambda program: handlers.mask(program, mask=keep)
+
+    def scale(by):
+        return lambda program: handlers.scale(program, scale=by)
+
+    alone = np.array([loss(mask(jnp.arange(7) == i)) for i in range(7)])
+    close = dict(rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(alone.sum(0), loss(), **close)
+    np.testing.assert_allclose(WEIGHT @ alone, loss(scale(WEIGHT)), **close)
+    np.testing.assert_allclose(0.3 * WEIGHT[:3] @ alone[:3], loss(mask(jnp.arange(7) < 3), scale(0.3), scale(WEIGHT)), **close)
+    assert not loss(mask(False)).any()
+    if "combined" not in name:  # (its control variate is fitted to the batch)
+        np.testing.assert_allclose(alone[2], loss(mask(jnp.arange(7) == 2), x=X.at[3:].add(1.0)), **close)
