@@ -477,6 +477,7 @@ RESULTS |= {"ModelComparison", "GapDecomposition", "Run", "Checkpoint", "Schedul
 INNER = {"prior_kl", "from_datatree", "inspect_terms"}
 # What a user makes a part of, in tests/test_own_parts.py.
 ABSTRACT = {"AbstractHead", "AbstractKernel", "AbstractNetwork", "AbstractReverseVariance", "AbstractSchedule"}
+ABSTRACT |= {"AbstractControl", "AbstractNoise", "AbstractSteps", "AbstractTerm"}
 
 
 def test_every_public_function_has_joined_the_table():
