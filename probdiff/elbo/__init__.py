@@ -7,8 +7,8 @@ from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.estimators import ESTIMATORS
 from probdiff.elbo.importance import Sandwich, iwae, pareto_khat, path_elbo, sandwich
-from probdiff.elbo.objective import AbstractTerm
 from probdiff.elbo.reverse_variance import optimal_variance
+from probdiff.elbo.sampled_terms import AbstractTerm
 from probdiff.elbo.score_matching import ScoreMatching, likelihood_weights
 from probdiff.elbo.steps import AbstractSteps
 from probdiff.elbo.terms import ELBOMoments, ELBOTerms, Moments, bits_per_dim, elbo_terms

@@ -21,7 +21,8 @@ from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import SampledStep
 from probdiff.chain.schedules import Table
 from probdiff.diffusion import Diffusion
-from probdiff.elbo.objective import AbstractTerm, StepObjective
+from probdiff.elbo.objective import StepObjective
+from probdiff.elbo.sampled_terms import AbstractTerm
 from probdiff.elbo.steps import AbstractSteps
 
 

@@ -8,7 +8,6 @@ over the rows (n, ε) that were drawn for it. Which rows, what noise and what co
 estimator is put together from.
 """
 
-import abc
 import copy
 import functools
 import warnings
@@ -26,37 +25,17 @@ from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 
 from probdiff._checks import is_trainable, require, require_count, require_type
-from probdiff._chunks import even_chunk, inputs_at_once, sum_in_chunks
 from probdiff.chain.learned import LearnedSchedule
-from probdiff.chain.reverse import SampledStep
-from probdiff.chain.schedules import Table, at_step, per_step
+from probdiff.chain.schedules import per_step
 from probdiff.diffusion import Diffusion
+from probdiff.elbo.sampled_terms import AbstractTerm, SampledTerms, sum_terms
 from probdiff.elbo.steps import PROBABILITIES, STEPS, AbstractSteps, Learner
-from probdiff.elbo.variance_reduction import CONTROLS, NOISE, AbstractControl, AbstractNoise, PosteriorNoise, RowNoise
+from probdiff.elbo.variance_reduction import CONTROLS, NOISE, AbstractControl, AbstractNoise, PosteriorNoise
 from probdiff.programs.sites import minibatch
 
 LEARNED = "diffusion$learned"
 
 Learned = Mapping[str, Mapping[str, jax.Array]]
-
-
-class AbstractTerm(eqx.Module):
-    """The terms of a sum over the steps.
-
-    To write your own, give the three methods.
-    """
-
-    @abc.abstractmethod
-    def kl_weight(self, diffusion: Diffusion) -> Table:
-        """The table that squared errors of the noise are weighed with, about; shape ``(num_steps,)``, float64."""
-
-    @abc.abstractmethod
-    def noise_free_bound(self, diffusion: Diffusion, x: jax.Array, x0: jax.Array) -> jax.Array:
-        """The estimate for a network that knows the noise, in nats, shape ``(datum,)``."""
-
-    @abc.abstractmethod
-    def __call__(self, diffusion: Diffusion, step: SampledStep) -> jax.Array:
-        """The terms of steps n, shape ``(row, datum)``, which are subtracted from that: nats, same shape."""
 
 
 class StepObjective(ELBO):
@@ -214,7 +193,7 @@ class StepObjective(ELBO):
 
     def _sampled_terms(
         self, diffusion: Diffusion, x: jax.Array, x0: jax.Array, weight: jax.Array, key: jax.Array, learned: Any
-    ) -> "SampledTerms":
+    ) -> SampledTerms:
         """Draw the steps and the noise."""
         step_key, noise_key, extra_key = jax.random.split(key, 3)
         num_steps, copies = diffusion.schedule.num_steps, self._noise.copies
@@ -328,67 +307,6 @@ def _encoded_points(diffusion: Diffusion, points: Any) -> Any:
     except (ValueError, TypeError) as error:
         raise type(error)(f"points: {error}") from None
     return diffusion.likelihood.encode(points)
-
-
-class SampledTerms(eqx.Module):
-    """The sampled terms of one estimate: steps and inverse probabilities of shape ``(row, datum)``, their noise, and what is done with them."""
-
-    term: AbstractTerm
-    n: jax.Array
-    inverse_probability: jax.Array
-    weight: jax.Array
-    noise: Callable[[jax.Array], jax.Array]
-    conditional_noise: PosteriorNoise | None
-    control: AbstractControl | None
-    coefficient: jax.Array
-    x: jax.Array
-    x0: jax.Array
-    network_key: jax.Array | None
-    extra_key: jax.Array
-
-    def evaluate(self, diffusion: Diffusion, rows: jax.Array) -> tuple[jax.Array, Callable]:
-        """The corrected terms of some rows over their probabilities, shape ``(row, datum)``; and what can be learned from them."""
-        n, eps, inverse_probability = self.n[rows], self.noise(rows), self.inverse_probability[rows]
-        key = None if self.network_key is None else jax.random.fold_in(self.network_key, rows[0])
-
-        def extra_noise() -> jax.Array:
-            return RowNoise(self.extra_key, self.x0, 1)(rows)
-
-        step = diffusion.sampled_step(self.x, self.x0, n, eps, key, self.conditional_noise, extra_noise)
-
-        def terms(prediction: jax.Array) -> jax.Array:
-            return self.term(diffusion, step._replace(prediction=prediction))
-
-        term = terms(step.prediction)
-        control = jnp.zeros_like(term)
-        if self.control is not None:
-            control = self.control.value(jax.lax.stop_gradient(step.z), n, eps)
-
-        def seen() -> tuple[jax.Array, ...]:
-            """The arguments of :meth:`Learner.updated` after the state."""
-            gradient = jax.grad(lambda p: terms(p).sum())(step.prediction)
-            squared = jnp.square(gradient).sum(range(n.ndim, gradient.ndim))
-            return n, *jax.tree.map(jax.lax.stop_gradient, (inverse_probability, term, control, squared))
-
-        return inverse_probability * (term - at_step(self.coefficient, n, term.dtype) * control), seen
-
-    def sums(self, diffusion: Diffusion, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The weighted sum over the chosen rows and the data, and that over the rows of each datum; rows past the last do not count."""
-        inside = jnp.minimum(chosen, len(self.n) - 1)
-        values = self.evaluate(diffusion, inside)[0]
-        per_datum = jnp.where((inside == chosen)[:, None], values, 0).sum(0)
-        return (self.weight * per_datum).sum(), per_datum
-
-
-def sum_terms(diffusion: Diffusion, terms: SampledTerms) -> tuple[jax.Array, jax.Array, Callable | None]:
-    """The weighted sum over rows and data, and that over rows of each datum; and, of one or two rows, what can be learned."""
-    size = len(terms.n)
-    chunk = even_chunk(size, max(2, inputs_at_once(diffusion.network) // len(terms.x)))
-    if chunk < size:
-        return *sum_in_chunks(diffusion, terms, size, chunk), None
-    values, seen = terms.evaluate(diffusion, jnp.arange(chunk))
-    per_datum = values.sum(0)
-    return (terms.weight * per_datum).sum(), jax.lax.stop_gradient(per_datum), seen
 
 
 def _with_fixed_logits(diffusion: Diffusion) -> Diffusion:

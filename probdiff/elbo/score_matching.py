@@ -25,7 +25,8 @@ from numpy.typing import ArrayLike
 from probdiff._checks import require, require_finite, require_type
 from probdiff.chain.reverse import SampledStep, weighted_error
 from probdiff.diffusion import Diffusion
-from probdiff.elbo.objective import AbstractTerm, StepObjective
+from probdiff.elbo.objective import StepObjective
+from probdiff.elbo.sampled_terms import AbstractTerm
 from probdiff.elbo.steps import AbstractSteps
 
 
