@@ -85,12 +85,9 @@ def load_tree(path: Path, template: Any, wider: bool = False) -> tuple[Any, dict
     require(fits, str(path), "the arrays of this model and optimiser", "those of another configuration")
     for a, b in zip(found, expected):
         x64 = a.dtype.itemsize > b.dtype.itemsize
-        require(
-            a.dtype == b.dtype or (wider and not x64),
-            str(path),
-            f"arrays of {b.dtype}, the precision that JAX is set to",
-            f"{a.dtype}: the fit had JAX_ENABLE_X64={int(x64)}; set it so and try again",
-        )
+        got = f"{a.dtype}: the fit had JAX_ENABLE_X64={int(x64)}; set it so and try again"
+        fits = a.dtype == b.dtype or (wider and not x64)
+        require(fits, str(path), f"arrays of {b.dtype}, the precision that JAX is set to", got)
     old, structure = jax.tree.flatten(template)
     return jax.tree.unflatten(structure, map(_like, found, old)), about
 
@@ -121,6 +118,8 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.previous = self.path.with_suffix(f".previous{self.path.suffix}")
+        older = [self.path.with_suffix(suffix) for suffix in (".npz", ".previous.npz")]
+        self._paths = list(dict.fromkeys([self.path, self.previous, *older]))
 
     def save(self, state: FitState) -> None:
         """Save a :class:`~probdiff.training.FitState`."""
@@ -130,7 +129,7 @@ class Checkpoint:
 
     def exists(self) -> bool:
         """Whether there is anything to resume from."""
-        return any(path.exists() for path in self._paths())
+        return any(path.exists() for path in self._paths)
 
     def require_intact(self) -> None:
         """Refuse to go on if there are checkpoints, and not one is intact: a ValueError that names them."""
@@ -149,14 +148,10 @@ class Checkpoint:
 
         return self._first(restored)
 
-    def _paths(self) -> list[Path]:
-        older = [self.path.with_suffix(suffix) for suffix in (".npz", ".previous.npz")]
-        return list(dict.fromkeys([self.path, self.previous, *older]))
-
     def _first(self, read: Callable[[Path], Any], warn: bool = True) -> Any:
         """``read(path)`` of the first path for which it is possible; None if there is no file."""
         problems = []
-        for path in self._paths():
+        for path in self._paths:
             try:
                 found = read(path)
             except FileNotFoundError:

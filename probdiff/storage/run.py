@@ -242,10 +242,7 @@ def describe(diffusion: Diffusion) -> dict:
         kept["schedule"] = schedule.arguments
     return kept | {
         "network": _describe_network(diffusion.network),
-        "likelihood": {
-            "name": type(diffusion.likelihood).__name__,
-            "arguments": vars(diffusion.likelihood),
-        },
+        "likelihood": {"name": type(diffusion.likelihood).__name__, "arguments": vars(diffusion.likelihood)},
         "num_steps": diffusion.schedule.num_steps,
         "dim": diffusion.dim,
     }
@@ -262,12 +259,8 @@ def _describe_network(network: Callable) -> dict:
 
 def _make_network(description: dict, key: jax.Array) -> Callable:
     name, arguments = description["name"], description["arguments"]
-    require(
-        name in NETWORKS and arguments is not None,
-        "like",
-        "a network or a Diffusion of the run's structure",
-        f"nothing, for a run with the custom network {name}",
-    )
+    known, got = name in NETWORKS and arguments is not None, f"nothing, for a run with the custom network {name}"
+    require(known, "like", "a network or a Diffusion of the run's structure", got)
     if "network" in arguments:
         return NETWORKS[name](**arguments | {"network": _make_network(arguments["network"], key)})
     return NETWORKS[name](**arguments, key=key)
@@ -305,9 +298,7 @@ def create_run(path: str | Path, diffusion: Diffusion, config: dict | None = Non
 def check_free(path: str | Path) -> None:
     """Refuse a path that already holds something."""
     taken = Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir()))
-    require(
-        not taken, "out", "a new folder (or --resume, to go on with a run)", f"{path}, which exists", FileExistsError
-    )
+    require(not taken, "out", "a new folder (or --resume, to go on with a run)", f"{path}, which exists", FileExistsError)
 
 
 def open_run(path: str | Path, like: Any = None) -> Run:
@@ -324,9 +315,7 @@ def open_run(path: str | Path, like: Any = None) -> Run:
         FileNotFoundError: If there is no run in that folder.
     """
     path = Path(path)
-    require(
-        (path / "config.json").is_file(), "run", "a run folder", f"{path}, which has no config.json", FileNotFoundError
-    )
+    require((path / "config.json").is_file(), "run", "a run folder", f"{path}, which has no config.json", FileNotFoundError)
     return Run(path, like)
 
 

@@ -139,8 +139,15 @@ def test_standard_output_is_the_document_alone_whatever_a_library_prints(capfd, 
     assert "[Gloo]" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["fit", "--steps", "3"], ["fit", "--num-steps", "many"], ["train"], []])
-def test_unknown_options(arguments, capsys):
-    with pytest.raises(SystemExit) as error:
-        cli.main(arguments)
-    assert error.value.code == 2 and "Traceback" not in capsys.readouterr().err
+@pytest.mark.parametrize("arguments, message", [
+    (["fit", "--steps", "3"], "unrecognized arguments: --steps 3"),
+    (["fit", "--num-steps", "many"], "--num-steps: Expected an integer of at least 1; got many"),
+    (["fit", "--num-steps"], "--num-steps: expected one argument"),
+    (["compare", "run", "--num-draws", "1.5"], "--num-draws: invalid int value: '1.5'"),
+    (["train"], "COMMAND: invalid choice: 'train' (choose from"),
+    ([], "the following arguments are required: COMMAND"),
+])  # fmt: skip
+def test_unknown_options(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"probdiff: error: {message}") and captured.err.count("\n") == 1 and captured.out == ""

@@ -203,8 +203,10 @@ def test_no_truncated_or_flipped_checkpoint_is_loaded(tmp_path, checkpoints):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"\n", b"[]\n", b"{}\n", b'{"leaves": [["float32", 3]]}\n', b'{"leaves": [["float32", -3]]}\n', b'{"leaves": [["object", 3]]}\n',
-    b'{"leaves": [["float32", 10000000000]]}\n' + npy_header(shape=(10**10,), descr="<f4"), b'{"leaves": [["O", 1]]}\n' + npy_header(shape=(1,), descr="|O"), b"PK",
+    b"", b"\n", b"[]\n", b"{}\n", b"PK",
+    b'{"leaves": [["float32", 3]]}\n', b'{"leaves": [["float32", -3]]}\n', b'{"leaves": [["object", 3]]}\n',
+    b'{"leaves": [["float32", 10000000000]]}\n' + npy_header(shape=(10**10,), descr="<f4"),
+    b'{"leaves": [["float32", 1]]}\n' + npy_header(shape=(1,), descr="|O") + pickle.dumps([1.0]),
     b'{"leaves": [["float32", 1]]}\n' + pickle.dumps([1.0]),
 ])  # fmt: skip
 def test_a_file_of_something_else_with_a_right_checksum_is_refused(content, tmp_path):
