@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import probdiff
+from probdiff.storage.checkpoint import read_leaves
 
 parser = argparse.ArgumentParser(description="Does a fit survive being killed?")
 parser.add_argument("--quick", action="store_true", help="one run, one kill, to see that it runs")
@@ -27,7 +28,7 @@ quick = parser.parse_args().quick
 
 RUNS, KILLS = (1, 1) if quick else (10, 5)  # kills of each run
 OPTIONS = ["--num-steps", "5", "--batch-size", "32", "--iterations", "600" if quick else "3000"]
-COMPARED = ("checkpoint.npz", "checkpoint.previous.npz", "parameters.npz", "schedule.npy", "losses.csv", "validation.csv")
+COMPARED = ("checkpoint.eqx", "checkpoint.previous.eqx", "parameters.eqx", "schedule.npy", "losses.csv", "validation.csv")
 
 # %% [markdown]
 # Every process shares what is compiled, so that a kill is as likely during the fit as before it.
@@ -63,7 +64,7 @@ def done(path):
     run = probdiff.open_run(path)
     assert run.untrained.schedule.num_steps == 5
     run.checkpoint.require_intact()
-    return len(np.load(run.checkpoint.path)["losses"]) if run.checkpoint.exists() else None
+    return read_leaves(run.checkpoint.path)[0]["iterations"] if run.checkpoint.exists() else None
 
 
 # %%

@@ -56,8 +56,8 @@ template = fit.state
 READERS = {
     "config.json": lambda run: (run.untrained, run.data, run.config),
     "schedule.npy": lambda run: run.untrained,
-    "parameters.npz": lambda run: run.diffusion,
-    "checkpoint.npz": lambda run: run.checkpoint.load(template),
+    "parameters.eqx": lambda run: run.diffusion,
+    "checkpoint.eqx": lambda run: run.checkpoint.load(template),
     "results.json": lambda run: run.results,
     "elbo.nc": lambda run: run.terms,
     "losses.csv": lambda run: run.losses,

@@ -163,7 +163,7 @@ PARALLEL = [
 
 # %%
 FILES = [
-    ("a checksum that is not looked at", "load_arrays",
+    ("a checksum that is not looked at", "read_checked",
      "hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]",
      "True", "run"),
     ("arrays written in place", "write_bytes",
@@ -175,12 +175,12 @@ FILES = [
     ("a damaged checkpoint replaces the previous one", "Checkpoint.save",
      "is_intact(self.path)",
      "self.path.exists()", "run"),
-    ("sizes in a header are believed", "_read_array",
-     "expected == size - file.tell() and min(shape, default=0) >= 0",
-     "min(shape, default=0) >= 0", "run datasets"),
-    ("objects are loaded", "_read_array",
-     "not dtype.hasobject",
-     "True", "datasets"),
+    ("what follows an array is not looked at", "read_npy",
+     "isinstance(array, np.ndarray) and not file.read(1)",
+     "isinstance(array, np.ndarray)", "datasets"),
+    ("objects are loaded", "read_npy",
+     "np.load(file, allow_pickle=False)",
+     "np.load(file, allow_pickle=True)", "datasets"),
     ("a folder that exists is written into", "create_run",
      "check_free(path)",
      "None", "run"),

@@ -1,7 +1,5 @@
 """Data: splits, densities against samples, entropies, files."""
 
-import re
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -110,7 +108,7 @@ BAD_FILES = {
     "complex": (FLOATS + 1j, TypeError, "dtype complex128"),
     "strings": (FLOATS.astype(str), TypeError, "floats or integers; got dtype <U"),
     "booleans": (FLOATS > 0, TypeError, "dtype bool"),
-    "objects": (FLOATS.astype(object), ValueError, "numbers; got dtype object, which could execute"),
+    "objects": (FLOATS.astype(object), ValueError, "an intact .npy file; got: Object arrays cannot be loaded"),
 }
 
 
@@ -163,5 +161,5 @@ def test_a_size_in_a_header_is_not_believed(shape, tmp_path):
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
         file.write(FLOATS.tobytes())
-    with pytest.raises(ValueError, match=re.escape(f"Expected {16 * shape[0]} bytes, for float64 of shape {shape}; got 320")):
+    with pytest.raises(ValueError, match="Expected an intact .npy file"):
         datasets.load(path)

@@ -3,10 +3,12 @@
 Exit codes: 0, done; 1, the fit or a check failed; 2, something given was not usable (one line says what); 130, interrupted.
 
 Each command is a module with a function ``run(arguments)``, imported when the command is known: this module needs only the
-standard library, and little of it before :func:`main`, so that ``--help`` is quick and Ctrl-C is heard from the start.
+standard library, so that ``--help`` is quick and Ctrl-C is heard from the start. What one option may be, argparse checks; what
+depends on several, or on what is on the disk, the command does.
 """
 
 import _thread
+import argparse
 import contextlib
 import importlib
 import io
@@ -15,41 +17,46 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 from probdiff import __version__
 
+SAMPLERS = ("ancestral", "ddim", "langevin", "ode")  # those of probdiff.samplers, which needs JAX
 
-def main(argv=None):
+
+class UsageError(Exception):
+    """Something that the user gave cannot be used."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     try:
         with _on_signals(_end_at_once):
-            arguments = _parser().parse_args(argv)
+            arguments = parser().parse_args(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             warnings.simplefilter("ignore", DeprecationWarning)  # of what is not the user's code
             with _document_only() if arguments.json else contextlib.nullcontext(sys.stdout) as arguments.output:
                 return _run(arguments)
+    except UsageError as error:
+        print(f"probdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nprobdiff: interrupted", file=sys.stderr)
         return 130
 
 
-def _run(arguments):
+def _run(arguments: argparse.Namespace) -> int:
     with _on_signals(_end_at_once):
         _keep_what_is_compiled()
-        from probdiff.cli.common import UsageError
-
         command = importlib.import_module(f"probdiff.cli.{arguments.command}")
     with _on_signals(_interrupt), _no_interrupt_lost():
-        try:
-            return command.run(arguments)
-        except UsageError as error:
-            print(f"probdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+        return command.run(arguments)
 
 
 @contextlib.contextmanager
-def _on_signals(handler):
+def _on_signals(handler: Callable) -> Iterator[None]:
     """Have Ctrl-C and SIGTERM call ``handler``; Ctrl-C only where it is not ignored, as in the background of a shell."""
     kinds = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -62,18 +69,18 @@ def _on_signals(handler):
             signal.signal(kind, old)
 
 
-def _interrupt(*_):
+def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def _no_interrupt_lost():
+def _no_interrupt_lost() -> Iterator[None]:
     """Have an interrupt come again that Python ignored.
 
     It ignores what a callback raises, and JAX has one that is called at every garbage collection.
     """
 
-    def hook(unraisable):
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
         if unraisable.exc_type is KeyboardInterrupt:
             threading.Timer(0.01, _thread.interrupt_main, [signal.SIGTERM]).start()
         else:
@@ -86,13 +93,13 @@ def _no_interrupt_lost():
         sys.unraisablehook = before
 
 
-def _end_at_once(*_):
+def _end_at_once(*_: object) -> None:
     """End the process: of a module in C that is being imported, a KeyboardInterrupt makes an ImportError or an abort."""
     os.write(2, b"\nprobdiff: interrupted\n")
     os._exit(130)
 
 
-def _keep_what_is_compiled():
+def _keep_what_is_compiled() -> None:
     """Have JAX keep what it compiles in the user's cache folder, for the next run; what the user has set goes first."""
     import jax
 
@@ -103,12 +110,12 @@ def _keep_what_is_compiled():
             jax.config.update(option, value)
 
 
-def _warn(message, *_, **__):
+def _warn(message: object, *_: object, **__: object) -> None:
     print(f"probdiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def _document_only():
+def _document_only() -> Iterator[TextIO]:
     """A stream whose text is all that reaches standard output, at the end.
 
     What else is printed, by libraries in C as well, goes to standard error.
@@ -130,11 +137,16 @@ def _document_only():
         print(document.getvalue(), end="", flush=True)
 
 
-def _parser():
-    """The parser of all commands. What argparse would refuse at length is left to the commands, which say it in one line."""
-    import argparse
+class _Parser(argparse.ArgumentParser):
+    """A parser whose refusals are one line."""
 
-    parser = argparse.ArgumentParser(prog="probdiff", description="Diffusion models as NumPyro programs.")
+    def error(self, message: str) -> None:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(prog="probdiff", description="Diffusion models as NumPyro programs.")
     parser.add_argument("--version", action="version", version=f"probdiff {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for add in (_add_fit, _add_inspect, _add_compare, _add_sample, _add_verify):
@@ -142,7 +154,24 @@ def _parser():
     return parser
 
 
-def _add_fit(commands):
+def _number(kind: type, is_good: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """The type of an option that refuses as :func:`probdiff._checks.require` does."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if is_good(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"Expected {expected}; got {text}")
+
+    return read
+
+
+_count = _number(int, lambda value: 1 <= value < 2**32, "an integer of at least 1")
+_seed = _number(int, lambda value: 0 <= value < 2**32, "an integer of at least 0")  # that fits a key of JAX
+_rate = _number(float, lambda value: 0 < value < float("inf"), "a positive number")
+
+
+def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit = commands.add_parser("fit", help="fit a diffusion model and compute its bound two ways")
     fit.add_argument(
         "--data",
@@ -151,63 +180,60 @@ def _add_fit(commands):
         "swissroll, or a .npy, .npz or .csv file of shape (datum, dim)",
     )
     fit.add_argument("--out", metavar="DIR", help="run folder (default: the next free runs/NAME-k)")
-    fit.add_argument("--num-steps", type=int, metavar="N", help="steps of the chain")
-    fit.add_argument("--iterations", type=int, metavar="K", help="SVI updates")
-    fit.add_argument("--batch-size", type=int, metavar="B", help="data per update")
-    fit.add_argument("--learning-rate", type=float, metavar="R", help="peak learning rate of Adam")
-    fit.add_argument("--seed", type=int, metavar="S", help="seed of everything random (default 0)")
+    fit.add_argument("--num-steps", type=_count, metavar="N", help="steps of the chain")
+    fit.add_argument("--iterations", type=_count, metavar="K", help="SVI updates")
+    fit.add_argument("--batch-size", type=_count, metavar="B", help="data per update")
+    fit.add_argument("--learning-rate", type=_rate, metavar="R", help="peak learning rate of Adam")
+    fit.add_argument("--seed", type=_seed, metavar="S", help="seed of everything random (default 0)")
     fit.add_argument("--resume", action="store_true", help="go on with the run in --out")
     _add_devices(fit)
-    fit.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="of several processes: the address of the first (or: auto)"
-    )
+    fit.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: the address of the first (or: auto)")
     fit.add_argument("--processes", type=int, metavar="P", help="how many processes there are")
     fit.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     _add_json(fit)
 
 
-def _add_inspect(commands):
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
     inspect = commands.add_parser("inspect", help="where a fitted model spends its nats, step by step")
     inspect.add_argument("run", metavar="RUN", help="run folder")
     _add_json(inspect)
 
 
-def _add_compare(commands):
+def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare = commands.add_parser("compare", help="compare all estimators of the bound on one run, or several runs")
     compare.add_argument("runs", metavar="RUN", nargs="+", help="run folder; with several, the models are compared")
     compare.add_argument("--num-draws", type=int, metavar="S", help="draws of each estimator (48), of each model (4)")
-    compare.add_argument("--estimators", metavar="A,B,C", help="estimators to compare (default: all)")
+    names = "estimators to compare (default: all)"
+    compare.add_argument("--estimators", type=lambda text: [name.strip() for name in text.split(",")], metavar="A,B,C", help=names)
     _add_devices(compare)
     _add_json(compare)
 
 
-def _add_sample(commands):
+def _add_sample(commands: argparse._SubParsersAction) -> None:
     sample = commands.add_parser("sample", help="draw from a fitted model")
     sample.add_argument("run", metavar="RUN", help="run folder")
-    sample.add_argument("--num-samples", type=int, metavar="K", help="samples to draw (64 images, or 2000 points)")
-    sample.add_argument(
-        "--sampler", default="ancestral", metavar="NAME", help="ancestral (default), ddim, langevin or ode"
-    )
+    sample.add_argument("--num-samples", type=_count, metavar="K", help="samples to draw (64 images, or 2000 points)")
+    sample.add_argument("--sampler", default="ancestral", choices=SAMPLERS, help="the default is ancestral")
     sample.add_argument(
         "--steps",
-        type=int,
+        type=_count,
         metavar="S",
         help="steps of ddim, noise levels of langevin (default: all N); equal steps of ode (default: it chooses)",
     )
-    sample.add_argument("--seed", type=int, default=0, metavar="S", help="seed (default 0)")
+    sample.add_argument("--seed", type=_seed, default=0, metavar="S", help="seed (default 0)")
     sample.add_argument("--out", metavar="FILE.npy", help="a new file (default: the next free RUN/samples/NAME-k.npy)")
     _add_devices(sample)
     _add_json(sample, "print what was written as one JSON document")
 
 
-def _add_verify(commands):
+def _add_verify(commands: argparse._SubParsersAction) -> None:
     verify = commands.add_parser("verify", help="check the mathematics on this machine, in float32 and float64")
     _add_json(verify)
 
 
-def _add_devices(command):
+def _add_devices(command: argparse.ArgumentParser) -> None:
     command.add_argument("--devices", type=int, metavar="K", help="devices that share the work (default: one)")
 
 
-def _add_json(command, words="print the result as one JSON document"):
+def _add_json(command: argparse.ArgumentParser, words: str = "print the result as one JSON document") -> None:
     command.add_argument("--json", action="store_true", help=words)

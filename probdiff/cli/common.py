@@ -1,21 +1,27 @@
-"""What several commands share: how they refuse what the user gave, the checks of options, the figures of a run."""
+"""What several commands share: how they refuse what the user gave, and the figures of a run."""
 
 import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 from numpyro.infer import Predictive
 
 from probdiff._checks import require
 from probdiff._sharding import data_mesh
+from probdiff.cli import UsageError
+from probdiff.datasets import Dataset
 from probdiff.diagnostics.plots import plot_loss, plot_samples, plot_step_kl
+from probdiff.diffusion import Diffusion
 
-
-class UsageError(Exception):
-    """Something that the user gave cannot be used."""
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 @contextlib.contextmanager
-def usage():
+def usage() -> Iterator[None]:
     """Around what checks or reads what the user gave: its errors become one line and exit code 2."""
     try:
         yield
@@ -23,18 +29,12 @@ def usage():
         raise UsageError(error) from None
 
 
-def flag(name):
+def flag(name: str) -> str:
     """An option as the user writes it."""
     return "--" + name.replace("_", "-")
 
 
-def check_integer(name, value, lowest):
-    """Refuse as an option anything but an integer of at least ``lowest`` that fits a key of JAX."""
-    good = isinstance(value, int) and lowest <= value < 2**32
-    require(good, flag(name), f"an integer of at least {lowest}", value)
-
-
-def check_devices(count):
+def check_devices(count: int | None) -> int | None:
     """The number of devices, None for one: all there are, if there are several processes."""
     if count is None and jax.process_count() > 1:
         count = jax.device_count()
@@ -44,22 +44,24 @@ def check_devices(count):
     return count
 
 
-def default_count(dataset):
+def default_count(dataset: Dataset) -> int:
     """How many samples are drawn for a data set unless the user says otherwise."""
     return 2000 if dataset.image_shape is None else 64
 
 
-def draw_figures(run, diffusion, dataset):
-    """Draw the figures of a fitted run into its folder; returns their paths."""
+def draw_figures(
+    folder: Path, diffusion: Diffusion, dataset: Dataset, losses: np.ndarray, validation: np.ndarray, terms: "xr.DataTree"
+) -> list[Path]:
+    """Draw the figures of a fitted model into a folder; returns their paths."""
     title = f"{dataset.name}, N = {diffusion.schedule.num_steps}"
     count = default_count(dataset)
     samples = Predictive(diffusion.model, num_samples=1)(jax.random.key(0), None, num_data=count)["x"][0]
     figures = {
-        "loss": plot_loss(run.losses, run.validation, title),
-        "step_kl": plot_step_kl(run.datatree, diffusion.schedule, title),
+        "loss": plot_loss(losses, validation, title),
+        "step_kl": plot_step_kl(terms, diffusion.schedule, title),
         "samples": plot_samples(samples, dataset.test[:count], dataset.image_shape, title),
     }
-    paths = [run.figures / f"{name}.png" for name in figures]
+    paths = [folder / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values()):
         figure.savefig(path)
     return paths

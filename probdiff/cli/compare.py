@@ -1,5 +1,6 @@
 """``probdiff compare``: all estimators of the bound on one run, or the models of several runs."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -8,31 +9,33 @@ import jax
 import numpy as np
 
 from probdiff._checks import require
-from probdiff.cli.common import UsageError, check_devices, check_integer, usage
+from probdiff.cli import UsageError
+from probdiff.cli.common import check_devices, usage
+from probdiff.datasets import Dataset
 from probdiff.diagnostics.compare_estimators import check_names, compare_estimators
 from probdiff.diagnostics.compare_models import compare_models
-from probdiff.storage.run import open_run
+from probdiff.diffusion import Diffusion
+from probdiff.storage.run import Run, open_run
 
 ESTIMATOR_ROWS, ESTIMATOR_ITEMS = 2**11, (2, 128)
 MODEL_ROWS = 2**21
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     """Compare what the user names; returns the exit code."""
     several = len(arguments.runs) > 1
-    names = None if arguments.estimators is None else [name.strip() for name in arguments.estimators.split(",")]
     with usage():
-        _check(arguments, several, names)
+        _check(arguments, several)
         runs = [open_run(path) for path in arguments.runs]
         models = {path: run.diffusion for path, run in zip(arguments.runs, runs)}
         datasets = [run.data for run in runs]
         _check_same_data(runs, datasets)
     if several:
         return _compare_models(arguments, models, datasets[0].test)
-    return _compare_estimators(arguments, runs[0], models[arguments.runs[0]], datasets[0].test, names)
+    return _compare_estimators(arguments, runs[0], models[arguments.runs[0]], datasets[0].test)
 
 
-def _compare_models(arguments, models, test):
+def _compare_models(arguments: argparse.Namespace, models: dict[str, Diffusion], test: np.ndarray) -> int:
     largest = max(model.schedule.num_steps for model in models.values())
     draws = arguments.num_draws or 4
     items = test[: max(2, MODEL_ROWS // (largest * draws))]
@@ -42,16 +45,15 @@ def _compare_models(arguments, models, test):
     return 0
 
 
-def _compare_estimators(arguments, folder, diffusion, test, names):
+def _compare_estimators(arguments: argparse.Namespace, folder: Run, diffusion: Diffusion, test: np.ndarray) -> int:
     num_steps, (fewest, most) = diffusion.schedule.num_steps, ESTIMATOR_ITEMS
     items = test[: min(most, max(fewest, ESTIMATOR_ROWS // num_steps))]
     draws = arguments.num_draws or 48
     with usage():
         devices = check_devices(arguments.devices)
     print(f"probdiff: {len(items)} test items, N = {num_steps}", file=sys.stderr, flush=True)
-    result = compare_estimators(
-        diffusion, items, key=jax.random.key(0), num_draws=draws, estimators=names, devices=devices, progress=True
-    )
+    options = {"num_draws": draws, "estimators": arguments.estimators, "devices": devices}
+    result = compare_estimators(diffusion, items, key=jax.random.key(0), progress=True, **options)
     # What was computed is shown even if it cannot be written.
     try:
         path, problem = str(folder.save_comparison(result)), None
@@ -64,9 +66,9 @@ def _compare_estimators(arguments, folder, diffusion, test, names):
     return 0
 
 
-def _check(arguments, several, names):
-    if arguments.num_draws is not None:
-        check_integer("num_draws", arguments.num_draws, 1 if several else 2)
+def _check(arguments: argparse.Namespace, several: bool) -> None:
+    names, draws, lowest = arguments.estimators, arguments.num_draws, 1 if several else 2
+    require(draws is None or draws >= lowest, "--num-draws", f"an integer of at least {lowest}", draws)
     one = f"{len(arguments.runs)}, which are compared as models"
     require(not several or names is None, "--estimators", "one run", one)
     different = len({Path(path).resolve() for path in arguments.runs}) == len(arguments.runs)
@@ -75,7 +77,7 @@ def _check(arguments, several, names):
         check_names(names)
 
 
-def _check_same_data(runs, datasets):
+def _check_same_data(runs: list[Run], datasets: list[Dataset]) -> None:
     words = [f"{run.config['data']}, seed {run.config.get('seed', 0)}" for run in runs]
     for run, dataset, got in zip(runs, datasets, words):
         same = np.array_equal(dataset.test, datasets[0].test)

@@ -1,5 +1,6 @@
 """``probdiff fit``: a run folder with a fitted model, and its bound on the test split computed two ways."""
 
+import argparse
 import json
 import sys
 import time
@@ -10,14 +11,17 @@ import numpy as np
 
 from probdiff._checks import require
 from probdiff._sharding import wait_for_all
-from probdiff.cli.common import check_devices, check_integer, draw_figures, flag, usage
-from probdiff.datasets import NAMES, load
-from probdiff.diagnostics.agreement import compute_both_ways
+from probdiff.cli import parser
+from probdiff.cli.common import check_devices, draw_figures, flag, usage
+from probdiff.datasets import NAMES, Dataset, load
+from probdiff.diagnostics.agreement import TwoWays, compute_both_ways
+from probdiff.diagnostics.datatree import to_datatree
 from probdiff.diagnostics.tables import format_fit
+from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.terms import bits_per_dim, elbo_terms
 from probdiff.presets import default_diffusion, default_options
-from probdiff.storage.run import check_free, create_run, next_free, open_run
+from probdiff.storage.run import Run, check_free, create_run, next_free, open_run
 from probdiff.training import fit
 
 OPTIONS = ("num_steps", "iterations", "batch_size", "learning_rate", "seed")
@@ -26,17 +30,15 @@ DRAWS = 4
 EVALUATIONS = 2**18  # of the network, by each of the two ways
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     """Fit a model, or go on with a fit, and evaluate it; returns the exit code."""
     given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
     with usage():
-        _check_options(given)
         resumable = not arguments.resume or arguments.out is not None
         require(resumable, "--resume", "--out DIR, the run to go on with", "none")
         first = _join(arguments)
         devices = check_devices(arguments.devices)
-        folder, dataset, options = _prepare(given, arguments, first)
-        diffusion = folder.untrained
+        folder, diffusion, dataset, options = _prepare(given, arguments, first)
         folder.checkpoint.require_intact()
     if first:
         print(
@@ -64,7 +66,7 @@ def run(arguments):
     return 0
 
 
-def _print_results(results, folder):
+def _print_results(results: dict, folder: Run) -> None:
     print(f"\n{format_fit(results)}\n")
     if results["skipped_updates"]:
         print(f"{results['skipped_updates']} updates were skipped: their loss or gradient was not finite")
@@ -73,7 +75,7 @@ def _print_results(results, folder):
     print(f"next: probdiff inspect {folder.path}")
 
 
-def _join(arguments):
+def _join(arguments: argparse.Namespace) -> bool:
     """Become one of several processes, if so asked; whether this is the first, which prints and writes."""
     address, count, index = arguments.coordinator, arguments.processes, arguments.process
     if address is None and count is None and index is None:
@@ -95,17 +97,8 @@ def _join(arguments):
     return jax.process_index() == 0
 
 
-def _check_options(given):
-    for name, value in given.items():
-        if name == "learning_rate":
-            good = isinstance(value, int | float) and 0 < value < float("inf")
-            require(good, flag(name), "a positive number", value)
-        else:
-            check_integer(name, value, 0 if name == "seed" else 1)
-
-
-def _prepare(given, arguments, first):
-    """The run folder, the data and the options; nothing is compiled before this has passed."""
+def _prepare(given: dict, arguments: argparse.Namespace, first: bool) -> tuple[Run, Diffusion, Dataset, dict]:
+    """The run folder, the model, the data and the options; nothing is compiled before this has passed."""
     if arguments.resume:
         return _reopen(given, arguments)
     if arguments.out is not None and first:
@@ -120,29 +113,32 @@ def _prepare(given, arguments, first):
     if first:
         create_run(path, diffusion, options)
     wait_for_all("run folder")
-    return open_run(path, like=diffusion), dataset, options
+    return open_run(path), diffusion, dataset, options
 
 
-def _reopen(given, arguments):
-    """The run to go on with, its data and its options, of which none may be asked for anew."""
+def _reopen(given: dict, arguments: argparse.Namespace) -> tuple[Run, Diffusion, Dataset, dict]:
+    """The run to go on with, its model, its data and its options, of which none may be asked for anew."""
     folder = open_run(arguments.out)
     options = folder.config
     missing = [name for name in ("data", *OPTIONS) if name not in options]
     without = f"a config.json without {', '.join(missing)}"
     require(not missing, str(folder.path), "a run of probdiff fit", without)
-    _check_options({name: options[name] for name in OPTIONS})
+    checked = parser().parse_args(["fit", *(f"{flag(name)}={options[name]}" for name in OPTIONS)])
+    options |= {name: getattr(checked, name) for name in OPTIONS}
     asked = given | ({"data": _data_name(arguments.data)} if arguments.data else {})
     for name, value in asked.items():
         require(value == options[name], flag(name), f"{options[name]}, as in the run to resume", value)
-    return folder, folder.data, options
+    return folder, folder.untrained, folder.data, options
 
 
-def _data_name(name):
+def _data_name(name: str) -> str:
     """Files by their absolute path, so that a run can be opened from anywhere."""
     return name if name in NAMES or not Path(name).exists() else str(Path(name).resolve())
 
 
-def _fit_and_evaluate(folder, diffusion, dataset, options, devices, first):
+def _fit_and_evaluate(
+    folder: Run, diffusion: Diffusion, dataset: Dataset, options: dict, devices: int | None, first: bool
+) -> dict:
     """Fit, evaluate and save; gives the results as they are saved. Of several processes, the first saves."""
     fit_key, evaluation_key = jax.random.split(jax.random.key(options["seed"]))
     start = time.monotonic()
@@ -170,11 +166,13 @@ def _fit_and_evaluate(folder, diffusion, dataset, options, devices, first):
     }
     if first:
         folder.save(terms=both.terms, results=results)
-        draw_figures(folder, fitted.diffusion, dataset)
+        draw_figures(folder.figures, fitted.diffusion, dataset, fitted.losses, fitted.validation, to_datatree(both.terms))
     return results
 
 
-def evaluate(diffusion, dataset, *, key, devices=None, progress=False):
+def evaluate(
+    diffusion: Diffusion, dataset: Dataset, *, key: jax.Array, devices: int | None = None, progress: bool = False
+) -> tuple[TwoWays, dict]:
     """The bound on the test split.
 
     Both ways on the first items, as many as take 2¹⁸ network evaluations each way (512 at most); by the analytic terms on
@@ -228,7 +226,7 @@ def evaluate(diffusion, dataset, *, key, devices=None, progress=False):
     return both, results
 
 
-def _row(estimate, dataset, sign=1):
+def _row(estimate: Estimate, dataset: Dataset, sign: int = 1) -> dict:
     """Nats as they are; bits/dim as a code length, to which a KL (``sign`` −1) adds."""
     row = {"nats": estimate.mean, "error": estimate.error}
     if dataset.levels is not None:
@@ -237,7 +235,7 @@ def _row(estimate, dataset, sign=1):
     return row
 
 
-def _reference(dataset, elbo):
+def _reference(dataset: Dataset, elbo: np.ndarray) -> dict:
     """The reference for the bound: independent dimensions on a grid, the true density where it is known."""
     if dataset.levels is not None:
         mean, error = dataset.independent_levels()

@@ -1,117 +1,157 @@
-"""The state of a fit as a file: everything that decides its future, whole or not there, and the one before it."""
+"""Trees of arrays as files, and the state of a fit among them: everything that decides its future, and the one before it.
 
+A file is a line of JSON that says what it is, the leaves as equinox serialises them, and a checksum. Ours are the line, because
+equinox reads only what it is told to expect, and the checksum and the renaming of :mod:`probdiff._files`, because it has neither.
+"""
+
+import io
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from probdiff._checks import require
-from probdiff._files import is_intact, load_arrays, replace, save_arrays
+from probdiff._files import is_intact, read_checked, replace, write_checked
+from probdiff.training import FitState
 
 
-def _is_key(leaf):
+def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def leaves_by_name(tree):
-    """The leaves of a tree as arrays that ``.npz`` can hold, by name."""
-    leaves = jax.tree.leaves(tree)
-    return {f"leaf_{i:04}": jax.random.key_data(leaf) if _is_key(leaf) else leaf for i, leaf in enumerate(leaves)}
+def _leaves(tree: Any) -> list:
+    """The leaves of a tree, typed keys as the integers that they hold."""
+    return [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
 
 
-def restore(tree, arrays, path, wider=False):
-    """``tree`` with its leaves taken from ``arrays``, which must have the same shapes and dtypes.
+def save_tree(path: Path, tree: Any, **about: Any) -> None:
+    """Write a tree of arrays, all or nothing; ``about`` is for JSON. Equal trees leave equal files."""
+    leaves, file = _leaves(tree), io.BytesIO()
+    about["leaves"] = [[str(leaf.dtype), *leaf.shape] for leaf in leaves]
+    file.write(json.dumps(about, sort_keys=True).encode() + b"\n")
+    eqx.tree_serialise_leaves(file, leaves)
+    write_checked(path, file.getvalue())
 
-    Args:
-        tree: A tree of arrays.
-        arrays: The arrays by name, as :func:`leaves_by_name` gives them.
-        path: Where they are from, for the message.
-        wider: Take arrays of less precision than those of ``tree``, too: no number changes.
+
+def read_leaves(path: Path) -> tuple[dict, list]:
+    """What :func:`save_tree` was told about a tree, and its leaves as they were written.
 
     Raises:
-        ValueError: If they are those of another model, or were made in another precision.
+        ValueError: If a single bit is not as it was written, or something else was; FileNotFoundError if there is no such file.
     """
-    expected, structure = jax.tree.flatten(tree)
-    found = [arrays[name] for name in sorted(arrays) if name.startswith("leaf_")]
-    template = list(leaves_by_name(tree).values())
-    fits = len(found) == len(expected) and all(
-        a.shape == b.shape and a.dtype.kind == b.dtype.kind for a, b in zip(found, template)
-    )
+    file = io.BytesIO(read_checked(path))
+    try:
+        if file.getvalue().startswith(b"PK"):
+            return _read_npz_leaves(file)
+        about = json.loads(file.readline())
+        like = [jax.ShapeDtypeStruct(shape, dtype) for dtype, *shape in about.pop("leaves")]
+        with jax.enable_x64(True):  # for what was written with it
+            return about, eqx.tree_deserialise_leaves(file, like)
+    except Exception as error:  # equinox, JAX and NumPy each have their own
+        raise ValueError(f"{path}: Expected arrays of probdiff; got: {error}") from None
+
+
+def _read_npz_leaves(file: io.BytesIO) -> tuple[dict, list]:
+    """The same from the format of probdiff 0.1, an ``.npz`` file."""
+    with np.load(file, allow_pickle=False) as arrays:
+        names = sorted(name for name in arrays if name.startswith("leaf_"))
+        names += [name for name in ("losses", "validation") if name in arrays]
+        about = {"settings": json.loads(arrays["settings"].tobytes())} if "settings" in arrays else {}
+        return about, [arrays[name] for name in names]
+
+
+def load_tree(path: Path, template: Any, wider: bool = False) -> tuple[Any, dict]:
+    """A tree that :func:`save_tree` wrote, and what it was told about it.
+
+    Args:
+        path: Path of the file.
+        template: A tree of the same structure, shapes and dtypes; its NumPy arrays are histories, of which those of the file
+            may have more rows.
+        wider: Take arrays of less precision than those of ``template``, too: no number changes.
+
+    Raises:
+        ValueError: If the file is damaged, of another model, or was written in another precision.
+    """
+    about, found = read_leaves(path)
+    expected = _leaves(template)
+    fits = len(found) == len(expected) and all(_form(a, b) == _form(b, b) for a, b in zip(found, expected))
     require(fits, str(path), "the arrays of this model and optimiser", "those of another configuration")
-    for a, b in zip(found, template):
+    for a, b in zip(found, expected):
         x64 = a.dtype.itemsize > b.dtype.itemsize
-        require(
-            a.dtype == b.dtype or (wider and not x64),
-            str(path),
-            f"arrays of {b.dtype}, the precision that JAX is set to",
-            f"{a.dtype}: the fit had JAX_ENABLE_X64={int(x64)}; set it so and try again",
-        )
-    found = [a.astype(b.dtype) for a, b in zip(found, template)]
-    leaves = [
-        jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else jnp.asarray(new)
-        for new, old in zip(found, expected)
-    ]
-    return jax.tree.unflatten(structure, leaves)
+        got = f"{a.dtype}: the fit had JAX_ENABLE_X64={int(x64)}; set it so and try again"
+        fits = a.dtype == b.dtype or (wider and not x64)
+        require(fits, str(path), f"arrays of {b.dtype}, the precision that JAX is set to", got)
+    old, structure = jax.tree.flatten(template)
+    return jax.tree.unflatten(structure, map(_like, found, old)), about
+
+
+def _form(leaf: Any, like: Any) -> tuple:
+    """What a leaf shares with that of the template; of a history, the number of rows is free."""
+    return leaf.dtype.kind, leaf.ndim, leaf.shape[int(isinstance(like, np.ndarray)) :]
+
+
+def _like(new: Any, old: Any) -> Any:
+    if _is_key(old):
+        return jax.random.wrap_key_data(jnp.asarray(new), impl=jax.random.key_impl(old))
+    return np.asarray(new) if isinstance(old, np.ndarray) else jnp.asarray(new, old.dtype)
 
 
 class Checkpoint:
     """A file that :func:`~probdiff.fit` saves its state in and resumes from; the one before it is kept.
 
     It holds everything that decides the future of the fit, and no times: equal fits leave equal files. It is replaced as a
-    whole, with a checksum; what was there before becomes ``NAME.previous.npz``, unless it is damaged. One that is damaged, or
-    that is not of this model and optimiser, is passed over for the previous one, with a warning.
+    whole, with a checksum; what was there before becomes ``NAME.previous.eqx``, unless it is damaged. One that is damaged, or
+    that is not of this model and optimiser, is passed over for the previous one, with a warning. Where there is neither, those of
+    probdiff 0.1 are read, ``NAME.npz`` and ``NAME.previous.npz``.
 
     Args:
-        path: Path of an ``.npz`` file.
+        path: Path of the file, ``NAME.eqx``.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.previous = self.path.with_suffix(".previous.npz")
+        self.previous = self.path.with_suffix(f".previous{self.path.suffix}")
+        older = [self.path.with_suffix(suffix) for suffix in (".npz", ".previous.npz")]
+        self._paths = list(dict.fromkeys([self.path, self.previous, *older]))
 
-    def save(self, state):
+    def save(self, state: FitState) -> None:
         """Save a :class:`~probdiff.training.FitState`."""
-        parts = state._asdict()
-        settings = np.frombuffer(json.dumps(parts.pop("settings"), sort_keys=True).encode(), np.uint8)
-        histories = {name: parts.pop(name) for name in ("losses", "validation")}
         if is_intact(self.path):
             replace(self.previous, lambda temporary: shutil.copyfile(self.path, temporary))
-        save_arrays(self.path, histories | {"settings": settings} | leaves_by_name(tuple(parts.values())))
+        save_tree(self.path, state._replace(settings=None), settings=state.settings, iterations=len(state.losses))
 
-    def exists(self):
+    def exists(self) -> bool:
         """Whether there is anything to resume from."""
-        return self.path.exists() or self.previous.exists()
+        return any(path.exists() for path in self._paths)
 
-    def require_intact(self):
+    def require_intact(self) -> None:
         """Refuse to go on if there are checkpoints, and not one is intact: a ValueError that names them."""
-        self._first(load_arrays, warn=False)
+        self._first(read_checked, warn=False)
 
-    def load(self, template):
+    def load(self, template: FitState) -> FitState | None:
         """The saved state, or None if there is none yet.
 
         Raises:
             ValueError: If there is no intact checkpoint of the kind of ``template``.
         """
 
-        def restored(path):
-            arrays = load_arrays(path)
-            parts = template._asdict()
-            del parts["settings"], parts["losses"], parts["validation"]
-            values = restore(tuple(parts.values()), arrays, path)
-            histories = {name: arrays[name] for name in ("losses", "validation")}
-            settings = json.loads(arrays["settings"].tobytes())
-            return type(template)(**dict(zip(parts, values)), **histories, settings=settings)
+        def restored(path: Path) -> FitState:
+            state, about = load_tree(path, template._replace(settings=None))
+            return state._replace(settings=about["settings"])
 
         return self._first(restored)
 
-    def _first(self, read, warn=True):
-        """``read(path)`` of the checkpoint, or else of the previous one; None if there is neither."""
+    def _first(self, read: Callable[[Path], Any], warn: bool = True) -> Any:
+        """``read(path)`` of the first path for which it is possible; None if there is no file."""
         problems = []
-        for path in (self.path, self.previous):
+        for path in self._paths:
             try:
                 found = read(path)
             except FileNotFoundError:

@@ -2,21 +2,25 @@
 
 config.json      what was asked for, and the description of the model
 schedule.npy     the variances beta_n, float64; not of a learned schedule, which is among the parameters
-checkpoint.npz   the state of the fit, to resume from; checkpoint.previous.npz, the one before it
-parameters.npz   the trained parameters
+checkpoint.eqx   the state of the fit, to resume from; checkpoint.previous.eqx, the one before it
+parameters.eqx   the trained parameters
 losses.csv       the loss of every iteration; validation.csv, the bound on the validation data
 elbo.nc          the terms of the bound on test data, a DataTree
 results.json     the final table
 estimators.nc    draws of every estimator of the bound, where they were compared
 figures/         loss, KL against step, samples
 samples/         what was drawn later, an array and a figure each
+
+Folders of probdiff 0.1 have ``.npz`` in the place of ``.eqx``; they are read, and a fit goes on with ``.eqx``.
 """
 
 import dataclasses
 import io
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -24,27 +28,25 @@ import numpy as np
 
 from probdiff import datasets
 from probdiff._checks import require, require_type
-from probdiff._files import (
-    MAX_BYTES,
-    load_arrays,
-    read_json,
-    read_npy,
-    replace,
-    save_arrays,
-    write_bytes,
-    write_json,
-)
+from probdiff._files import MAX_BYTES, read_json, read_npy, replace, write_bytes, write_json
 from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.reverse import MixtureKernel
 from probdiff.chain.schedules import NoiseSchedule
+from probdiff.diagnostics.compare_estimators import EstimatorComparison
 from probdiff.diagnostics.datatree import from_datatree, to_datatree
 from probdiff.diffusion import Diffusion
+from probdiff.elbo.terms import ELBOTerms
 from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.heads import CategoricalHead, DensityHead, VHead, X0Head
 from probdiff.networks.mlp import MLP
 from probdiff.programs.sites import PARAMS
-from probdiff.storage.checkpoint import Checkpoint, leaves_by_name, restore
+from probdiff.storage.checkpoint import Checkpoint, load_tree, save_tree
+from probdiff.training import Fit
+
+if TYPE_CHECKING:  # heavy, and imported where they are needed
+    import xarray as xr
+    from matplotlib.figure import Figure
 
 NETWORKS = {kind.__name__: kind for kind in (MLP, ConvNet, X0Head, VHead, DensityHead, CategoricalHead)}
 LIKELIHOODS = {kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood)}
@@ -60,20 +62,20 @@ class Run:
     """
 
     path: Path
-    like: object = None
+    like: Any = None
 
     @property
-    def config(self):
+    def config(self) -> dict:
         """The options of the fit, a dict; ``config["model"]`` describes the model."""
         return read_json(self.path / "config.json")
 
     @property
-    def checkpoint(self):
+    def checkpoint(self) -> Checkpoint:
         """The :class:`Checkpoint` of the fit."""
-        return Checkpoint(self.path / "checkpoint.npz")
+        return Checkpoint(self.path / "checkpoint.eqx")
 
     @property
-    def data(self):
+    def data(self) -> datasets.Dataset:
         """The :class:`~probdiff.datasets.Dataset` that was fitted.
 
         Raises:
@@ -84,7 +86,7 @@ class Run:
         return datasets.load(config["data"], config.get("seed", 0))
 
     @property
-    def untrained(self):
+    def untrained(self) -> Diffusion:
         """The Diffusion with its initial parameters."""
         if isinstance(self.like, Diffusion):
             return self.like
@@ -98,7 +100,7 @@ class Run:
             got = f"{type(error).__name__}: {error}"
             raise ValueError(f"{self.path}: Expected the description of a model in config.json; got {got}") from None
 
-    def _described(self, config, betas):
+    def _described(self, config: dict, betas: np.ndarray | None) -> Diffusion:
         """The model that ``config`` describes; its network is not made before it is known to be of a sensible size."""
         model, network = config["model"], self.like
         if betas is None:
@@ -107,7 +109,7 @@ class Run:
             schedule = NoiseSchedule.from_betas(betas)
         if network is None:
 
-            def make():
+            def make() -> Callable:
                 return _make_network(model["network"], jax.random.key(config.get("seed", 0)))
 
             leaves = jax.tree.leaves(eqx.filter(eqx.filter_eval_shape(make), lambda leaf: hasattr(leaf, "dtype")))
@@ -120,41 +122,36 @@ class Run:
         return Diffusion(schedule, network, likelihood, model["reverse_variance"], dim=model["dim"])
 
     @property
-    def diffusion(self):
+    def diffusion(self) -> Diffusion:
         """The trained Diffusion.
 
         Raises:
             FileNotFoundError: If the fit has not ended.
         """
-        path = self.path / "parameters.npz"
-        require(
-            path.exists(),
-            str(self.path),
-            "a finished run",
-            "one without parameters.npz; go on with probdiff fit --resume",
-            FileNotFoundError,
-        )
+        there = [path for suffix in (".eqx", ".npz") if (path := self.path / f"parameters{suffix}").exists()]
+        got = "one without parameters.eqx; go on with probdiff fit --resume"
+        require(there, str(self.path), "a finished run", got, FileNotFoundError)
         diffusion = self.untrained
         own = diffusion.trainable()
-        return diffusion.bind({PARAMS: restore(own, load_arrays(path), path, wider=True)} if jax.tree.leaves(own) else {})
+        return diffusion.bind({PARAMS: load_tree(there[0], own, wider=True)[0]} if jax.tree.leaves(own) else {})
 
     @property
-    def losses(self):
+    def losses(self) -> np.ndarray:
         """Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``."""
         return self._table("losses.csv")[:, 1]
 
     @property
-    def validation(self):
+    def validation(self) -> np.ndarray:
         """Rows of (iteration, bound on the validation data in nats per datum)."""
         return self._table("validation.csv")
 
     @property
-    def terms(self):
+    def terms(self) -> ELBOTerms:
         """The :class:`~probdiff.elbo.ELBOTerms` of the test data in ``elbo.nc``."""
         return from_datatree(self.datatree)
 
     @property
-    def datatree(self):
+    def datatree(self) -> "xr.DataTree":
         """The DataTree in ``elbo.nc``."""
         import h5py
         import xarray as xr
@@ -172,32 +169,30 @@ class Run:
             raise ValueError(f"{path}: Expected an intact netCDF file; got: {error}") from None
 
     @property
-    def results(self):
+    def results(self) -> dict:
         """The final table, a dict."""
         return read_json(self.path / "results.json")
 
     @property
-    def figures(self):
+    def figures(self) -> Path:
         """The folder of the figures; it is made when first asked for."""
         folder = self.path / "figures"
         folder.mkdir(exist_ok=True)
         return folder
 
-    def save(self, fit=None, terms=None, results=None):
+    def save(self, fit: Fit | None = None, terms: ELBOTerms | None = None, results: dict | None = None) -> None:
         """Write what is given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.elbo.ELBOTerms`, a dict of results."""
         if fit is not None:
-            save_arrays(self.path / "parameters.npz", leaves_by_name(fit.params[PARAMS]))
+            save_tree(self.path / "parameters.eqx", fit.params[PARAMS], iterations=len(fit.losses))
             losses = np.column_stack([np.arange(1, len(fit.losses) + 1), fit.losses])
-            for name, table in (("losses", losses), ("validation", fit.validation)):
-                header = "iteration," + ("negative_bound_nats" if name == "losses" else "bound_nats")
-                write = _csv_writer(table, header)
-                replace(self.path / f"{name}.csv", write)
+            for name, table, unit in (("losses", losses, "negative_bound_nats"), ("validation", fit.validation, "bound_nats")):
+                replace(self.path / f"{name}.csv", _csv_writer(table, f"iteration,{unit}"))
         if terms is not None:
             replace(self.path / "elbo.nc", lambda path: to_datatree(terms).to_netcdf(path, engine="h5netcdf"))
         if results is not None:
             write_json(self.path / "results.json", results)
 
-    def save_comparison(self, comparison):
+    def save_comparison(self, comparison: EstimatorComparison) -> Path:
         """Write an :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison`, draws and figure; gives the figure's path."""
         tree = comparison.to_datatree()
         replace(self.path / "estimators.nc", lambda path: tree.to_netcdf(path, engine="h5netcdf"))
@@ -205,7 +200,7 @@ class Run:
         comparison.plot().savefig(path)
         return path
 
-    def new_samples(self, sampler, out=None):
+    def new_samples(self, sampler: str, out: str | Path | None = None) -> tuple[Path, Path]:
         """The paths of new samples and of their figure, next to each other; the folder is made.
 
         Args:
@@ -223,22 +218,22 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return paths
 
-    def save_samples(self, paths, samples, figure):
+    def save_samples(self, paths: tuple[Path, Path], samples: np.ndarray, figure: "Figure") -> None:
         """Write samples and their figure to the paths from :meth:`new_samples`."""
         buffer = io.BytesIO()
         np.save(buffer, samples, allow_pickle=False)
         write_bytes(paths[0], buffer.getvalue())
         figure.savefig(paths[1])
 
-    def _table(self, name):
+    def _table(self, name: str) -> np.ndarray:
         return np.loadtxt(self.path / name, delimiter=",", skiprows=1, ndmin=2).reshape(-1, 2)
 
 
-def _csv_writer(table, header):
+def _csv_writer(table: np.ndarray, header: str) -> Callable[[Path], None]:
     return lambda path: np.savetxt(path, table, ["%d", "%.9g"], ",", header=header, comments="")
 
 
-def describe(diffusion):
+def describe(diffusion: Diffusion) -> dict:
     """The model in words that JSON can hold; the schedule's variances and the parameters are kept apart."""
     kernel, schedule = diffusion.kernel, diffusion.schedule
     mixture = isinstance(kernel, MixtureKernel)
@@ -247,16 +242,13 @@ def describe(diffusion):
         kept["schedule"] = schedule.arguments
     return kept | {
         "network": _describe_network(diffusion.network),
-        "likelihood": {
-            "name": type(diffusion.likelihood).__name__,
-            "arguments": vars(diffusion.likelihood),
-        },
+        "likelihood": {"name": type(diffusion.likelihood).__name__, "arguments": vars(diffusion.likelihood)},
         "num_steps": diffusion.schedule.num_steps,
         "dim": diffusion.dim,
     }
 
 
-def _describe_network(network):
+def _describe_network(network: Callable) -> dict:
     """The class of a network and its arguments, of which one may be a network; None for arguments that are not known."""
     name = type(network).__name__
     if NETWORKS.get(name) is not type(network):
@@ -265,20 +257,16 @@ def _describe_network(network):
     return {"name": name, "arguments": {k: _describe_network(v) if callable(v) else v for k, v in arguments.items()}}
 
 
-def _make_network(description, key):
+def _make_network(description: dict, key: jax.Array) -> Callable:
     name, arguments = description["name"], description["arguments"]
-    require(
-        name in NETWORKS and arguments is not None,
-        "like",
-        "a network or a Diffusion of the run's structure",
-        f"nothing, for a run with the custom network {name}",
-    )
+    known, got = name in NETWORKS and arguments is not None, f"nothing, for a run with the custom network {name}"
+    require(known, "like", "a network or a Diffusion of the run's structure", got)
     if "network" in arguments:
         return NETWORKS[name](**arguments | {"network": _make_network(arguments["network"], key)})
     return NETWORKS[name](**arguments, key=key)
 
 
-def create_run(path, diffusion, config=None):
+def create_run(path: str | Path, diffusion: Diffusion, config: dict | None = None) -> Run:
     """Make a run folder for a model that is to be fitted.
 
     Args:
@@ -307,15 +295,13 @@ def create_run(path, diffusion, config=None):
     return Run(path)
 
 
-def check_free(path):
+def check_free(path: str | Path) -> None:
     """Refuse a path that already holds something."""
     taken = Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir()))
-    require(
-        not taken, "out", "a new folder (or --resume, to go on with a run)", f"{path}, which exists", FileExistsError
-    )
+    require(not taken, "out", "a new folder (or --resume, to go on with a run)", f"{path}, which exists", FileExistsError)
 
 
-def open_run(path, like=None):
+def open_run(path: str | Path, like: Any = None) -> Run:
     """Open a run folder.
 
     Args:
@@ -329,13 +315,11 @@ def open_run(path, like=None):
         FileNotFoundError: If there is no run in that folder.
     """
     path = Path(path)
-    require(
-        (path / "config.json").is_file(), "run", "a run folder", f"{path}, which has no config.json", FileNotFoundError
-    )
+    require((path / "config.json").is_file(), "run", "a run folder", f"{path}, which has no config.json", FileNotFoundError)
     return Run(path, like)
 
 
-def next_free(name, parent="runs", suffix=""):
+def next_free(name: str, parent: str | Path = "runs", suffix: str = "") -> Path:
     """The first of ``parent``/``name``-1``suffix``, -2, … that does not exist."""
     k = 1
     while (path := Path(parent) / f"{name}-{k}{suffix}").exists():

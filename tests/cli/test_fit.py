@@ -35,7 +35,7 @@ def test_fit():
     assert parts == pytest.approx(test["elbo"]["bits_per_dim"], rel=1e-6)
     assert both["agree"] is True and abs(both["z"]) < 4.9
     assert results["reference"]["independent_dimensions"]["bits_per_dim"] == pytest.approx(2.398, abs=0.002)
-    names = {"config.json", "checkpoint.npz", "parameters.npz", "losses.csv", "elbo.nc", "results.json", "figures"}
+    names = {"config.json", "checkpoint.eqx", "parameters.eqx", "losses.csv", "elbo.nc", "results.json", "figures"}
     assert names <= {file.name for file in path.iterdir()}
     assert {file.name for file in (path / "figures").iterdir()} == {"loss.png", "step_kl.png", "samples.png"}
     opened = probdiff.open_run(path)
@@ -190,13 +190,13 @@ def test_the_fit_has_the_options(given):
 
 def test_resume(tmp_path, capsys):
     path, _, _ = small_run()
-    before = (path / "parameters.npz").read_bytes()
+    before = (path / "parameters.eqx").read_bytes()
     for option in (["--iterations", "30"], ["--data", "moons"], ["--seed", "1"]):
         assert cli.main(["fit", "--out", str(path), "--resume", *option]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and option[0] in error and f"got {option[1]}" in error
     assert cli.main(["fit", "--out", str(path), "--resume", *SMALL]) == 0
-    assert (path / "parameters.npz").read_bytes() == before
+    assert (path / "parameters.eqx").read_bytes() == before
 
 
 BAD = {
@@ -262,23 +262,23 @@ def test_ten_rows_with_a_constant_first_pixel_to_the_end(tmp_path, capsys):
     options = ["--num-steps", "2", "--iterations", "3", "--batch-size", "4", "--json", "--out", str(tmp_path / "r")]
     assert cli.main(["fit", "--data", str(tmp_path / "ten.npy"), *options]) == 0
     json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
-    damaged = (tmp_path / "r" / "checkpoint.npz").read_bytes()[:500]
-    (tmp_path / "r" / "checkpoint.npz").write_bytes(damaged)
+    damaged = (tmp_path / "r" / "checkpoint.eqx").read_bytes()[:500]
+    (tmp_path / "r" / "checkpoint.eqx").write_bytes(damaged)
     assert cli.main(["fit", "--out", str(tmp_path / "r"), "--resume"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "checkpoint.npz: Expected an intact file" in error
+    assert error.count("\n") == 1 and "checkpoint.eqx: Expected an intact file" in error
 
 
 def test_resume_passes_over_a_damaged_checkpoint_with_one_line(tmp_path, capsys, patched):
     copy = tmp_path / "copy"
     shutil.copytree(small_run()[0], copy)
-    (copy / "checkpoint.previous.npz").write_bytes((copy / "checkpoint.npz").read_bytes())
-    (copy / "checkpoint.npz").write_bytes(b"spoiled")
+    (copy / "checkpoint.previous.eqx").write_bytes((copy / "checkpoint.eqx").read_bytes())
+    (copy / "checkpoint.eqx").write_bytes(b"spoiled")
     patched(fit_command.evaluate, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["fit", "--out", str(copy), "--resume"]) == 130
     lines = capsys.readouterr().err.strip().splitlines()
     (warning,) = [line for line in lines if "warning" in line]
-    assert warning.startswith("probdiff: warning:") and warning.endswith("going on from checkpoint.previous.npz")
+    assert warning.startswith("probdiff: warning:") and warning.endswith("going on from checkpoint.previous.eqx")
     assert lines[-1].endswith(f"probdiff fit --out {copy} --resume")
 
 

@@ -30,8 +30,12 @@ def test_sample(capsys):
     assert first.shape == (5, 64) and np.array_equal(first, second) and not np.array_equal(first, other)
 
 
+def test_the_samplers_of_the_command_are_those_of_the_package():
+    assert cli.SAMPLERS == tuple(samplers.SAMPLERS)
+
+
 SAMPLE_ERRORS = {
-    "sampler": (["--sampler", "ddpm"], "--sampler: Expected one of ancestral, ddim, langevin, ode; got ddpm"),
+    "sampler": (["--sampler", "ddpm"], "--sampler: invalid choice: 'ddpm' (choose from"),
     "no samples": (["--num-samples", "0"], "--num-samples: Expected an integer of at least 1; got 0"),
     "seed": (["--seed", "-1"], "--seed: Expected an integer of at least 0; got -1"),
     "no steps": (["--sampler", "ddim", "--steps", "0"], "--steps: Expected an integer of at least 1; got 0"),

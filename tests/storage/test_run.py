@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import io
+import json
+import pickle
 import resource
 import signal
 
@@ -16,8 +18,16 @@ import probdiff
 from probdiff import _files as storage
 from probdiff.diagnostics.datatree import from_datatree
 from probdiff.storage import run as runs
+from probdiff.storage.checkpoint import read_leaves, save_tree
 
 X = np.random.default_rng(0).normal(3, 2, (300, 2)).astype(np.float32)
+
+
+def npy_header(**header):
+    """The beginning of an array in a file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"fortran_order": False} | header)
+    return buffer.getvalue()
 
 
 class Custom(eqx.Module):
@@ -126,9 +136,16 @@ def resume(path, diffusion=None, iterations=20):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """The whole fit; and the bytes of its checkpoint, after 20 iterations, and of the one before, after 10."""
-    path = tmp_path_factory.mktemp("checkpoints") / "checkpoint.npz"
+    path = tmp_path_factory.mktemp("checkpoints") / "checkpoint.eqx"
     whole = resume(path)
-    return whole, path.read_bytes(), path.with_name("checkpoint.previous.npz").read_bytes()
+    return whole, path.read_bytes(), path.with_name("checkpoint.previous.eqx").read_bytes()
+
+
+def npz_of_0_1(arrays):
+    """What probdiff 0.1 wrote: arrays by name, and their checksum."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
 
 
 def damaged(content, damage):
@@ -136,9 +153,7 @@ def damaged(content, damage):
     if damage == "empty":
         return b""
     if damage == "foreign":
-        buffer = io.BytesIO()
-        np.savez(buffer, leaf_0000=np.zeros(3))
-        return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+        return npz_of_0_1({"leaf_0000": np.zeros(3)})
     if damage == "truncated":
         return bytes(content[: len(content) // 2])
     content[len(content) // 2] ^= 4
@@ -148,24 +163,24 @@ def damaged(content, damage):
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "foreign"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_previous_one(damage, tmp_path, checkpoints):
     whole, last, previous = checkpoints
-    path = tmp_path / "checkpoint.npz"
+    path = tmp_path / "checkpoint.eqx"
     path.write_bytes(damaged(last, damage))
-    path.with_name("checkpoint.previous.npz").write_bytes(previous)
-    with pytest.warns(UserWarning, match="checkpoint.npz: Expected .* going on from checkpoint.previous.npz"):
+    path.with_name("checkpoint.previous.eqx").write_bytes(previous)
+    with pytest.warns(UserWarning, match="checkpoint.eqx: Expected .* going on from checkpoint.previous.eqx"):
         fit = resume(path)
     assert_same(fit.diffusion.trainable(), whole.diffusion.trainable())
     assert path.read_bytes() == last
     if damage != "foreign":  # the good one is not replaced by the damaged one
-        assert path.with_name("checkpoint.previous.npz").read_bytes() == previous
+        assert path.with_name("checkpoint.previous.eqx").read_bytes() == previous
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "foreign"])
 def test_with_no_intact_checkpoint_left_there_is_a_clear_error(damage, tmp_path, checkpoints):
     _, last, previous = checkpoints
-    path = tmp_path / "checkpoint.npz"
+    path = tmp_path / "checkpoint.eqx"
     path.write_bytes(damaged(last, damage))
-    path.with_name("checkpoint.previous.npz").write_bytes(damaged(previous, damage))
-    with pytest.raises(ValueError, match="checkpoint: Expected an intact one .*checkpoint.npz.*checkpoint.previous.npz"):
+    path.with_name("checkpoint.previous.eqx").write_bytes(damaged(previous, damage))
+    with pytest.raises(ValueError, match="checkpoint: Expected an intact one .*checkpoint.eqx.*checkpoint.previous.eqx"):
         resume(path)
     assert path.read_bytes() == damaged(last, damage)
 
@@ -173,7 +188,7 @@ def test_with_no_intact_checkpoint_left_there_is_a_clear_error(damage, tmp_path,
 def test_no_truncated_or_flipped_checkpoint_is_loaded(tmp_path, checkpoints):
     """Cut at every 4 KiB, and 200 times with one random bit flipped."""
     _, last, _ = checkpoints
-    path, rng = tmp_path / "checkpoint.npz", np.random.default_rng(0)
+    path, rng = tmp_path / "checkpoint.eqx", np.random.default_rng(0)
     cases = [last[:size] for size in range(0, len(last), 4096)]
     for place in rng.integers(0, 8 * len(last), 200):
         content = bytearray(last)
@@ -181,10 +196,50 @@ def test_no_truncated_or_flipped_checkpoint_is_loaded(tmp_path, checkpoints):
         cases.append(bytes(content))
     for content in cases:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="checkpoint.npz: Expected an intact file"):
-            storage.load_arrays(path)
+        with pytest.raises(ValueError, match="checkpoint.eqx: Expected an intact file"):
+            read_leaves(path)
     path.write_bytes(last)
-    assert storage.is_intact(path)
+    assert storage.is_intact(path) and len(read_leaves(path)[1]) > 10
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\n", b"[]\n", b"{}\n", b"PK",
+    b'{"leaves": [["float32", 3]]}\n', b'{"leaves": [["float32", -3]]}\n', b'{"leaves": [["object", 3]]}\n',
+    b'{"leaves": [["float32", 10000000000]]}\n' + npy_header(shape=(10**10,), descr="<f4"),
+    b'{"leaves": [["float32", 1]]}\n' + npy_header(shape=(1,), descr="|O") + pickle.dumps([1.0]),
+    b'{"leaves": [["float32", 1]]}\n' + pickle.dumps([1.0]),
+])  # fmt: skip
+def test_a_file_of_something_else_with_a_right_checksum_is_refused(content, tmp_path):
+    """And nothing in it is executed, or allocated."""
+    storage.write_checked(tmp_path / "other.eqx", content)
+    with pytest.raises(ValueError, match="other.eqx: Expected arrays of probdiff"):
+        read_leaves(tmp_path / "other.eqx")
+
+
+def rewritten_as_0_1(path):
+    """The file as probdiff 0.1 wrote it, in its place."""
+    about, leaves = read_leaves(path)
+    histories = ("losses", "validation") if "settings" in about else ()
+    names = [f"leaf_{i:04}" for i in range(len(leaves) - len(histories))] + list(histories)
+    settings = {"settings": np.frombuffer(json.dumps(about["settings"]).encode(), np.uint8)} if histories else {}
+    path.with_suffix(".npz").write_bytes(npz_of_0_1(dict(zip(names, leaves)) | settings))
+    path.unlink()
+
+
+def test_a_run_of_0_1_opens(tmp_path):
+    fit, _ = fitted_run(tmp_path / "run", make())
+    rewritten_as_0_1(tmp_path / "run" / "parameters.eqx")
+    assert_same(probdiff.open_run(tmp_path / "run").diffusion.trainable(), fit.diffusion.trainable())
+
+
+def test_a_fit_of_0_1_goes_on(tmp_path, checkpoints):
+    _, last, previous = checkpoints
+    path = tmp_path / "checkpoint.eqx"
+    path.write_bytes(previous)
+    rewritten_as_0_1(path)
+    assert probdiff.storage.Checkpoint(path).exists() and not path.exists()
+    resume(path)
+    assert path.read_bytes() == last
 
 
 @contextlib.contextmanager
@@ -202,18 +257,18 @@ def full_disk(size):
 
 
 def test_a_file_that_finds_no_room_stays_as_it_was(tmp_path):
-    path = tmp_path / "arrays.npz"
-    storage.save_arrays(path, {"a": np.zeros(10)})
+    path = tmp_path / "arrays.eqx"
+    save_tree(path, {"a": np.zeros(10)})
     before = path.read_bytes()
     with full_disk(2 * len(before)):
-        storage.save_arrays(path, {"a": np.zeros(10_000)})
+        save_tree(path, {"a": np.zeros(10_000)})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_leaves_the_checkpoint_as_it_was(tmp_path, checkpoints):
     """The next save runs into a limit on the size of files: an OSError, and both checkpoints intact."""
     _, last, previous = checkpoints
-    path = tmp_path / "checkpoint.npz"
+    path = tmp_path / "checkpoint.eqx"
     path.write_bytes(previous)
     with full_disk(len(previous) // 2):
         resume(path)
@@ -225,13 +280,13 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     fitted_run(tmp_path / "run", make())
     other = make(probdiff.MLP(2, key=jax.random.key(4), hidden=9, num_blocks=1))
     with pytest.raises(ValueError, match="another configuration"):
-        resume(tmp_path / "run" / "checkpoint.npz", other)
+        resume(tmp_path / "run" / "checkpoint.eqx", other)
 
 
 def test_equal_runs_leave_equal_files(tmp_path):
     for name in "ab":
         fitted_run(tmp_path / name, make())
-    for file in ("checkpoint.npz", "parameters.npz", "config.json", "losses.csv", "schedule.npy"):
+    for file in ("checkpoint.eqx", "parameters.eqx", "config.json", "losses.csv", "schedule.npy"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     assert not list((tmp_path / "a").glob(".*"))
 
