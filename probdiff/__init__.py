@@ -4,6 +4,7 @@ Every name is imported when it is first asked for, so that ``import probdiff`` i
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.2.0.dev0"
 
@@ -55,7 +56,7 @@ _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names
 __all__ = sorted([*_MODULE_OF, *_NAMESPACES])
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _NAMESPACES:
         value = importlib.import_module(f"{__name__}.{_NAMESPACES[name]}")
     elif name in _MODULE_OF:
@@ -66,5 +67,5 @@ def __getattr__(name):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return [*__all__, "__version__"]

@@ -1,31 +1,39 @@
-"""Checks of what a user gave: one form of message, before any long work starts."""
+"""Checks of what a user gave, and the types of it: one form of message, before any long work starts."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
+from jaxtyping import Integer
 
 AnyArray = jax.Array | np.ndarray
 Whole = int | np.integer
+Number = float | int | np.floating | np.integer
+Numbers = npt.ArrayLike | Sequence[Any] | float | int  # one by one, in sequences (NumPy's ArrayLike has no tuples at run time) or in arrays
+Step = Whole | Integer[AnyArray, "*#batch"]
 
 
-def require(condition, name, expected, got, error=ValueError):
+def require(condition: object, name: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:
     """Raise ``error`` with the message ``name: Expected …; got …`` unless ``condition`` holds."""
     if not condition:
         raise error(f"{name}: Expected {expected}; got {got}")
 
 
-def require_type(name, value, kind):
+def require_type(name: str, value: object, kind: type) -> None:
     """Refuse anything but an instance of ``kind``."""
     article = "an" if kind.__name__[0] in "AEIOU" else "a"
     require(isinstance(value, kind), name, f"{article} {kind.__name__}", type(value).__name__, TypeError)
 
 
-def require_count(name, value):
+def require_count(name: str, value: object) -> None:
     """Refuse anything but a positive integer."""
     require(isinstance(value, int | np.integer) and value >= 1, name, "a positive integer", repr(value))
 
 
-def require_key(key):
+def require_key(key: object) -> None:
     """Refuse anything but one JAX key, of the new kind or of the old."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
@@ -33,17 +41,17 @@ def require_key(key):
     require(typed or raw, "key", "a JAX key, such as jax.random.key(0)", f"{key!r:.60}", TypeError)
 
 
-def is_concrete(value):
+def is_concrete(value: object) -> bool:
     """Whether the values of ``value`` can be read now (it is not being traced by JAX)."""
     return not isinstance(value, jax.core.Tracer)
 
 
-def is_trainable(leaf):
+def is_trainable(leaf: object) -> bool:
     """Whether a leaf of a module is a parameter: a floating-point JAX array. (NumPy arrays are constants.)"""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def require_finite(name, x):
+def require_finite(name: str, x: Numbers) -> None:
     """Refuse NaN and infinity, naming the first place; values that JAX is tracing are not looked at."""
     if is_concrete(x):
         bad = ~np.isfinite(np.asarray(x))
@@ -52,7 +60,7 @@ def require_finite(name, x):
             require(False, name, "finite values", f"{np.asarray(x)[first]} at index {list(first)}")
 
 
-def require_step(n, lowest, num_steps):
+def require_step(n: Numbers, lowest: int, num_steps: int) -> None:
     """Refuse a step that is not an integer in ``lowest`` … N; traced values are not looked at."""
     dtype = jnp.result_type(n)
     require(jnp.issubdtype(dtype, jnp.integer), "n", "an integer step", f"dtype {dtype}", TypeError)

@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
-from probdiff._checks import Whole, require
+from probdiff._checks import AnyArray, Whole, require
 
 AXIS = "data"
 
 Devices = Whole | Sequence[jax.Device] | None
 
 
-def data_mesh(devices):
+def data_mesh(devices: Devices) -> Mesh | None:
     """A mesh of one axis for the data.
 
     Args:
@@ -37,11 +38,12 @@ def data_mesh(devices):
         devices = there[: int(devices)]
     good = isinstance(devices, Sequence) and len(devices) > 0 and all(isinstance(each, jax.Device) for each in devices)
     require(good, "devices", "a number of devices, or a list of JAX devices", repr(devices), TypeError)
+    assert isinstance(devices, Sequence)
     require(len(set(devices)) == len(devices), "devices", "different devices", devices)
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def replicate(tree, mesh):
+def replicate[T](tree: T, mesh: Mesh | None) -> T:
     """The arrays of a tree on every device of the mesh."""
     if mesh is None:
         return tree
@@ -52,7 +54,7 @@ def replicate(tree, mesh):
     return eqx.combine(jax.tree.map(lambda array: _from_each_process(array, everywhere), arrays), rest)
 
 
-def _from_each_process(array, sharding):
+def _from_each_process(array: Shaped[AnyArray, "*shape"], sharding: NamedSharding) -> Shaped[Array, "*shape"]:
     """An array that each process has, on devices of all of them."""
     if _is_key(array):
         return jax.random.wrap_key_data(
@@ -62,11 +64,11 @@ def _from_each_process(array, sharding):
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def _is_key(array):
+def _is_key(array: AnyArray) -> bool:
     return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
-def to_default_device(tree, mesh):
+def to_default_device[T](tree: T, mesh: Mesh | None) -> T:
     """The arrays of a tree, there on every device of the mesh, on JAX's default device (that of each process)."""
     if mesh is None:
         return tree
@@ -74,26 +76,26 @@ def to_default_device(tree, mesh):
     return eqx.combine(jax.tree.map(_to_default_device, arrays), rest)
 
 
-def _to_default_device(array):
+def _to_default_device(array: Shaped[AnyArray, "*shape"]) -> Shaped[AnyArray, "*shape"]:
     if not isinstance(array, jax.Array):
         return array
     own = array.addressable_data(0)
     if _is_key(own):
-        return jax.random.wrap_key_data(np.asarray(jax.random.key_data(own)), impl=jax.random.key_impl(own))
+        return jax.random.wrap_key_data(jnp.asarray(np.asarray(jax.random.key_data(own))), impl=jax.random.key_impl(own))
     return jnp.asarray(np.asarray(own))
 
 
-def shard(array, mesh):
+def shard(array: Shaped[Array, "datum *shape"], mesh: Mesh | None) -> Shaped[Array, "datum *shape"]:
     """In a compiled function: an array cut along its first axis, a part for each device."""
     return array if mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
-def gather(tree, mesh):
+def gather[T](tree: T, mesh: Mesh | None) -> T:
     """In a compiled function: the arrays of a tree put together again on every device."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def wait_for_all(name):
+def wait_for_all(name: str) -> None:
     """Wait until every process has come here."""
     if jax.process_count() > 1:
         from jax.experimental.multihost_utils import sync_global_devices

@@ -1,6 +1,8 @@
 """Constants of a module as a hashable value, for its static fields: JAX then sees only what is computed with."""
 
 import hashlib
+from collections.abc import Hashable
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,23 +18,23 @@ class Static:
         tree: Any tree of constants: NumPy arrays, numbers, functions.
     """
 
-    def __init__(self, tree):
+    def __init__(self, tree: Any) -> None:
         leaves, structure = jax.tree.flatten(tree)
         self.tree = tree
         self._identity = structure, tuple(map(_identity, leaves))
         self._hash = hash(self._identity)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Static) and self._identity == other._identity)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return self._hash
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Static({type(self.tree).__name__})"
 
 
-def _identity(leaf):
+def _identity(leaf: Any) -> Hashable:
     if isinstance(leaf, np.ndarray):
         return leaf.shape, leaf.dtype.str, hashlib.sha256(np.ascontiguousarray(leaf)).digest()
     try:

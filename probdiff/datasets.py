@@ -7,14 +7,19 @@ grid.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Real
 
-from probdiff._checks import require, require_finite
+from probdiff._checks import Numbers, require, require_finite
 from probdiff._files import MAX_BYTES, read_npy, read_npz
-from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
-from probdiff.oracles.distributions import GaussianMixture, UniformBoxes
+from probdiff.chain.schedules import AbstractSchedule
+from probdiff.likelihoods import AbstractLikelihood, DiscretizedNormalLikelihood, NormalLikelihood
+from probdiff.networks.base import Network
+from probdiff.oracles.distributions import GaussianMixture, LogProb, Points, UniformBoxes
 
 SIZES = {"train": 100_000, "validation": 5_000, "test": 20_000}
 
@@ -32,30 +37,30 @@ class Dataset:
     """
 
     name: str
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
+    train: Real[np.ndarray, "train dim"]
+    validation: Real[np.ndarray, "validation dim"]
+    test: Real[np.ndarray, "test dim"]
     levels: int | None = None
     oracle: GaussianMixture | UniformBoxes | None = None
-    image_shape: tuple | None = None
+    image_shape: tuple[int, int] | None = None
 
     @property
-    def dim(self):
+    def dim(self) -> int:
         """Number of dimensions of a datum."""
         return self.train.shape[1]
 
-    def likelihood(self):
+    def likelihood(self) -> DiscretizedNormalLikelihood | NormalLikelihood:
         """The likelihood for these data: discretised for a grid, else standardised by the training split."""
         if self.levels is not None:
             return DiscretizedNormalLikelihood(self.levels)
         return NormalLikelihood.standardized(self.train)
 
     @property
-    def log_prob(self):
+    def log_prob(self) -> Callable[[Points], LogProb] | None:
         """True log-density in nats of points of shape ``(*batch, dim)``, a function; None where it is not known."""
         return None if self.oracle is None else self.oracle.log_prob
 
-    def entropy(self):
+    def entropy(self) -> tuple[float, float]:
         """Differential entropy in nats, and an estimate of its numerical error.
 
         Raises:
@@ -63,7 +68,7 @@ class Dataset:
         """
         return self._known().entropy()
 
-    def exact_network(self, schedule, likelihood):
+    def exact_network(self, schedule: AbstractSchedule, likelihood: AbstractLikelihood) -> Network:
         r"""The best ε-network there is for these data, :math:`E[\epsilon | z_n]`: nothing is trained.
 
         Args:
@@ -79,13 +84,14 @@ class Dataset:
         oracle = self._known()
         kind = type(likelihood).__name__
         require(isinstance(likelihood, NormalLikelihood), "likelihood", "a NormalLikelihood", kind, TypeError)
+        assert isinstance(likelihood, NormalLikelihood)
         return oracle.standardized(likelihood.loc, likelihood.scale).network(schedule)
 
-    def _known(self):
+    def _known(self) -> GaussianMixture | UniformBoxes:
         require(self.oracle is not None, "dataset", "a data set with a known density", self.name)
+        assert self.oracle is not None
         return self.oracle
-
-    def independent_levels(self):
+    def independent_levels(self) -> tuple[float, float]:
         """Mean test log-likelihood in nats, and its standard error, when every dimension is coded by itself.
 
         One categorical distribution per dimension, fitted to the training split with half a count added to each
@@ -95,13 +101,14 @@ class Dataset:
             ValueError: If the data are not on a grid.
         """
         require(self.levels is not None, "dataset", "data on a grid", self.name)
+        assert self.levels is not None
         counts = 0.5 + np.array([np.bincount(column, minlength=self.levels) for column in self.train.T])
         log_p = np.log(counts / counts.sum(1, keepdims=True))
         per_datum = log_p[np.arange(self.dim), self.test].sum(1)
         return per_datum.mean(), per_datum.std(ddof=1) / np.sqrt(len(per_datum))
 
 
-def load(name, seed=0):
+def load(name: str | Path, seed: int = 0) -> Dataset:
     """A data set by name, or from a ``.npy``, ``.npz`` or ``.csv`` file.
 
     Args:
@@ -125,7 +132,7 @@ def load(name, seed=0):
     return _from_file(Path(name), seed)
 
 
-def _digits():
+def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     images = load_digits().data.astype(np.int32)
@@ -133,6 +140,10 @@ def _digits():
 
 
 # Two-dimensional sets: points from a NumPy generator, and their distribution.
+
+
+Plane = Float[np.ndarray, "point 2"]
+Curve = Callable[[Float[np.ndarray, "point"]], Plane]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,43 +154,43 @@ class _Curves:
     their own noise, the nodes are so dense that its ε-network is exact to 1e-10 where the data are.
     """
 
-    curves: tuple
+    curves: tuple[Curve, ...]
     sd: float
     nodes: int
 
-    def sample(self, rng, size):
+    def sample(self, rng: np.random.Generator, size: int) -> Plane:
         t, which = rng.random(size), rng.integers(len(self.curves), size=size)
         points = np.stack([curve(t) for curve in self.curves])[which, np.arange(size)]
         return points + self.sd * rng.standard_normal((size, 2))
 
-    def oracle(self):
+    def oracle(self) -> GaussianMixture:
         node, weight = np.polynomial.legendre.leggauss(self.nodes)
         means = np.concatenate([curve((node + 1) / 2) for curve in self.curves])
         weights = np.tile(weight / 2, len(self.curves)) / len(self.curves)
         return GaussianMixture(weights, means, self.sd**2 * np.eye(2))
 
 
-def _plane(x, y):
+def _plane(x: Float[np.ndarray, "*#point"], y: Float[np.ndarray, "*#point"] | float) -> Plane:
     return np.stack(np.broadcast_arrays(x, y), -1)
 
 
-def _circle(radius):
+def _circle(radius: float) -> Curve:
     return lambda t: radius * _plane(np.cos(2 * np.pi * t), np.sin(2 * np.pi * t))
 
 
-def _point(angle):
+def _point(angle: float) -> Curve:
     return lambda t: 4 / 1.414 * _plane(np.cos(angle) + 0 * t, np.sin(angle))
 
 
-def _upper_moon(t):
+def _upper_moon(t: Float[np.ndarray, "point"]) -> Plane:
     return 2 * _plane(np.cos(np.pi * t), np.sin(np.pi * t)) + [-1, -0.2]
 
 
-def _lower_moon(t):
+def _lower_moon(t: Float[np.ndarray, "point"]) -> Plane:
     return 2 * _plane(1 - np.cos(np.pi * t), 0.5 - np.sin(np.pi * t)) + [-1, -0.2]
 
 
-def _roll(t):
+def _roll(t: Float[np.ndarray, "point"]) -> Plane:
     angle = 1.5 * np.pi * (1 + 2 * t)
     return angle[..., None] * _plane(np.cos(angle), np.sin(angle)) / 5
 
@@ -187,17 +198,17 @@ def _roll(t):
 class _Checkerboard:
     """Uniform on the eight black squares, of side 2, of a board on [−4, 4]²."""
 
-    def sample(self, rng, size):
+    def sample(self, rng: np.random.Generator, size: int) -> Plane:
         x = rng.random(size) * 4 - 2
         y = rng.random(size) - 2 * rng.integers(2, size=size) + np.floor(x) % 2
         return 2 * _plane(x, y)
 
-    def oracle(self):
+    def oracle(self) -> UniformBoxes:
         lower = [(x, y) for x in (-4, -2, 0, 2) for y in (-4, -2, 0, 2) if (x + y) % 4 == 0]
         return UniformBoxes(lower, np.add(lower, 2))
 
 
-PLANAR = {
+PLANAR: dict[str, _Curves | _Checkerboard] = {
     "checkerboard": _Checkerboard(),
     "circles": _Curves((_circle(3.0), _circle(1.5)), 0.24, 300),
     "moons": _Curves((_upper_moon, _lower_moon), 0.2, 150),
@@ -207,28 +218,29 @@ PLANAR = {
 NAMES = ("digits", *PLANAR)
 
 
-def _planar(name, seed):
+def _planar(name: str, seed: int) -> Dataset:
     rng = np.random.default_rng([seed, *name.encode()])
-    splits = {split: PLANAR[name].sample(rng, size).astype(np.float32) for split, size in SIZES.items()}
-    return Dataset(name, **splits, oracle=PLANAR[name].oracle())
+    sizes = (SIZES[split] for split in ("train", "validation", "test"))
+    train, validation, test = (PLANAR[name].sample(rng, size).astype(np.float32) for size in sizes)
+    return Dataset(name, train, validation, test, oracle=PLANAR[name].oracle())
 
 
 # A user's own file.
 
 
-def _read_npz(path):
+def _read_npz(path: Path) -> np.ndarray:
     arrays = read_npz(path)
     require(len(arrays) == 1, str(path), "one array", f"{len(arrays)}: {', '.join(arrays)}")
     (array,) = arrays.values()
     return array
 
 
-def _read_csv(path):
+def _read_csv(path: Path) -> Real[np.ndarray, "row column"]:
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         first = file.readline().strip()
     require(first != "", str(path), "rows of numbers", "an empty file or an empty first line")
     header = int(not any(_is_number(cell) for cell in first.split(",")))
-    options = {"delimiter": ",", "skiprows": header, "ndmin": 2, "encoding": "utf-8-sig"}
+    options: dict[str, Any] = {"delimiter": ",", "skiprows": header, "ndmin": 2, "encoding": "utf-8-sig"}
     try:
         return np.loadtxt(path, np.int64, **options)
     except ValueError:
@@ -239,7 +251,7 @@ def _read_csv(path):
         raise ValueError(f"{path}: Expected a readable .csv file; got: {error}") from None
 
 
-def _is_number(cell):
+def _is_number(cell: str) -> bool:
     try:
         float(cell)
     except ValueError:
@@ -250,7 +262,7 @@ def _is_number(cell):
 READERS = {".npy": read_npy, ".npz": _read_npz, ".csv": _read_csv}
 
 
-def _from_file(path, seed):
+def _from_file(path: Path, seed: int) -> Dataset:
     require(path.is_file(), "data", "an existing file", f"{path}, which is not there", FileNotFoundError)
     size = path.stat().st_size
     require(size > 0, str(path), "an array", "an empty file")
@@ -285,7 +297,7 @@ def _from_file(path, seed):
     return Dataset(path.stem, train, validation, test, levels=levels)
 
 
-def check_array(array, name="data"):
+def check_array(array: Numbers, name: str = "data") -> Real[np.ndarray, "datum dim"]:
     """The array, if it can be data: finite real numbers of shape ``(datum, dim)``, at least 10 rows.
 
     Raises:

@@ -4,22 +4,27 @@ Its programs, its bounds and its samplers are ways to read it.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
+from numpyro import distributions as dist
 
-from probdiff._checks import is_concrete, is_trainable, require, require_type
+from probdiff._checks import AnyArray, Number, Step, Whole, is_concrete, is_trainable, require, require_type
 from probdiff._static import Static
 from probdiff.chain.reverse import AbstractKernel, GaussianKernel, NoiseMoments, SampledStep
 from probdiff.chain.schedules import AbstractSchedule, at_step, require_schedule
+from probdiff.chain.variances import AbstractReverseVariance
 from probdiff.likelihoods import AbstractLikelihood, NormalLikelihood
-from probdiff.networks.base import evaluate, is_told_step, predict_noise, takes_key
+from probdiff.networks.base import Network, Prediction, evaluate, is_told_step, predict_noise, takes_key
 from probdiff.programs import scan
-from probdiff.programs.sites import PARAMS, AbstractDiffusion
+from probdiff.programs.sites import PARAMS, AbstractDiffusion, Data, Size
 
 
 class Diffusion(AbstractDiffusion):
@@ -45,7 +50,7 @@ class Diffusion(AbstractDiffusion):
     """
 
     schedule: AbstractSchedule
-    _arrays: Callable  # the network with everything but its JAX arrays replaced by None, and
+    _arrays: Any  # the network with everything but its JAX arrays replaced by None, and
     _constants: Static = eqx.field(static=True)  # the rest of it
     kernel: AbstractKernel
     likelihood: AbstractLikelihood
@@ -53,7 +58,15 @@ class Diffusion(AbstractDiffusion):
     training: bool = eqx.field(static=True)
     frozen: bool = eqx.field(static=True)
 
-    def __init__(self, schedule, network, likelihood=None, reverse_variance="posterior", dim=None, kernel=None):
+    def __init__(
+        self,
+        schedule: AbstractSchedule,
+        network: Network,
+        likelihood: AbstractLikelihood | None = None,
+        reverse_variance: str | AbstractReverseVariance = "posterior",
+        dim: Whole | None = None,
+        kernel: AbstractKernel | None = None,
+    ) -> None:
         require_schedule(schedule)
         require(callable(network), "network", "a callable network(z, n)", type(network).__name__, TypeError)
         likelihood = NormalLikelihood() if likelihood is None else likelihood
@@ -74,21 +87,21 @@ class Diffusion(AbstractDiffusion):
         self.training = True
         self.frozen = False
 
-    def with_kernel(self, kernel):
+    def with_kernel(self, kernel: AbstractKernel) -> "Diffusion":
         """This model with another reverse kernel."""
         return self._replaced(kernel=kernel)
 
     @property
-    def network(self):
+    def network(self) -> Network:
         """The network as it was given, with the parameters that the model holds."""
         return eqx.combine(self._arrays, self._constants.tree)
 
-    def with_network(self, network):
+    def with_network(self, network: Network) -> "Diffusion":
         """This model with another network."""
         arrays, constants = eqx.partition(network, lambda leaf: isinstance(leaf, jax.Array))
         return self._replaced(_arrays=arrays, _constants=Static(constants))
 
-    def model(self, x, num_data=None):
+    def model(self, x: Data | None, num_data: Size | None = None) -> Data:
         """The reverse chain, a NumPyro program: :func:`probdiff.programs.scan.model`.
 
         Args:
@@ -98,18 +111,18 @@ class Diffusion(AbstractDiffusion):
         """
         return scan.model(self, x, num_data)
 
-    def guide(self, x, num_data=None):
+    def guide(self, x: Data | None, num_data: Size | None = None) -> None:
         """The forward chain, z_1 first: :func:`probdiff.programs.scan.guide`. Arguments as for :meth:`model`; ``x`` is required."""
         scan.guide(self, x, num_data)
 
-    def posterior_guide(self, x, num_data=None):
+    def posterior_guide(self, x: Data | None, num_data: Size | None = None) -> None:
         """The forward chain after Bayes' rule, in the model's order: :func:`probdiff.programs.scan.posterior_guide`.
 
         The guide for ``TraceMeanField_ELBO``. Arguments as for :meth:`model`; ``x`` is required.
         """
         scan.posterior_guide(self, x, num_data)
 
-    def reverse_kernel(self, z, n, key=None):
+    def reverse_kernel(self, z: Float[AnyArray, "*batch dim"], n: Step, key: PRNGKeyArray | None = None) -> dist.Distribution:
         r"""The distribution :math:`p_\theta(z_{n-1} | z_n)`; at n = 1, the Gaussian that the likelihood reads.
 
         Args:
@@ -117,9 +130,9 @@ class Diffusion(AbstractDiffusion):
             n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
             key: For the network's dropout while training.
         """
-        return self.kernel(self.schedule, z, self.predict(z, n, key), n)
+        return self.kernel(self.schedule, jnp.asarray(z), self.predict(z, n, key), n)
 
-    def predict(self, z, n, key=None):
+    def predict(self, z: Float[AnyArray, "*batch dim"], n: Step, key: PRNGKeyArray | None = None) -> Prediction:
         """The network's prediction at ``z``, as the kernel needs it: the noise, shaped like ``z``, or probabilities of levels.
 
         Arguments as for :meth:`reverse_kernel`.
@@ -127,33 +140,47 @@ class Diffusion(AbstractDiffusion):
         asked = self._network(key), *self._noise_level(z, n), key
         return predict_noise(*asked) if self.kernel.prediction == "noise" else evaluate(*asked, method=self.kernel.prediction)
 
-    def predict_noise(self, z, n):
+    def predict_noise(self, z: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
         """The noise that the network predicts in ``z``, same shape; arguments as for :meth:`reverse_kernel`."""
         return predict_noise(self._network(), *self._noise_level(z, n))
 
-    def predict_noise_at(self, z, log_snr):
+    def predict_noise_at(
+        self, z: Float[AnyArray, "*batch dim"], log_snr: Number | Float[AnyArray, "*#batch"]
+    ) -> Float[Array, "*batch dim"]:
         """The noise that the network predicts in ``z``, same shape, between steps: ``log_snr`` broadcasts to ``batch``.
 
         Raises:
             ValueError: If the network is told the step (:attr:`is_told_step`).
         """
+        z = jnp.asarray(z)
         return predict_noise(self._network(), z, jnp.broadcast_to(jnp.asarray(log_snr, z.dtype), z.shape[:-1]))
 
     @property
-    def is_told_step(self):
+    def is_told_step(self) -> bool:
         """Whether the network knows the steps only, and not the noise levels between."""
         return is_told_step(self.network)
 
-    def _network(self, key=None):
+    def _network(self, key: PRNGKeyArray | None = None) -> Network:
         """The network, without dropout unless there is a key for it."""
         return eqx.nn.inference_mode(self.network) if key is None else self.network
 
-    def _noise_level(self, z, n):
+    def _noise_level(
+        self, z: Float[AnyArray, "*batch dim"], n: Step
+    ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"], Int[Array, "*batch"]]:
         """z, its log-SNR and its step, both of shape ``batch``."""
-        n = jnp.broadcast_to(jnp.asarray(n, jnp.int32), z.shape[:-1])
+        z, n = jnp.asarray(z), jnp.broadcast_to(jnp.asarray(n, jnp.int32), z.shape[:-1])
         return z, at_step(self.schedule.log_snr, n, z.dtype), n
 
-    def sampled_step(self, x, x0, n, eps, key=None, known_noise=None, extra_noise=None):
+    def sampled_step(
+        self,
+        x: Data,
+        x0: Float[AnyArray, "datum dim"],
+        n: Integer[AnyArray, "*#batch"],
+        eps: Float[Array, "*batch dim"],
+        key: PRNGKeyArray | None = None,
+        known_noise: Callable[..., NoiseMoments] | None = None,
+        extra_noise: Callable[[], Array] | None = None,
+    ) -> SampledStep:
         """z_n made from encoded data and ``eps``, and what the network says there: a :class:`~probdiff.chain.reverse.SampledStep`.
 
         Args:
@@ -171,7 +198,7 @@ class Diffusion(AbstractDiffusion):
         known = NoiseMoments(eps, 0.0) if known_noise is None else known_noise(self.schedule, z, n)
         return SampledStep(x, x0, n, z, known, self.predict(z, n, key), extra_noise)
 
-    def step_kl(self, step):
+    def step_kl(self, step: SampledStep) -> Float[Array, "*batch"]:
         """KL of steps 2 … N, in nats, shape ``batch``; an entry of n = 1 means nothing.
 
         Args:
@@ -179,12 +206,12 @@ class Diffusion(AbstractDiffusion):
         """
         return self.kernel.step_kl(self.schedule, step)
 
-    def log_likelihood(self, step):
+    def log_likelihood(self, step: SampledStep) -> Float[Array, "*batch"]:
         """The reconstruction log p(x | z_1), in nats, shape ``batch``; an entry of n > 1 means nothing. Argument as for :meth:`step_kl`."""
         last = self.kernel(self.schedule, step.z, step.prediction, step.n)
         return self.kernel.observation(self.likelihood, last).log_prob(step.x)
 
-    def bind(self, params: Mapping):
+    def bind(self, params: Mapping[str, Any]) -> "Diffusion":
         """The trained model: these parameters in place of the initial ones, frozen, dropout off.
 
         Its programs have no ``param`` site, so that it can be part of another program without being trained along with it. JAX
@@ -204,24 +231,25 @@ class Diffusion(AbstractDiffusion):
             trained = trained._with(params[PARAMS])
         return trained._replaced(frozen=True, training=False)
 
-    def unbind(self):
+    def unbind(self) -> "Diffusion":
         """The model before it was bound, at the parameters it has now: with its ``param`` site and dropout, to train on."""
         return self._replaced(frozen=False, training=True)
 
-    def evaluated(self):
+    def evaluated(self) -> "Diffusion":
         """The bound model, with a learned schedule whose values are known replaced by its :class:`~probdiff.NoiseSchedule`."""
         known = all(map(is_concrete, jax.tree.leaves(self.schedule)))
         return self._replaced(frozen=True, training=False, schedule=self.schedule.fixed() if known else self.schedule)
 
-    def is_like(self, other):
+    def is_like(self, other: "Diffusion") -> bool:
         """Whether another model differs by its parameters only, and by being bound or not."""
-        return jax.tree.structure(self.unbind()) == jax.tree.structure(other.unbind())
+        own: object = jax.tree.structure(self.unbind())
+        return own == jax.tree.structure(other.unbind())
 
-    def trainable_without_dropout(self):
+    def trainable_without_dropout(self) -> "Diffusion":
         """The model with its ``param`` site, whose network gets no ``key=``: for gradients of what :meth:`evaluated` gives."""
         return self._replaced(frozen=False, training=False)
 
-    def _replaced(self, **parts):
+    def _replaced(self, **parts: Any) -> "Diffusion":
         """This model with other parts or marks."""
         if all(getattr(self, name) is part for name, part in parts.items()):
             return self
@@ -230,29 +258,29 @@ class Diffusion(AbstractDiffusion):
             object.__setattr__(other, field.name, parts.get(field.name, getattr(self, field.name)))
         return other
 
-    def trainable(self):
+    def trainable(self) -> "Diffusion":
         """This model with everything but its parameters replaced by None: the value of its ``param`` site."""
         return eqx.filter(self, is_trainable)
 
-    def with_param_site(self):
+    def with_param_site(self) -> "Diffusion":
         """This model with its parameters taken from the NumPyro ``param`` site (if it has any), for a program to run."""
         return self.from_param_site().tabulated()
 
-    def from_param_site(self):
+    def from_param_site(self) -> "Diffusion":
         """:meth:`with_param_site` before :meth:`tabulated`."""
         own = self.trainable()
         return self._with(numpyro.param(PARAMS, own)) if jax.tree.leaves(own) and not self.frozen else self
 
-    def tabulated(self):
+    def tabulated(self) -> "Diffusion":
         """This model with the tables of a learned schedule computed once, not in every step of a scan."""
         known = self.evaluated() if self.frozen else self
         return known._replaced(schedule=known.schedule.tabulated())
 
-    def guide_schedule(self):
+    def guide_schedule(self) -> AbstractSchedule:
         """The schedule for a guide: the guide has parameters only if the schedule has."""
         return self.with_param_site().schedule if self.schedule.is_trained else self.schedule
 
-    def _with(self, params):
+    def _with(self, params: "Diffusion") -> "Diffusion":
         """This model with other parameters, shaped like :meth:`trainable`."""
         own, given = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (self.trainable(), params))
         shapes, got = ({jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves} for leaves in (own, given))
@@ -260,12 +288,12 @@ class Diffusion(AbstractDiffusion):
         structure = jax.tree.structure(self.trainable())
         return eqx.combine(jax.tree.unflatten(structure, [leaf for _, leaf in given]), self)
 
-    def training_key(self, x):
+    def training_key(self, x: Data | None) -> PRNGKeyArray | None:
         """A key for the network's ``key=``, drawn from the ``seed`` handler; None when not training on data."""
         wanted = self.training and x is not None and takes_key(self.network)
         return numpyro.prng_key() if wanted else None
 
-    def check_data(self, x):
+    def check_data(self, x: Data) -> None:
         """Refuse data of the wrong shape or kind.
 
         Raises:
@@ -278,17 +306,18 @@ class Diffusion(AbstractDiffusion):
         require(self.dim in (None, x.shape[1]), "x", f"shape (datum, {self.dim})", f"shape {tuple(x.shape)}")
         self.likelihood.check_data(x)
 
-    def encode(self, x):
+    def encode(self, x: Data | None) -> tuple[int, Float[Array, "datum dim"]]:
         """The number of data, and the data as the chain sees them, shape ``(datum, dim)``; they are checked first."""
         require(x is not None, "x", "data: the guide needs x", "None")
+        assert x is not None
         self.check_data(x)
         return len(x), self.likelihood.encode(x)
 
-    def data_shape(self, x, num_data):
+    def data_shape(self, x: Data | None, num_data: Size | None) -> tuple[int, int]:
         """The shape ``(datum, dim)`` of the data, or of what is to be drawn."""
         if x is not None:
             self.check_data(x)
-            return x.shape
+            return x.shape[0], x.shape[1]
         require(num_data is not None, "num_data", "the number of data to draw, since x is None", "None")
         require(
             self.dim is not None,
@@ -296,4 +325,5 @@ class Diffusion(AbstractDiffusion):
             "Diffusion(…, dim=…) or a network with .dim, to know the dimension to generate",
             "neither",
         )
-        return num_data, self.dim
+        assert num_data is not None and self.dim is not None
+        return operator.index(num_data), self.dim

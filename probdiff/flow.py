@@ -16,7 +16,7 @@ Hutchinson's estimator: Grathwohl et al. (2019), arXiv:1810.01367, section 3.1.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -78,7 +78,16 @@ def velocity(eps: Eps, z: Float[Array, "dim"], log_snr: Float[Array, ""]) -> Flo
     return noise / 2 * (noise * z - eps(z, log_snr))
 
 
-def solve(field: Callable[[jax.Array, Any], Any], state: Any, start: float, end: float, *, rtol: float | jax.Array, atol: float | jax.Array, steps: int | None = None) -> tuple[Any, jax.Array]:
+def solve(
+    field: Callable[[jax.Array, Any], Any],
+    state: Any,
+    start: float,
+    end: float,
+    *,
+    rtol: float | jax.Array,
+    atol: float | jax.Array,
+    steps: int | None = None,
+) -> tuple[Any, jax.Array]:
     """The state at log-SNR ``end`` of d state/dλ = ``field(λ, state)``, and the number of evaluations of ``field``.
 
     By a method of fifth order that chooses its steps within the tolerances, or in ``steps`` equal steps of Heun's.
@@ -88,12 +97,14 @@ def solve(field: Callable[[jax.Array, Any], Any], state: Any, start: float, end:
     import diffrax  # here, because it takes long to import
 
     dtype = jax.tree.leaves(state)[0].dtype
-    solver, controller, evaluations = diffrax.Tsit5(), diffrax.PIDController(rtol=rtol, atol=atol), 6
+    solver: Any = diffrax.Tsit5()
+    controller: Any = diffrax.PIDController(rtol=rtol, atol=atol)
+    evaluations = 6
     if steps is not None:
         times = jnp.asarray(np.linspace(start, end, steps + 1), dtype)
         solver, controller, evaluations = diffrax.Heun(), diffrax.StepTo(ts=times), 2
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda time, state, _: field(time, state)),
+        diffrax.ODETerm(lambda time, state, _: field(jnp.asarray(time), state)),
         solver,
         jnp.asarray(start, dtype),
         jnp.asarray(end, dtype),
@@ -106,21 +117,31 @@ def solve(field: Callable[[jax.Array, Any], Any], state: Any, start: float, end:
 
 
 @eqx.filter_jit
-def _to_base(eps: Eps, z: Float[Array, "datum dim"], ends: tuple[float, float], directions: Float[Array, "datum direction dim"], scale: float, rtol: float | jax.Array, atol: float | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _to_base(
+    eps: Eps,
+    z: Float[Array, "datum dim"],
+    ends: tuple[float, float],
+    directions: Float[Array, "datum direction dim"],
+    scale: float,
+    rtol: float | jax.Array,
+    atol: float | jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """z_N, the integral of the divergence and the number of evaluations of ``eps``, for each z_1.
 
     The divergence is ``scale`` × Σ v·Jv over the ``directions`` v, shape ``(datum, direction, dim)``.
     """
 
-    def one(z: Float[Array, "dim"], directions: Float[Array, "direction dim"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def one(
+        z: Float[Array, "dim"], directions: Float[Array, "direction dim"]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         def field(time: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
             value, jvp = jax.linearize(lambda z: velocity(eps, z, time), state[0])
             return value, scale * jnp.sum(directions * jax.vmap(jvp)(directions))
 
-        return solve(field, (z, jnp.zeros((), z.dtype)), *ends, rtol=rtol, atol=atol)
+        (end, change), count = solve(field, (z, jnp.zeros((), z.dtype)), *ends, rtol=rtol, atol=atol)
+        return end, change, count
 
-    (end, change), count = jax.vmap(one)(z, directions)
-    return end, change, count
+    return jax.vmap(one)(z, directions)
 
 
 def flow_log_prob(
@@ -181,19 +202,37 @@ def require_tolerances(rtol: float | jax.Array, atol: float | jax.Array) -> None
         require(0 < value < 1, name, "a number between 0 and 1", value)
 
 
-def _flow(diffusion: Diffusion, eps: Eps, base: Callable[[np.ndarray], ArrayLike] | None, z: Float[Array, "datum dim"], key: PRNGKeyArray | None, num_probes: int | None, rtol: float | jax.Array, atol: float | jax.Array, progress: bool) -> tuple[np.ndarray, np.ndarray]:
+def _flow(
+    diffusion: Diffusion,
+    eps: Eps,
+    base: Callable[[np.ndarray], ArrayLike] | None,
+    z: Float[Array, "datum dim"],
+    key: PRNGKeyArray | None,
+    num_probes: int | None,
+    rtol: float | jax.Array,
+    atol: float | jax.Array,
+    progress: bool,
+) -> tuple[np.ndarray, np.ndarray]:
     """Log-densities of z_1, and the number of evaluations of ``eps`` for each."""
     size, dim = z.shape
     if num_probes is None:
         directions, scale = jnp.broadcast_to(jnp.eye(dim, dtype=z.dtype), (size, dim, dim)), 1.0
     else:
-        directions, scale = jax.random.rademacher(key, (size, num_probes, dim), z.dtype), 1 / num_probes
+        directions, scale = (
+            jax.random.rademacher(cast(jax.Array, key), (size, num_probes, dim), z.dtype),
+            1 / num_probes,
+        )
     ends = tuple(diffusion.schedule.log_snr[[0, -1]].tolist())
-    rtol, atol = jnp.asarray(rtol, z.dtype), jnp.asarray(atol, z.dtype)  # values, so that no other ones are compiled again
+    rtol, atol = (
+        jnp.asarray(rtol, z.dtype),
+        jnp.asarray(atol, z.dtype),
+    )  # values, so that no other ones are compiled again
     found = []
-    for rows in blocks(size, inputs_at_once(diffusion.network) // directions.shape[1], unit="datum", desc="flow", progress=progress):
-        end, change, count = _to_base(eps, z[rows], ends, directions[rows], scale, rtol, atol)
-        end = np.asarray(end)
+    for rows in blocks(
+        size, inputs_at_once(diffusion.network) // directions.shape[1], unit="datum", desc="flow", progress=progress
+    ):
+        z_end, change, count = _to_base(eps, z[rows], ends, directions[rows], scale, rtol, atol)
+        end = np.asarray(z_end)
         log_prob = (_standard_normal(end) if base is None else np.asarray(base(end))) + np.asarray(change, np.float64)
         found.append((log_prob, count))
     return joined(found, size)
@@ -253,7 +292,15 @@ class FlowLikelihood(NamedTuple):
 
 
 def flow_likelihood(
-    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int = 1, num_probes: int | None = None, rtol: float | jax.Array = 1e-5, atol: float | jax.Array = 1e-5, progress: bool = False
+    diffusion: Diffusion,
+    x: Data,
+    *,
+    key: PRNGKeyArray,
+    num_draws: int = 1,
+    num_probes: int | None = None,
+    rtol: float | jax.Array = 1e-5,
+    atol: float | jax.Array = 1e-5,
+    progress: bool = False,
 ) -> FlowLikelihood:
     r"""The log-likelihood of data by the probability flow, and the errors of its three approximations and of the solver.
 
@@ -295,7 +342,7 @@ def flow_likelihood(
     log_q, count = density()
     coarse = log_q
     if diffusion.is_told_step:
-        coarse = density(every=2)[0] if schedule.num_steps > 2 else np.nan
+        coarse = density(every=2)[0] if schedule.num_steps > 2 else np.full_like(log_q, np.nan)
     noising = np.asarray(forward_marginal(schedule, x0, 1).log_prob(z), np.float64)
     last_step = np.asarray(diffusion.log_likelihood(step), np.float64)
     dim = x0.shape[-1]

@@ -8,19 +8,22 @@ grid can be made as large as one likes, and means nothing.
 
 import abc
 import operator
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr, ndtr
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray, Real
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.util import promote_shapes
 
-from probdiff._checks import is_concrete, require, require_finite
+from probdiff._checks import AnyArray, Numbers, Whole, is_concrete, require, require_finite
 
 MOST_LEVELS = 2**22
+Scale = Float[Array, "*#batch #dim"] | Float[Array, ""]
 
 
 class AbstractLikelihood(eqx.Module):
@@ -33,18 +36,24 @@ class AbstractLikelihood(eqx.Module):
             density.
     """
 
-    levels: eqx.AbstractVar[int | None]
+    if TYPE_CHECKING:  # a property, to a type checker, as it may be overridden by one and is no argument of ``__init__``
+
+        @property
+        def levels(self) -> int | None:
+            """Number of levels."""
+    else:
+        levels: eqx.AbstractVar[int | None]
 
     @abc.abstractmethod
-    def check_data(self, x: jax.Array | np.ndarray) -> None:
+    def check_data(self, x: Real[AnyArray, "*batch dim"]) -> None:
         """Refuse data, shape ``(*batch, dim)``, that this likelihood does not take."""
 
     @abc.abstractmethod
-    def encode(self, x: jax.Array | np.ndarray) -> jax.Array:
+    def encode(self, x: Real[AnyArray, "*batch dim"]) -> Float[Array, "*batch dim"]:
         """Data to the chain, floats of the same shape; about unit variance is best."""
 
     @abc.abstractmethod
-    def decode(self, x0: jax.Array) -> jax.Array:
+    def decode(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch dim"]:
         """From the chain to the user's units; the inverse of :meth:`encode`."""
 
     @abc.abstractmethod
@@ -52,7 +61,7 @@ class AbstractLikelihood(eqx.Module):
         r"""The log of :math:`|dx_0/dx|`, summed over the dimensions, in nats."""
 
     @abc.abstractmethod
-    def __call__(self, loc: jax.Array, scale: jax.Array) -> dist.Distribution:
+    def __call__(self, loc: Float[Array, "*batch dim"], scale: Scale) -> dist.Distribution:
         r"""Distribution of x when :math:`x_0` is N(loc, scale²), independent over the last axis (an event of one dimension)."""
 
 
@@ -69,17 +78,17 @@ class NormalLikelihood(AbstractLikelihood):
     loc: tuple[float, ...] | float = eqx.field(static=True)
     scale: tuple[float, ...] | float = eqx.field(static=True)
 
-    def __init__(self, loc=0.0, scale=1.0):
+    def __init__(self, loc: Numbers = 0.0, scale: Numbers = 1.0) -> None:
         self.loc, self.scale = _numbers("loc", loc), _numbers("scale", scale)
         require(np.all(np.asarray(self.scale) > 0), "scale", "positive numbers", self.scale)
 
     @property
-    def levels(self):
+    def levels(self) -> None:
         """None: the data have a density."""
         return None
 
     @classmethod
-    def standardized(cls, x):
+    def standardized(cls, x: Real[AnyArray, "datum dim"]) -> "NormalLikelihood":
         """The likelihood whose ``encode`` gives this data mean 0 and standard deviation 1 in every dimension.
 
         Args:
@@ -96,7 +105,7 @@ class NormalLikelihood(AbstractLikelihood):
             require(False, "x", "columns that vary", f"a constant column {constant[0]} ({len(x)} rows)")
         return cls(x.mean(0), scale)
 
-    def check_data(self, x):
+    def check_data(self, x: Real[AnyArray, "*batch dim"]) -> None:
         """Refuse data that this likelihood does not take: anything but finite floats."""
         dtype = np.dtype(x.dtype)
         require(
@@ -116,30 +125,30 @@ class NormalLikelihood(AbstractLikelihood):
                 f"shape {tuple(x.shape)}",
             )
 
-    def encode(self, x):
+    def encode(self, x: Real[AnyArray, "*batch dim"]) -> Float[Array, "*batch dim"]:
         r"""Data to the chain, :math:`x_0 = (x - loc) / scale`, shape ``(*batch, dim)``."""
         self.check_data(x)
         x = jnp.asarray(x, jnp.zeros(()).dtype)
         return (x - jnp.asarray(self.loc, x.dtype)) / jnp.asarray(self.scale, x.dtype)
 
-    def decode(self, x0):
+    def decode(self, x0: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         r"""From the chain to the user's units, :math:`x = loc + scale \cdot x_0`; the inverse of :meth:`encode`."""
         return jnp.asarray(self.loc, x0.dtype) + jnp.asarray(self.scale, x0.dtype) * x0
 
-    def log_jacobian(self, dim):
+    def log_jacobian(self, dim: int) -> float:
         r"""The log of :math:`|dx_0/dx|`, summed over the dimensions, in nats."""
         return -float(np.log(np.broadcast_to(self.scale, dim)).sum())
 
-    def __call__(self, loc, scale):
+    def __call__(self, loc: Float[Array, "*batch dim"], scale: Scale) -> dist.Distribution:
         r"""Distribution of x when :math:`x_0` is N(loc, scale²), independent over the last axis."""
         return dist.Normal(self.decode(loc), jnp.asarray(self.scale, loc.dtype) * scale).to_event(1)
 
 
-def _numbers(name, value):
-    value = np.asarray(value, np.float64)
-    require(value.ndim <= 1, name, "a number or one number per dimension", f"shape {value.shape}")
-    require_finite(name, value)
-    return tuple(value.tolist()) if value.ndim else float(value)
+def _numbers(name: str, value: Numbers) -> tuple[float, ...] | float:
+    array = np.asarray(value, np.float64)
+    require(array.ndim <= 1, name, "a number or one number per dimension", f"shape {array.shape}")
+    require_finite(name, array)
+    return tuple(array.tolist()) if array.ndim else float(array)
 
 
 class DiscretizedNormalLikelihood(AbstractLikelihood):
@@ -154,7 +163,7 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
 
     levels: int = eqx.field(static=True)
 
-    def __init__(self, levels):
+    def __init__(self, levels: Whole) -> None:
         try:
             self.levels = operator.index(levels)
         except TypeError:
@@ -162,7 +171,7 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
         require(self.levels >= 2, "levels", "at least 2", self.levels)
         require(self.levels <= MOST_LEVELS, "levels", f"at most {MOST_LEVELS}, as float32 tells apart", self.levels)
 
-    def check_data(self, x):
+    def check_data(self, x: Real[AnyArray, "*batch dim"]) -> None:
         """Refuse data that this likelihood does not take: anything but integers 0 … levels − 1."""
         dtype = np.dtype(x.dtype)
         require(
@@ -179,21 +188,21 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
                 first = tuple(int(i) for i in bad[0])
                 require(False, "x", f"levels 0 … {self.levels - 1}", f"{values[first]} at index {list(first)}")
 
-    def encode(self, x):
+    def encode(self, x: Real[AnyArray, "*batch dim"]) -> Float[Array, "*batch dim"]:
         r"""Levels to the chain, :math:`x_0 = 2x/(L-1) - 1`, shape ``(*batch, dim)``."""
         self.check_data(x)
         x = jnp.asarray(x)
         return x.astype(jnp.zeros(()).dtype) * (2 / (self.levels - 1)) - 1
 
-    def decode(self, x0):
+    def decode(self, x0: Float[Array, "*batch dim"]) -> Int[Array, "*batch dim"]:
         """From the chain to the nearest level; the inverse of :meth:`encode`."""
         return _nearest_level(x0, self.levels)
 
-    def log_jacobian(self, dim):
+    def log_jacobian(self, dim: int) -> float:
         r"""The log of :math:`|dx_0/dx|`, summed over the dimensions, in nats; bins have width 1 in x."""
         return dim * float(np.log(2 / (self.levels - 1)))
 
-    def __call__(self, loc, scale):
+    def __call__(self, loc: Float[Array, "*batch dim"], scale: Scale) -> dist.Distribution:
         r"""Distribution of x when :math:`x_0` is N(loc, scale²), independent over the last axis."""
         return DiscretizedNormal(loc, scale, self.levels).to_event(1)
 
@@ -211,23 +220,25 @@ class DiscretizedNormal(dist.Distribution):
     pytree_data_fields = ("loc", "scale")
     pytree_aux_fields = ("levels",)
 
-    def __init__(self, loc, scale, levels, *, validate_args=None):
+    def __init__(
+        self, loc: Float[Array, "*#batch"], scale: Float[Array, "*#batch"], levels: int, *, validate_args: bool | None = None
+    ) -> None:
         self.levels = levels
         self.loc, self.scale = promote_shapes(loc, scale)
         super().__init__(jnp.broadcast_shapes(jnp.shape(loc), jnp.shape(scale)), validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self):
+    def support(self) -> constraints.Constraint:
         """The integers 0 … levels − 1."""
         return constraints.integer_interval(0, self.levels - 1)
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Int[Array, "..."]:
         """Draw the normal, then round it to its level."""
         shape = sample_shape + self.batch_shape
         value = self.loc + self.scale * jax.random.normal(key, shape, jnp.result_type(self.loc))
         return _nearest_level(value, self.levels)
 
-    def log_prob(self, value):
+    def log_prob(self, value: Integer[AnyArray, "..."]) -> Float[Array, "..."]:
         """Log of the probability of a level, in nats; finite for any loc and scale."""
         half_width = 1 / (self.levels - 1)
         centre = value.astype(self.loc.dtype) * (2 * half_width) - 1
@@ -245,12 +256,12 @@ class DiscretizedNormal(dist.Distribution):
         return jnp.where(lower_tail, log_ndtr(upper), interval)
 
 
-def _nearest_level(value, levels):
+def _nearest_level(value: Float[Array, "*batch"], levels: int) -> Int[Array, "*batch"]:
     level = jnp.round((value + 1) * ((levels - 1) / 2))
     return jnp.clip(level, 0, levels - 1).astype(jnp.int32)
 
 
-def _log_fraction(upper, width):
+def _log_fraction(upper: Float[Array, "*batch"], width: Float[Array, "*#batch"]) -> Float[Array, "*batch"]:
     r"""The log of (Φ(upper) − Φ(upper − width)) / Φ(upper), for a bin whose centre is at or below 0.
 
     The log-ratio of the two Φ is at most :math:`-\text{width} \cdot |\text{centre}|`, because the hazard φ/Φ is at

@@ -1,10 +1,15 @@
 """What ``probdiff fit`` fits when it is told nothing but the data: model and options, by the kind of data."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
+from probdiff._checks import Whole
 from probdiff.chain.schedules import log_snr_schedule
+from probdiff.datasets import Dataset
 from probdiff.diffusion import Diffusion
+from probdiff.networks.base import AbstractNetwork
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.heads import CategoricalHead, DensityHead
 from probdiff.networks.mlp import MLP
@@ -12,7 +17,7 @@ from probdiff.networks.mlp import MLP
 MOST_LOGITS = 2**14
 
 
-def default_options(dataset):
+def default_options(dataset: Dataset) -> dict[str, Any]:
     """Number of steps, iterations, batch size and peak learning rate for a data set, as a dict."""
     if _has_few_levels(dataset):
         return {"num_steps": 1000, "iterations": 5_000, "batch_size": 64, "learning_rate": 3e-3, "seed": 0}
@@ -21,7 +26,7 @@ def default_options(dataset):
     return {"num_steps": 2000, "iterations": 25_000, "batch_size": 512, "learning_rate": 2e-3, "seed": 0}
 
 
-def default_diffusion(dataset, num_steps, seed=0):
+def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diffusion:
     r"""The untrained model for a data set.
 
     On a grid the last noise is a third of the half-width 1/(L−1) of a level, so that the reconstruction costs next to
@@ -36,8 +41,9 @@ def default_diffusion(dataset, num_steps, seed=0):
     """
     key = jax.random.key(seed)
     if dataset.levels is None:
-        network = MLP(dataset.dim, key=key, hidden=128, num_blocks=3, num_harmonics=3)
-        return Diffusion(log_snr_schedule(num_steps, 15.0, -6.0), DensityHead(network), dataset.likelihood(), "optimal")
+        density = DensityHead(MLP(dataset.dim, key=key, hidden=128, num_blocks=3, num_harmonics=3))
+        return Diffusion(log_snr_schedule(num_steps, 15.0, -6.0), density, dataset.likelihood(), "optimal")
+    network: AbstractNetwork
     width = dataset.levels - 1
     if not _has_few_levels(dataset):
         harmonics = int(np.ceil(np.log2(width))) + 1
@@ -52,6 +58,6 @@ def default_diffusion(dataset, num_steps, seed=0):
     return Diffusion(schedule, network, dataset.likelihood(), "posterior")
 
 
-def _has_few_levels(dataset):
+def _has_few_levels(dataset: Dataset) -> bool:
     """Whether a probability for each level of each dimension is not too much to ask of a network."""
     return dataset.levels is not None and dataset.levels * dataset.dim <= MOST_LOGITS

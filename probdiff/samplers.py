@@ -38,7 +38,9 @@ ADAPTIVE = 500  # of the network, about as many as a solver takes that chooses i
 Samples = Shaped[np.ndarray, "num_samples dim"]
 
 
-def ancestral(diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: int, devices: Devices = None, progress: bool = False) -> Samples:
+def ancestral(
+    diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: int, devices: Devices = None, progress: bool = False
+) -> Samples:
     """Draw from the model: ``diffusion.model`` as it stands.
 
     Args:
@@ -60,7 +62,16 @@ def _ancestral(diffusion: Diffusion, key: PRNGKeyArray) -> jax.Array:
     return handlers.seed(diffusion.model, key)(None, num_data=1)[0]
 
 
-def ddim(diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: int, steps: int | Sequence[int] | np.ndarray | None = None, eta: float = 0.0, devices: Devices = None, progress: bool = False) -> Samples:
+def ddim(
+    diffusion: Diffusion,
+    *,
+    key: PRNGKeyArray,
+    num_samples: int,
+    steps: int | Sequence[int] | np.ndarray | None = None,
+    eta: float = 0.0,
+    devices: Devices = None,
+    progress: bool = False,
+) -> Samples:
     r"""Draw by DDIM: steps that keep the marginals of the chain, for any sub-sequence of it.
 
     With :math:`\tau` a sub-sequence of 1 … N and m before n in it (:math:`\bar\alpha = 1` before its first),
@@ -91,7 +102,9 @@ def ddim(diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: int, steps: in
     return _draw(_ddim, diffusion, (taken, *coefficients), key, num_samples, len(taken), devices, progress)
 
 
-def _ddim_coefficients(schedule: AbstractSchedule, taken: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _ddim_coefficients(
+    schedule: AbstractSchedule, taken: np.ndarray, eta: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The factors of z_n, the predicted noise and new noise in z_m, float64, for each step n of ``taken``."""
     signal, noise = schedule.alpha_bar[taken - 1], schedule.one_minus_alpha_bar[taken - 1]
     signal_before = np.concatenate([[1.0], signal[:-1]])
@@ -102,21 +115,31 @@ def _ddim_coefficients(schedule: AbstractSchedule, taken: np.ndarray, eta: float
     return per_z, per_eps, np.sqrt(added)
 
 
-def _ddim(diffusion: Diffusion, key: PRNGKeyArray, taken: jax.Array, per_z: jax.Array, per_eps: jax.Array, added: jax.Array) -> jax.Array:
+def _ddim(
+    diffusion: Diffusion, key: PRNGKeyArray, taken: jax.Array, per_z: jax.Array, per_eps: jax.Array, added: jax.Array
+) -> jax.Array:
     def step(z: jax.Array, each: Any) -> tuple[jax.Array, None]:
         n, per_z, per_eps, added, key = each
         eps_hat = diffusion.predict_noise(z, n)
         return per_z * z + per_eps * eps_hat + added * jax.random.normal(key, z.shape, z.dtype), None
 
     start_key, noise_key = jax.random.split(key)
-    z = jax.random.normal(start_key, (diffusion.dim,))
+    z = jax.random.normal(start_key, (_dim(diffusion),))
     tables = (jnp.asarray(table, z.dtype) for table in (per_z, per_eps, added))
     x0, _ = jax.lax.scan(step, z, (taken, *tables, jax.random.split(noise_key, len(taken))), reverse=True)
     return diffusion.likelihood.decode(x0)
 
 
 def annealed_langevin(
-    diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: int, steps: int | Sequence[int] | np.ndarray | None = None, num_updates: int = 10, step_size: float = 0.5, devices: Devices = None, progress: bool = False
+    diffusion: Diffusion,
+    *,
+    key: PRNGKeyArray,
+    num_samples: int,
+    steps: int | Sequence[int] | np.ndarray | None = None,
+    num_updates: int = 10,
+    step_size: float = 0.5,
+    devices: Devices = None,
+    progress: bool = False,
 ) -> Samples:
     r"""Draw by Langevin dynamics on the score of each noise level, in VE coordinates, from the largest level down.
 
@@ -151,7 +174,7 @@ def annealed_langevin(
 def _annealed_langevin(diffusion: Diffusion, key: PRNGKeyArray, levels: jax.Array, step_size: jax.Array) -> jax.Array:
     schedule = diffusion.schedule
     start_key, noise_key = jax.random.split(key)
-    start = jax.random.normal(start_key, (diffusion.dim,))
+    start = jax.random.normal(start_key, (_dim(diffusion),))
     # The standard normal z_N, in VE coordinates.
     x = start * jnp.hypot(1, at_step(schedule.sigma, levels[-1], start.dtype))
 
@@ -165,7 +188,17 @@ def _annealed_langevin(diffusion: Diffusion, key: PRNGKeyArray, levels: jax.Arra
     return _denoised(diffusion, vp_from_ve(schedule, x, levels[0]), levels[0])
 
 
-def probability_flow(diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: int, steps: int | None = None, rtol: float = 1e-4, atol: float = 1e-4, devices: Devices = None, progress: bool = False) -> Samples:
+def probability_flow(
+    diffusion: Diffusion,
+    *,
+    key: PRNGKeyArray,
+    num_samples: int,
+    steps: int | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+    devices: Devices = None,
+    progress: bool = False,
+) -> Samples:
     r"""Draw by the probability flow, from z_N to z_1: nothing is random on the way.
 
     Args:
@@ -190,9 +223,11 @@ def probability_flow(diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: in
     return _draw(_probability_flow, diffusion, options, key, num_samples, evaluations, devices, progress)
 
 
-def _probability_flow(diffusion: Diffusion, key: PRNGKeyArray, steps: int | None, rtol: float, atol: float) -> jax.Array:
+def _probability_flow(
+    diffusion: Diffusion, key: PRNGKeyArray, steps: int | None, rtol: float, atol: float
+) -> jax.Array:
     eps = in_continuous_time(diffusion)
-    start = jax.random.normal(key, (diffusion.dim,))
+    start = jax.random.normal(key, (_dim(diffusion),))
     ends = diffusion.schedule.log_snr[[-1, 0]].tolist()
     z, _ = solve(lambda time, z: velocity(eps, z, time), start, *ends, steps=steps, rtol=rtol, atol=atol)
     return _denoised(diffusion, z, 1)
@@ -217,6 +252,11 @@ def _evaluated(diffusion: Diffusion) -> Diffusion:
     return diffusion.evaluated()
 
 
+def _dim(diffusion: Diffusion) -> int:
+    assert diffusion.dim is not None  # :func:`_evaluated` says so
+    return diffusion.dim
+
+
 def _subsequence(diffusion: Diffusion, steps: int | Sequence[int] | np.ndarray | None) -> np.ndarray:
     """The steps taken, an increasing array: all, a number of them, or as given."""
     num_steps = diffusion.schedule.num_steps
@@ -228,23 +268,43 @@ def _subsequence(diffusion: Diffusion, steps: int | Sequence[int] | np.ndarray |
     if steps.ndim == 0:
         require(1 <= steps <= num_steps, "steps", expected, steps)
         return np.linspace(num_steps, 1, int(steps)).round().astype(np.int64)[::-1]
-    good = steps.ndim == 1 and steps.size > 0 and steps[0] >= 1 and steps[-1] <= num_steps and np.all(np.diff(steps) > 0)
+    good = (
+        steps.ndim == 1 and steps.size > 0 and steps[0] >= 1 and steps[-1] <= num_steps and np.all(np.diff(steps) > 0)
+    )
     require(good, "steps", expected, steps)
     return steps
 
 
-def _draw(one: Callable[..., jax.Array], diffusion: Diffusion, arguments: tuple, key: PRNGKeyArray, num_samples: int, evaluations: int, devices: Devices, progress: bool) -> Samples:
+def _draw(
+    one: Callable[..., jax.Array],
+    diffusion: Diffusion,
+    arguments: tuple,
+    key: PRNGKeyArray,
+    num_samples: int,
+    evaluations: int,
+    devices: Devices,
+    progress: bool,
+) -> Samples:
     """``one(diffusion, key, *arguments)`` for the key of each sample, a batch at a time."""
     require_count("num_samples", num_samples)
     require_key(key)
     mesh = data_mesh(devices)
     diffusion, arguments, key = replicate((diffusion, arguments, key), mesh)
-    cut = blocks(num_samples, max(64, EVALUATIONS // evaluations), unit="sample", desc=one.__name__.strip("_"), progress=progress)
+    cut = blocks(
+        num_samples, max(64, EVALUATIONS // evaluations), unit="sample", desc=one.__name__.strip("_"), progress=progress
+    )
     samples = [np.asarray(_draw_batch(one, diffusion, arguments, key, numbers, mesh)) for numbers in cut]
     return joined(samples, num_samples)
 
 
 @eqx.filter_jit
-def _draw_batch(one: Callable[..., jax.Array], diffusion: Diffusion, arguments: tuple, key: PRNGKeyArray, numbers: np.ndarray, mesh: Mesh | None) -> jax.Array:
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, shard(numbers, mesh))
+def _draw_batch(
+    one: Callable[..., jax.Array],
+    diffusion: Diffusion,
+    arguments: tuple,
+    key: PRNGKeyArray,
+    numbers: np.ndarray,
+    mesh: Mesh | None,
+) -> jax.Array:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, shard(jnp.asarray(numbers), mesh))
     return gather(jax.vmap(lambda key: one(diffusion, key, *arguments))(keys), mesh)

@@ -48,7 +48,7 @@ class CheckpointLike(Protocol):
 class EMAState(NamedTuple):
     """State of :func:`parameter_ema`: the number of updates and the averaged parameters."""
 
-    count: jax.Array
+    updates: jax.Array
     ema_params: optax.Params
 
 
@@ -62,7 +62,7 @@ def parameter_ema(decay: float) -> optax.GradientTransformation:
         return EMAState(jnp.zeros((), jnp.int32), params)
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, EMAState]:
-        count = state.count + 1
+        count = state.updates + 1
         rate = 1 - jnp.minimum(decay, (1 + count) / (10 + count))
         new = optax.apply_updates(params, updates)
         ema = jax.tree.map(lambda old, p: old + (rate * (p - old)).astype(p.dtype), state.ema_params, new)
@@ -91,7 +91,7 @@ class FitState(NamedTuple):
     best_bound: jax.Array
     losses: np.ndarray
     validation: np.ndarray
-    settings: dict
+    settings: dict[str, Any] | None
 
 
 class Fit(NamedTuple):
@@ -196,7 +196,7 @@ def fit(
     first_process = jax.process_index() == 0
     loop = _Loop(diffusion, data, batch_size, optimiser, elbo, mesh)
     own_optimiser = isinstance(learning_rate, optax.GradientTransformation)
-    settings = {
+    settings: dict[str, Any] = {
         # The learning rate falls to 0 at the last iteration; with an optimiser of the user's, a fit can go on beyond.
         "iterations": None if own_optimiser else int(iterations),
         "batch_size": int(batch_size),
@@ -211,7 +211,7 @@ def fit(
     state = (checkpoint and checkpoint.load(state)) or state
     save = checkpoint.save if checkpoint is not None and first_process else _save_nothing
     for name, value in settings.items():
-        saved = state.settings[name]
+        saved = (state.settings or {})[name]
         require(saved == value, name, f"{saved}, as in the fit that the checkpoint is of", value)
     state = replicate(state, mesh)
     validation = None if validation is None else replicate(jnp.asarray(validation), mesh)
@@ -247,7 +247,9 @@ def _save_nothing(state: FitState) -> None:
     pass
 
 
-def _optimiser(learning_rate: float | optax.GradientTransformation, iterations: int, ema_decay: float) -> optax.GradientTransformation:
+def _optimiser(
+    learning_rate: float | optax.GradientTransformation, iterations: int, ema_decay: float
+) -> optax.GradientTransformation:
     if not isinstance(learning_rate, optax.GradientTransformation):
         require(np.isfinite(learning_rate) and learning_rate > 0, "learning_rate", "a positive number", learning_rate)
         warm_up = min(WARM_UP, iterations // 10)
@@ -274,8 +276,10 @@ def _describe(diffusion: Diffusion, state: FitState) -> str:
 
 
 def _figure(diffusion: Diffusion, nats: Any) -> str:
-    levels = diffusion.likelihood.levels and diffusion.dim
-    return f"{nats:.2f} nats" + (f" ({bits_per_dim(nats, diffusion.dim):.3f} bits/dim)" if levels else "")
+    text = f"{nats:.2f} nats"
+    if diffusion.likelihood.levels is None or diffusion.dim is None:
+        return text
+    return text + f" ({bits_per_dim(nats, diffusion.dim):.3f} bits/dim)"
 
 
 def _all_finite(*trees: Any) -> jax.Array:
@@ -287,7 +291,15 @@ def _all_finite(*trees: Any) -> jax.Array:
 class _Loop:
     """The compiled parts of a fit."""
 
-    def __init__(self, diffusion: Diffusion, data: Any, batch_size: int, optimiser: optax.GradientTransformation, elbo: ELBO | None, mesh: Mesh | None) -> None:
+    def __init__(
+        self,
+        diffusion: Diffusion,
+        data: Any,
+        batch_size: int,
+        optimiser: optax.GradientTransformation,
+        elbo: ELBO | None,
+        mesh: Mesh | None,
+    ) -> None:
         self.diffusion, self.batch_size, self.mesh = diffusion, batch_size, mesh
         self.data = replicate(jnp.asarray(data), mesh)
         elbo = AnalyticELBO(diffusion, steps="stratified_importance") if elbo is None else elbo
@@ -312,7 +324,9 @@ class _Loop:
         """The rows of the data in a minibatch."""
         return jax.random.randint(jax.random.fold_in(key, iteration), (self.batch_size,), 0, len(self.data))
 
-    def _updates(self, svi_state: Any, data: jax.Array, key: PRNGKeyArray, start: Any, count: Any, guarded: bool) -> tuple[Any, jax.Array, jax.Array]:
+    def _updates(
+        self, svi_state: Any, data: jax.Array, key: PRNGKeyArray, start: Any, count: Any, guarded: bool
+    ) -> tuple[Any, jax.Array, jax.Array]:
         """``count`` updates: the state, the losses (and 0 up to ``CHUNK``) and whether all is finite; if ``guarded``, without those that
         are not."""
 

@@ -6,22 +6,23 @@ may be arrays that broadcast against the batch; distributions have ``event_shape
 """
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 from numpyro import distributions as dist
 
-from probdiff._checks import require_step
-from probdiff.chain.schedules import array_module, at_step, require_schedule
+from probdiff._checks import AnyArray, Step, require_step
+from probdiff.chain.schedules import AbstractSchedule, Table, array_module, at_step, require_schedule
 
 
-def isotropic_normal(loc, variance):
+def isotropic_normal(loc: Float[Array, "*batch dim"], variance: Float[Array, "*#batch"]) -> dist.Independent:
     """N(loc, variance · I): ``loc`` of shape ``(*batch, dim)``, ``variance`` a scalar or of shape ``batch``."""
     return dist.Normal(loc, jnp.sqrt(jnp.asarray(variance))[..., None]).to_event(1)
 
 
-def _table(table, n, like):
+def _table(table: Table, n: Step, like: Float[Array, "*batch dim"]) -> Float[Array, "*#batch"]:
     return at_step(table, n, like.dtype)
 
 
-def forward_step(schedule, z_prev, n):
+def forward_step(schedule: AbstractSchedule, z_prev: Float[AnyArray, "*batch dim"], n: Step) -> dist.Independent:
     r"""One step of the chain, :math:`q(z_n | z_{n-1})`; with n = 1, ``z_prev`` is :math:`x_0`.
 
     Args:
@@ -39,7 +40,7 @@ def forward_step(schedule, z_prev, n):
     return isotropic_normal(jnp.sqrt(alpha)[..., None] * z_prev, _table(schedule.beta, n, z_prev))
 
 
-def forward_marginal(schedule, x0, n):
+def forward_marginal(schedule: AbstractSchedule, x0: Float[AnyArray, "*batch dim"], n: Step) -> dist.Independent:
     r"""All n steps at once, :math:`q(z_n | x_0) = N(\sqrt{\bar\alpha_n} x_0, (1-\bar\alpha_n) I)`.
 
     Args:
@@ -57,7 +58,9 @@ def forward_marginal(schedule, x0, n):
     return isotropic_normal(jnp.sqrt(alpha_bar)[..., None] * x0, _table(schedule.one_minus_alpha_bar, n, x0))
 
 
-def forward_posterior(schedule, z, x0, n):
+def forward_posterior(
+    schedule: AbstractSchedule, z: Float[AnyArray, "*batch dim"], x0: Float[AnyArray, "*#batch dim"], n: Step
+) -> dist.Independent:
     r"""Bayes' rule on the chain, :math:`q(z_{n-1} | z_n, x_0)`, variance :math:`\tilde\beta_n`.
 
     Args:
@@ -82,7 +85,7 @@ def forward_posterior(schedule, z, x0, n):
     return isotropic_normal(from_x0[..., None] * x0 + from_z[..., None] * z, variance)
 
 
-def prior_kl(schedule, x0):
+def prior_kl(schedule: AbstractSchedule, x0: Float[AnyArray, "*batch dim"]) -> Float[Array, "*batch"]:
     r"""KL of :math:`q(z_N | x_0)` to N(0, I), in nats, shape ``batch`` for ``x0`` of shape ``(*batch, dim)``."""
     alpha_bar = schedule.alpha_bar[-1]
     constant = -alpha_bar - 2 * array_module(schedule.noise_scale).log(schedule.noise_scale[-1:])[0]

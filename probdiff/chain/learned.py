@@ -1,11 +1,14 @@
 """A noise schedule that is fitted along with the model."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from probdiff._checks import require, require_count
+from probdiff._checks import Number, Whole, require, require_count
 from probdiff.chain.schedules import AbstractSchedule, ScheduleTables
 
 KNOTS = 32  # of the log-SNR
@@ -33,17 +36,17 @@ class LearnedSchedule(AbstractSchedule):
         logits: Logits of the shares of the pieces.
     """
 
-    start: jax.Array
-    log_range: jax.Array
-    logits: jax.Array
+    start: Float[Array, ""]
+    log_range: Float[Array, ""]
+    logits: Float[Array, "piece"]
     num_steps: int = eqx.field(static=True)
-    ends: tuple = eqx.field(static=True)
+    ends: tuple[float, float] = eqx.field(static=True)
 
-    def __init__(self, num_steps, log_snr_max=10.0, log_snr_min=-8.0):
+    def __init__(self, num_steps: Whole, log_snr_max: Number = 10.0, log_snr_min: Number = -8.0) -> None:
         require_count("num_steps", num_steps)
         require(num_steps >= 2, "num_steps", "at least 2 for a schedule that is learned", num_steps)
         require(
-            np.isfinite([log_snr_min, log_snr_max]).all() and log_snr_min < log_snr_max,
+            np.isfinite(log_snr_min) and np.isfinite(log_snr_max) and log_snr_min < log_snr_max,
             "log_snr_max, log_snr_min",
             "finite, log_snr_min < log_snr_max",
             f"{log_snr_max}, {log_snr_min}",
@@ -55,11 +58,11 @@ class LearnedSchedule(AbstractSchedule):
         self.ends = float(log_snr_max), float(log_snr_min)
 
     @property
-    def arguments(self):
+    def arguments(self) -> dict[str, Any]:
         """The arguments that this schedule was made with."""
         return {"num_steps": self.num_steps, "log_snr_max": self.ends[0], "log_snr_min": self.ends[1]}
 
-    def tables(self):
+    def tables(self) -> ScheduleTables:
         """The :class:`ScheduleTables`, from differences of log-SNR in working precision."""
         pieces = len(self.logits)
         share = (1 - EVEN_SHARE) * jax.nn.softmax(self.logits) + EVEN_SHARE / pieces

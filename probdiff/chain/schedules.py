@@ -11,16 +11,20 @@ functions of its parameters: the guide is then fitted along with the model.
 
 import abc
 import operator
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, Float, Float64, Integer
 
-from probdiff._checks import is_trainable, require
+from probdiff._checks import AnyArray, Number, Numbers, Whole, is_trainable, require
 from probdiff._static import Static
 
-Table = np.ndarray | jax.Array
+Table = Float[AnyArray, "num_steps"]
+TableByDim = Table | Float[AnyArray, "num_steps dim"]
 
 
 class ScheduleTables(eqx.Module):
@@ -37,7 +41,9 @@ class ScheduleTables(eqx.Module):
     posterior_variance: Table
 
     @classmethod
-    def from_log_snr(cls, log_snr: jax.Array, fall: jax.Array | None = None) -> "ScheduleTables":
+    def from_log_snr(
+        cls, log_snr: Float[Array, "num_steps"], fall: Float[Array, "num_steps-1"] | None = None
+    ) -> "ScheduleTables":
         """The tables as JAX arrays, differentiable functions of the log-SNR.
 
         Args:
@@ -88,7 +94,13 @@ class AbstractSchedule(eqx.Module):
             Source: Ho et al. (2020), arXiv:2006.11239, eq. 7.
     """
 
-    num_steps: eqx.AbstractVar[int]
+    if TYPE_CHECKING:  # a property, to a type checker, as it may be overridden by one and is no argument of ``__init__``
+
+        @property
+        def num_steps(self) -> int:
+            """The number of steps N."""
+    else:
+        num_steps: eqx.AbstractVar[int]
 
     @abc.abstractmethod
     def tables(self) -> ScheduleTables:
@@ -143,7 +155,7 @@ class NoiseSchedule(AbstractSchedule):
 
     _tables: Static = eqx.field(static=True)
 
-    def __init__(self, beta: np.ndarray):
+    def __init__(self, beta: Float64[np.ndarray, "num_steps"]) -> None:
         """Use :meth:`from_betas`."""
         log_alpha_bar = np.cumsum(np.log1p(-beta))
         noise = -np.expm1(log_alpha_bar)
@@ -176,7 +188,7 @@ class NoiseSchedule(AbstractSchedule):
         return self
 
     @classmethod
-    def from_betas(cls, betas):
+    def from_betas(cls, betas: Numbers) -> "NoiseSchedule":
         r"""Schedule with given variances.
 
         Args:
@@ -190,7 +202,7 @@ class NoiseSchedule(AbstractSchedule):
         return cls(beta)
 
     @classmethod
-    def from_sigmas(cls, sigmas):
+    def from_sigmas(cls, sigmas: Numbers) -> "NoiseSchedule":
         r"""Schedule with given noise levels of variance-exploding noising, :math:`x_n = x_0 + \sigma_n \epsilon`.
 
         The chain is the same in other coordinates, :math:`z_n = \sqrt{\bar\alpha_n} x_n` with
@@ -215,7 +227,7 @@ class NoiseSchedule(AbstractSchedule):
         return cls(beta)
 
     @classmethod
-    def from_log_snr(cls, log_snr):
+    def from_log_snr(cls, log_snr: Numbers) -> "NoiseSchedule":
         r"""Schedule with given log-SNR, :math:`\bar\alpha_n = sigmoid(log\_snr_n)`.
 
         Args:
@@ -224,22 +236,22 @@ class NoiseSchedule(AbstractSchedule):
         Raises:
             ValueError: If the array is empty, not 1-D, not finite or not decreasing.
         """
-        log_snr = _numbers("log_snr", log_snr)
-        previous = np.concatenate([[np.inf], log_snr[:-1]])
-        decreasing = np.isfinite(log_snr) & (log_snr < previous)
-        _require_each("log_snr", log_snr, decreasing, "finite numbers that decrease with the step")
-        return cls.from_betas(-np.expm1(np.diff(-np.logaddexp(0, -log_snr), prepend=0.0)))
+        values = _numbers("log_snr", log_snr)
+        previous = np.concatenate([[np.inf], values[:-1]])
+        decreasing = np.isfinite(values) & (values < previous)
+        _require_each("log_snr", values, decreasing, "finite numbers that decrease with the step")
+        return cls.from_betas(-np.expm1(np.diff(-np.logaddexp(0, -values), prepend=0.0)))
 
     @property
-    def num_steps(self):
+    def num_steps(self) -> int:
         """The number of steps N."""
         return len(self.beta)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"NoiseSchedule(num_steps={self.num_steps}, log_snr={self.log_snr[0]:.2f} … {self.log_snr[-1]:.2f})"
 
 
-def _numbers(name, values):
+def _numbers(name: str, values: Numbers) -> Float64[np.ndarray, "num_steps"]:
     """A non-empty 1-D float64 array."""
     try:
         array = np.array(values, dtype=np.float64)
@@ -249,14 +261,18 @@ def _numbers(name, values):
     return array
 
 
-def _require_each(name, values, good, expected):
+def _require_each(
+    name: str, values: Float64[np.ndarray, "num_steps"], good: Bool[np.ndarray, "num_steps"], expected: str
+) -> None:
     """Refuse ``values``, an array over steps, unless all are ``good``, naming the first step that is not."""
     bad = np.flatnonzero(~good)
     if bad.size:
         require(False, name, expected, f"{values[bad[0]]} at step n = {bad[0] + 1}")
 
 
-def at_step(table, n, dtype):
+def at_step(
+    table: Float[AnyArray, "num_steps *dims"], n: Whole | Integer[AnyArray, "..."], dtype: DTypeLike
+) -> Float[Array, "..."]:
     """Entry of step n, as a JAX array of ``dtype``; NaN for a step outside 1 … N that only shows at run time.
 
     Args:
@@ -268,23 +284,23 @@ def at_step(table, n, dtype):
     return table.at[n - 1].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def at_dims(table, n, dtype):
+def at_dims(table: TableByDim, n: Whole | Integer[AnyArray, "..."], dtype: DTypeLike) -> Float[Array, "... #dim"]:
     """:func:`at_step` with an axis for the dimensions, of length 1 unless the table has them: ``(num_steps[, dim])``."""
     entry = at_step(table, n, dtype)
     return entry if table.ndim == 2 else entry[..., None]
 
 
-def per_step(table):
+def per_step(table: TableByDim) -> Table:
     """A table over steps, averaged over the dimensions if it has them."""
     return table.mean(-1) if table.ndim == 2 else table
 
 
-def array_module(*arrays):
+def array_module(*arrays: AnyArray) -> ModuleType:
     """NumPy for arrays of NumPy's, which are constants; otherwise jax.numpy."""
     return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
 
 
-def _num_steps(num_steps):
+def _num_steps(num_steps: Whole) -> int:
     try:
         count = operator.index(num_steps)
     except TypeError:
@@ -293,7 +309,7 @@ def _num_steps(num_steps):
     return count
 
 
-def linear_schedule(num_steps, beta_min=1e-4, beta_max=0.02):
+def linear_schedule(num_steps: Whole, beta_min: Number = 1e-4, beta_max: Number = 0.02) -> NoiseSchedule:
     r"""The linear schedule of Ho et al. (2020), arXiv:2006.11239, section 4, at any number of steps.
 
     At N = 1000 :math:`\beta_n` rises linearly from ``beta_min`` to ``beta_max``, as published. At other N the
@@ -316,7 +332,7 @@ def linear_schedule(num_steps, beta_min=1e-4, beta_max=0.02):
     return NoiseSchedule.from_betas(beta)
 
 
-def cosine_schedule(num_steps):
+def cosine_schedule(num_steps: Whole) -> NoiseSchedule:
     r"""The cosine schedule of Nichol and Dhariwal (2021), arXiv:2102.09672, eq. 17, offset s = 0.008.
 
     :math:`\bar\alpha` follows a squared cosine; as published, :math:`\beta_n` is cut off at 0.999.
@@ -330,7 +346,7 @@ def cosine_schedule(num_steps):
     return NoiseSchedule.from_betas(np.minimum(-np.expm1(np.diff(log_f)), 0.999))
 
 
-def log_snr_schedule(num_steps, log_snr_max=10.0, log_snr_min=-8.0):
+def log_snr_schedule(num_steps: Whole, log_snr_max: Number = 10.0, log_snr_min: Number = -8.0) -> NoiseSchedule:
     r"""Log-SNR falling linearly from ``log_snr_max`` at n = 1 to ``log_snr_min`` at n = N.
 
     Of the fixed schedules the one whose one-step estimator of the bound varies least. Source: Kingma et al.
@@ -343,7 +359,7 @@ def log_snr_schedule(num_steps, log_snr_max=10.0, log_snr_min=-8.0):
     """
     num_steps = _num_steps(num_steps)
     require(
-        np.isfinite([log_snr_min, log_snr_max]).all() and log_snr_min < log_snr_max,
+        np.isfinite(log_snr_min) and np.isfinite(log_snr_max) and log_snr_min < log_snr_max,
         "log_snr_max, log_snr_min",
         "finite, log_snr_min < log_snr_max",
         f"{log_snr_max}, {log_snr_min}",
@@ -351,7 +367,7 @@ def log_snr_schedule(num_steps, log_snr_max=10.0, log_snr_min=-8.0):
     return NoiseSchedule.from_log_snr(np.linspace(log_snr_min, log_snr_max, num_steps)[::-1])
 
 
-def geometric_schedule(num_steps, sigma_min=0.01, sigma_max=50.0):
+def geometric_schedule(num_steps: Whole, sigma_min: Number = 0.01, sigma_max: Number = 50.0) -> NoiseSchedule:
     r"""Noise levels :math:`\sigma_n` in geometric progression from ``sigma_min`` to ``sigma_max``.
 
     As :math:`\log \sigma_n^2` is minus the log-SNR, this is :func:`log_snr_schedule` by its other name: the same chain in

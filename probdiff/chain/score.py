@@ -19,14 +19,30 @@ Sources: Song and Ermon (2019), arXiv:1907.05600, eqs. 2 and 5; Song et al. (202
 Vincent (2011), doi:10.1162/NECO_a_00142.
 """
 
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+from numpyro import distributions as dist
 
-from probdiff._checks import require, require_step
+from probdiff._checks import AnyArray, Step, require, require_step
 from probdiff.chain.forward import isotropic_normal
-from probdiff.chain.schedules import at_step, require_schedule
+from probdiff.chain.schedules import AbstractSchedule, Table, at_step, require_schedule
 
 
-def noising(schedule, x0, n):
+@runtime_checkable
+class _Model(Protocol):
+    """What the score needs of a Diffusion (whose class is not known to the chain)."""
+
+    schedule: AbstractSchedule
+
+    def evaluated(self) -> "_Model": ...
+
+    def predict_noise(self, z: Float[Array, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]: ...
+
+
+def noising(schedule: AbstractSchedule, x0: Float[AnyArray, "*batch dim"], n: Step) -> dist.Independent:
     r"""Variance-exploding noising, :math:`p(x_n | x_0) = N(x_0, \sigma_n^2 I)`, as a NumPyro distribution.
 
     Texts that write :math:`N(x_0, \sigma_n I)` mean this: :math:`\sigma_n` is the standard deviation.
@@ -43,7 +59,9 @@ def noising(schedule, x0, n):
     return isotropic_normal(x0, jnp.square(_at(schedule, _sigma, n, x0))[..., 0])
 
 
-def conditional_score(schedule, x_n, x0, n):
+def conditional_score(
+    schedule: AbstractSchedule, x_n: Float[AnyArray, "*batch dim"], x0: Float[AnyArray, "*batch dim"], n: Step
+) -> Float[Array, "*batch dim"]:
     r"""Score of the noising, :math:`\nabla_{x_n} \log p(x_n | x_0) = -(x_n - x_0) / \sigma_n^2`.
 
     Args:
@@ -59,7 +77,9 @@ def conditional_score(schedule, x_n, x0, n):
     return -(x_n - x0) / jnp.square(_at(schedule, _sigma, n, x_n))
 
 
-def vp_conditional_score(schedule, z, x0, n):
+def vp_conditional_score(
+    schedule: AbstractSchedule, z: Float[AnyArray, "*batch dim"], x0: Float[AnyArray, "*batch dim"], n: Step
+) -> Float[Array, "*batch dim"]:
     r"""Score of the chain, :math:`\nabla_{z_n} \log q(z_n | x_0) = -(z_n - \sqrt{\bar\alpha_n} x_0) / (1-\bar\alpha_n)`.
 
     Arguments as for :func:`conditional_score`, with ``z`` for ``x_n``.
@@ -68,7 +88,7 @@ def vp_conditional_score(schedule, z, x0, n):
     return -(z - _at(schedule, _signal, n, z) * x0) / jnp.square(_at(schedule, _noise, n, z))
 
 
-def score_from_eps(schedule, eps_hat, n):
+def score_from_eps(schedule: AbstractSchedule, eps_hat: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
     r"""The score that a noise prediction is, :math:`s = -\hat\epsilon / \sigma_n`.
 
     Args:
@@ -80,37 +100,41 @@ def score_from_eps(schedule, eps_hat, n):
     return -eps_hat / _at(schedule, _sigma, n, eps_hat)
 
 
-def eps_from_score(schedule, score, n):
+def eps_from_score(schedule: AbstractSchedule, score: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
     r"""The noise prediction that a score is, :math:`\hat\epsilon = -\sigma_n s`; the inverse of :func:`score_from_eps`."""
     score = jnp.asarray(score)
     return -score * _at(schedule, _sigma, n, score)
 
 
-def vp_score_from_eps(schedule, eps_hat, n):
+def vp_score_from_eps(
+    schedule: AbstractSchedule, eps_hat: Float[AnyArray, "*batch dim"], n: Step
+) -> Float[Array, "*batch dim"]:
     r"""The score of the chain that a noise prediction is, :math:`-\hat\epsilon / \sqrt{1-\bar\alpha_n}`."""
     eps_hat = jnp.asarray(eps_hat)
     return -eps_hat / _at(schedule, _noise, n, eps_hat)
 
 
-def eps_from_vp_score(schedule, score, n):
+def eps_from_vp_score(
+    schedule: AbstractSchedule, score: Float[AnyArray, "*batch dim"], n: Step
+) -> Float[Array, "*batch dim"]:
     r"""The noise prediction, :math:`-\sqrt{1-\bar\alpha_n}\, s`; the inverse of :func:`vp_score_from_eps`."""
     score = jnp.asarray(score)
     return -score * _at(schedule, _noise, n, score)
 
 
-def vp_from_ve(schedule, x_n, n):
+def vp_from_ve(schedule: AbstractSchedule, x_n: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
     r"""From VE to VP coordinates, :math:`z_n = \sqrt{\bar\alpha_n} x_n`; shape ``(*batch, dim)``, ``n`` broadcasts to ``batch``."""
     x_n = jnp.asarray(x_n)
     return _at(schedule, _signal, n, x_n) * x_n
 
 
-def ve_from_vp(schedule, z, n):
+def ve_from_vp(schedule: AbstractSchedule, z: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
     r"""From VP to VE coordinates, :math:`x_n = z_n / \sqrt{\bar\alpha_n}`; the inverse of :func:`vp_from_ve`."""
     z = jnp.asarray(z)
     return z / _at(schedule, _signal, n, z)
 
 
-def score(diffusion, x_n, n):
+def score(diffusion: _Model, x_n: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
     r"""The fitted model's score of the noisy data, :math:`\nabla \log p(x_n) \approx -\epsilon_\theta(z_n, n) / \sigma_n`.
 
     Args:
@@ -128,19 +152,21 @@ def score(diffusion, x_n, n):
     return score_from_eps(diffusion.schedule, eps_hat, n)
 
 
-def _sigma(schedule):
+def _sigma(schedule: AbstractSchedule) -> Table:
     return schedule.sigma
 
 
-def _signal(schedule):
+def _signal(schedule: AbstractSchedule) -> Table:
     return schedule.signal_scale
 
 
-def _noise(schedule):
+def _noise(schedule: AbstractSchedule) -> Table:
     return schedule.noise_scale
 
 
-def _at(schedule, table, n, like):
+def _at(
+    schedule: AbstractSchedule, table: Callable[[AbstractSchedule], Table], n: Step, like: Float[Array, "*batch dim"]
+) -> Float[Array, "*#batch 1"]:
     """Entry n of a table of the schedule, with an axis for the dimension."""
     require_schedule(schedule)
     require_step(n, 1, schedule.num_steps)

@@ -11,9 +11,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from probdiff._checks import require, require_count
-from probdiff.chain.schedules import AbstractSchedule, Table, array_module
+from probdiff._checks import Whole, require, require_count
+from probdiff.chain.schedules import AbstractSchedule, Table, TableByDim, array_module
 
 KNOTS = 32
 
@@ -25,12 +26,11 @@ class AbstractReverseVariance(eqx.Module):
     """
 
     @abc.abstractmethod
-    def __call__(self, schedule: AbstractSchedule) -> Table:
+    def __call__(self, schedule: AbstractSchedule) -> TableByDim:
         r"""The table :math:`\log(v_n / \tilde\beta_n)`, shape ``(num_steps,)`` or ``(num_steps, dim)``; entry n = 1 is not looked at."""
 
-
     @classmethod
-    def for_model(cls, schedule: AbstractSchedule, dim: int | None) -> "AbstractReverseVariance":
+    def for_model(cls, schedule: AbstractSchedule | None, dim: Whole | None) -> "AbstractReverseVariance":
         """The variances that a model of this schedule and dimension starts with."""
         return cls()
 
@@ -39,7 +39,7 @@ class AbstractReverseVariance(eqx.Module):
         """Whether :meth:`with_squared_error` changes anything: ``probdiff.fit`` then calls it at the end."""
         return False
 
-    def with_squared_error(self, squared_error: jax.Array) -> "AbstractReverseVariance":
+    def with_squared_error(self, squared_error: Float[Array, "num_steps"]) -> "AbstractReverseVariance":
         """The best of the kind for a network whose mean squared error per dimension is this at each step, shape ``(num_steps,)``."""
         return self
 
@@ -71,19 +71,20 @@ class LearnedVariance(AbstractReverseVariance):
         logit: Shape ``(knot, dim)``.
     """
 
-    logit: jax.Array
+    logit: Float[Array, "knot dim"]
 
-    def __init__(self, schedule: AbstractSchedule, dim: int | None):
+    def __init__(self, schedule: AbstractSchedule, dim: Whole | None) -> None:
         require(dim is not None, "dim", "Diffusion(…, dim=…) or a network with .dim, for the variances to be learned", "neither")
         require_count("dim", dim)
         self.logit = jnp.zeros((min(KNOTS, schedule.num_steps), dim))
 
     @classmethod
-    def for_model(cls, schedule: AbstractSchedule, dim: int | None) -> AbstractReverseVariance:
+    def for_model(cls, schedule: AbstractSchedule | None, dim: Whole | None) -> AbstractReverseVariance:
         """Half-way between the two."""
+        assert schedule is not None
         return cls(schedule, dim)
 
-    def __call__(self, schedule: AbstractSchedule) -> Table:
+    def __call__(self, schedule: AbstractSchedule) -> Float[Array, "num_steps dim"]:
         """Shape ``(num_steps, dim)``."""
         share = jax.nn.sigmoid(interpolation(schedule.num_steps, len(self.logit)) @ self.logit)
         return share * jnp.asarray(ForwardVariance()(schedule), share.dtype)[:, None]
@@ -101,14 +102,15 @@ class OptimalVariance(AbstractReverseVariance):
         squared_error: :math:`m_n`, shape ``(num_steps,)``.
     """
 
-    squared_error: jax.Array
+    squared_error: Float[Array, "num_steps"]
 
-    def __init__(self, schedule: AbstractSchedule):
+    def __init__(self, schedule: AbstractSchedule) -> None:
         self.squared_error = jnp.asarray(schedule.alpha_bar, jnp.zeros(()).dtype)
 
     @classmethod
-    def for_model(cls, schedule: AbstractSchedule, dim: int | None) -> AbstractReverseVariance:
+    def for_model(cls, schedule: AbstractSchedule | None, dim: Whole | None) -> AbstractReverseVariance:
         """The best for standard normal data."""
+        assert schedule is not None
         return cls(schedule)
 
     def __call__(self, schedule: AbstractSchedule) -> Table:
@@ -122,12 +124,12 @@ class OptimalVariance(AbstractReverseVariance):
         """True."""
         return True
 
-    def with_squared_error(self, squared_error: jax.Array) -> AbstractReverseVariance:
+    def with_squared_error(self, squared_error: Float[Array, "num_steps"]) -> AbstractReverseVariance:
         """The variances from these errors."""
         return eqx.tree_at(lambda variance: variance.squared_error, self, squared_error)
 
 
-def interpolation(num_steps, knots):
+def interpolation(num_steps: int, knots: int) -> Float[np.ndarray, "num_steps knots"]:
     """The matrix that takes values at evenly spread knots to values at steps 1 … N, linearly: ``(num_steps, knots)``."""
     place = np.linspace(0, knots - 1, num_steps)
     return np.maximum(0.0, 1 - np.abs(place[:, None] - np.arange(knots)))
@@ -142,7 +144,7 @@ REVERSE_VARIANCES: dict[str, type[AbstractReverseVariance]] = {
 }
 
 
-def named_variance(name: str, schedule: AbstractSchedule, dim: int | None) -> AbstractReverseVariance:
+def named_variance(name: str, schedule: AbstractSchedule | None, dim: Whole | None) -> AbstractReverseVariance:
     """The reverse variance of a name.
 
     Raises:

@@ -18,7 +18,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from probdiff import __version__
 
@@ -140,7 +140,7 @@ def _document_only() -> Iterator[TextIO]:
 class _Parser(argparse.ArgumentParser):
     """A parser whose refusals are one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))
 
 

@@ -194,16 +194,18 @@ def evaluate(
     both = compute_both_ways(diffusion, items, key=both_key, num_draws=DRAWS, devices=devices, progress=progress)
     if len(items) == len(dataset.test):
         draws, terms = DRAWS, both.terms
+        prior_kl = terms.prior_kl
         parts = [np.asarray(part).mean(0) for part in (terms.step_kl.sum(1), terms.reconstruction, terms.elbo)]
     else:
         draws = 1
-        terms = elbo_terms(diffusion, dataset.test, key=test_key, reduce=True, devices=devices, progress=progress)
-        parts = [np.asarray(part.mean, np.float64) for part in (terms.step_kl, terms.reconstruction, terms.elbo)]
+        moments = elbo_terms(diffusion, dataset.test, key=test_key, reduce=True, devices=devices, progress=progress)
+        parts = [np.asarray(part.mean, np.float64) for part in (moments.step_kl, moments.reconstruction, moments.elbo)]
         parts[0] = parts[0].sum(0)
+        prior_kl = moments.prior_kl
     signs = {"prior_kl": -1, "step_kl": -1, "reconstruction": 1, "elbo": 1}
     test = {
         name: _row(Estimate.of(part), dataset, sign)
-        for (name, sign), part in zip(signs.items(), (terms.prior_kl, *parts))
+        for (name, sign), part in zip(signs.items(), (np.asarray(prior_kl), *parts))
     }
     difference, difference_error = both.difference
     results = {

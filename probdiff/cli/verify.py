@@ -7,13 +7,15 @@ A check gives a figure and the bound that it must not exceed, in the precision t
                     that the check exists to catch
 """
 
+import argparse
 import functools
 import itertools
 import json
 import math
 import time
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -57,12 +59,12 @@ class Finding(NamedTuple):
     unit: str
 
     @property
-    def holds(self):
+    def holds(self) -> bool:
         """Whether the figure is within the bound; NaN is not."""
         return bool(self.figure <= self.bound)
 
 
-def _identity(found, expected, single=1e-5, double=1e-10, floor=0.0):
+def _identity(found: Any, expected: Any, single: float = 1e-5, double: float = 1e-10, floor: float = 0.0) -> Finding:
     """The largest relative difference of two trees of arrays; ``floor`` is added to the size of what is expected."""
     found, expected = (
         np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
@@ -72,7 +74,7 @@ def _identity(found, expected, single=1e-5, double=1e-10, floor=0.0):
     return Finding(float(error.max()), double if _dtype() == np.float64 else single, "relative")
 
 
-def _mean(draws, expected, power):
+def _mean(draws: Any, expected: Any, power: float) -> Finding:
     """The largest |z| of the means over axis 0; NaN where the draws are too few to see a discrepancy of ``power``."""
     draws = np.asarray(draws, np.float64)
     error = draws.std(0, ddof=1) / np.sqrt(len(draws))
@@ -80,15 +82,15 @@ def _mean(draws, expected, power):
     return Finding(float(np.where(9.7 * error < power, z, np.nan).max()), Z_MAX, "|z|")
 
 
-def _dtype():
+def _dtype() -> np.dtype:
     return jnp.zeros(()).dtype
 
 
-def _gaussian(scale=SCALE, reverse_variance="posterior", **kwargs):
+def _gaussian(scale: Any = SCALE, reverse_variance: str = "posterior", **kwargs: Any) -> probdiff.Diffusion:
     return probdiff.Diffusion(SCHEDULE, GAUSSIAN.network(SCHEDULE, scale), reverse_variance=reverse_variance, **kwargs)
 
 
-def _noised(schedule):
+def _noised(schedule: probdiff.NoiseSchedule) -> tuple[Any, Any, Any, Any]:
     """√ᾱ_n and √(1−ᾱ_n) by the product of 1 − β, noise, and what it makes of ``X``: shape ``(step, datum, dim)``."""
     alpha_bar = np.cumprod(1 - schedule.beta)[:, None, None]
     signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
@@ -96,7 +98,7 @@ def _noised(schedule):
     return signal, noise, eps, signal * X + noise * eps
 
 
-def _step_kls(diffusion):
+def _step_kls(diffusion: probdiff.Diffusion) -> np.ndarray:
     """NumPyro's KLs of q(z_{n-1} | z_n, x_0) to the reverse steps, in float64, at the z of :func:`_noised`."""
     with jax.enable_x64(True):
         z = jnp.asarray(_noised(SCHEDULE)[-1][1:])
@@ -104,7 +106,7 @@ def _step_kls(diffusion):
         return np.asarray(kl_divergence(posterior, diffusion.reverse_kernel(z, STEPS[1:])))
 
 
-def tables():
+def tables() -> Finding:
     """The tables of the schedules against definitions of β, ``math.fsum`` of log(1 − β), Bayes' rule on precisions."""
     angle = (np.arange(101) / 100 + 0.008) / 1.008 * np.pi / 2
     cosine = np.sin(np.diff(angle)) * np.sin(angle[1:] + angle[:-1]) / np.cos(angle[:-1]) ** 2  # 1 − cos²/cos²
@@ -123,12 +125,12 @@ def tables():
         posterior = 1 / ((1 - beta[1:]) / beta[1:] + 1 / noise[:-1])
         looked_up = (schedule.beta, schedule.alpha_bar, schedule.one_minus_alpha_bar, schedule.sigma)
         found.append([at_step(table, n, _dtype()) for table in looked_up])
-        found.append(at_step(schedule.posterior_variance, n[1:], _dtype()))
+        found.append([at_step(schedule.posterior_variance, n[1:], _dtype())])
         expected.append([[beta, alpha_bar, noise, np.sqrt(noise / alpha_bar)], posterior])
     return _identity(found, expected, single=1e-6)
 
 
-def marginal():
+def marginal() -> Finding:
     """q(z_n | x_0) against the recursion of means and variances along q(z_n | z_{n-1})."""
     steps = probdiff.forward_step(SCHEDULE, jnp.ones(X.shape), STEPS)
     mean, variance, expected = X, 0.0, []
@@ -139,7 +141,7 @@ def marginal():
     return _identity([closed.mean, closed.variance], [np.stack(each) for each in zip(*expected)])
 
 
-def bayes():
+def bayes() -> Finding:
     """q(z_{n-1} | z_n, x_0) q(z_n | x_0) against q(z_n | z_{n-1}) q(z_{n-1} | x_0), on pairs drawn from the chain."""
     keys, n = jax.random.split(jax.random.key(0)), STEPS[1:]
     before, after = (probdiff.forward_marginal(SCHEDULE, X, k) for k in (n - 1, n))
@@ -150,7 +152,7 @@ def bayes():
     return _identity(found, step.log_prob(z) + before.log_prob(previous), floor=1)
 
 
-def derivation():
+def derivation() -> Finding:
     """log p, and log q by both guides, of a path by the programs against SciPy's normal densities, from β alone."""
     diffusion, x = _gaussian(), jnp.asarray(X)
     forward = handlers.trace(handlers.seed(diffusion.guide, 0)).get_trace(x)["z"]
@@ -168,7 +170,7 @@ def derivation():
     return _identity([log_p, log_q], [norm.logpdf(z[-1]).sum() + reverse.sum(), by_hand, by_hand], floor=1)
 
 
-def given_terms():
+def given_terms() -> Finding:
     """The terms of the bound on given noise against NumPyro's KLs and log density of the same distributions."""
     found, expected = [], []
     _, _, eps, z = _noised(SCHEDULE)
@@ -181,7 +183,7 @@ def given_terms():
     return _identity(found, expected, floor=1)
 
 
-def mean_terms():
+def mean_terms() -> Finding:
     """The mean terms of the bound against the closed form for Gaussian data."""
     diffusion = _gaussian(reverse_variance="forward")
     terms = probdiff.elbo_terms(diffusion, X, key=jax.random.key(1), num_draws=40_000)
@@ -193,26 +195,26 @@ def mean_terms():
 
 class _Scaled(eqx.Module):
     scale: jax.Array
-    network: eqx.Module
+    network: Callable
 
-    def __call__(self, z, n):
+    def __call__(self, z: jax.Array, n: jax.Array) -> jax.Array:
         return self.scale * self.network(z, n)
 
 
-def estimator(name):
+def estimator(name: str) -> Finding:
     """An estimator of the bound, and its gradient in the network's scale, against the closed form for Gaussian data."""
     diffusion = probdiff.Diffusion(SCHEDULE, _Scaled(jnp.asarray(SCALE), GAUSSIAN.network(SCHEDULE)))
     guide, elbo = probdiff.ESTIMATORS[name](diffusion)
     learned, own = getattr(elbo, "initial_state", {}), diffusion.trainable()
 
-    def one(key):
-        def bound(scale):
+    def one(key: jax.Array) -> jax.Array:
+        def bound(scale: Any) -> jax.Array:
             params = {PARAMS: eqx.tree_at(lambda d: d.network.scale, own, scale), **learned}
             return -elbo.loss(key, params, diffusion.model, guide, jnp.asarray(X))
 
         return jnp.stack(jax.value_and_grad(bound)(own.network.scale))
 
-    def exact(scale):
+    def exact(scale: Any) -> Any:
         return exact_terms(_gaussian(scale), X)["elbo"].sum()
 
     draws = 20_000 if getattr(elbo, "evaluations", SCHEDULE.num_steps) == SCHEDULE.num_steps else 100_000
@@ -222,7 +224,7 @@ def estimator(name):
     return _mean(found, [exact(SCALE), slope], power=0.5)
 
 
-def score_matching():
+def score_matching() -> Finding:
     """The terms of the loss with likelihood weights, and λ_n‖s + ε/σ_n‖² by the score, against NumPyro's step KLs."""
     diffusion, (signal, noise, eps, z) = _gaussian(), _noised(SCHEDULE)
     eps, z = jnp.asarray(eps), jnp.asarray(z)
@@ -234,7 +236,7 @@ def score_matching():
     return _identity([by_noise[1:], by_score[1:]], 2 * [_step_kls(diffusion)], floor=1)
 
 
-def _log_mixture(x, signal, variance):
+def _log_mixture(x: Any, signal: Any, variance: Any) -> Any:
     """NumPyro's log density of the mixture, times ``signal`` and with noise of ``variance`` added, in float64."""
     with jax.enable_x64(True):
         mean, spread = np.asarray(signal)[..., None] * MIXTURE.means, np.asarray(signal)[..., None, None] ** 2
@@ -243,13 +245,13 @@ def _log_mixture(x, signal, variance):
         return dist.MixtureSameFamily(mixing, dist.MultivariateNormal(mean, covariance)).log_prob(jnp.asarray(x))
 
 
-def _gradient(log_prob, x):
+def _gradient(log_prob: Callable, x: Any) -> np.ndarray:
     """Autodiff in float64 of a function that maps ``(*batch, dim)`` to log densities of shape ``batch``."""
     with jax.enable_x64(True):
         return np.asarray(jax.jit(jax.grad(lambda x: log_prob(x).sum()))(np.asarray(x, np.float64)))
 
 
-def mixture_scores():
+def mixture_scores() -> Finding:
     """The exact ε-network of a mixture, as noise and as a score, against autodiff of NumPyro's log densities."""
     signal, noise, _, z = _noised(VE_SCHEDULE)
     z, n = jnp.asarray(z), jnp.broadcast_to(STEPS[: len(SIGMAS)], z.shape[:-1])
@@ -260,7 +262,7 @@ def mixture_scores():
     return _identity(found, [eps_hat, score], double=1e-8, floor=1)
 
 
-def conditional_scores():
+def conditional_scores() -> Finding:
     """The scores of the noising given x_0, VE and VP, against autodiff of NumPyro's normal log densities."""
     signal, noise, _, z = _noised(VE_SCHEDULE)
     n, z, sigma = STEPS[: len(SIGMAS)], jnp.asarray(z), SIGMAS[:, None, None]
@@ -270,14 +272,14 @@ def conditional_scores():
     return _identity(found, [_gradient(lambda x: dist.Normal(X, sigma).log_prob(x), x_n), vp], floor=1 / SIGMAS[0])
 
 
-def coordinates():
+def coordinates() -> Finding:
     """The maps between x_n and z_n against x_0 + σ_n ε and √ᾱ_n x_0 + √(1−ᾱ_n) ε."""
     _, _, eps, z = _noised(VE_SCHEDULE)
     x_n, n = X + SIGMAS[:, None, None] * eps, STEPS[: len(SIGMAS)]
     return _identity([probdiff.chain.score.vp_from_ve(VE_SCHEDULE, x_n, n), probdiff.chain.score.ve_from_vp(VE_SCHEDULE, z, n)], [z, x_n])
 
 
-def flow():
+def flow() -> Finding:
     """log q(z_1) by the flow of the exact ε, from base q(z_N), against NumPyro's log density of the mixture."""
     schedule = probdiff.log_snr_schedule(30, 6.0, -3.0)
     diffusion, (signal, noise, _, z) = probdiff.Diffusion(schedule, MIXTURE.network(schedule)), _noised(schedule)
@@ -286,7 +288,7 @@ def flow():
     return Finding(float(np.abs(error).max()), 1e-3, "nats")
 
 
-def sandwich():
+def sandwich() -> Finding:
     """ELBO < IWAE < log p < upper bounds for data from the model, with log p by the covariance of the reverse chain."""
     diffusion = _gaussian()
     bounds = probdiff.sandwich(diffusion, key=jax.random.key(3), num_data=4000, num_particles=(1, 10))
@@ -296,7 +298,7 @@ def sandwich():
     return Finding(float(-z.min()), -Z_MAX, "s.e. above the next")
 
 
-def pairing():
+def pairing() -> Finding:
     """The step KLs in float32 against the same in float64, step by step; N = 1000, d = 64."""
     noise = np.random.default_rng(0).standard_normal((1, 1000, 1, 64))
     x, errors = np.random.default_rng(1).standard_normal((1, 64)), []
@@ -310,7 +312,7 @@ def pairing():
     return Finding(float(max(errors)), 3e-3, "nats")
 
 
-def units():
+def units() -> Finding:
     """log p of a path in other units against −Σ ln a, and bits/dim of 17 equally likely levels against log₂ 17."""
     loc, scale = np.array([3.0, -1.0]), np.array([10.0, 3.0])
     before, after = (
@@ -324,7 +326,7 @@ def units():
     return _identity([after - before, bits], [len(X) * np.log(scale).sum(), np.log2(17)])
 
 
-CHECKS = {
+CHECKS: dict[str, Callable[[], Finding]] = {
     "tables of the schedules": tables,
     "marginals by recursion": marginal,
     "Bayes' rule": bayes,
@@ -345,7 +347,7 @@ PRECISIONS = ("float32", "float64")
 LEFT_OUT = [("float32 step KLs", "float64")]
 
 
-def verify(progress=False):
+def verify(progress: bool = False) -> dict[str, Any]:
     """Run all checks in float32 and in float64, whatever precision JAX is in.
 
     A check that raises has failed: a warning says how, and the others go on.
@@ -375,7 +377,7 @@ def verify(progress=False):
     return {"holds": all(row["holds"] for row in rows), **machine, "seconds": seconds, "checks": rows}
 
 
-def format_table(results):
+def format_table(results: dict[str, Any]) -> str:
     """The table of :func:`verify` as text, with a line that sums it up."""
     lines = [f"{'check':32}{'precision':12}{'figure':>9}{'bound':>9}  {'unit':20}verdict"]
     for row in results["checks"]:
@@ -389,7 +391,7 @@ def format_table(results):
     return "\n".join([*lines, "", f"{held} of {len(lines) - 1} hold; {machine}; {results['seconds']:.0f} s"])
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     """Run all checks and print their table; returns the exit code."""
     results = verify(progress=True)
     print(json.dumps(results) if arguments.json else format_table(results), file=arguments.output)

@@ -1,6 +1,6 @@
 """The bound computed two ways on the same data, and whether they agree."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -56,7 +56,9 @@ class TwoWays(NamedTuple):
         return bool(abs(self.z) <= Z_AGREE)
 
 
-def compute_both_ways(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int, devices: Devices = None, progress: bool = False) -> TwoWays:
+def compute_both_ways(
+    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int, devices: Devices = None, progress: bool = False
+) -> TwoWays:
     """The bound on ``x`` by the analytic terms and by ``Trace_ELBO``: a :class:`TwoWays`.
 
     Args:
@@ -72,6 +74,6 @@ def compute_both_ways(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_d
     require_count("num_draws", num_draws)
     require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
     terms_key, path_key = jax.random.split(key)
-    options = {"num_draws": num_draws, "devices": devices, "progress": progress}
+    options: Any = {"num_draws": num_draws, "devices": devices, "progress": progress}
     terms = elbo_terms(diffusion, x, key=terms_key, **options)
     return TwoWays(terms, path_elbo(diffusion, x, key=path_key, **options))

@@ -24,6 +24,7 @@ from probdiff._checks import require, require_count, require_key, require_type
 from probdiff._chunks import MOST_NUMBERS, inputs_at_once
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
 from probdiff.diagnostics.tables import format_estimators
+from probdiff.diagnostics.z_scores import pairwise_z
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.estimators import ESTIMATORS
@@ -40,7 +41,6 @@ MORE_DRAWS = 64
 GRADIENT_ROWS = 2**15  # of the network, for the way back of gradients
 GRADIENT_DRAWS = (8, 1024)
 DIRECTIONS = 8
-ROUNDING = 2.0**-20
 LEARNING = (300, 256)  # updates, and data in each, before an estimator that learns is measured
 
 
@@ -66,11 +66,11 @@ class EstimatorComparison:
         dim: Number of dimensions, for bits/dim.
     """
 
-    table: object
+    table: Any
     draws: np.ndarray
     projections: dict
-    value_z: object
-    gradient_z: object
+    value_z: Any
+    gradient_z: Any
     z_limit: float
     iwae: Estimate | None
     khat: np.ndarray | None
@@ -121,7 +121,7 @@ class EstimatorComparison:
             "best_for_values": self.best("value_by_evaluations"),
             "best_for_gradients": self.best("gradient_by_evaluations"),
             "iwae": known,
-            "khat": None if self.khat is None else np.where(np.isfinite(self.khat), self.khat, None).tolist(),
+            "khat": None if self.khat is None else [float(k) if np.isfinite(k) else None for k in self.khat],
         }
 
     def plot(self) -> Any:
@@ -139,7 +139,16 @@ def _json_matrix(frame: Any) -> dict[str, Any]:
     return {name: {k: v for k, v in row.items() if np.isfinite(v)} for name, row in frame.iterrows()}
 
 
-def compare_estimators(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int = 200, estimators: Iterable[str] | str | None = None, devices: Devices = None, progress: bool = False) -> EstimatorComparison:
+def compare_estimators(
+    diffusion: Diffusion,
+    x: Data,
+    *,
+    key: PRNGKeyArray,
+    num_draws: int = 200,
+    estimators: Iterable[str] | str | None = None,
+    devices: Devices = None,
+    progress: bool = False,
+) -> EstimatorComparison:
     """Estimate the bound of one model on the same data in every way.
 
     Estimators that learn (probabilities of steps, coefficients) first learn on ``x``, and are then held fixed. In the
@@ -191,7 +200,16 @@ def check_names(names: Iterable[str] | str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _measure(name: str, diffusion: Diffusion, x: jax.Array, num_draws: int, draw_key: PRNGKeyArray, learn_key: PRNGKeyArray, directions: Float[Array, "direction size"], mesh: Mesh | None) -> dict[str, Any]:
+def _measure(
+    name: str,
+    diffusion: Diffusion,
+    x: jax.Array,
+    num_draws: int,
+    draw_key: PRNGKeyArray,
+    learn_key: PRNGKeyArray,
+    directions: Float[Array, "direction size"],
+    mesh: Mesh | None,
+) -> dict[str, Any]:
     """Draws of one estimator: values, projections of gradients, variance of gradients, cost."""
     # Values are those of the bound model; a gradient needs its ``param`` site.
     trainable, diffusion = diffusion.trainable_without_dropout(), diffusion.evaluated()
@@ -205,7 +223,9 @@ def _measure(name: str, diffusion: Diffusion, x: jax.Array, num_draws: int, draw
     together = max(1, ROWS_AT_ONCE // at_once)
     value = functools.partial(_value, diffusion, *by_value, x, learned)
     more = min(MORE_DRAWS, max(1, diffusion.schedule.num_steps // evaluations))
-    values, _, seconds = _in_blocks(lambda key: (value(key), ()), _keys(draw_key, num_draws * more), together, rows, mesh)
+    values, _, seconds = _in_blocks(
+        lambda key: (value(key), ()), _keys(draw_key, num_draws * more), together, rows, mesh
+    )
     result = {"values": values, "evaluations": evaluations, "seconds": seconds}
     if directions.size:
         count = int(np.clip(GRADIENT_ROWS // rows, *GRADIENT_DRAWS))
@@ -244,7 +264,9 @@ def _learn(diffusion: Diffusion, guide: Callable, elbo: ELBO, x: jax.Array, key:
     return jax.jit(lambda state, keys: jax.lax.scan(update, state, keys)[0])(state, jax.random.split(key, updates))
 
 
-def _value(diffusion: Diffusion, guide: Callable, elbo: ELBO, x: jax.Array, learned: Any, key: PRNGKeyArray) -> Float[Array, "datum"]:
+def _value(
+    diffusion: Diffusion, guide: Callable, elbo: ELBO, x: jax.Array, learned: Any, key: PRNGKeyArray
+) -> Float[Array, "datum"]:
     """One draw of each datum's bound, shape ``(datum,)``."""
     if isinstance(elbo, StepObjective):
         return elbo.per_datum(key, x, learned)
@@ -255,7 +277,15 @@ def _value(diffusion: Diffusion, guide: Callable, elbo: ELBO, x: jax.Array, lear
     return jax.vmap(one)(jax.random.split(key, len(x)), x)
 
 
-def _gradient(diffusion: Diffusion, guide: Callable, elbo: ELBO, x: jax.Array, learned: Any, directions: Float[Array, "direction size"], key: PRNGKeyArray) -> Any:
+def _gradient(
+    diffusion: Diffusion,
+    guide: Callable,
+    elbo: ELBO,
+    x: jax.Array,
+    learned: Any,
+    directions: Float[Array, "direction size"],
+    key: PRNGKeyArray,
+) -> Any:
     """One draw of the gradient of the mean bound: its projections, its square length, and the gradient itself."""
 
     def mean_bound(params: Any) -> jax.Array:
@@ -265,7 +295,9 @@ def _gradient(diffusion: Diffusion, guide: Callable, elbo: ELBO, x: jax.Array, l
     return (directions @ gradient, jnp.square(gradient).sum()), gradient
 
 
-def _in_blocks(function: Callable, keys: jax.Array, together: int, rows: int, mesh: Mesh | None) -> tuple[Any, Any, float]:
+def _in_blocks(
+    function: Callable, keys: jax.Array, together: int, rows: int, mesh: Mesh | None
+) -> tuple[Any, Any, float]:
     """Draws of ``function`` and the seconds of one draw once it is compiled.
 
     Args:
@@ -320,8 +352,8 @@ def _summarise(measured: dict[str, Any], num_draws: int, x: jax.Array) -> Estima
         table=table,
         draws=np.stack([each["values"][:num_draws] for each in measured.values()]),
         projections=projections,
-        value_z=_pairwise_z(means),
-        gradient_z=_pairwise_z(projections),
+        value_z=pairwise_z(means),
+        gradient_z=pairwise_z(projections),
         z_limit=float(-special.ndtri(FAMILY_ERROR / 2 / num_scores)),
         iwae=None if trace is None else Estimate.of(log_mean_exp(trace, 0)),
         khat=None if trace is None else pareto_khat(trace),
@@ -346,37 +378,3 @@ def _row(measured: dict[str, Any], x: jax.Array) -> dict[str, Any]:
         "gradient_draws": len(measured.get("projections", ())),
         "gradient_seconds": measured.get("gradient_seconds", np.nan),
     }
-
-
-def _pairwise_z(draws: dict[str, np.ndarray]) -> Any:
-    """z-scores of the differences of means, as standard normal scores.
-
-    Where two estimators were drawn equally often, the differences are paired draw by draw.
-
-    Args:
-        draws: From estimator to draws of shape ``(draw, direction)``; of the directions, the largest score is given.
-    """
-    import pandas as pd
-
-    scores = pd.DataFrame(np.nan, index=list(draws), columns=list(draws))
-    for a, first in draws.items():
-        for b, second in draws.items():
-            if a != b:
-                z = _z(first, second)
-                scores.loc[a, b] = z[np.abs(z).argmax()]
-    return scores
-
-
-def _z(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Student's t of the difference of two means, turned into the normal score of the same tail probability."""
-    if len(first) == len(second):
-        error = _error(first - second)
-    else:
-        error = np.hypot(_error(first), _error(second))
-    rounding = ROUNDING * max(np.abs(first).max(), np.abs(second).max())
-    t = (first.mean(0) - second.mean(0)) / np.hypot(error, rounding + np.finfo(float).tiny)
-    return -np.sign(t) * special.ndtri(special.stdtr(min(len(first), len(second)) - 1, -np.abs(t)))
-
-
-def _error(draws: np.ndarray) -> np.ndarray:
-    return draws.std(0, ddof=1) / np.sqrt(len(draws))

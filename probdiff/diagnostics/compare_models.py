@@ -30,7 +30,7 @@ class ModelComparison:
         dim: Number of dimensions.
     """
 
-    table: object
+    table: Any
     elbo: dict
     num_draws: int
     levels: bool
@@ -50,7 +50,9 @@ class ModelComparison:
         return format_models(self)
 
 
-def compare_models(models: Mapping[str, Diffusion], x: Data, *, key: PRNGKeyArray, num_draws: int = 4, progress: bool = False) -> ModelComparison:
+def compare_models(
+    models: Mapping[str, Diffusion], x: Data, *, key: PRNGKeyArray, num_draws: int = 4, progress: bool = False
+) -> ModelComparison:
     """Rank models by their bound on the same data.
 
     The difference of two models is taken item by item: what makes an item hard for both cancels. Models of equal N
@@ -85,7 +87,7 @@ def compare_models(models: Mapping[str, Diffusion], x: Data, *, key: PRNGKeyArra
     }
     elbo = {name: np.asarray(each.mean, np.float64) for name, each in moments.items()}
     best = max(elbo, key=lambda name: elbo[name].mean())
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in sorted(elbo, key=lambda name: -elbo[name].mean()):
         estimate = Estimate.of(elbo[name], moments[name].variance, num_draws)
         difference = Estimate.of(elbo[best] - elbo[name])

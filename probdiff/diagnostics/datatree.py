@@ -1,15 +1,21 @@
 """The terms of the bound as an xarray DataTree, the container of ArviZ, and back; and where in it the nats are."""
 
+from typing import TYPE_CHECKING, Any
+
 import jax.numpy as jnp
 import numpy as np
 
-from probdiff._checks import require_type
+from probdiff._checks import Whole, require_type
 from probdiff.elbo.terms import ELBOTerms, bits_per_dim
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
 
 TOP = 10
 
 
-def to_datatree(terms):
+def to_datatree(terms: ELBOTerms) -> "xarray.DataTree":
     """Put the terms of the bound into a DataTree that ArviZ's functions take.
 
     Group ``posterior`` has ``step_kl`` with dimensions (chain, draw, step, datum), and ``reconstruction`` and
@@ -49,16 +55,16 @@ def to_datatree(terms):
     return tree
 
 
-def from_datatree(tree):
+def from_datatree(tree: "xarray.DataTree") -> ELBOTerms:
     """The :class:`~probdiff.elbo.ELBOTerms` that :func:`to_datatree` was given."""
-    posterior = tree["posterior"]
-    values = (tree["constant_data"]["prior_kl"], posterior["step_kl"][0], posterior["reconstruction"][0])
+    posterior = tree["posterior"].dataset
+    values = (tree["constant_data"].dataset["prior_kl"], posterior["step_kl"][0], posterior["reconstruction"][0])
     closed_form = bool(posterior["step_kl"].attrs.get("closed_form", 1))
-    return ELBOTerms(*(jnp.asarray(value.values) for value in values), closed_form)
+    prior_kl, step_kl, reconstruction = (jnp.asarray(value.values) for value in values)
+    return ELBOTerms(prior_kl, step_kl, reconstruction, closed_form)
 
 
-
-def inspect_terms(tree, dim=None):
+def inspect_terms(tree: "xarray.DataTree", dim: Whole | None = None) -> dict[str, Any]:
     """Summarise the terms of the bound.
 
     Args:
@@ -71,7 +77,7 @@ def inspect_terms(tree, dim=None):
         of steps that make up half of it; ``worst_item``, ``worst_elbo`` and ``worst_error``, the item of the lowest
         bound in nats; ``text``, all of it in words.
     """
-    posterior = tree["posterior"]
+    posterior = tree["posterior"].dataset
     elbo = posterior["elbo"].values[0]
     per_item = elbo.mean(0)
     worst = int(per_item.argmin())
@@ -109,7 +115,7 @@ def inspect_terms(tree, dim=None):
     }
 
 
-def _summary(step_kl):
+def _summary(step_kl: "xarray.DataArray") -> "pandas.DataFrame":
     """ArviZ's summary per step, draws and data taken together as draws."""
     import arviz as az
 

@@ -74,7 +74,9 @@ class GapDecomposition:
         return format_gap(self)
 
 
-def gap_decomposition(diffusion: Diffusion, oracle: Any, x: Data, *, key: PRNGKeyArray, progress: bool = False) -> GapDecomposition:
+def gap_decomposition(
+    diffusion: Diffusion, oracle: Any, x: Data, *, key: PRNGKeyArray, progress: bool = False
+) -> GapDecomposition:
     """Account for the bound of a model on data whose distribution is known.
 
     Args:
@@ -92,7 +94,7 @@ def gap_decomposition(diffusion: Diffusion, oracle: Any, x: Data, *, key: PRNGKe
             density.
     """
     require_type("diffusion", diffusion, Diffusion)
-    likelihood = diffusion.likelihood
+    likelihood: Any = diffusion.likelihood
     kind = type(likelihood).__name__
     require(isinstance(likelihood, NormalLikelihood), "diffusion.likelihood", "a NormalLikelihood", kind, TypeError)
     known = all(hasattr(oracle, name) for name in ("log_prob", "entropy", "standardized"))
@@ -137,7 +139,9 @@ def _bound(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray, progress: bool
 
 
 @eqx.filter_jit
-def _network_cost(diffusion: Diffusion, exact: Diffusion, x: jax.Array, key: PRNGKeyArray) -> Float[Array, "num_steps datum"]:
+def _network_cost(
+    diffusion: Diffusion, exact: Diffusion, x: jax.Array, key: PRNGKeyArray
+) -> Float[Array, "num_steps datum"]:
     """w_n ‖ε̂ − ε*‖² at one z_n for each step and datum, shape ``(num_steps, datum)``."""
     x0 = diffusion.likelihood.encode(x)
     weight = diffusion.kernel.kl_weight(diffusion.schedule)

@@ -3,17 +3,33 @@
 Each function draws on a new figure and returns it; nothing global is changed.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
+from jaxtyping import Float, Real
+
+from probdiff._checks import AnyArray
+from probdiff.chain.schedules import AbstractSchedule
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    import pandas
+    import xarray
+
+    import probdiff.diagnostics.gap
 
 
-def _figure(columns=1, width=7.0, height=4.2):
+def _figure(columns: int = 1, width: float = 7.0, height: float = 4.2) -> tuple["matplotlib.figure.Figure", np.ndarray]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def plot_loss(losses, validation, title=""):
+def plot_loss(
+    losses: Float[AnyArray, "iteration"], validation: Float[AnyArray, "row 2"], title: str = ""
+) -> "matplotlib.figure.Figure":
     """The bound against iteration: each minibatch (light), its running mean, and the validation data.
 
     Args:
@@ -41,7 +57,7 @@ def plot_loss(losses, validation, title=""):
     return figure
 
 
-def plot_step_kl(tree, schedule, title=""):
+def plot_step_kl(tree: "xarray.DataTree", schedule: AbstractSchedule, title: str = "") -> "matplotlib.figure.Figure":
     """The KL of each step: mean over draws and data, and bands over data.
 
     Args:
@@ -50,7 +66,7 @@ def plot_step_kl(tree, schedule, title=""):
         title: Title of the figure.
     """
     figure, (axes,) = _figure()
-    step_kl = tree["posterior"]["step_kl"]
+    step_kl = tree["posterior"].dataset["step_kl"]
     step = step_kl["step"].values
     if len(step) == 0:
         axes.text(0.5, 0.5, "N = 1: there are no step KLs", ha="center", transform=axes.transAxes)
@@ -71,7 +87,12 @@ def plot_step_kl(tree, schedule, title=""):
     return figure
 
 
-def plot_samples(samples, data, image_shape=None, title=""):
+def plot_samples(
+    samples: Real[AnyArray, "sample dim"],
+    data: Real[AnyArray, "datum dim"],
+    image_shape: Sequence[int] | None = None,
+    title: str = "",
+) -> "matplotlib.figure.Figure":
     """Samples beside data: as images, as points of a plane, or as the histogram of one dimension.
 
     Args:
@@ -108,7 +129,7 @@ def plot_samples(samples, data, image_shape=None, title=""):
     return figure
 
 
-def plot_estimators(table, num_items, title=""):
+def plot_estimators(table: "pandas.DataFrame", num_items: int, title: str = "") -> "matplotlib.figure.Figure":
     """Every estimator's bound with its error, and what its variance costs.
 
     Args:
@@ -138,7 +159,9 @@ def plot_estimators(table, num_items, title=""):
     return figure
 
 
-def plot_gap(decomposition, title=""):
+def plot_gap(
+    decomposition: "probdiff.diagnostics.gap.GapDecomposition", title: str = ""
+) -> "matplotlib.figure.Figure":
     """The network's part in the gap of the bound: at each step, and summed from the first step on.
 
     Args:

@@ -1,8 +1,18 @@
 """Results as text: the tables of a fit, of the comparisons and of the gap taken apart."""
 
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from probdiff.elbo.terms import bits_per_dim
+
+if TYPE_CHECKING:
+    import pandas
+
+    import probdiff.diagnostics.compare_estimators
+    import probdiff.diagnostics.compare_models
+    import probdiff.diagnostics.gap
 
 BLOCKS = 8
 LABELS = {
@@ -18,14 +28,14 @@ LABELS = {
 }
 
 
-def format_fit(results):
+def format_fit(results: Mapping[str, Any]) -> str:
     """The results of ``probdiff fit`` as text: the bound on the test split, beside what is known about the data."""
     test, both, reference = results["test"], results["two_ways"], dict(results["reference"])
     bits = "bits_per_dim" in test["elbo"]
     width = 38
     header = f"{'':{width}}{'nats':>10}{'± s.e.':>9}" + (f"{'bits/dim':>12}{'± s.e.':>9}" if bits else "")
 
-    def line(name, row):
+    def line(name: str, row: Mapping[str, Any]) -> str:
         text = f"{LABELS[name]:{width}}{row['nats']:10.4f}{row['error']:9.4f}"
         return text + (f"{row['bits_per_dim']:12.4f}{row['bits_error']:9.4f}" if "bits_per_dim" in row else "")
 
@@ -65,9 +75,9 @@ COLUMNS = (
 )
 
 
-def format_estimators(comparison):
+def format_estimators(comparison: "probdiff.diagnostics.compare_estimators.EstimatorComparison") -> str:
     """An :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison` as text: table, pairwise z-scores, verdict."""
-    table = comparison.table
+    table: pandas.DataFrame = comparison.table
     _, num_draws, num_items = comparison.draws.shape
     name_width = 2 + max(len(name) for name in table.index)
     widths = [int(form.rstrip("dfg").split(".")[0]) for *_, form in COLUMNS]
@@ -81,38 +91,40 @@ def format_estimators(comparison):
         cells = (f"{int(row[key]) if form.endswith('d') else row[key]:{form}}" for _, key, form in COLUMNS)
         lines.append(f"{name:{name_width}}" + "".join(cells).replace("nan", "  –"))
     lines.append("evals: network evaluations per item; var × cost is relative to kl_uniform, below 1 is better")
-    for title, scores in (("values", comparison.value_z), ("gradients", comparison.gradient_z)):
+    pairwise: tuple[tuple[str, pandas.DataFrame], ...] = (("values", comparison.value_z), ("gradients", comparison.gradient_z))
+    for title, scores in pairwise:
         if len(scores) > 1:
             lines += ["", f"Pairwise z-scores, {title}", *_triangle(scores, name_width)]
     return "\n".join([*lines, "", *_verdict(comparison)])
 
 
-def _triangle(scores, name_width):
+def _triangle(scores: "pandas.DataFrame", name_width: int) -> Iterator[str]:
     letters = "abcdefghijklmnopqrstuvwxyz"
     yield " " * (name_width + 3) + "".join(f"{letters[i]:>6}" for i in range(len(scores) - 1))
     for i, (name, row) in enumerate(scores.iterrows()):
         yield f"{letters[i]}  {name:{name_width}}" + "".join(f"{z:6.1f}" for z in row.values[:i])
 
 
-def _verdict(comparison):
-    if len(comparison.table) > 1:
+def _verdict(comparison: "probdiff.diagnostics.compare_estimators.EstimatorComparison") -> Iterator[str]:
+    table: pandas.DataFrame = comparison.table
+    if len(table) > 1:
         words = "agree" if comparison.agree else "DO NOT AGREE"
         yield (
-            f"The {len(comparison.table)} estimators {words}: the largest |z| is {comparison.largest_z:.1f}, "
+            f"The {len(table)} estimators {words}: the largest |z| is {comparison.largest_z:.1f}, "
             f"and {comparison.z_limit:.1f} is to be expected of so many"
         )
     for purpose, kind in (("values", "value"), ("gradients", "gradient")):
         best = comparison.best(f"{kind}_by_evaluations")
         if best is not None:
-            cost = comparison.table.loc[best]
+            cost = table.loc[best]
             yield (
                 f"best for {purpose}: {best}, variance × evaluations {cost[f'{kind}_by_evaluations']:.3g} of kl_uniform's; "
                 f"by seconds, {comparison.best(f'{kind}_by_seconds')}"
             )
-    if comparison.iwae is not None:
+    if comparison.iwae is not None and comparison.khat is not None:
         yield (
             f"importance-weighted bound on the {comparison.draws.shape[1]} paths of trace: {comparison.iwae.mean:.4f} nats "
-            f"per item, {comparison.iwae.mean - comparison.table.loc["trace", "elbo"]:.4f} above the ELBO"
+            f"per item, {comparison.iwae.mean - table.loc["trace", "elbo"]:.4f} above the ELBO"
         )
         if np.isnan(comparison.khat).any():
             yield "Pareto k̂ of their weights: not from so few draws"
@@ -124,9 +136,9 @@ def _verdict(comparison):
             )
 
 
-def format_models(comparison):
+def format_models(comparison: "probdiff.diagnostics.compare_models.ModelComparison") -> str:
     """A :class:`~probdiff.diagnostics.compare_models.ModelComparison` as text."""
-    table = comparison.table
+    table: pandas.DataFrame = comparison.table
     width = 2 + max(len(str(name)) for name in table.index)
     bits = f"{'bits/dim':>10}" if comparison.levels else ""
     lines = [
@@ -141,7 +153,7 @@ def format_models(comparison):
     return "\n".join([*lines, "difference: what the best model has more, paired item by item"])
 
 
-def format_gap(decomposition):
+def format_gap(decomposition: "probdiff.diagnostics.gap.GapDecomposition") -> str:
     """A :class:`~probdiff.diagnostics.gap.GapDecomposition` as text."""
     entropy, entropy_error = decomposition.entropy
     elbo = -entropy - decomposition.gap.mean

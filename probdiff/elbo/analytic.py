@@ -15,7 +15,7 @@ sum; large constants such as the log-density of a peaked p(x | z_1) never get in
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import SampledStep
@@ -24,6 +24,7 @@ from probdiff.diffusion import Diffusion
 from probdiff.elbo.objective import StepObjective
 from probdiff.elbo.sampled_terms import AbstractTerm
 from probdiff.elbo.steps import AbstractSteps
+from probdiff.programs.sites import Data
 
 
 class BoundTerm(AbstractTerm):
@@ -33,7 +34,7 @@ class BoundTerm(AbstractTerm):
         """The table w_n that squared errors are weighed with, shape ``(num_steps,)``, float64."""
         return diffusion.kernel.kl_weight(diffusion.schedule)
 
-    def noise_free_bound(self, diffusion: Diffusion, x: Shaped[Array, "datum dim"], x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
+    def noise_free_bound(self, diffusion: Diffusion, x: Data, x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
         """The bound of a network that knew the noise, in nats, shape ``(datum,)``."""
         constant = diffusion.kernel.constants(diffusion.schedule, x0.shape[-1]).sum()
         return self._reconstruction(diffusion, x, x0) - constant - prior_kl(diffusion.schedule, x0)
@@ -51,7 +52,7 @@ class BoundTerm(AbstractTerm):
         first = self._reconstruction(diffusion, step.x, step.x0) - diffusion.log_likelihood(step)
         return jnp.where(step.n == 1, first, diffusion.kernel.excess(diffusion.schedule, step))
 
-    def _reconstruction(self, diffusion: Diffusion, x: Shaped[Array, "datum dim"], x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
+    def _reconstruction(self, diffusion: Diffusion, x: Any, x0: Any) -> Float[Array, "datum"]:
         return diffusion.kernel.noise_free_reconstruction(diffusion.schedule, diffusion.likelihood, x, x0)
 
 

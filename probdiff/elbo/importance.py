@@ -30,7 +30,9 @@ from probdiff.programs.sites import Data
 FEWEST_DRAWS = 25
 
 
-def path_elbo(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int, devices: Devices = None, progress: bool = False) -> Float[np.ndarray, "draw datum"]:
+def path_elbo(
+    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int, devices: Devices = None, progress: bool = False
+) -> Float[np.ndarray, "draw datum"]:
     r"""NumPyro's ``Trace_ELBO`` of every datum by itself, with the forward guide: :math:`\log p - \log q` of paths.
 
     Args:
@@ -68,7 +70,9 @@ def path_elbo(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: in
     return joined([np.asarray(evaluate(keys[rows], x[rows % len(x)])) for rows in cut], size).reshape(num_draws, len(x))
 
 
-def iwae(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_particles: int, num_draws: int = 1, progress: bool = False) -> Float[np.ndarray, "draw datum"]:
+def iwae(
+    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_particles: int, num_draws: int = 1, progress: bool = False
+) -> Float[np.ndarray, "draw datum"]:
     """The importance-weighted bound of every datum; it rises to log p(x) with the number of particles.
 
     NumPyro's ``RenyiELBO(alpha=0, num_particles=K)`` on a single datum has the same expectation.
@@ -87,9 +91,7 @@ def iwae(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_particles: int
     require_type("diffusion", diffusion, Diffusion)
     require_count("num_particles", num_particles)
     require_count("num_draws", num_draws)
-    log_weights = path_elbo(
-        diffusion, x, key=key, num_draws=num_particles * num_draws, progress=progress
-    )
+    log_weights = path_elbo(diffusion, x, key=key, num_draws=num_particles * num_draws, progress=progress)
     return log_mean_exp(log_weights.reshape(num_draws, num_particles, -1), 1)
 
 
@@ -155,7 +157,14 @@ class Sandwich(NamedTuple):
         return "\n".join(lines)
 
 
-def sandwich(diffusion: Diffusion, *, key: PRNGKeyArray, num_data: int, num_particles: int | Sequence[int] = (1, 10, 100), progress: bool = False) -> Sandwich:
+def sandwich(
+    diffusion: Diffusion,
+    *,
+    key: PRNGKeyArray,
+    num_data: int,
+    num_particles: int | Sequence[int] = (1, 10, 100),
+    progress: bool = False,
+) -> Sandwich:
     r"""Draw data from the model, and bound their log-likelihood from below and from above.
 
     Each datum is generated with its path, an exact draw of :math:`p_\theta(z | x)`. Every bound is one draw for each

@@ -102,7 +102,10 @@ class StepObjective(ELBO):
         )
         path = self._noise.needs_all_steps
         require(not (path and self._steps.is_random), "noise", "steps='all' with noise='path'", f"steps={steps!r}")
-        for name, value, known in (("adapt_to", adapt_to, PROBABILITIES), ("schedule_loss", schedule_loss, SCHEDULE_LOSSES)):
+        for name, value, known in (
+            ("adapt_to", adapt_to, PROBABILITIES),
+            ("schedule_loss", schedule_loss, SCHEDULE_LOSSES),
+        ):
             require(isinstance(value, str) and value in known, name, f"one of {list(known)}", repr(value))
         require_count("num_particles", num_particles)
         learned_shape = isinstance(diffusion.schedule, LearnedSchedule) and self._steps.is_random
@@ -114,7 +117,7 @@ class StepObjective(ELBO):
         self.schedule_loss = schedule_loss
         self._points = _encoded_points(diffusion, points)
         self._learner = None
-        if self._steps.is_random and (self._steps.learned or self._control is not None):
+        if self._steps.is_random and (self._steps.is_learned or self._control is not None):
             weight = per_step(np.asarray(self.term.kl_weight(diffusion), np.float64))
             self._learner = Learner(diffusion.schedule.fixed(), tuple(weight.tolist()), self._steps.is_stratified)
         self._trace_elbo = Trace_ELBO()
@@ -164,15 +167,17 @@ class StepObjective(ELBO):
         diffusion = SCHEDULE_LOSSES[self.schedule_loss](with_params).tabulated()
         x = jnp.asarray(x)
         x0 = diffusion.likelihood.encode(x)
-        weight = jnp.ones(len(x), x0.dtype) if weight is None else jnp.broadcast_to(jnp.asarray(weight, x0.dtype), len(x))
-        learned = None if self._learner is None else mutable(LEARNED, self._learner.initial())
+        weight = (
+            jnp.ones(len(x), x0.dtype) if weight is None else jnp.broadcast_to(jnp.asarray(weight, x0.dtype), len(x))
+        )
+        learned: Any = None if self._learner is None else mutable(LEARNED, self._learner.initial())
         key = numpyro.prng_key()
         terms = self._sampled_terms(diffusion, x, x0, weight, key, learned)
         total, per_datum, seen = sum_terms(diffusion, terms)
         if terms.control is not None:
             expected = terms.control.expected(terms.coefficient, x0)
             total, per_datum = total + (weight * expected).sum(), per_datum + expected
-        if learned is not None:
+        if self._learner is not None and seen is not None:
             learned.update(self._learner.updated(learned, *seen()))
         top = numpyro.deterministic("noise_free_bound", self.term.noise_free_bound(diffusion, x, x0))
         numpyro.deterministic("excess", per_datum)
@@ -200,10 +205,10 @@ class StepObjective(ELBO):
         # The mean of the control is exact whatever the schedule: it need not be differentiated.
         control = None if self._control is None else jax.lax.stop_gradient(self._control.fitted(diffusion, x0))
         coefficient, probability = jnp.full(num_steps, 0.0 if control is None else 1.0, x0.dtype), None
-        if learned is not None:
+        if self._learner is not None:
             if control is not None:
                 coefficient = self._learner.coefficient(learned).astype(x0.dtype)
-            if self._steps.learned:
+            if self._steps.is_learned:
                 probability = self._learner.probability(learned, self.adapt_to, coefficient)
         n, inverse_probability = self._steps.draw(step_key, len(x), num_steps, probability)
         points = x0 if isinstance(self._points, str) else self._points
@@ -236,7 +241,7 @@ class StepObjective(ELBO):
         program = handlers.scale(functools.partial(self.of(diffusion).program, weight=weight), scale=scale)
         carried = LEARNED in param_map
         # (svi.evaluate does not pass the state on; that is no reason to warn.)
-        if self._learner is not None and not carried and own_guide.__self__ is not self:
+        if self._learner is not None and not carried and getattr(own_guide, "__self__", None) is not self:
             warnings.warn(
                 f"{type(self).__name__} learns nothing, because SVI does not carry its state: give SVI the guide of this "
                 "objective, SVI(diffusion.model, objective.guide, optim, objective)",
@@ -265,9 +270,11 @@ class StepObjective(ELBO):
         methods = [each.rpartition(".")[2] for each in expected.split(" or ") if not each.startswith("objective")]
         if isinstance(owner, StepObjective) and name == "guide" and method == "guide":
             owner, methods = owner.diffusion, ["guide"]
-        mine = isinstance(owner, Diffusion) and method in methods and owner.is_like(self.diffusion)
-        require(mine, name, f"{expected} of the Diffusion that the objective was given", f"{program!r:.80}")
-        return owner
+        if isinstance(owner, Diffusion) and method in methods and owner.is_like(self.diffusion):
+            return owner
+        raise ValueError(
+            f"{name}: Expected {expected} of the Diffusion that the objective was given; got {program!r:.80}"
+        )
 
     def per_datum(self, rng_key: jax.Array, x: Any, learned: Learned | None = None) -> jax.Array:
         """The estimate of each datum's bound, in nats, shape ``(datum,)``, at the parameters that the model holds, dropout off.
@@ -309,14 +316,18 @@ def _encoded_points(diffusion: Diffusion, points: Any) -> Any:
     return diffusion.likelihood.encode(points)
 
 
+def _logits(diffusion: Any) -> jax.Array:
+    return diffusion.schedule.logits
+
+
 def _with_fixed_logits(diffusion: Diffusion) -> Diffusion:
-    return eqx.tree_at(lambda d: d.schedule.logits, diffusion, replace_fn=jax.lax.stop_gradient)
+    return eqx.tree_at(_logits, diffusion, replace_fn=jax.lax.stop_gradient)
 
 
 def _with_trained_logits_only(diffusion: Diffusion) -> Diffusion:
     """The model without any gradient but that of the shape of its schedule."""
     fixed = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if is_trainable(leaf) else leaf, diffusion)
-    return eqx.tree_at(lambda d: d.schedule.logits, fixed, diffusion.schedule.logits)
+    return eqx.tree_at(_logits, fixed, _logits(diffusion))
 
 
 SCHEDULE_LOSSES = {"bound": lambda diffusion: diffusion, "variance": _with_fixed_logits}
@@ -339,7 +350,9 @@ def _unwrapped(program: Callable, name: str) -> tuple[Callable, Any, jax.Array |
         wrapper = f"handlers.{type(program).__name__}"
         require(type(program) in kinds, name, "no handlers but scale and mask around it", wrapper)
         factor = getattr(program, kinds[type(program)])
-        require(jnp.ndim(factor) <= 1, name, f"{wrapper} by a number, or one for each datum", f"shape {jnp.shape(factor)}")
+        require(
+            jnp.ndim(factor) <= 1, name, f"{wrapper} by a number, or one for each datum", f"shape {jnp.shape(factor)}"
+        )
         if jnp.ndim(factor) == 0 and isinstance(program, handlers.scale):
             scale = scale * factor
         else:

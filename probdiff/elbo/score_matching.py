@@ -77,7 +77,13 @@ class ScoreMatching(StepObjective):
     """
 
     def __init__(
-        self, diffusion: Diffusion, weights: str | ArrayLike = "sigma_squared", *, steps: AbstractSteps | str = "stratified", num_particles: int = 1, vectorize_particles: bool = True
+        self,
+        diffusion: Diffusion,
+        weights: str | ArrayLike = "sigma_squared",
+        *,
+        steps: AbstractSteps | str = "stratified",
+        num_particles: int = 1,
+        vectorize_particles: bool = True,
     ) -> None:
         require_type("diffusion", diffusion, Diffusion)
         _require_fixed(diffusion)
@@ -106,7 +112,9 @@ class ScoreError(AbstractTerm):
         """The table that squared errors of the noise are weighed with, shape ``(num_steps,)``, float64."""
         return np.asarray(self.noise_weights)
 
-    def noise_free_bound(self, diffusion: Diffusion, x: jax.Array, x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
+    def noise_free_bound(
+        self, diffusion: Diffusion, x: jax.Array, x0: Float[Array, "datum dim"]
+    ) -> Float[Array, "datum"]:
         """Minus the loss of a network that knew the noise: 0, shape ``(datum,)``."""
         return jnp.zeros(len(x0), x0.dtype)
 

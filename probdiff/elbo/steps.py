@@ -43,13 +43,13 @@ def stratified_uniforms(key: PRNGKeyArray, size: int) -> Float[Array, "size"]:
 class AbstractSteps(eqx.Module):
     """Which steps an estimator evaluates for each datum.
 
-    To write your own, give ``learned``, :meth:`num_rows` and :meth:`draw`, and the two properties where they differ.
-
-    Attributes:
-        learned: Whether the probabilities of the steps are learned.
+    To write your own, give :meth:`num_rows` and :meth:`draw`, and the three properties where they differ.
     """
 
-    learned: eqx.AbstractVar[bool]
+    @property
+    def is_learned(self) -> bool:
+        """Whether the probabilities of the steps are learned."""
+        return False
 
     @property
     def is_random(self) -> bool:
@@ -83,11 +83,6 @@ class AllSteps(AbstractSteps):
     """Every step once for each datum."""
 
     @property
-    def learned(self) -> bool:
-        """False."""
-        return False
-
-    @property
     def is_random(self) -> bool:
         """False."""
         return False
@@ -96,7 +91,9 @@ class AllSteps(AbstractSteps):
         """N."""
         return num_steps
 
-    def draw(self, key: PRNGKeyArray, size: int, num_steps: int, probability: Float[Array, "num_steps"] | None = None) -> tuple[Int[Array, "row size"], Float[Array, "row size"]]:
+    def draw(
+        self, key: PRNGKeyArray, size: int, num_steps: int, probability: Float[Array, "num_steps"] | None = None
+    ) -> tuple[Int[Array, "row size"], Float[Array, "row size"]]:
         """Steps and their inverse probabilities (1: every step is there), both of shape ``(num_steps, size)``."""
         n = jnp.broadcast_to(jnp.arange(1, num_steps + 1)[:, None], (num_steps, size))
         return n, jnp.ones(n.shape)
@@ -114,6 +111,11 @@ class OneStep(AbstractSteps):
     learned: bool = eqx.field(static=True, default=False)
 
     @property
+    def is_learned(self) -> bool:
+        """Whether the probabilities are."""
+        return self.learned
+
+    @property
     def is_stratified(self) -> bool:
         """Whether the uniform numbers are."""
         return self.uniforms is stratified_uniforms
@@ -122,7 +124,9 @@ class OneStep(AbstractSteps):
         """One."""
         return 1
 
-    def draw(self, key: PRNGKeyArray, size: int, num_steps: int, probability: Float[Array, "num_steps"] | None = None) -> tuple[Int[Array, "row size"], Float[Array, "row size"]]:
+    def draw(
+        self, key: PRNGKeyArray, size: int, num_steps: int, probability: Float[Array, "num_steps"] | None = None
+    ) -> tuple[Int[Array, "row size"], Float[Array, "row size"]]:
         """Steps and their inverse probabilities, both of shape ``(1, size)``."""
         uniform = self.uniforms(key, size)
         if probability is None:
@@ -164,6 +168,9 @@ class Learner:
     schedule: NoiseSchedule
     kl_weight: tuple
     centred: bool
+    bins: np.ndarray = dataclasses.field(init=False, compare=False)
+    values: np.ndarray = dataclasses.field(init=False, compare=False)
+    gradients: np.ndarray = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         log_snr = self.schedule.log_snr
@@ -179,7 +186,15 @@ class Learner:
         """The state before anything was learned."""
         return {name: jnp.zeros(BINS + 1) for name in STATE}
 
-    def updated(self, state: Mapping[str, jax.Array], n: Int[Array, "*batch"], inverse_probability: Float[Array, "*batch"], term: Float[Array, "*batch"], control: Float[Array, "*batch"], squared_gradient: Float[Array, "*batch"]) -> dict[str, jax.Array]:
+    def updated(
+        self,
+        state: Mapping[str, jax.Array],
+        n: Int[Array, "*batch"],
+        inverse_probability: Float[Array, "*batch"],
+        term: Float[Array, "*batch"],
+        control: Float[Array, "*batch"],
+        squared_gradient: Float[Array, "*batch"],
+    ) -> dict[str, jax.Array]:
         """The state after the terms of steps ``n`` were seen; arrays of one shape."""
         dtype = state["visits"].dtype
         count = (inverse_probability / self.schedule.num_steps).astype(dtype)
@@ -206,7 +221,9 @@ class Learner:
         guess = 1 / (state["visits"] + 1)
         return ((slope + guess) / (power + guess))[self.bins]
 
-    def probability(self, state: Mapping[str, jax.Array], adapt_to: str, coefficient: Float[Array, "num_steps"]) -> Float[Array, "num_steps"]:
+    def probability(
+        self, state: Mapping[str, jax.Array], adapt_to: str, coefficient: Float[Array, "num_steps"]
+    ) -> Float[Array, "num_steps"]:
         """Probabilities of the steps, shape ``(num_steps,)``.
 
         Args:
@@ -216,12 +233,16 @@ class Learner:
         """
         return PROBABILITIES[adapt_to](self, state, coefficient)
 
-    def _for_value(self, state: Mapping[str, jax.Array], coefficient: Float[Array, "num_steps"]) -> Float[Array, "num_steps"]:
+    def _for_value(
+        self, state: Mapping[str, jax.Array], coefficient: Float[Array, "num_steps"]
+    ) -> Float[Array, "num_steps"]:
         pairs = (("term", "term"), ("term", "control"), ("control", "control"))
         term, both, control = (self._moment(state, *pair)[self.bins] for pair in pairs)
         return self._normalised(self.values, term - 2 * coefficient * both + jnp.square(coefficient) * control)
 
-    def _for_gradient(self, state: Mapping[str, jax.Array], coefficient: Float[Array, "num_steps"]) -> Float[Array, "num_steps"]:
+    def _for_gradient(
+        self, state: Mapping[str, jax.Array], coefficient: Float[Array, "num_steps"]
+    ) -> Float[Array, "num_steps"]:
         return self._normalised(self.gradients, self._mean(state, "gradient")[self.bins])
 
     def _moment(self, state: Mapping[str, jax.Array], a: str, b: str) -> jax.Array:

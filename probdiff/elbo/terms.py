@@ -10,7 +10,7 @@ in chunks of a few hundred to a few thousand network inputs, which bounds the wo
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import equinox as eqx
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import AnyArray, require, require_count, require_key, require_type
+from probdiff._checks import AnyArray, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import EVALUATIONS, blocks, filled, inputs_at_once, parts
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.forward import prior_kl
@@ -30,7 +30,7 @@ from probdiff.programs.sites import Data
 Noise = Float[AnyArray, "draw num_steps datum dim"]
 
 
-def bits_per_dim(nats: Any, dim: int) -> Any:
+def bits_per_dim(nats: Any, dim: Whole) -> Any:
     """Code length in bits per dimension of an ELBO or log-likelihood in nats: −nats / (dim ln 2)."""
     return -nats / (dim * np.log(2))
 
@@ -87,7 +87,9 @@ class ELBOMoments(eqx.Module):
     num_draws: int
 
 
-def _noise(key: PRNGKeyArray, draw: Int[Array, ""], n: Int[Array, ""], like: Float[Array, "datum dim"]) -> Float[Array, "datum dim"]:
+def _noise(
+    key: PRNGKeyArray, draw: Int[Array, ""], n: Int[Array, ""], like: Float[Array, "datum dim"]
+) -> Float[Array, "datum dim"]:
     """The noise of draw ``draw`` at step ``n``: the same whatever else is evaluated along with it."""
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, draw), n), like.shape, like.dtype)
 
@@ -112,18 +114,30 @@ class _Terms(eqx.Module):
         """log p(x | z_1) of the draws at ``index``, shape ``(row, datum)``."""
         return self.diffusion.log_likelihood(self._step(index, jnp.ones_like(index)))
 
-    def _step(self, index: Int[Array, "row"], n: Int[Array, "row"], extra_noise: Callable[[], jax.Array] | None = None) -> SampledStep:
+    def _step(
+        self, index: Int[Array, "row"], n: Int[Array, "row"], extra_noise: Callable[[], jax.Array] | None = None
+    ) -> SampledStep:
         return self.diffusion.sampled_step(self.x, self.x0, n[:, None], self._eps(index, n), extra_noise=extra_noise)
 
     def _eps(self, index: Int[Array, "row"], n: Int[Array, "row"]) -> Float[Array, "row datum dim"]:
-        return self._draw(self.key, index, n) if self.noise is None else self.noise[index, n - 1].astype(self.x0.dtype)
+        if self.noise is not None:
+            return self.noise[index, n - 1].astype(self.x0.dtype)
+        assert self.key is not None  # one of the two is given
+        return self._draw(self.key, index, n)
 
     def _draw(self, key: PRNGKeyArray, index: Int[Array, "row"], n: Int[Array, "row"]) -> Float[Array, "row datum dim"]:
         return jax.vmap(_noise, (None, 0, 0, None))(key, self.draws[index], n, self.x0)
 
 
 @eqx.filter_jit
-def _evaluate(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray | None, draws: Int[Array, "draw"], noise: Float[Array, "draw num_steps datum dim"] | None, mesh: Mesh | None) -> ELBOTerms:
+def _evaluate(
+    diffusion: Diffusion,
+    x: jax.Array,
+    key: PRNGKeyArray | None,
+    draws: Int[Array, "draw"],
+    noise: Float[Array, "draw num_steps datum dim"] | None,
+    mesh: Mesh | None,
+) -> ELBOTerms:
     """ELBOTerms of the draws numbered ``draws``; ``noise`` is None or shape ``(len(draws), num_steps, datum, dim)``."""
     x = shard(x, mesh)
     terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
@@ -139,7 +153,15 @@ def _evaluate(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray | None, draw
 
 
 @eqx.filter_jit
-def _accumulate(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray | None, draws: Int[Array, "draw"], noise: Float[Array, "draw num_steps datum dim"] | None, state: Any, mesh: Mesh | None) -> Any:
+def _accumulate(
+    diffusion: Diffusion,
+    x: jax.Array,
+    key: PRNGKeyArray | None,
+    draws: Int[Array, "draw"],
+    noise: Float[Array, "draw num_steps datum dim"] | None,
+    state: Any,
+    mesh: Mesh | None,
+) -> Any:
     """Welford's update of (count, means, sums of squares) by the draws, one at a time, in place and a part of the steps at a time."""
     x = shard(x, mesh)
     terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
@@ -147,7 +169,7 @@ def _accumulate(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray | None, dr
     count, rows = parts(later, inputs_at_once(diffusion.network) // len(x))
     prior = prior_kl(diffusion.schedule, terms.x0)
 
-    def updated(seen: jax.Array, mean: jax.Array, square: jax.Array, value: jax.Array, new: Any = True) -> tuple[jax.Array, jax.Array]:
+    def updated(seen: Any, mean: Any, square: Any, value: Any, new: Any = True) -> tuple[jax.Array, jax.Array]:
         change = jnp.where(new, value - mean, 0)
         mean = mean + change / (seen + 1)
         return mean, square + change * (value - mean)
@@ -161,7 +183,8 @@ def _accumulate(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray | None, dr
             kl = terms.step_kl(jnp.full_like(each, index), 2 + each)
             before = tuple(jax.lax.dynamic_slice_in_dim(moment, each[0], len(each)) for moment in moments)
             # (Read before anything is written, or XLA keeps a copy of the whole.)
-            after = updated(seen, *jax.lax.optimization_barrier(before), kl, new[:, None])
+            mean, square = jax.lax.optimization_barrier(before)
+            after = updated(seen, mean, square, kl, new[:, None])
             moments = (jax.lax.dynamic_update_slice_in_dim(m, a, each[0], 0) for m, a in zip(moments, after))
             return total + jnp.where(new[:, None], kl, 0).sum(0), *moments
 
@@ -176,8 +199,44 @@ def _accumulate(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray | None, dr
     return gather(jax.lax.fori_loop(0, len(draws), one_draw, state), mesh)
 
 
+@overload
 def elbo_terms(
-    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray | None = None, num_draws: int | None = None, noise: Noise | None = None, reduce: bool = False, devices: Devices = None, progress: bool = False
+    diffusion: Diffusion,
+    x: Data,
+    *,
+    key: PRNGKeyArray | None = None,
+    num_draws: int | None = None,
+    noise: Noise | None = None,
+    reduce: Literal[False] = False,
+    devices: Devices = None,
+    progress: bool = False,
+) -> ELBOTerms: ...
+
+
+@overload
+def elbo_terms(
+    diffusion: Diffusion,
+    x: Data,
+    *,
+    key: PRNGKeyArray | None = None,
+    num_draws: int | None = None,
+    noise: Noise | None = None,
+    reduce: Literal[True],
+    devices: Devices = None,
+    progress: bool = False,
+) -> ELBOMoments: ...
+
+
+def elbo_terms(
+    diffusion: Diffusion,
+    x: Data,
+    *,
+    key: PRNGKeyArray | None = None,
+    num_draws: int | None = None,
+    noise: Noise | None = None,
+    reduce: bool = False,
+    devices: Devices = None,
+    progress: bool = False,
 ) -> ELBOTerms | ELBOMoments:
     r"""The terms of the bound on each datum, each from noise of its own.
 
@@ -227,9 +286,19 @@ def elbo_terms(
     return to_default_device(_in_blocks(diffusion, x, key, int(num_draws), noise, reduce, mesh, progress), mesh)
 
 
-def _in_blocks(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray | None, num_draws: int, noise: Float[Array, "draw num_steps datum dim"] | None, reduce: bool, mesh: Mesh | None, progress: bool) -> ELBOTerms | ELBOMoments:
+def _in_blocks(
+    diffusion: Diffusion,
+    x: jax.Array,
+    key: PRNGKeyArray | None,
+    num_draws: int,
+    noise: Float[Array, "draw num_steps datum dim"] | None,
+    reduce: bool,
+    mesh: Mesh | None,
+    progress: bool,
+) -> ELBOTerms | ELBOMoments:
     """Blocks of draws, a second or so each, so that a progress bar can move and Ctrl-C is heard."""
-    found, state = [], None
+    found: list[ELBOTerms] = []
+    state: Any = None
     largest = EVALUATIONS // (diffusion.schedule.num_steps * len(x))
     for numbers in map(np.unique, blocks(num_draws, largest, unit="draw", desc="ELBO", progress=progress)):
         draws = replicate(jnp.asarray(numbers), mesh)
@@ -242,7 +311,9 @@ def _in_blocks(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray | None, num
     if reduce:
         _, means, squares = state
         moments = [Moments(m, s / (num_draws - 1) if num_draws > 1 else s * jnp.nan) for m, s in zip(means, squares)]
-        return ELBOMoments(prior_kl(diffusion.schedule, diffusion.likelihood.encode(x)), *moments, num_draws)
+        prior = prior_kl(diffusion.schedule, diffusion.likelihood.encode(x))
+        step_kl, reconstruction, elbo = moments
+        return ELBOMoments(prior, step_kl, reconstruction, elbo, num_draws)
     if len(found) == 1:
         return found[0]
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)

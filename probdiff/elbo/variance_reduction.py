@@ -80,7 +80,9 @@ class IndependentNoise(AbstractNoise):
 
     copies: ClassVar[int] = 1
 
-    def draw(self, key: PRNGKeyArray, schedule: AbstractSchedule, x0: Float[Array, "datum dim"]) -> Callable[[jax.Array], jax.Array]:
+    def draw(
+        self, key: PRNGKeyArray, schedule: AbstractSchedule, x0: Float[Array, "datum dim"]
+    ) -> Callable[[jax.Array], jax.Array]:
         """A :class:`RowNoise`."""
         return RowNoise(key, x0, self.copies)
 
@@ -97,10 +99,15 @@ class ForwardPathNoise(AbstractNoise):
     copies: ClassVar[int] = 1
     needs_all_steps: ClassVar[bool] = True
 
-    def draw(self, key: PRNGKeyArray, schedule: AbstractSchedule, x0: Float[Array, "datum dim"]) -> Callable[[jax.Array], jax.Array]:
+    def draw(
+        self, key: PRNGKeyArray, schedule: AbstractSchedule, x0: Float[Array, "datum dim"]
+    ) -> Callable[[jax.Array], jax.Array]:
         """z_n = √α_n z_{n−1} + √β_n ξ_n, as a recursion of the noise: z_n = √ᾱ_n x_0 + √(1−ᾱ_n) ε_n."""
         # (Whatever the schedule, the noise of each step is standard normal: it has no gradient in expectation.)
-        tables = schedule.alpha * schedule.posterior_variance / schedule.beta, schedule.beta / schedule.one_minus_alpha_bar
+        tables = (
+            schedule.alpha * schedule.posterior_variance / schedule.beta,
+            schedule.beta / schedule.one_minus_alpha_bar,
+        )
         kept, added = (jax.lax.stop_gradient(jnp.asarray(table**0.5, x0.dtype)) for table in tables)
 
         def step(eps: jax.Array, each: Any) -> tuple[jax.Array, jax.Array]:
@@ -132,7 +139,9 @@ class PosteriorNoise(eqx.Module):
 
     points: jax.Array
 
-    def __call__(self, schedule: AbstractSchedule, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"]) -> NoiseMoments:
+    def __call__(
+        self, schedule: AbstractSchedule, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"]
+    ) -> NoiseMoments:
         """The :class:`NoiseMoments` of ``z``, shape ``(*batch, dim)``, after ``n`` steps."""
         signal = at_step(schedule.signal_scale, n, z.dtype)
         noise = at_step(schedule.noise_scale, n, z.dtype)
@@ -209,9 +218,13 @@ class LinearControl(AbstractControl):
         self.signal_scale = jnp.sqrt(alpha_bar)
         self.kl_weight = jnp.asarray(per_step(diffusion.kernel.kl_weight(schedule)), x0.dtype)
 
-    def value(self, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"], eps: Float[Array, "*batch datum dim"]) -> Float[Array, "*batch"]:
+    def value(
+        self, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"], eps: Float[Array, "*batch datum dim"]
+    ) -> Float[Array, "*batch"]:
         """w_n ‖ε − ε̂‖² at ``z``, shape ``(*batch, dim)``, made from ``eps``; n of shape ``batch``."""
-        predicted = at_step(self.gain, n, z.dtype) * _product(z - self.signal_scale[n - 1][..., None] * self.mean, self.basis)
+        predicted = at_step(self.gain, n, z.dtype) * _product(
+            z - self.signal_scale[n - 1][..., None] * self.mean, self.basis
+        )
         return self.kl_weight[n - 1] * jnp.square(_product(eps, self.basis) - predicted).sum(-1)
 
     def expected(self, coefficient: Float[Array, "num_steps"], x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:

@@ -19,17 +19,21 @@ module are trained; NumPy arrays in it are constants, which no optimiser and no 
 import abc
 import inspect
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from probdiff._checks import require
 
 TIME_HARMONICS = 8
 EMBEDDING = 32
 MOST_BLOCKS = 1000
+Network = Callable[..., Array]  # of either kind
+Prediction = Float[Array, "*batch dim"] | Float[Array, "*batch dim output"]
 
 
 class AbstractNetwork(eqx.Module):
@@ -41,10 +45,16 @@ class AbstractNetwork(eqx.Module):
         dim: Dimension of the data; None if the network takes any.
     """
 
-    dim: eqx.AbstractVar[int | None]
+    if TYPE_CHECKING:  # a property, to a type checker, as it may be overridden by one and is no argument of ``__init__``
+
+        @property
+        def dim(self) -> int | None:
+            """Dimension of the data."""
+    else:
+        dim: eqx.AbstractVar[int | None]
 
     @abc.abstractmethod
-    def __call__(self, z: jax.Array, log_snr: jax.Array) -> jax.Array:
+    def __call__(self, z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]) -> Prediction:
         """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr``, shape ``batch``: shaped like ``z``."""
 
     @property
@@ -58,17 +68,22 @@ class AbstractWrapper(AbstractNetwork):
 
     @abc.abstractmethod
     def __call__(
-        self, z: jax.Array, log_snr: jax.Array, *, n: jax.Array | None = None, key: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        z: Float[Array, "*batch dim"],
+        log_snr: Float[Array, "*batch"],
+        *,
+        n: Int[Array, "*batch"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch dim"]:
         """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
 
 
-def is_told_step(network: Callable) -> bool:
+def is_told_step(network: Network) -> bool:
     """Whether a network must be told the step, and cannot be asked between steps."""
     return network.is_told_step if isinstance(network, AbstractNetwork) else True
 
 
-def takes_key(network: Callable) -> bool:
+def takes_key(network: Network) -> bool:
     """Whether the network accepts ``key=``, by name or through ``**kwargs``."""
     try:
         parameters = inspect.signature(network).parameters.values()
@@ -78,14 +93,14 @@ def takes_key(network: Callable) -> bool:
 
 
 def evaluate(
-    network: Callable,
-    z: jax.Array,
-    log_snr: jax.Array,
-    n: jax.Array | None = None,
-    key: jax.Array | None = None,
+    network: Network,
+    z: Float[Array, "*batch dim"],
+    log_snr: Float[Array, "*batch"],
+    n: Int[Array, "*batch"] | None = None,
+    key: PRNGKeyArray | None = None,
     *,
     method: str | None = None,
-) -> jax.Array:
+) -> Any:
     """Call a network of either kind.
 
     Args:
@@ -96,6 +111,8 @@ def evaluate(
         key: Passed on if the network takes one; give one only while training.
         method: Name of the method to call in the place of the network itself.
 
+    Returns:
+        What the network returned, not checked yet (:func:`require_shape`).
     Raises:
         ValueError: If the network must be told the step, and there is none.
     """
@@ -110,8 +127,12 @@ def evaluate(
 
 
 def predict_noise(
-    network: Callable, z: jax.Array, log_snr: jax.Array, n: jax.Array | None = None, key: jax.Array | None = None
-) -> jax.Array:
+    network: Network,
+    z: Float[Array, "*batch dim"],
+    log_snr: Float[Array, "*batch"],
+    n: Int[Array, "*batch"] | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "*batch dim"]:
     """:func:`evaluate` an ε-network, and check what comes back.
 
     Raises:
@@ -120,14 +141,14 @@ def predict_noise(
     return require_shape(evaluate(network, z, log_snr, n, key), z.shape, "the shape of z").astype(z.dtype)
 
 
-def require_shape(output: jax.Array, shape: tuple[int, ...], words: str) -> jax.Array:
+def require_shape(output: Any, shape: tuple[int, ...], words: str) -> Array:
     """The output of a network, whose shape is checked."""
     got = getattr(output, "shape", type(output).__name__)
     require(got == shape, "network(z, n)", f"shape {shape}, {words}", got)
     return output
 
 
-def signal_and_noise(log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
+def signal_and_noise(log_snr: Float[Array, "*batch"]) -> tuple[Float[Array, "*batch 1"], Float[Array, "*batch 1"]]:
     r"""√ᾱ and √(1−ᾱ) at some log-SNR, with an axis for the dimensions."""
     signal, noise = (jnp.exp(jax.nn.log_sigmoid(sign * log_snr) / 2)[..., None] for sign in (1, -1))
     return signal, noise
@@ -138,11 +159,11 @@ class LogSNREmbedding(eqx.Module):
 
     layers: list[eqx.nn.Linear]
 
-    def __init__(self, key: jax.Array):
+    def __init__(self, key: PRNGKeyArray) -> None:
         keys = jax.random.split(key, 2)
         self.layers = [eqx.nn.Linear(size, EMBEDDING, key=k) for size, k in zip((2 * TIME_HARMONICS, EMBEDDING), keys)]
 
-    def __call__(self, log_snr: jax.Array) -> jax.Array:
+    def __call__(self, log_snr: Float[Array, "*batch"]) -> Float[Array, "*batch embedding"]:
         """The embedding, shape ``(*batch, EMBEDDING)``, of a log-SNR of shape ``batch``."""
         h = sinusoids(log_snr, np.geomspace(0.05, 5, TIME_HARMONICS))
         for layer in self.layers:
@@ -150,12 +171,12 @@ class LogSNREmbedding(eqx.Module):
         return h
 
 
-def batched(layer, x):
+def batched(layer: Callable[[Array], Array], x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
     """Apply an equinox layer, which takes one vector, along the last axis of ``x``."""
     return jnp.vectorize(layer, signature="(i)->(o)")(x)
 
 
-def sinusoids(x, frequencies):
+def sinusoids(x: Float[Array, "*shape"], frequencies: Float[np.ndarray, "frequency"]) -> Float[Array, "*shape 2*frequency"]:
     """Sines and cosines of ``x`` at each frequency, on a new last axis."""
     angles = x[..., None] * jnp.asarray(frequencies, x.dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)

@@ -1,12 +1,16 @@
 """A network for small images: residual 3×3 convolutions, with a bias of its own for every pixel."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from probdiff._checks import require, require_count
-from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, AbstractNetwork, LogSNREmbedding, batched
+from probdiff._checks import Whole, require, require_count
+from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, AbstractNetwork, LogSNREmbedding, Prediction, batched
 
 AT_ONCE = 128  # images, on CPU: their hidden layers then stay in its cache
 
@@ -17,16 +21,16 @@ class _Convolution(eqx.Module):
     As one matrix product: inside of a loop, on CPU, XLA's own convolution takes many times as long.
     """
 
-    weight: jax.Array
-    bias: jax.Array
+    weight: Float[Array, "3 3 inputs outputs"]
+    bias: Float[Array, "outputs"]
 
-    def __init__(self, inputs, outputs, key):
+    def __init__(self, inputs: int, outputs: int, key: PRNGKeyArray) -> None:
         bound = (9 * inputs) ** -0.5
         weight_key, bias_key = jax.random.split(key)
         self.weight = jax.random.uniform(weight_key, (3, 3, inputs, outputs), minval=-bound, maxval=bound)
         self.bias = jax.random.uniform(bias_key, (outputs,), minval=-bound, maxval=bound)
 
-    def __call__(self, image):
+    def __call__(self, image: Float[Array, "*batch height width inputs"]) -> Float[Array, "*batch height width outputs"]:
         height, width, inputs = image.shape[-3:]
         padded = jnp.pad(image, [(0, 0)] * (image.ndim - 3) + [(1, 1), (1, 1), (0, 0)])
         shifted = [padded[..., i : i + height, j : j + width, :] for i in range(3) for j in range(3)]
@@ -51,14 +55,23 @@ class ConvNet(AbstractNetwork):
     shape: tuple[int, int] = eqx.field(static=True)
     embed: LogSNREmbedding
     read: _Convolution
-    place: jax.Array
+    place: Float[Array, "height width channels"]
     blocks: list["_Block"]
     write: eqx.nn.Linear
-    write_place: jax.Array
+    write_place: Float[Array, "height width output"]
     dropout: float = eqx.field(static=True)
     outputs: int | None = eqx.field(static=True)
 
-    def __init__(self, shape, *, key, channels=64, num_blocks=3, dropout=0.0, outputs=None):
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        key: PRNGKeyArray,
+        channels: Whole = 64,
+        num_blocks: Whole = 3,
+        dropout: float | int = 0.0,
+        outputs: Whole | None = None,
+    ) -> None:
         require(np.shape(shape) == (2,), "shape", "(height, width)", repr(shape))
         counts = (("shape", shape[0]), ("shape", shape[1]), ("channels", channels), ("num_blocks", num_blocks))
         for name, value in counts + ((("outputs", outputs),) if outputs is not None else ()):
@@ -66,7 +79,9 @@ class ConvNet(AbstractNetwork):
         require(num_blocks <= MOST_BLOCKS, "num_blocks", f"at most {MOST_BLOCKS}", num_blocks)
         require(isinstance(dropout, float | int) and 0 <= dropout < 1, "dropout", "0 <= dropout < 1", repr(dropout))
         keys = jax.random.split(key, 3 + num_blocks)
-        self.shape = tuple(int(side) for side in shape)
+        height, width = shape
+        self.shape = int(height), int(width)
+        channels, num_blocks, outputs = int(channels), int(num_blocks), None if outputs is None else int(outputs)
         self.embed = LogSNREmbedding(keys[0])
         self.read = _Convolution(1, channels, keys[1])
         self.place = jnp.zeros((*self.shape, channels))
@@ -77,12 +92,12 @@ class ConvNet(AbstractNetwork):
         self.outputs = outputs
 
     @property
-    def dim(self):
+    def dim(self) -> int:
         """Dimension of the data, height × width."""
         return self.shape[0] * self.shape[1]
 
     @property
-    def arguments(self):
+    def arguments(self) -> dict[str, Any]:
         """The arguments that this network was made with, without the key."""
         return {
             "shape": self.shape,
@@ -92,7 +107,9 @@ class ConvNet(AbstractNetwork):
             "outputs": self.outputs,
         }
 
-    def __call__(self, z, log_snr, *, key=None):
+    def __call__(
+        self, z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"], *, key: PRNGKeyArray | None = None
+    ) -> Prediction:
         """Predict for ``z`` of shape ``(*batch, dim)`` and log-SNR ``log_snr``, shape ``batch``."""
         if key is None and log_snr.size > AT_ONCE and jax.default_backend() == "cpu":
             rows = z.reshape(-1, self.dim), log_snr.reshape(-1)
@@ -111,11 +128,11 @@ class ConvNet(AbstractNetwork):
 class _Block(eqx.Module):
     norm: eqx.nn.LayerNorm
     modulate: eqx.nn.Linear
-    place: jax.Array
+    place: Float[Array, "height width channels"]
     up: _Convolution
     down: _Convolution
 
-    def __init__(self, shape, channels, key):
+    def __init__(self, shape: tuple[int, int], channels: int, key: PRNGKeyArray) -> None:
         keys = jax.random.split(key, 3)
         self.norm = eqx.nn.LayerNorm(channels)
         self.modulate = eqx.nn.Linear(EMBEDDING, 2 * channels, key=keys[0])
@@ -123,7 +140,13 @@ class _Block(eqx.Module):
         self.up = _Convolution(channels, channels, keys[1])
         self.down = _Convolution(channels, channels, keys[2])
 
-    def __call__(self, h, embedding, dropout, key):
+    def __call__(
+        self,
+        h: Float[Array, "*batch height width channels"],
+        embedding: Float[Array, "*batch 1 1 embedding"],
+        dropout: float | int,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "*batch height width channels"]:
         scale, shift = jnp.split(batched(self.modulate, embedding), 2, -1)
         inner = self.up(batched(self.norm, h)) + self.place
         inner = jax.nn.silu(inner * (1 + scale) + shift)

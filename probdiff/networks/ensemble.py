@@ -1,11 +1,14 @@
 """Several networks as one."""
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Iterable
 
 import jax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from probdiff._checks import require
-from probdiff.networks.base import AbstractWrapper, is_told_step, predict_noise
+from probdiff.networks.base import AbstractWrapper, Network, is_told_step, predict_noise
 
 
 class Ensemble(AbstractWrapper):
@@ -18,26 +21,34 @@ class Ensemble(AbstractWrapper):
         networks: ε-networks on data of one dimension, at least one.
     """
 
-    networks: list[Callable]
+    networks: list[Network]
 
-    def __init__(self, networks):
+    def __init__(self, networks: Iterable[Network]) -> None:
         self.networks = list(networks)
         good = self.networks and all(map(callable, self.networks))
         require(good, "networks", "a list of callables network(z, n)", repr(networks))
-        dims = {network.dim for network in self.networks if getattr(network, "dim", None) is not None}
+        dims = {dim for network in self.networks if (dim := getattr(network, "dim", None)) is not None}
         require(len(dims) <= 1, "networks", "networks of one dimension", f"dimensions {sorted(dims)}")
 
     @property
-    def dim(self):
+    def dim(self) -> int | None:
         """Dimension of the data, if a network knows it."""
-        return next((network.dim for network in self.networks if getattr(network, "dim", None) is not None), None)
+        return next((dim for network in self.networks if (dim := getattr(network, "dim", None)) is not None), None)
 
     @property
-    def is_told_step(self):
+    def is_told_step(self) -> bool:
         """Whether one of the networks is."""
         return any(map(is_told_step, self.networks))
 
-    def __call__(self, z, log_snr, *, n=None, key=None):
+    def __call__(
+        self,
+        z: Float[Array, "*batch dim"],
+        log_snr: Float[Array, "*batch"],
+        *,
+        n: Int[Array, "*batch"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch dim"]:
         """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
         keys = [None] * len(self.networks) if key is None else jax.random.split(key, len(self.networks))
-        return sum(predict_noise(network, z, log_snr, n, k) for network, k in zip(self.networks, keys)) / len(self.networks)
+        predicted = (predict_noise(network, z, log_snr, n, k) for network, k in zip(self.networks, keys))
+        return functools.reduce(operator.add, predicted) / len(self.networks)

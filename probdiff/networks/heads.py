@@ -6,14 +6,15 @@ samplers know only :math:`\hat\epsilon`. A bare network predicts ε.
 """
 
 import abc
-from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import require, require_count
-from probdiff.networks.base import AbstractWrapper, evaluate, is_told_step, require_shape, signal_and_noise
+from probdiff._checks import Whole, require, require_count
+from probdiff.networks.base import AbstractWrapper, Network, evaluate, is_told_step, require_shape, signal_and_noise
 
 
 class AbstractHead(AbstractWrapper):
@@ -25,41 +26,56 @@ class AbstractHead(AbstractWrapper):
         network: The network, with the options of :mod:`probdiff.networks.base`.
     """
 
-    network: Callable
+    network: Network
 
-    def __init__(self, network: Callable):
+    def __init__(self, network: Network) -> None:
         require(callable(network), "network", "a callable network(z, n)", type(network).__name__, TypeError)
         self.network = network
 
     @abc.abstractmethod
-    def noise(self, prediction: jax.Array, z: jax.Array, log_snr: jax.Array) -> jax.Array:
+    def noise(
+        self, prediction: Float[Array, "*output"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch dim"]:
         """The noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr``, shape ``batch``, that a prediction says."""
 
-    def output_shape(self, z: jax.Array) -> tuple[int, ...]:
+    def output_shape(self, z: Float[Array, "*batch dim"]) -> tuple[int, ...]:
         """The shape that the network must return for ``z``."""
         return z.shape
 
     @property
-    def dim(self):
+    def dim(self) -> int | None:
         """Dimension of the data, if the network knows it."""
         return getattr(self.network, "dim", None)
 
     @property
-    def is_told_step(self):
+    def is_told_step(self) -> bool:
         """Whether the network is."""
         return is_told_step(self.network)
 
     @property
-    def arguments(self):
+    def arguments(self) -> dict[str, Any]:
         """The arguments that this head was made with."""
         return {"network": self.network}
 
-    def output(self, z, log_snr, n=None, key=None):
+    def output(
+        self,
+        z: Float[Array, "*batch dim"],
+        log_snr: Float[Array, "*batch"],
+        n: Int[Array, "*batch"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*output"]:
         """The network's prediction, whose shape is checked."""
         output = evaluate(self.network, z, log_snr, n, key)
         return require_shape(output, self.output_shape(z), f"for a {type(self).__name__}").astype(z.dtype)
 
-    def __call__(self, z, log_snr, *, n=None, key=None):
+    def __call__(
+        self,
+        z: Float[Array, "*batch dim"],
+        log_snr: Float[Array, "*batch"],
+        *,
+        n: Int[Array, "*batch"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch dim"]:
         """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
         return self.noise(self.output(z, log_snr, n, key), z, log_snr)
 
@@ -71,7 +87,9 @@ class X0Head(AbstractHead):
         network: Returns :math:`\hat x_0`, shaped like ``z``.
     """
 
-    def noise(self, prediction, z, log_snr):
+    def noise(
+        self, prediction: Float[Array, "*batch dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch dim"]:
         """The noise in ``z`` if the data are as predicted."""
         signal, noise = signal_and_noise(log_snr)
         return (z - signal * prediction) / noise
@@ -87,7 +105,9 @@ class VHead(AbstractHead):
         network: Returns :math:`\hat v`, shaped like ``z``.
     """
 
-    def noise(self, prediction, z, log_snr):
+    def noise(
+        self, prediction: Float[Array, "*batch dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch dim"]:
         """The noise in ``z`` if the velocity is as predicted."""
         signal, noise = signal_and_noise(log_snr)
         return signal * prediction + noise * z
@@ -105,7 +125,9 @@ class DensityHead(AbstractHead):
         network: Returns :math:`\hat y`, shaped like ``z``.
     """
 
-    def noise(self, prediction, z, log_snr):
+    def noise(
+        self, prediction: Float[Array, "*batch dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch dim"]:
         """The prediction on the scale of the noise."""
         return jnp.sqrt(signal_and_noise(log_snr)[1]) * prediction
 
@@ -127,37 +149,48 @@ class CategoricalHead(AbstractHead):
 
     levels: int = eqx.field(static=True)
 
-    def __init__(self, network, levels):
+    def __init__(self, network: Network, levels: Whole) -> None:
         super().__init__(network)
         require_count("levels", levels)
         require(levels >= 2, "levels", "at least 2", levels)
         self.levels = int(levels)
 
     @property
-    def arguments(self):
+    def arguments(self) -> dict[str, Any]:
         """The arguments that this head was made with."""
         return {"network": self.network, "levels": self.levels}
 
     @property
-    def grid(self):
+    def grid(self) -> Float[Array, "level"]:
         """The levels as the chain sees them, from −1 to 1, shape ``(levels,)``."""
         return jnp.linspace(-1.0, 1.0, self.levels)
 
-    def output_shape(self, z):
+    def output_shape(self, z: Float[Array, "*batch dim"]) -> tuple[int, ...]:
         """The shape that the network must return for ``z``."""
         return (*z.shape, self.levels)
 
-    def log_probabilities(self, z, log_snr, *, n=None, key=None):
+    def log_probabilities(
+        self,
+        z: Float[Array, "*batch dim"],
+        log_snr: Float[Array, "*batch"],
+        *,
+        n: Int[Array, "*batch"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch dim level"]:
         """log p(v | z_n) of every level, normalised, shape ``(*z.shape, levels)``; arguments as of the head itself."""
         return self._normalised(self.output(z, log_snr, n, key), z, log_snr)
 
-    def noise(self, prediction, z, log_snr):
+    def noise(
+        self, prediction: Float[Array, "*batch dim level"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch dim"]:
         """The noise in ``z`` if the data are the mean of the levels."""
         signal, noise = signal_and_noise(log_snr)
         mean = jnp.exp(self._normalised(prediction, z, log_snr)) @ self.grid.astype(z.dtype)
         return (z - signal * mean) / noise
 
-    def _normalised(self, logits, z, log_snr):
+    def _normalised(
+        self, logits: Float[Array, "*batch dim level"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch dim level"]:
         signal, noise = signal_and_noise(log_snr)
         distance = (z[..., None] - signal[..., None] * self.grid.astype(z.dtype)) / noise[..., None]
         return jax.nn.log_softmax(logits - jnp.square(distance) / 2)

@@ -1,12 +1,23 @@
 """A residual multilayer perceptron."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from probdiff._checks import require, require_count
-from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, AbstractNetwork, LogSNREmbedding, batched, sinusoids
+from probdiff._checks import Whole, require, require_count
+from probdiff.networks.base import (
+    EMBEDDING,
+    MOST_BLOCKS,
+    AbstractNetwork,
+    LogSNREmbedding,
+    Prediction,
+    batched,
+    sinusoids,
+)
 
 MOST_HARMONICS = 24  # the last then turns as fast as float32 resolves
 
@@ -41,7 +52,17 @@ class MLP(AbstractNetwork):
     num_harmonics: int = eqx.field(static=True)
     outputs: int | None = eqx.field(static=True)
 
-    def __init__(self, dim, *, key, hidden=128, num_blocks=3, dropout=0.0, num_harmonics=0, outputs=None):
+    def __init__(
+        self,
+        dim: Whole,
+        *,
+        key: PRNGKeyArray,
+        hidden: Whole = 128,
+        num_blocks: Whole = 3,
+        dropout: float | int = 0.0,
+        num_harmonics: Whole = 0,
+        outputs: Whole | None = None,
+    ) -> None:
         counts = (("dim", dim), ("hidden", hidden), ("num_blocks", num_blocks))
         for name, value in counts + ((("outputs", outputs),) if outputs is not None else ()):
             require_count(name, value)
@@ -50,8 +71,10 @@ class MLP(AbstractNetwork):
         require(harmonics, "num_harmonics", f"an integer, 0 to {MOST_HARMONICS}", repr(num_harmonics))
         require(isinstance(dropout, float | int) and 0 <= dropout < 1, "dropout", "0 <= dropout < 1", repr(dropout))
         keys = jax.random.split(key, 4 + num_blocks)
-        self.dim = int(dim)
-        self.hidden = int(hidden)
+        dim, hidden, num_harmonics = int(dim), int(hidden), int(num_harmonics)
+        outputs = None if outputs is None else int(outputs)
+        self.dim = dim
+        self.hidden = hidden
         self.num_harmonics = num_harmonics
         self.outputs = outputs
         self.embed = LogSNREmbedding(keys[0])
@@ -63,7 +86,7 @@ class MLP(AbstractNetwork):
         self.dropout = dropout
 
     @property
-    def arguments(self):
+    def arguments(self) -> dict[str, Any]:
         """The arguments that this network was made with, without the key."""
         return {
             "dim": self.dim,
@@ -74,7 +97,9 @@ class MLP(AbstractNetwork):
             "outputs": self.outputs,
         }
 
-    def __call__(self, z, log_snr, *, key=None):
+    def __call__(
+        self, z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"], *, key: PRNGKeyArray | None = None
+    ) -> Prediction:
         """Predict for ``z`` of shape ``(*batch, dim)`` and log-SNR ``log_snr``, shape ``batch``."""
         embedding = self.embed(log_snr)
         inputs = jnp.concatenate([z[..., None], sinusoids(z, np.pi * 2.0 ** np.arange(self.num_harmonics))], -1)
@@ -95,14 +120,20 @@ class _Block(eqx.Module):
     up: eqx.nn.Linear
     down: eqx.nn.Linear
 
-    def __init__(self, hidden, key):
+    def __init__(self, hidden: int, key: PRNGKeyArray) -> None:
         keys = jax.random.split(key, 3)
         self.norm = eqx.nn.LayerNorm(hidden)
         self.modulate = eqx.nn.Linear(EMBEDDING, 2 * hidden, key=keys[0])
         self.up = eqx.nn.Linear(hidden, hidden, key=keys[1])
         self.down = eqx.nn.Linear(hidden, hidden, key=keys[2])
 
-    def __call__(self, h, embedding, dropout, key):
+    def __call__(
+        self,
+        h: Float[Array, "*batch hidden"],
+        embedding: Float[Array, "*batch embedding"],
+        dropout: float | int,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "*batch hidden"]:
         scale, shift = jnp.split(batched(self.modulate, embedding), 2, -1)
         inner = jax.nn.silu(batched(self.up, batched(self.norm, h)) * (1 + scale) + shift)
         return h + batched(self.down, eqx.nn.Dropout(dropout)(inner, key=key, inference=key is None))

@@ -4,15 +4,33 @@ With a :class:`~probdiff.oracles.LinearNetwork` and a normal likelihood every te
 computed here in float64 NumPy, from means and covariances: no sampling, and no code shared with the programs.
 """
 
-import numpy as np
+from typing import Protocol, runtime_checkable
 
-from probdiff._checks import require
-from probdiff.likelihoods import NormalLikelihood
+import numpy as np
+from jaxtyping import Float, Real
+
+from probdiff._checks import AnyArray, require
+from probdiff.chain.reverse import AbstractKernel
+from probdiff.chain.schedules import AbstractSchedule
+from probdiff.likelihoods import AbstractLikelihood, NormalLikelihood
+from probdiff.networks.base import Network
 from probdiff.oracles.distributions import log_normal
 from probdiff.oracles.networks import LinearNetwork
 
 
-def exact_terms(diffusion, x):
+@runtime_checkable
+class _Model(Protocol):
+    """The parts of a Diffusion (whose class is not known here)."""
+
+    schedule: AbstractSchedule
+    kernel: AbstractKernel
+    likelihood: AbstractLikelihood
+
+    @property
+    def network(self) -> Network: ...
+
+
+def exact_terms(diffusion: _Model, x: Real[AnyArray, "datum dim"]) -> dict[str, Float[np.ndarray, "..."]]:
     """Every term of the bound of a diffusion with a :class:`LinearNetwork`, in closed form.
 
     Args:
@@ -28,7 +46,7 @@ def exact_terms(diffusion, x):
     identity = np.eye(dim)
     final = schedule.alpha_bar[-1]
     prior_kl = (final * (x0**2).sum(1) - dim * (final + np.log1p(-final))) / 2
-    step_kl = []
+    step_kls = []
     for n in range(1, schedule.num_steps + 1):
         signal, noise = np.sqrt(schedule.alpha_bar[n - 1]), np.sqrt(1 - schedule.alpha_bar[n - 1])
         alpha, beta = schedule.alpha[n - 1], schedule.beta[n - 1]
@@ -44,13 +62,13 @@ def exact_terms(diffusion, x):
             reconstruction = -dim / 2 * np.log(2 * np.pi * variance) - distance / (2 * variance) - log_jacobian
         else:
             ratio = beta * (1 - previous) / noise**2 / variance
-            step_kl.append(distance / (2 * variance) + dim / 2 * (ratio - 1 - np.log(ratio)))
-    step_kl = np.reshape(step_kl, (schedule.num_steps - 1, len(x0)))
+            step_kls.append(distance / (2 * variance) + dim / 2 * (ratio - 1 - np.log(ratio)))
+    step_kl = np.reshape(step_kls, (schedule.num_steps - 1, len(x0)))
     elbo = reconstruction - step_kl.sum(0) - prior_kl
     return {"prior_kl": prior_kl, "step_kl": step_kl, "reconstruction": reconstruction, "elbo": elbo}
 
 
-def exact_log_prob(diffusion, x):
+def exact_log_prob(diffusion: _Model, x: Real[AnyArray, "datum dim"]) -> Float[np.ndarray, "datum"]:
     r""":math:`\log p_\theta(x)` of a diffusion with a :class:`LinearNetwork`, in nats, shape ``(datum,)``.
 
     The reverse chain is propagated as a Gaussian from z_N to x.
@@ -62,10 +80,12 @@ def exact_log_prob(diffusion, x):
         gain, offset = _reverse_mean(diffusion, n)
         mean = gain @ mean + offset
         covariance = gain @ covariance @ gain.T + _reverse_variance(diffusion, n) * np.eye(dim)
-    return log_normal(x0, mean, covariance) - log_jacobian
+    return np.asarray(log_normal(x0, mean, covariance)) - log_jacobian
 
 
-def _encoded(diffusion, x):
+def _encoded(
+    diffusion: _Model, x: Real[AnyArray, "datum dim"]
+) -> tuple[AbstractSchedule, Float[np.ndarray, "datum dim"], np.float64]:
     require(
         isinstance(diffusion.network, LinearNetwork),
         "diffusion.network",
@@ -82,20 +102,22 @@ def _encoded(diffusion, x):
     )
     variance = diffusion.kernel.name
     require(variance in ("posterior", "forward"), "diffusion", "reverse_variance 'posterior' or 'forward'", repr(variance))
+    assert isinstance(diffusion.likelihood, NormalLikelihood)
     x = np.asarray(x, np.float64)
     scale = np.broadcast_to(diffusion.likelihood.scale, x.shape[1:])
     return diffusion.schedule, (x - np.asarray(diffusion.likelihood.loc)) / scale, np.log(scale).sum()
 
 
-def _reverse_mean(diffusion, n):
+def _reverse_mean(diffusion: _Model, n: int) -> tuple[Float[np.ndarray, "dim dim"], Float[np.ndarray, "dim"]]:
     """Gain and offset of the reverse mean at step n: gain @ z_n + offset."""
     schedule, network = diffusion.schedule, diffusion.network
+    assert isinstance(network, LinearNetwork)
     per_eps = schedule.beta[n - 1] / np.sqrt(1 - schedule.alpha_bar[n - 1])
     gain = (np.eye(network.dim) - per_eps * network.weight[n - 1]) / np.sqrt(schedule.alpha[n - 1])
     return gain, -per_eps * network.bias[n - 1] / np.sqrt(schedule.alpha[n - 1])
 
 
-def _reverse_variance(diffusion, n):
+def _reverse_variance(diffusion: _Model, n: int) -> np.float64:
     schedule = diffusion.schedule
     if n == 1 or diffusion.kernel.name == "forward":
         return schedule.beta[n - 1]

@@ -12,14 +12,20 @@ are computed here in float64 NumPy, from means and covariances: no sampling, and
 """
 
 import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Real
 
-from probdiff._checks import require, require_finite
+from probdiff._checks import AnyArray, Number, Numbers, require, require_finite
+from probdiff.chain.schedules import AbstractSchedule
 from probdiff.likelihoods import NormalLikelihood
 from probdiff.oracles.networks import BoxesNetwork, LinearNetwork, MixtureNetwork
 
 GRID_POINTS = 1_000_000
+Points = Real[AnyArray, "*batch dim"] | Sequence[Any]
+LogProb = Float[np.ndarray, "*batch"] | np.float64
 
 
 class GaussianOracle:
@@ -30,7 +36,7 @@ class GaussianOracle:
         covariance: S, shape ``(dim, dim)``, positive definite.
     """
 
-    def __init__(self, mean, covariance):
+    def __init__(self, mean: Numbers, covariance: Numbers) -> None:
         self.mean = np.asarray(mean, np.float64)
         self.covariance = np.asarray(covariance, np.float64)
         require_finite("mean", self.mean)
@@ -44,11 +50,11 @@ class GaussianOracle:
         _require_positive_definite("covariance", self.covariance)
 
     @property
-    def dim(self):
+    def dim(self) -> int:
         """Dimension of the data."""
         return len(self.mean)
 
-    def network(self, schedule, scale=1.0):
+    def network(self, schedule: AbstractSchedule, scale: Number = 1.0) -> LinearNetwork:
         r"""The network with the smallest expected error, :math:`E[\epsilon | z_n]`, times ``scale``."""
         alpha_bar = schedule.alpha_bar[:, None, None]
         noise = schedule.one_minus_alpha_bar[:, None, None]
@@ -56,19 +62,19 @@ class GaussianOracle:
         bias = -weight @ self.mean * np.sqrt(schedule.alpha_bar)[:, None]
         return LinearNetwork(scale * weight, scale * bias)
 
-    def sample(self, rng, size):
+    def sample(self, rng: np.random.Generator, size: int) -> Float[np.ndarray, "size dim"]:
         """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``."""
         return rng.multivariate_normal(self.mean, self.covariance, size)
 
-    def log_prob(self, x):
+    def log_prob(self, x: Points) -> LogProb:
         """Log-density in nats of ``x`` of shape ``(*batch, dim)``, shape ``batch``."""
         return log_normal(np.asarray(x, np.float64), self.mean, self.covariance)
 
-    def entropy(self):
+    def entropy(self) -> tuple[float, float]:
         """Differential entropy in nats, and its error, 0: it has a closed form."""
         return float(np.linalg.slogdet(2 * np.pi * np.e * self.covariance)[1] / 2), 0.0
 
-    def standardized(self, loc, scale):
+    def standardized(self, loc: Numbers, scale: Numbers) -> "GaussianOracle":
         """The oracle of (x − loc) / scale; each is a number or one per dimension, ``scale`` positive."""
         loc, scale = _loc_and_scale(loc, scale, self.dim)
         return GaussianOracle((self.mean - loc) / scale, self.covariance / np.outer(scale, scale))
@@ -87,7 +93,7 @@ class GaussianMixture:
         ValueError: If a shape does not fit, a number is not finite, or the values are not such.
     """
 
-    def __init__(self, weights, means, covariances):
+    def __init__(self, weights: Numbers, means: Numbers, covariances: Numbers) -> None:
         self.weights, self.means, covariances = (np.asarray(a, np.float64) for a in (weights, means, covariances))
         require_finite("weights", self.weights)
         require_finite("means", self.means)
@@ -118,29 +124,29 @@ class GaussianMixture:
             _require_positive_definite(f"covariances[{k}]", covariance)
 
     @property
-    def dim(self):
+    def dim(self) -> int:
         """Dimension of the data."""
         return self.means.shape[1]
 
-    def network(self, schedule, scale=1.0):
+    def network(self, schedule: AbstractSchedule, scale: Number = 1.0) -> MixtureNetwork:
         r"""The network with the smallest expected error, :math:`E[\epsilon | z_n]`, times ``scale``."""
         variances, axes = np.linalg.eigh(self.covariances)
         means = np.einsum("ki,kij->kj", self.means, axes)
         return MixtureNetwork(np.log(self.weights), means, variances, axes, scale)
 
-    def sample(self, rng, size):
+    def sample(self, rng: np.random.Generator, size: int) -> Float[np.ndarray, "size dim"]:
         """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``."""
         counts = rng.multinomial(size, self.weights)
         draws = [rng.multivariate_normal(mean, S, count) for (_, mean, S), count in zip(self._components(), counts)]
         return rng.permutation(np.concatenate(draws))
 
-    def log_prob(self, x):
+    def log_prob(self, x: Points) -> LogProb:
         """Log-density in nats of ``x`` of shape ``(*batch, dim)``, shape ``batch``."""
         x = np.asarray(x, np.float64)
         joint = (np.log(weight) + log_normal(x, mean, S) for weight, mean, S in self._components())
         return functools.reduce(np.logaddexp, joint)
 
-    def entropy(self, rng=None, num_samples=100_000):
+    def entropy(self, rng: np.random.Generator | None = None, num_samples: int = 100_000) -> tuple[float, float]:
         """Differential entropy in nats, and an estimate of its error.
 
         By quadrature where a grid of a million points resolves the narrowest component (always so for few
@@ -162,18 +168,21 @@ class GaussianMixture:
             fine, coarse = (self._entropy_on_grid(lower, upper, np.ceil(part * cells)) for part in (1, 0.8))
             return fine, abs(fine - coarse)
         require(rng is not None, "rng", f"a NumPy generator, where {GRID_POINTS} points are no fine enough grid", None)
+        assert rng is not None
         surprise = -self.log_prob(self.sample(rng, num_samples))
         return float(surprise.mean()), float(surprise.std(ddof=1) / np.sqrt(num_samples))
 
-    def standardized(self, loc, scale):
+    def standardized(self, loc: Numbers, scale: Numbers) -> "GaussianMixture":
         """The oracle of (x − loc) / scale; each is a number or one per dimension, ``scale`` positive."""
         loc, scale = _loc_and_scale(loc, scale, self.dim)
         return GaussianMixture(self.weights, (self.means - loc) / scale, self.covariances / np.outer(scale, scale))
 
-    def _components(self):
+    def _components(self) -> Iterator[tuple[np.float64, Float[np.ndarray, "dim"], Float[np.ndarray, "dim dim"]]]:
         return zip(self.weights, self.means, np.broadcast_to(self.covariances, (len(self.means), self.dim, self.dim)))
 
-    def _entropy_on_grid(self, lower, upper, cells):
+    def _entropy_on_grid(
+        self, lower: Float[np.ndarray, "dim"], upper: Float[np.ndarray, "dim"], cells: Float[np.ndarray, "dim"]
+    ) -> float:
         """−∫ p log p over a box by the midpoint rule, ``cells`` per dimension."""
         width = (upper - lower) / cells
         centres = [low + w * (np.arange(count) + 0.5) for low, w, count in zip(lower, width, cells)]
@@ -192,7 +201,7 @@ class UniformBoxes:
         ValueError: If a shape does not fit, a number is not finite, a box is empty, or two overlap.
     """
 
-    def __init__(self, lower, upper):
+    def __init__(self, lower: Numbers, upper: Numbers) -> None:
         self.lower, self.upper = np.asarray(lower, np.float64), np.asarray(upper, np.float64)
         require_finite("lower", self.lower)
         require_finite("upper", self.upper)
@@ -204,49 +213,53 @@ class UniformBoxes:
         require(len(pairs) == 0, "lower, upper", "boxes that do not overlap", f"an overlap of boxes {pairs[:1]}")
 
     @property
-    def dim(self):
+    def dim(self) -> int:
         """Dimension of the data."""
         return self.lower.shape[1]
 
-    def network(self, schedule, scale=1.0):
+    def network(self, schedule: AbstractSchedule, scale: Number = 1.0) -> BoxesNetwork:
         r"""The network with the smallest expected error, :math:`E[\epsilon | z_n]`, times ``scale``."""
         return BoxesNetwork((self.upper + self.lower) / 2, (self.upper - self.lower) / 2, scale)
 
-    def sample(self, rng, size):
+    def sample(self, rng: np.random.Generator, size: int) -> Float[np.ndarray, "size dim"]:
         """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``."""
         volumes = np.prod(self.upper - self.lower, -1)
         box = rng.choice(len(volumes), size, p=volumes / volumes.sum())
         return rng.uniform(self.lower[box], self.upper[box])
 
-    def log_prob(self, x):
+    def log_prob(self, x: Points) -> LogProb:
         """Log-density in nats of ``x`` of shape ``(*batch, dim)``, shape ``batch``; edges count as inside."""
         x = np.asarray(x, np.float64)[..., None, :]
         inside = np.all((self.lower <= x) & (x <= self.upper), -1).any(-1)
         return np.where(inside, -self.entropy()[0], -np.inf)
 
-    def entropy(self):
+    def entropy(self) -> tuple[float, float]:
         """Differential entropy in nats, the log of the volume, and its error, 0."""
         return float(np.log(np.prod(self.upper - self.lower, -1).sum())), 0.0
 
-    def standardized(self, loc, scale):
+    def standardized(self, loc: Numbers, scale: Numbers) -> "UniformBoxes":
         """The oracle of (x − loc) / scale; each is a number or one per dimension, ``scale`` positive."""
         loc, scale = _loc_and_scale(loc, scale, self.dim)
         return UniformBoxes((self.lower - loc) / scale, (self.upper - loc) / scale)
 
 
-def log_normal(x, mean, covariance):
+def log_normal(
+    x: Float[np.ndarray, "*batch dim"], mean: Float[np.ndarray, "dim"], covariance: Float[np.ndarray, "dim dim"]
+) -> LogProb:
     """Log-density in nats of N(mean, covariance) at ``x`` of shape ``(*batch, dim)``."""
     white = (x - mean) @ np.linalg.inv(np.linalg.cholesky(covariance)).T
     return -((white**2).sum(-1) + np.linalg.slogdet(2 * np.pi * covariance)[1]) / 2
 
 
-def _require_positive_definite(name, matrix):
+def _require_positive_definite(name: str, matrix: Float[np.ndarray, "dim dim"]) -> None:
     require_finite(name, matrix)
     definite = np.allclose(matrix, matrix.T) and np.linalg.eigvalsh(matrix).min() > 0
     require(definite, name, "a positive definite matrix", matrix)
 
 
-def _loc_and_scale(loc, scale, dim):
+def _loc_and_scale(
+    loc: Numbers, scale: Numbers, dim: int
+) -> tuple[Float[np.ndarray, "{dim}"], Float[np.ndarray, "{dim}"]]:
     """Both as arrays of shape ``(dim,)``, under the rules of the likelihood."""
     likelihood = NormalLikelihood(loc, scale)
     likelihood.check_data(np.zeros((1, dim)))

@@ -9,7 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
+from probdiff._checks import Number, Whole
 from probdiff.networks.base import AbstractNetwork
 
 NODES = 40  # of the quadrature over a truncated normal,
@@ -27,15 +29,15 @@ class LinearNetwork(eqx.Module):
         bias: :math:`b_n`, shape ``(num_steps, dim)``.
     """
 
-    weight: np.ndarray
-    bias: np.ndarray
+    weight: Float[np.ndarray, "num_steps dim dim"]
+    bias: Float[np.ndarray, "num_steps dim"]
 
     @property
-    def dim(self):
+    def dim(self) -> int:
         """Dimension of the data."""
         return self.bias.shape[-1]
 
-    def __call__(self, z, n):
+    def __call__(self, z: Float[Array, "*batch dim"], n: Whole | Int[Array, "*#batch"]) -> Float[Array, "*batch dim"]:
         """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
         weight, bias = jnp.asarray(self.weight, z.dtype)[n - 1], jnp.asarray(self.bias, z.dtype)[n - 1]
         return _einsum("...ij,...j->...i", weight, z) + bias
@@ -56,18 +58,18 @@ class MixtureNetwork(AbstractNetwork):
         scale: Factor of the result.
     """
 
-    log_weights: np.ndarray
-    means: np.ndarray
-    variances: np.ndarray
-    axes: np.ndarray
-    scale: float = eqx.field(static=True)
+    log_weights: Float[np.ndarray, "K"]
+    means: Float[np.ndarray, "K dim"]
+    variances: Float[np.ndarray, "#K dim"]
+    axes: Float[np.ndarray, "#K dim dim"]
+    scale: Number = eqx.field(static=True)
 
     @property
-    def dim(self):
+    def dim(self) -> int:
         """Dimension of the data."""
         return self.means.shape[-1]
 
-    def __call__(self, z, log_snr):
+    def __call__(self, z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]) -> Float[Array, "*batch dim"]:
         """Predict the noise in ``z`` of shape ``(*batch, dim)`` and log-SNR ``log_snr``, shape ``batch``."""
         constants = (self.log_weights, self.means, self.variances, self.axes)
         log_weights, means, variances, axes = (jnp.asarray(a, z.dtype) for a in constants)
@@ -91,16 +93,16 @@ class BoxesNetwork(AbstractNetwork):
         scale: Factor of the result.
     """
 
-    centre: np.ndarray
-    half_width: np.ndarray
-    scale: float = eqx.field(static=True)
+    centre: Float[np.ndarray, "K dim"]
+    half_width: Float[np.ndarray, "K dim"]
+    scale: Number = eqx.field(static=True)
 
     @property
-    def dim(self):
+    def dim(self) -> int:
         """Dimension of the data."""
         return self.centre.shape[-1]
 
-    def __call__(self, z, log_snr):
+    def __call__(self, z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]) -> Float[Array, "*batch dim"]:
         """Predict the noise in ``z`` of shape ``(*batch, dim)`` and log-SNR ``log_snr``, shape ``batch``."""
         centre, half_width = (jnp.asarray(a, z.dtype) for a in (self.centre, self.half_width))
         signal, noise = _signal_and_noise(log_snr)
@@ -108,7 +110,9 @@ class BoxesNetwork(AbstractNetwork):
         return self.scale * jnp.sum(_given_z(log_mass.sum(-1)) * eps, -2)
 
 
-def _confined_normal(centre, half_width):
+def _confined_normal(
+    centre: Float[Array, "*batch K dim"], half_width: Float[Array, "*#batch K dim"]
+) -> tuple[Float[Array, "*batch K dim"], Float[Array, "*batch K dim"]]:
     r"""Log-probability, up to a constant, and mean of a standard normal confined to ``centre`` ± ``half_width``.
 
     Both are integrals over the part of the interval where the density is not negligible. They are computed by
@@ -128,7 +132,7 @@ def _confined_normal(centre, half_width):
     return jnp.log(length * mass) - start[..., 0] ** 2 / 2, jnp.where(centre < 0, -mean, mean)
 
 
-def _given_z(log_joint):
+def _given_z(log_joint: Float[Array, "*batch K"]) -> Float[Array, "*batch K 1"]:
     """Probability of each component given z, shape ``(*batch, K, 1)``, from its log-weights up to a constant.
 
     So far out that every square overflows, all components count the same.
@@ -136,6 +140,7 @@ def _given_z(log_joint):
     return jax.nn.softmax(jnp.maximum(log_joint, jnp.finfo(log_joint.dtype).min), -1)[..., None]
 
 
-def _signal_and_noise(log_snr):
+def _signal_and_noise(log_snr: Float[Array, "*batch"]) -> tuple[Float[Array, "*batch 1 1"], Float[Array, "*batch 1 1"]]:
     """Square roots of alpha_bar and of 1 − alpha_bar at some log-SNR, with axes for component and dimension."""
-    return (jnp.exp(jax.nn.log_sigmoid(sign * log_snr) / 2)[..., None, None] for sign in (1, -1))
+    signal, noise = (jnp.exp(jax.nn.log_sigmoid(sign * log_snr) / 2)[..., None, None] for sign in (1, -1))
+    return signal, noise

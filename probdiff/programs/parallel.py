@@ -13,38 +13,45 @@ the forward guide takes given values, too.
 sum.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpyro
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
-from probdiff._checks import require
+from probdiff._checks import AnyArray, require
 from probdiff._chunks import checkpointed, inputs_at_once
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step
-from probdiff.chain.schedules import at_step, require_schedule
-from probdiff.programs.sites import AbstractDiffusion, minibatch
+from probdiff.chain.schedules import AbstractSchedule, at_step, require_schedule
+from probdiff.programs.sites import AbstractDiffusion, Data, Size, minibatch
+
+Path = Float[AnyArray, "*sample num_steps datum dim"]
+Factors = Float[Array, "*sample num_steps datum"]
+Affine = tuple[Float[Array, "..."], Float[Array, "..."]]
 
 
 class Chain(dist.Distribution):
     """A distribution over paths z_N … z_1, shape ``(num_steps, datum, dim)``, made from a tree of arrays, ``parts``."""
 
     support = constraints.real_vector
-    reparametrized_params = []
+    reparametrized_params: list[str] = []
     pytree_data_fields = ("parts",)
 
-    def __init__(self, parts, shape, *, validate_args=None):
+    def __init__(self, parts: tuple[Any, ...], shape: tuple[int, ...], *, validate_args: bool | None = None) -> None:
         self.parts = parts
         super().__init__(tuple(shape[:-1]), tuple(shape[-1:]), validate_args=validate_args)
 
-    def require_path(self, value):
+    def require_path(self, value: AnyArray) -> None:
         """Refuse values that are not paths of this chain."""
         shape = (*self.batch_shape, *self.event_shape)
         require(jnp.shape(value)[-3:] == shape, "z", f"shape (num_steps, datum, dim) = {shape}", jnp.shape(value))
 
     @property
-    def steps(self):
+    def steps(self) -> Int[Array, "num_steps 1"]:
         """The steps N … 1 of a path, shape ``(num_steps, 1)``."""
         return jnp.arange(self.batch_shape[0], 0, -1)[:, None]
 
@@ -60,12 +67,14 @@ class ForwardChain(Chain):
         x0: Encoded data, shape ``(datum, dim)``.
     """
 
-    def __init__(self, schedule, x0, *, validate_args=None):
+    def __init__(
+        self, schedule: AbstractSchedule, x0: Float[Array, "datum dim"], *, validate_args: bool | None = None
+    ) -> None:
         require_schedule(schedule)
         require(jnp.ndim(x0) == 2, "x0", "shape (datum, dim)", jnp.shape(x0))
         super().__init__((schedule, x0), (schedule.num_steps, *x0.shape), validate_args=validate_args)
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Path:
         """Paths, shape ``(*sample_shape, num_steps, datum, dim)``."""
         schedule, x0 = self.parts
         steps = self.steps.reshape(-1, *(1,) * (len(sample_shape) + x0.ndim))
@@ -76,7 +85,7 @@ class ForwardChain(Chain):
         _, path = jax.lax.associative_scan(_composed, (factor, added), reverse=True)
         return jnp.moveaxis(path, 0, -3)
 
-    def log_prob(self, value):
+    def log_prob(self, value: Path) -> Factors:
         r"""The factors :math:`\log q(z_n | z_{n-1})`, shape ``(*sample_shape, num_steps, datum)``."""
         self.require_path(value)
         schedule, x0 = self.parts
@@ -84,7 +93,7 @@ class ForwardChain(Chain):
         return forward_step(schedule, before, self.steps).log_prob(value)
 
 
-def _composed(earlier, later):
+def _composed(earlier: Affine, later: Affine) -> Affine:
     """The affine map z ↦ a z + b of one stretch of steps after that of another."""
     return later[0] * earlier[0], later[0] * earlier[1] + later[1]
 
@@ -93,7 +102,7 @@ class PosteriorChain(ForwardChain):
     r"""The forward chain after Bayes' rule, :math:`q(z_N | x_0) \prod_{n \ge 2} q(z_{n-1} | z_n, x_0)`: the same distribution as
     :class:`ForwardChain`, with other factors."""
 
-    def log_prob(self, value):
+    def log_prob(self, value: Path) -> Factors:
         """The factors, that of z_N first, shape ``(*sample_shape, num_steps, datum)``."""
         self.require_path(value)
         schedule, x0 = self.parts
@@ -116,17 +125,26 @@ class ReverseChain(Chain):
         key: For the network's ``key=`` while training.
     """
 
-    def __init__(self, diffusion, shape, key=None, *, validate_args=None):
+    def __init__(
+        self,
+        diffusion: AbstractDiffusion,
+        shape: tuple[int, int],
+        key: PRNGKeyArray | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
         _require_diffusion(diffusion)
         require(len(shape) == 2, "shape", "(datum, dim)", tuple(shape))
         super().__init__((diffusion, key), (diffusion.schedule.num_steps, *shape), validate_args=validate_args)
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Path:
         """Paths, shape ``(*sample_shape, num_steps, datum, dim)``."""
         diffusion, _ = self.parts
         shape = (*sample_shape, self.batch_shape[1], *self.event_shape)
 
-        def step(next_z, each):
+        def step(
+            next_z: dist.Distribution, each: tuple[Int[Array, ""], PRNGKeyArray]
+        ) -> tuple[dist.Distribution, Float[Array, "*sample datum dim"]]:
             n, key = each
             z = next_z.sample(key)
             return diffusion.reverse_kernel(z, n), z
@@ -134,7 +152,7 @@ class ReverseChain(Chain):
         keys = jax.random.split(key, len(self.steps))
         return jnp.moveaxis(jax.lax.scan(step, diffusion.kernel.prior(shape), (self.steps[:, 0], keys))[1], 0, -3)
 
-    def log_prob(self, value):
+    def log_prob(self, value: Path) -> Factors:
         """The factors, that of z_N first, shape ``(*sample_shape, num_steps, datum)``."""
         self.require_path(value)
         diffusion, key = self.parts
@@ -143,7 +161,9 @@ class ReverseChain(Chain):
         if len(path) == 1:
             return jnp.moveaxis(first, 0, -2)
 
-        def factors(n, z, before):
+        def factors(
+            n: Int[Array, "part"], z: Float[Array, "part *sample datum dim"], before: Float[Array, "part *sample datum dim"]
+        ) -> Float[Array, "part *sample datum"]:
             own_key = None if key is None else jax.random.fold_in(key, n[0])
             n = n.reshape(-1, *(1,) * (z.ndim - 2))
             return diffusion.reverse_kernel(z, n, own_key).log_prob(before)
@@ -152,7 +172,7 @@ class ReverseChain(Chain):
         return jnp.moveaxis(jnp.concatenate([first, later]), 0, -2)
 
 
-def _require_diffusion(value):
+def _require_diffusion(value: object) -> None:
     require(isinstance(value, AbstractDiffusion), "diffusion", "a Diffusion", type(value).__name__, TypeError)
 
 
@@ -165,11 +185,11 @@ class ParallelPrograms(eqx.Module):
 
     diffusion: AbstractDiffusion
 
-    def __init__(self, diffusion):
+    def __init__(self, diffusion: AbstractDiffusion) -> None:
         _require_diffusion(diffusion)
         self.diffusion = diffusion
 
-    def model(self, x, num_data=None):
+    def model(self, x: Data | None, num_data: Size | None = None) -> Data:
         """The reverse chain; arguments and sites as of :meth:`Diffusion.model`."""
         size, dim = self.diffusion.data_shape(x, num_data)
         diffusion = self.diffusion.with_param_site()
@@ -180,15 +200,15 @@ class ParallelPrograms(eqx.Module):
             last = diffusion.reverse_kernel(z[-1], 1, key)
             return numpyro.sample("x", diffusion.kernel.observation(diffusion.likelihood, last), obs=x)
 
-    def guide(self, x, num_data=None):
+    def guide(self, x: Data | None, num_data: Size | None = None) -> None:
         """The forward chain, whose factors are its steps; arguments as for :meth:`Diffusion.guide`."""
         self._forward(ForwardChain, x, num_data)
 
-    def posterior_guide(self, x, num_data=None):
+    def posterior_guide(self, x: Data | None, num_data: Size | None = None) -> None:
         """The forward chain, whose factors are in the model's order; arguments as for :meth:`Diffusion.guide`."""
         self._forward(PosteriorChain, x, num_data)
 
-    def _forward(self, chain, x, num_data):
+    def _forward(self, chain: type[ForwardChain], x: Data | None, num_data: Size | None) -> None:
         size, x0 = self.diffusion.encode(x)
         schedule = self.diffusion.guide_schedule()
         steps = numpyro.plate("step", schedule.num_steps, dim=-2)

@@ -11,13 +11,16 @@ that the likelihood reads, so that N latents cost N evaluations of the network.
 
 import jax.numpy as jnp
 import numpyro
+from jaxtyping import Array, Float, Int
+from numpyro import distributions as dist
 from numpyro.contrib.control_flow import scan
 
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step
-from probdiff.programs.sites import ForwardStep, NoGivenPath, minibatch
+from probdiff.chain.schedules import AbstractSchedule
+from probdiff.programs.sites import AbstractDiffusion, Data, ForwardStep, NoGivenPath, Size, minibatch
 
 
-def model(diffusion, x, num_data=None):
+def model(diffusion: AbstractDiffusion, x: Data | None, num_data: Size | None = None) -> Data:
     """The reverse chain.
 
     Args:
@@ -29,7 +32,7 @@ def model(diffusion, x, num_data=None):
     size, dim = diffusion.data_shape(x, num_data)
     diffusion = diffusion.with_param_site()
 
-    def step(next_z, n):
+    def step(next_z: dist.Distribution, n: Int[Array, ""]) -> tuple[dist.Distribution, None]:
         with numpyro.plate("data", size):
             z = numpyro.sample("z", next_z)
         return diffusion.reverse_kernel(z, n, diffusion.training_key(x)), None
@@ -40,7 +43,7 @@ def model(diffusion, x, num_data=None):
             return numpyro.sample("x", diffusion.kernel.observation(diffusion.likelihood, last), obs=x)
 
 
-def guide(diffusion, x, num_data=None):
+def guide(diffusion: AbstractDiffusion, x: Data | None, num_data: Size | None = None) -> None:
     """The forward chain, z_1 first. It samples; given values for ``z`` it refuses (see :func:`posterior_guide`).
 
     Arguments as for :func:`model`; ``x`` is required.
@@ -48,7 +51,7 @@ def guide(diffusion, x, num_data=None):
     size, x0 = diffusion.encode(x)
     schedule = diffusion.guide_schedule()
 
-    def step(z_prev, n):
+    def step(z_prev: Float[Array, "datum dim"], n: Int[Array, ""]) -> tuple[Float[Array, "datum dim"], None]:
         q = forward_step(schedule, z_prev, n).base_dist
         with numpyro.plate("data", size):
             z = numpyro.sample("z", ForwardStep(q.loc, q.scale).to_event(1))
@@ -59,7 +62,7 @@ def guide(diffusion, x, num_data=None):
         scan(step, x0, _descending_steps(schedule), reverse=True)
 
 
-def posterior_guide(diffusion, x, num_data=None):
+def posterior_guide(diffusion: AbstractDiffusion, x: Data | None, num_data: Size | None = None) -> None:
     """The forward chain after Bayes' rule, in the model's order; the guide for ``TraceMeanField_ELBO``.
 
     Arguments as for :func:`model`; ``x`` is required.
@@ -67,7 +70,7 @@ def posterior_guide(diffusion, x, num_data=None):
     size, x0 = diffusion.encode(x)
     schedule = diffusion.guide_schedule()
 
-    def step(next_z, n):
+    def step(next_z: dist.Distribution, n: Int[Array, ""]) -> tuple[dist.Distribution, None]:
         with numpyro.plate("data", size):
             z = numpyro.sample("z", next_z)
         return forward_posterior(schedule, z, x0, n), None
@@ -76,5 +79,5 @@ def posterior_guide(diffusion, x, num_data=None):
         scan(step, forward_marginal(schedule, x0, schedule.num_steps), _descending_steps(schedule))
 
 
-def _descending_steps(schedule):
+def _descending_steps(schedule: AbstractSchedule) -> Int[Array, "num_steps"]:
     return jnp.arange(schedule.num_steps, 0, -1)

@@ -5,54 +5,59 @@ z_1. The model also has the site ``x``. Both sit in the plate ``data``. The ``pa
 """
 
 import abc
+from typing import Any, NoReturn
 
 import equinox as eqx
 import numpyro
-from jaxtyping import Real
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, Real
 from numpyro import distributions as dist
 from numpyro.distributions.kl import kl_divergence
 from numpyro.primitives import Messenger
 
-from probdiff._checks import AnyArray, is_concrete, require
+from probdiff._checks import AnyArray, Step, Whole, is_concrete, require
+from probdiff.chain.reverse import AbstractKernel
+from probdiff.chain.schedules import AbstractSchedule
+from probdiff.likelihoods import AbstractLikelihood
 
 PARAMS = "diffusion$params"
 
 Data = Real[AnyArray, "datum dim"]
+Size = Whole | Integer[Array, ""]  # of the full data set
 
 
 class AbstractDiffusion(eqx.Module):
     """A model that the programs are written for; :class:`~probdiff.Diffusion` is one."""
 
-    schedule: eqx.AbstractVar[object]
-    kernel: eqx.AbstractVar[object]
-    likelihood: eqx.AbstractVar[object]
+    schedule: eqx.AbstractVar[AbstractSchedule]
+    kernel: eqx.AbstractVar[AbstractKernel]
+    likelihood: eqx.AbstractVar[AbstractLikelihood]
 
     @abc.abstractmethod
-    def with_param_site(self):
+    def with_param_site(self) -> "AbstractDiffusion":
         """The model with its parameters from the ``param`` site, if it has one."""
 
     @abc.abstractmethod
-    def guide_schedule(self):
+    def guide_schedule(self) -> AbstractSchedule:
         """The schedule for a guide, with its parameters from the ``param`` site, if it has any."""
 
     @abc.abstractmethod
-    def encode(self, x):
+    def encode(self, x: Data | None) -> tuple[int, Float[Array, "datum dim"]]:
         """The number of data, and the data as the chain sees them, shape ``(datum, dim)``."""
 
     @abc.abstractmethod
-    def data_shape(self, x, num_data):
+    def data_shape(self, x: Data | None, num_data: Size | None) -> tuple[int, int]:
         """The shape ``(datum, dim)`` of the data, or of what is to be drawn."""
 
     @abc.abstractmethod
-    def training_key(self, x):
+    def training_key(self, x: Data | None) -> PRNGKeyArray | None:
         """A key for the network while it is trained on ``x``; otherwise None."""
 
     @abc.abstractmethod
-    def reverse_kernel(self, z, n, key=None):
+    def reverse_kernel(self, z: Float[AnyArray, "*batch dim"], n: Step, key: PRNGKeyArray | None = None) -> dist.Distribution:
         """The distribution of z_{n-1} given z_n; at n = 1, the one that the likelihood reads."""
 
 
-def minibatch(x, num_data):
+def minibatch(x: Data | None, num_data: Size | None) -> numpyro.handlers.scale:
     """The handler that scales log densities of ``x``, a minibatch of ``num_data`` data."""
     if x is None or num_data is None:
         return numpyro.handlers.scale(scale=1.0)
@@ -70,7 +75,7 @@ class ForwardStep(dist.Normal):
 
 
 @kl_divergence.register(ForwardStep, dist.Normal)
-def _refuse_forward_kl(p, q):
+def _refuse_forward_kl(p: ForwardStep, q: dist.Normal) -> NoReturn:
     raise ValueError(
         "TraceMeanField_ELBO with the forward guide is biased: in the guide z_{n+1} depends on z_n, in the model z_n "
         "depends on z_{n+1}, and the KL of one to the other is not a term of the ELBO. "
@@ -78,11 +83,11 @@ def _refuse_forward_kl(p, q):
     )
 
 
-def _gives_z(given):
+def _gives_z(given: Any) -> bool:
     """Whether a substitution, a mapping or a function of a site, has a value for ``z`` (if in doubt, yes)."""
     if not callable(given):
         return "z" in given
-    site = {"type": "sample", "name": "z", "value": None, "is_observed": False, "infer": {}, "kwargs": {}}
+    site: dict[str, Any] = {"type": "sample", "name": "z", "value": None, "is_observed": False, "infer": {}, "kwargs": {}}
     try:
         return given(site) is not None
     except Exception:
@@ -92,7 +97,7 @@ def _gives_z(given):
 class NoGivenPath(Messenger):
     """Refuses values given to ``z`` of the forward guide, where NumPyro's ``scan`` would pair them with wrong steps."""
 
-    def postprocess_message(self, msg):
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
         """NumPyro's call for each message."""
         if msg["type"] == "control_flow":
             for kind, given in msg["kwargs"]["substitute_stack"]:

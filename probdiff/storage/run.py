@@ -31,7 +31,7 @@ from probdiff._checks import require, require_type
 from probdiff._files import MAX_BYTES, read_json, read_npy, replace, write_bytes, write_json
 from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.reverse import MixtureKernel
-from probdiff.chain.schedules import NoiseSchedule
+from probdiff.chain.schedules import AbstractSchedule, NoiseSchedule
 from probdiff.diagnostics.compare_estimators import EstimatorComparison
 from probdiff.diagnostics.datatree import from_datatree, to_datatree
 from probdiff.diffusion import Diffusion
@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # heavy, and imported where they are needed
     import xarray as xr
     from matplotlib.figure import Figure
 
-NETWORKS = {kind.__name__: kind for kind in (MLP, ConvNet, X0Head, VHead, DensityHead, CategoricalHead)}
+NETWORKS: dict[str, Callable] = {kind.__name__: kind for kind in (MLP, ConvNet, X0Head, VHead, DensityHead, CategoricalHead)}
 LIKELIHOODS = {kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood)}
 
 
@@ -104,7 +104,7 @@ class Run:
         """The model that ``config`` describes; its network is not made before it is known to be of a sensible size."""
         model, network = config["model"], self.like
         if betas is None:
-            schedule = LearnedSchedule(**model["schedule"])
+            schedule: AbstractSchedule = LearnedSchedule(**model["schedule"])
         else:
             schedule = NoiseSchedule.from_betas(betas)
         if network is None:
@@ -236,8 +236,9 @@ def _csv_writer(table: np.ndarray, header: str) -> Callable[[Path], None]:
 def describe(diffusion: Diffusion) -> dict:
     """The model in words that JSON can hold; the schedule's variances and the parameters are kept apart."""
     kernel, schedule = diffusion.kernel, diffusion.schedule
-    mixture = isinstance(kernel, MixtureKernel)
-    kept = {"mixture_levels": kernel.levels} if mixture else {"reverse_variance": kernel.name}
+    kept: dict[str, Any] = {"reverse_variance": kernel.name}
+    if isinstance(kernel, MixtureKernel):
+        kept = {"mixture_levels": kernel.levels}
     if isinstance(schedule, LearnedSchedule):
         kept["schedule"] = schedule.arguments
     return kept | {
@@ -248,7 +249,7 @@ def describe(diffusion: Diffusion) -> dict:
     }
 
 
-def _describe_network(network: Callable) -> dict:
+def _describe_network(network: Any) -> dict:
     """The class of a network and its arguments, of which one may be a network; None for arguments that are not known."""
     name = type(network).__name__
     if NETWORKS.get(name) is not type(network):
