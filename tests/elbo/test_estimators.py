@@ -32,7 +32,6 @@ GAUSSIAN = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
 MIXTURE = GaussianMixture([0.3, 0.7], [[-1.0, 0.5], [0.8, -0.4]], [[[0.2, 0.1], [0.1, 0.3]], [[0.4, 0.0], [0.0, 0.1]]])
 X = np.array([[0.1, -0.2], [1.5, 0.4], [-0.7, -1.0]])
 NAMES = sorted(probdiff.ESTIMATORS)
-ONE_STEP = ["uniform", "stratified", "importance", "stratified_importance"]
 DRAWS = {"one": 150_000, "all": 30_000}
 
 
