@@ -40,6 +40,16 @@ Z_MAX = 4.9
 COMPILED = type(eqx.filter_jit(lambda: None))
 
 
+def long_but(quick, cases):
+    """``cases`` for parametrize: those in ``quick`` always run, the others are among the long proofs."""
+    cases, quick = list(cases), list(quick)
+    assert all(each in cases for each in quick), f"not among the cases: {[each for each in quick if each not in cases]}"
+    return [
+        pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=[] if each in quick else pytest.mark.long)
+        for each in cases
+    ]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget():
     """After each module forget what was compiled: it takes memory maps, of which a process may have 65 530."""

@@ -7,6 +7,7 @@ import numpy as np
 import numpyro
 import optax
 import pytest
+from conftest import long_but
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO
@@ -73,7 +74,10 @@ PUBLIC = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+FEW = ["elbo_terms", "flow_likelihood", "gap_decomposition", "ddim", "ancestral", "AnalyticELBO", "the parallel guide"]
+
+
+@pytest.mark.parametrize("name", long_but(FEW, PUBLIC))
 def test_bound_parameters_and_weights_put_in_directly_give_the_same(name):
     """With a learned schedule, learned variances and a head."""
     for bound, direct in zip(*(jax.tree.leaves(PUBLIC[name](d)) for d in (BOUND, DIRECT)), strict=True):
@@ -128,6 +132,7 @@ def test_a_fit_takes_a_bound_model_further():
     assert fits[0].diffusion.frozen and not np.allclose(fits[0].diffusion.schedule.start, BOUND.schedule.start, atol=1e-5)
 
 
+@pytest.mark.long
 def test_gradients_flow_through_the_arrays_of_a_bound_model():
     def bound(diffusion):
         return probdiff.elbo_terms(diffusion, X, key=KEY).elbo.mean()

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_mean
+from conftest import assert_mean, long_but
 
 import probdiff
 from probdiff.flow import Interpolated, velocity
@@ -55,13 +55,14 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", long_but(list(BUGS)[:2], BUGS))
 def test_a_wrong_velocity_is_found(bug, compiled_anew, patched, float64):
     patched(velocity, BUGS[bug])
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(exact_flow(), marginal(SCHEDULE, 1).log_prob(points()), atol=1e-3)
 
 
+@pytest.mark.long
 def test_hutchinsons_estimator_has_the_exact_mean(float64):
     z = jnp.repeat(points(2), 600, 0)
     exactly = probdiff.flow.flow_log_prob(exact(), z[::600])
@@ -73,6 +74,7 @@ def test_hutchinsons_estimator_has_the_exact_mean(float64):
     assert fewer.std() < draws[:, 0].std() / 2
 
 
+@pytest.mark.long
 def test_the_error_from_the_base_is_the_difference_of_the_bases(float64):
     wrong = exact_flow(base=None) - exact_flow()
     assert np.abs(wrong).max() > 0.1
@@ -85,6 +87,7 @@ def test_the_error_from_the_base_is_the_difference_of_the_bases(float64):
     np.testing.assert_allclose(probdiff.flow_likelihood(exact(), x[:4], key=jax.random.key(0)).base.shape, (4,))
 
 
+@pytest.mark.long
 def test_the_error_from_interpolation_is_estimated(float64):
     schedule = probdiff.log_snr_schedule(16, 6.0, -3.0)
     x = ORACLE.sample(np.random.default_rng(2), 100)
@@ -136,6 +139,7 @@ def test_the_likelihood_of_the_data_and_the_error_from_sigma_1(float64):
     assert "another model" in str(report)
 
 
+@pytest.mark.long
 def test_on_a_grid_it_bounds_the_probability_of_each_level(float64):
     """x in {0, 1, 2, 3, 4}: as an oracle a mixture of five points; here the bound is nearly tight."""
     probability = np.array([0.3, 0.2, 0.3, 0.1, 0.1])
@@ -149,7 +153,7 @@ def test_on_a_grid_it_bounds_the_probability_of_each_level(float64):
     np.testing.assert_allclose(report.log_prob - report.smoothing, per_level, rtol=1e-10)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize("num_steps", long_but([1], [1, 2, 3]))
 def test_few_steps(num_steps):
     schedule = probdiff.log_snr_schedule(num_steps, 4.0, -4.0)
     x = ORACLE.sample(np.random.default_rng(5), 3)

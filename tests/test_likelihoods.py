@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import long_but
 
 import probdiff
 from probdiff.likelihoods import DiscretizedNormal, _log_fraction
@@ -18,7 +19,7 @@ def all_log_probs(levels, loc, scale, dtype):
 LOCS, SCALES = np.meshgrid([-40.0, -1.0, -0.97, -0.3, 0.0, 1e-3, 0.5, 1.0, 3.0], [1e-3, 0.02, 0.3, 2.0, 50.0])
 
 
-@pytest.mark.parametrize("levels", [2, 3, 17, 256])
+@pytest.mark.parametrize("levels", long_but([2, 17], [2, 3, 17, 256]))
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-5), (jnp.float64, 1e-12)])
 def test_probabilities_sum_to_one(levels, dtype, tolerance, float64):
     log_p = all_log_probs(levels, LOCS.ravel(), SCALES.ravel(), dtype)

@@ -10,11 +10,13 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import long_but
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_the_example_runs_as_it_stands():
     jax.config.update("jax_disable_most_optimizations", False)  # it computes more than it compiles
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -34,8 +36,12 @@ def test_each_command_is_one_line_of_a_code_block():
     assert all(block.startswith("python3 -m venv .venv && ") for block in blocks)
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "analyses").glob("*.py")), ids=lambda path: path.name)
-def test_analyses_run_at_toy_size(script, tmp_path, monkeypatch, capsys):
+SCRIPTS = sorted(path.name for path in (ROOT / "analyses").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", long_but(["elbo_derivation.py", "samplers.py"], SCRIPTS))
+def test_analyses_run_at_toy_size(name, tmp_path, monkeypatch, capsys):
+    script = ROOT / "analyses" / name
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(script), "--quick"])
     with warnings.catch_warnings():

@@ -43,6 +43,7 @@ def results(tmp_path_factory):
     return {path.stem: dict(np.load(path)) for path in folder.iterdir()}
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("devices")
 @pytest.mark.parametrize("where", ["four", "two processes"])
 def test_the_result_is_that_of_one_device(results, where):
@@ -54,6 +55,7 @@ def test_the_result_is_that_of_one_device(results, where):
         np.testing.assert_allclose(results[where][name], expected, rtol=rtol, atol=rtol / 100, err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("devices")
 def test_the_command_in_two_processes(tmp_path):
     """Both run the same command; the first writes the run, which one process can open; the losses are those of one process."""

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import set_constant
+from conftest import long_but, set_constant
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import probdiff
@@ -36,6 +36,7 @@ def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
+@pytest.mark.long
 def test_a_fit_reaches_the_best_bound_and_does_not_pass_it():
     """On Gaussian data the best bound is known: the fit comes within 0.05 nats, and below it by its error at most."""
     fit = probdiff.fit(make(), X, iterations=3000, batch_size=256, learning_rate=5e-3, progress=False)
@@ -55,12 +56,13 @@ def test_a_fit_reaches_the_best_bound_and_does_not_pass_it():
     assert -4.9 * error < excess.mean() < 0.05
 
 
-@pytest.mark.parametrize("elbo", [Trace_ELBO(), TraceMeanField_ELBO(), None])
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), pytest.param(TraceMeanField_ELBO(), marks=pytest.mark.long), pytest.param(None, marks=pytest.mark.long)])
 def test_any_numpyro_objective(elbo):
     fit = probdiff.fit(make(5), X[:200], iterations=30, batch_size=64, elbo=elbo, progress=False)
     assert fit.losses[-5:].mean() < fit.losses[:5].mean()
 
 
+@pytest.mark.long
 def test_loss_is_nats_per_datum():
     diffusion = make(5)
     losses = [
@@ -129,6 +131,7 @@ def test_parameter_ema_averages_parameters():
     assert abs(average - float(params)) > 1e-3
 
 
+@pytest.mark.long
 def test_the_best_parameters_in_validation_are_the_result():
     """A learning rate that ruins the model late: the result is what did best before."""
     spoil = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda t: jnp.where(t < 60, -1e-2, -1.0)))
@@ -295,7 +298,7 @@ def test_ten_iterations_trace_once():
     assert len(traces) <= 3  # svi.init, and the scan of the update (which JAX may look at twice)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", long_but(["loss"], ["loss", "gradient"]))
 def test_an_update_that_is_not_finite_is_skipped_and_counted(what):
     """One row of the data spoils each batch that it is in; the others are as good as ever."""
     data, diffusion = X.copy(), make(5)

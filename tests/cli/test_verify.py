@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import long_but
 from numpyro import distributions as dist
 from numpyro.distributions import kl_divergence
 
@@ -34,13 +35,17 @@ CASES = [
     if (name, precision) not in LEFT_OUT and not (name.startswith("estimator") and precision == "float64")
 ]
 
+# In the precision that is the default; the estimators are tested where they are.
+ESTIMATORS = [name for name in CHECKS if name.startswith("estimator")]
+QUICK = [(name, "float32") for name in CHECKS if name not in ESTIMATORS[1:-2] and (name, "float32") in CASES]
+
 
 def find(name, precision="float64"):
     with jax.enable_x64(precision == "float64"):
         return CHECKS[name]()
 
 
-@pytest.mark.parametrize("name, precision", CASES)
+@pytest.mark.parametrize("name, precision", long_but(QUICK, CASES))
 def test_check(name, precision):
     finding = find(name, precision)
     assert finding.holds, finding
@@ -242,6 +247,7 @@ def test_every_check_has_a_bug():
     assert list(BUGS) == list(CHECKS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, bug", [(name, bug) for name in BUGS for bug in BUGS[name]])
 def test_a_bug_is_found(name, bug, compiled_anew, patched, monkeypatch):
     *place, wrong = BUGS[name][bug]

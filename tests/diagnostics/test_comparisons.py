@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from conftest import long_but
 
 import probdiff
 from probdiff import cli
@@ -205,7 +206,7 @@ def test_common_random_numbers(result):
     np.testing.assert_allclose(again.draws[1], draws["trace"][:8], rtol=1e-4)
 
 
-@pytest.mark.parametrize("biased", ["value", "gradient"])
+@pytest.mark.parametrize("biased", long_but(["gradient"], ["value", "gradient"]))
 def test_a_biased_estimator_is_found_out(biased, monkeypatch):
     class Biased(probdiff.AnalyticELBO):
         def per_datum(self, key, x, learned=None):
@@ -351,6 +352,7 @@ def runs(tmp_path_factory):
     return paths
 
 
+@pytest.mark.long
 def test_the_command(runs, capsys):
     arguments = ["compare", runs[0], "--num-draws", "4", "--estimators", "kl_uniform,kl_combined,trace"]
     assert cli.main([*arguments, "--json"]) == 0
@@ -364,6 +366,7 @@ def test_the_command(runs, capsys):
     assert "best for values" in text and "not from so few draws" in text
 
 
+@pytest.mark.long
 def test_what_cannot_be_written_is_shown(runs, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(runs[0], copy)
@@ -416,6 +419,7 @@ def test_the_command_refuses_runs_that_cannot_be_compared(runs, tmp_path, capsys
     assert "run: Expected a run folder" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_arviz_may_be_imported_first():
     """ArviZ leaves a half-loaded NumPyro behind, which ``import numpyro.distributions`` would load a second time."""
     code = "import arviz, probdiff, numpyro; numpyro.distributions.distribution"

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from conftest import Z_MAX, assert_mean
+from conftest import Z_MAX, assert_mean, long_but
 from numpyro.infer import SVI
 
 import probdiff
@@ -33,7 +33,6 @@ GAUSSIAN = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
 MIXTURE = GaussianMixture([0.3, 0.7], [[-1.0, 0.5], [0.8, -0.4]], [[[0.2, 0.1], [0.1, 0.3]], [[0.4, 0.0], [0.0, 0.1]]])
 X = np.array([[0.1, -0.2], [1.5, 0.4], [-0.7, -1.0]])
 NAMES = sorted(probdiff.ESTIMATORS)
-ONE_STEP = ["uniform", "stratified", "importance", "stratified_importance"]
 DRAWS = {"one": 150_000, "all": 30_000}
 
 
@@ -116,6 +115,7 @@ def test_value_and_gradient_against_the_closed_form(name, reverse_variance, floa
     assert_mean(drawn(name, GAUSSIAN, reverse_variance), exact(reverse_variance), power=POWER)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_every_pair_agrees_on_a_mixture(name, float64):
     draws = drawn(name, MIXTURE, "posterior")
@@ -165,7 +165,7 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", long_but(["N - 1 for N", "swapped KL"], BUGS))
 def test_deliberate_bugs_are_seen(bug, float64, patched):
     """With the bug in, the test above fails; the closed form does not have it."""
     name, right, wrong, reverse_variance = BUGS[bug]
@@ -176,9 +176,16 @@ def test_deliberate_bugs_are_seen(bug, float64, patched):
         assert_mean(draws, expected, power=POWER)
 
 
-@pytest.mark.parametrize("noise", ["independent", "antithetic"])
-@pytest.mark.parametrize("control", [None, "linear"])
-@pytest.mark.parametrize("steps", ONE_STEP)
+# Each kind of steps, and each noise with and without a control variate.
+@pytest.mark.parametrize(
+    "steps, control, noise",
+    [
+        ("uniform", None, "independent"),
+        ("stratified", None, "antithetic"),
+        ("importance", "linear", "independent"),
+        ("stratified_importance", "linear", "antithetic"),
+    ],
+)
 def test_one_step_estimators_enumerated(steps, control, noise, float64, patched):
     """The estimator's own output for every n, with its own p_n and fixed noise, adds up to that of all steps."""
     diffusion, x = make(), jnp.asarray(X[:1])
@@ -337,7 +344,11 @@ def small(num_steps=12):
 
 
 @pytest.mark.parametrize(
-    "name, num_particles", [*((name, 1) for name in NAMES), ("trace", 3), ("kl_path", 3), ("kl_combined", 3)]
+    "name, num_particles",
+    long_but(
+        [("mean_field", 1), ("kl_posterior_target", 1), ("trace", 3), ("kl_combined", 3)],
+        [*((name, 1) for name in NAMES), ("trace", 3), ("kl_path", 3), ("kl_combined", 3)],
+    ),
 )
 def test_every_estimator_drops_into_svi(name, num_particles):
     diffusion = small()
@@ -360,12 +371,12 @@ def test_without_the_guide_it_says_that_it_learns_nothing():
     elbo = probdiff.AnalyticELBO(diffusion, "importance")
     svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), elbo)
     with pytest.warns(UserWarning, match="learns nothing.*objective.guide"):
-        state, loss = svi.update(svi.init(jax.random.key(0), x), x)
+        state, loss = jax.jit(svi.update)(svi.init(jax.random.key(0), x), x)
     assert np.isfinite(loss) and state.mutable_state is None
     svi = SVI(diffusion.model, elbo.guide, optax.adam(1e-3), elbo)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        state, _ = svi.update(svi.init(jax.random.key(0), x), x)
+        state, _ = jax.jit(svi.update)(svi.init(jax.random.key(0), x), x)
         assert np.isfinite(svi.evaluate(state, x))
 
 
@@ -374,7 +385,7 @@ def test_an_update_leaves_the_old_state_as_it_was():
     guide, elbo = probdiff.ESTIMATORS["kl_combined"](diffusion)
     svi = SVI(diffusion.model, guide, optax.adam(1e-3), elbo)
     state = svi.init(jax.random.key(0), x)
-    svi.update(state, x)
+    jax.jit(svi.update)(state, x)
     assert state.mutable_state[LEARNED]["visits"].sum() == 0
 
 

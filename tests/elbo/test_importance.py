@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Z_MAX, assert_mean
+from conftest import Z_MAX, assert_mean, long_but
 from numpyro.infer import RenyiELBO
 
 import probdiff
@@ -20,6 +20,7 @@ def make(scale=0.9, **kwargs):
     return probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE, scale), **kwargs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scale", [0.9])
 def test_the_sandwich(scale, float64):
     """ELBO <= IWAE-10 <= IWAE-100 <= exact log p <= upper bounds, each step paired on the same x and beyond its error."""
@@ -62,7 +63,7 @@ def test_data_on_a_grid(float64):
     assert bounds.upper[400].mean() - bounds.lower[400].mean() < 0.3
 
 
-@pytest.mark.parametrize("num_particles", [1, 7])
+@pytest.mark.parametrize("num_particles", long_but([7], [1, 7]))
 def test_iwae_agrees_with_renyi_elbo(num_particles, float64):
     diffusion = make()
     ours = probdiff.iwae(diffusion, X, key=jax.random.key(0), num_particles=num_particles, num_draws=4000)

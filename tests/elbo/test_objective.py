@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import long_but
 from numpyro import handlers
 from numpyro.infer import SVI
 
@@ -20,10 +21,11 @@ def make(num_steps=6, dim=2, **kwargs):
 
 
 X = jax.random.normal(jax.random.key(1), (7, 2))
+COMBINED = {"steps": "stratified_importance", "control": "linear"}
 
 
 @pytest.mark.parametrize("options", [{}, {"noise": "path"}, {"noise": "antithetic", "control": "linear"}])
-@pytest.mark.parametrize("num_steps", [1, 7])
+@pytest.mark.parametrize("num_steps", long_but([7], [1, 7]))
 def test_chunks_change_nothing(num_steps, options, patched, float64):
     diffusion = make(num_steps)
     objective = probdiff.AnalyticELBO(diffusion, **options)
@@ -44,6 +46,7 @@ def test_chunks_change_nothing(num_steps, options, patched, float64):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_working_memory_of_an_update_does_not_grow_with_steps():
     def working_memory(num_steps):
         diffusion = make(num_steps)
@@ -54,7 +57,7 @@ def test_working_memory_of_an_update_does_not_grow_with_steps():
     assert working_memory(10_000) <= 1.2 * working_memory(2_000)
 
 
-@pytest.mark.parametrize("steps", ["all", "uniform", "stratified"])
+@pytest.mark.parametrize("steps", long_but(["uniform"], ["all", "uniform", "stratified"]))
 def test_num_particles_averages_independent_estimates(steps):
     diffusion = make()
     one, many = (probdiff.AnalyticELBO(diffusion, steps=steps, num_particles=k) for k in (1, 50))
@@ -67,7 +70,7 @@ def test_num_particles_averages_independent_estimates(steps):
     assert 35 < variance(one) / variance(many) < 70
 
 
-@pytest.mark.parametrize("options", [{}, {"steps": "uniform"}, {"steps": "stratified_importance", "control": "linear"}])
+@pytest.mark.parametrize("options", long_but([COMBINED], [{}, {"steps": "uniform"}, COMBINED]))
 def test_the_bound_is_a_program(options):
     objective = probdiff.AnalyticELBO(make(), **options)
     trace = handlers.trace(handlers.seed(objective.program, 0)).get_trace(X, num_data=70)

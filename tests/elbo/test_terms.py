@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import pytest
+from conftest import long_but
 
 import probdiff
 from probdiff._chunks import inputs_at_once
@@ -21,7 +22,7 @@ def make(num_steps=6, dim=2, **kwargs):
 X = jax.random.normal(jax.random.key(1), (7, 2))
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 6, 10_000])
+@pytest.mark.parametrize("num_steps", long_but([1, 2], [1, 2, 6, 10_000]))
 def test_shapes_at_any_length(num_steps):
     terms = probdiff.elbo_terms(make(num_steps), X, key=jax.random.key(0), num_draws=3)
     assert terms.prior_kl.shape == (7,) and terms.step_kl.shape == (3, num_steps - 1, 7)
@@ -30,8 +31,8 @@ def test_shapes_at_any_length(num_steps):
 
 
 @pytest.mark.parametrize("reduce", [False, True])
-@pytest.mark.parametrize("rows", [1, 20])
-@pytest.mark.parametrize("num_steps", [1, 2, 6])
+@pytest.mark.parametrize("rows", long_but([20], [1, 20]))
+@pytest.mark.parametrize("num_steps", long_but([1, 6], [1, 2, 6]))
 def test_chunks_change_nothing(rows, num_steps, reduce, patched):
     diffusion = make(num_steps)
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.xdist_group("oracle")  # its tests share what is costly
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
 X = np.array([[0.1, -0.2], [1.5, 0.4], [-0.7, -1.0]])
 CASES = [(variance, scale) for variance in ("posterior", "forward") for scale in (1.0, 0.9, 0.0)]
+DRAWN = [("posterior", 0.9), ("forward", 1.0)]  # where draws decide: each variance, and a network that is not the best
 
 
 def make(reverse_variance, scale, schedule=None, **kwargs):
@@ -76,7 +77,7 @@ def path_estimates(diffusion, guide, num_draws):
     return jax.jit(jax.vmap(jax.vmap(one), (0, None)))(keys, jnp.asarray(X))
 
 
-@pytest.mark.parametrize("reverse_variance, scale", CASES)
+@pytest.mark.parametrize("reverse_variance, scale", DRAWN)
 @pytest.mark.parametrize("guide", ["guide", "posterior_guide"])
 def test_trace_elbo(guide, reverse_variance, scale, float64):
     diffusion = make(reverse_variance, scale)
@@ -85,7 +86,7 @@ def test_trace_elbo(guide, reverse_variance, scale, float64):
     assert_mean(path_estimates(diffusion, guide, 60_000), exact, power=0.15)
 
 
-@pytest.mark.parametrize("reverse_variance, scale", CASES)
+@pytest.mark.parametrize("reverse_variance, scale", DRAWN)
 def test_trace_mean_field_elbo(reverse_variance, scale, float64):
     diffusion = make(reverse_variance, scale)
 
@@ -102,7 +103,7 @@ def drawn_terms(reverse_variance, scale):
     return probdiff.elbo_terms(make(reverse_variance, scale), X, key=jax.random.key(9), num_draws=50_000)
 
 
-@pytest.mark.parametrize("reverse_variance, scale", CASES)
+@pytest.mark.parametrize("reverse_variance, scale", DRAWN)
 def test_elbo_terms(reverse_variance, scale, float64):
     terms = drawn_terms(reverse_variance, scale)
     exact = exact_terms(make(reverse_variance, scale), X)
@@ -113,7 +114,7 @@ def test_elbo_terms(reverse_variance, scale, float64):
     assert_mean(terms.elbo, exact["elbo"], power=0.15)
 
 
-@pytest.mark.parametrize("reverse_variance, scale", CASES)
+@pytest.mark.parametrize("reverse_variance, scale", DRAWN)
 def test_each_step_kl_is_seen_by_the_test_above(reverse_variance, scale, float64):
     """Power: 9.7 standard errors of every step's KL are below a tenth of it, or below 0.005 nats."""
     terms = drawn_terms(reverse_variance, scale)
@@ -123,7 +124,7 @@ def test_each_step_kl_is_seen_by_the_test_above(reverse_variance, scale, float64
 
 
 @pytest.mark.parametrize("steps", ["all", "uniform", "stratified"])
-@pytest.mark.parametrize("reverse_variance, scale", [("posterior", 0.9), ("forward", 1.0)])
+@pytest.mark.parametrize("reverse_variance, scale", [("forward", 1.0)])
 def test_analytic_elbo(steps, reverse_variance, scale, float64):
     diffusion = make(reverse_variance, scale)
     objective = probdiff.AnalyticELBO(diffusion, steps=steps)

@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 import scipy.integrate
 import scipy.stats
-from conftest import Z_MAX, assert_mean
+from conftest import Z_MAX, assert_mean, long_but
 from jax.scipy.special import logsumexp, ndtr
 
 import probdiff
@@ -122,9 +122,10 @@ def known_networks(schedule):
     return {name: eqx.filter_jit(by_step(network, schedule)) for name, network in known.items()}
 
 
-@pytest.mark.parametrize("schedule", [probdiff.linear_schedule(10_000), probdiff.log_snr_schedule(10_000)])
-def test_float32_is_close_to_float64(schedule):
+@pytest.mark.parametrize("make", long_but([probdiff.linear_schedule], [probdiff.linear_schedule, probdiff.log_snr_schedule]))
+def test_float32_is_close_to_float64(make):
     """Where z may be, and far outside it for the first steps, at steps from the first to the last."""
+    schedule = make(10_000)
     n = jnp.repeat(jnp.array([1, 2, 10, 100, 1000, 5000, 9000, 10_000]), 100)
     z = jax.random.uniform(jax.random.key(0), (len(n), 2), minval=-3, maxval=3)
     for name, network in known_networks(schedule).items():
@@ -160,7 +161,7 @@ def test_boxes_far_outside_against_the_nearest_edge(float64):
     np.testing.assert_allclose(network(jnp.asarray(z), jnp.array(1))[:, 0], expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", [*ORACLES, *datasets.PLANAR])
+@pytest.mark.parametrize("name", long_but([*ORACLES, "moons"], [*ORACLES, *datasets.PLANAR]))
 def test_prediction_is_the_conditional_mean_of_drawn_noise(name, float64):
     """The error is uncorrelated with any function of z; for a prediction 5 % too small it is correlated."""
     rng = np.random.default_rng(5)
@@ -280,7 +281,7 @@ def test_draws_have_the_density(name):
     assert_mean((x[:-1, 0] - x[:, 0].mean()) * (x[1:, 0] - x[:, 0].mean()), 0, power=0.05)
 
 
-@pytest.mark.parametrize("name", ["moons", "checkerboard"])
+@pytest.mark.parametrize("name", long_but(["moons"], ["moons", "checkerboard"]))
 def test_bound_of_the_exact_network_is_just_below_the_log_density(name):
     data = load(name)
     schedule = probdiff.log_snr_schedule(60, 8.0, -6.0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_mean
+from conftest import assert_mean, long_but
 from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.util import log_density
@@ -46,7 +46,7 @@ def joint(program, path, x, **kwargs):
     return jax.jit(lambda path: log_density(handlers.seed(program, 0), (x,), kwargs, {"z": path})[0])(path)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", long_but(["three steps", "mixture"], MODELS))
 def test_the_densities_of_a_path_are_those_of_the_scanned_programs(name, float64):
     """Step by step for the model, in all for the guides; also as a minibatch."""
     model, x = MODELS[name](), data_of(MODELS[name]())
@@ -62,7 +62,7 @@ def test_the_densities_of_a_path_are_those_of_the_scanned_programs(name, float64
     np.testing.assert_allclose(*factors, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", long_but(["learned"], MODELS))
 def test_either_encoding_can_be_the_guide_of_the_other(name, float64):
     """Trace_ELBO on the path of the one guide, with either model; and its gradient."""
     model, x = MODELS[name](), data_of(MODELS[name]())
@@ -150,6 +150,7 @@ def test_under_the_handlers(guide, float64):
     assert posterior["x"].shape == (3, 3, 2)
 
 
+@pytest.mark.long
 def test_svi_fits_it_and_the_estimators_agree():
     """With dropout, a minibatch and two particles; Trace_ELBO and TraceMeanField_ELBO, which has no KL of chains, are one number."""
     network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.2)
