@@ -9,6 +9,7 @@
 # %%
 import argparse
 import itertools
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -41,7 +42,7 @@ Z_MAX, CLEAR = 4.9, 3  # standard errors: a disagreement of means; a difference 
 
 # %%
 class Mixed(eqx.Module):
-    exact: eqx.Module
+    exact: Callable
     t: jax.Array
     weights: jax.Array
 
@@ -56,7 +57,7 @@ def measure(name, oracle, schedule, reverse_variance, distances):
     The components are the bound, mean over the data, and its slopes, whose variances are added up.
     """
     x = jnp.asarray(oracle.sample(np.random.default_rng(0), 4))
-    exact = oracle.network(schedule)
+    exact = probdiff.Diffusion(schedule, oracle.network(schedule)).predict_noise  # by the step
     zero = jnp.zeros((oracle.dim + 2, oracle.dim))
 
     def make(weights, t, **options):

@@ -1,4 +1,4 @@
-"""What tests/test_devices.py runs on one device and on four, or in two processes: fits and evaluations, into .npz files."""
+"""What tests/test_sharding.py runs on one device and on four, or in two processes: fits and evaluations, into .npz files."""
 
 import sys
 from pathlib import Path

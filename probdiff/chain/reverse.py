@@ -388,6 +388,6 @@ def _mixture(
     return StepMixture(dist.Categorical(logits=logits), dist.Normal(loc, scale)).to_event(1)
 
 
-def _columns(table: Table, like: TableByDim) -> TableByDim:
+def _columns(table: Table, like: TableByDim) -> Table | Float[AnyArray, "num_steps #dim"]:
     """A table over steps, with an axis for the dimensions if ``like`` has one."""
     return table[:, None] if like.ndim == 2 else table
