@@ -3,7 +3,7 @@ progress bar moves and Ctrl-C is heard."""
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -101,6 +101,7 @@ def checkpointed(function: Callable[..., jax.Array], largest: int, *arrays: jax.
     return found if whole == size else jnp.concatenate([found, function(*(array[whole:] for array in arrays))])
 
 
+@runtime_checkable
 class Summands(Protocol):
     """What :func:`sum_in_chunks` adds up."""
 

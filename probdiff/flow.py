@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpy.typing import ArrayLike
 
-from probdiff._checks import require, require_count, require_finite, require_key, require_type
+from probdiff._checks import Number, Whole, require, require_count, require_finite, require_key, require_type
 from probdiff._chunks import blocks, inputs_at_once, joined
 from probdiff.chain.forward import forward_marginal, prior_kl
 from probdiff.diffusion import Diffusion
@@ -84,8 +84,8 @@ def solve(
     start: float,
     end: float,
     *,
-    rtol: float | jax.Array,
-    atol: float | jax.Array,
+    rtol: Number | jax.Array,
+    atol: Number | jax.Array,
     steps: int | None = None,
 ) -> tuple[Any, jax.Array]:
     """The state at log-SNR ``end`` of d state/dλ = ``field(λ, state)``, and the number of evaluations of ``field``.
@@ -98,7 +98,7 @@ def solve(
 
     dtype = jax.tree.leaves(state)[0].dtype
     solver: Any = diffrax.Tsit5()
-    controller: Any = diffrax.PIDController(rtol=rtol, atol=atol)
+    controller: Any = diffrax.PIDController(rtol=jnp.asarray(rtol), atol=jnp.asarray(atol))
     evaluations = 6
     if steps is not None:
         times = jnp.asarray(np.linspace(start, end, steps + 1), dtype)
@@ -122,9 +122,9 @@ def _to_base(
     z: Float[Array, "datum dim"],
     ends: tuple[float, float],
     directions: Float[Array, "datum direction dim"],
-    scale: float,
-    rtol: float | jax.Array,
-    atol: float | jax.Array,
+    scale: Number,
+    rtol: Number | jax.Array,
+    atol: Number | jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """z_N, the integral of the divergence and the number of evaluations of ``eps``, for each z_1.
 
@@ -149,10 +149,10 @@ def flow_log_prob(
     z: Data,
     *,
     key: PRNGKeyArray | None = None,
-    num_probes: int | None = None,
+    num_probes: Whole | None = None,
     base: Callable[[np.ndarray], ArrayLike] | None = None,
-    rtol: float | jax.Array = 1e-5,
-    atol: float | jax.Array = 1e-5,
+    rtol: Number | jax.Array = 1e-5,
+    atol: Number | jax.Array = 1e-5,
     progress: bool = False,
 ) -> Float[np.ndarray, "datum"]:
     r"""The flow's log-density of :math:`z_1`, from base N(0, I) at :math:`z_N`.
@@ -190,13 +190,13 @@ def flow_log_prob(
     return _flow(diffusion, in_continuous_time(diffusion), base, z, key, num_probes, rtol, atol, progress)[0]
 
 
-def _check_probes(key: PRNGKeyArray | None, num_probes: int | None) -> None:
+def _check_probes(key: PRNGKeyArray | None, num_probes: Whole | None) -> None:
     if num_probes is not None:
         require_count("num_probes", num_probes)
         require_key(key)
 
 
-def require_tolerances(rtol: float | jax.Array, atol: float | jax.Array) -> None:
+def require_tolerances(rtol: Number | jax.Array, atol: Number | jax.Array) -> None:
     """Refuse tolerances that are not between 0 and 1."""
     for name, value in (("rtol", rtol), ("atol", atol)):
         require(0 < value < 1, name, "a number between 0 and 1", value)
@@ -208,9 +208,9 @@ def _flow(
     base: Callable[[np.ndarray], ArrayLike] | None,
     z: Float[Array, "datum dim"],
     key: PRNGKeyArray | None,
-    num_probes: int | None,
-    rtol: float | jax.Array,
-    atol: float | jax.Array,
+    num_probes: Whole | None,
+    rtol: Number | jax.Array,
+    atol: Number | jax.Array,
     progress: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-densities of z_1, and the number of evaluations of ``eps`` for each."""
@@ -219,7 +219,7 @@ def _flow(
         directions, scale = jnp.broadcast_to(jnp.eye(dim, dtype=z.dtype), (size, dim, dim)), 1.0
     else:
         directions, scale = (
-            jax.random.rademacher(cast(jax.Array, key), (size, num_probes, dim), z.dtype),
+            jax.random.rademacher(cast(jax.Array, key), (size, int(num_probes), dim), z.dtype),
             1 / num_probes,
         )
     ends = tuple(diffusion.schedule.log_snr[[0, -1]].tolist())
@@ -296,10 +296,10 @@ def flow_likelihood(
     x: Data,
     *,
     key: PRNGKeyArray,
-    num_draws: int = 1,
-    num_probes: int | None = None,
-    rtol: float | jax.Array = 1e-5,
-    atol: float | jax.Array = 1e-5,
+    num_draws: Whole = 1,
+    num_probes: Whole | None = None,
+    rtol: Number | jax.Array = 1e-5,
+    atol: Number | jax.Array = 1e-5,
     progress: bool = False,
 ) -> FlowLikelihood:
     r"""The log-likelihood of data by the probability flow, and the errors of its three approximations and of the solver.
@@ -328,12 +328,12 @@ def flow_likelihood(
     eps_key, probe_key = jax.random.split(key)
     schedule, x = diffusion.schedule, jnp.asarray(x)
     x0 = diffusion.likelihood.encode(x)
-    eps = jax.random.normal(eps_key, (num_draws, *x0.shape), x0.dtype)
+    eps = jax.random.normal(eps_key, (int(num_draws), *x0.shape), x0.dtype)
     first = jnp.ones((num_draws, len(x)), jnp.int32)
     step = diffusion.sampled_step(x, x0, first, eps)
     z = step.z
 
-    def density(every: int = 1, looser: float = 1) -> list[np.ndarray]:
+    def density(every: int = 1, looser: Number = 1) -> list[np.ndarray]:
         network = in_continuous_time(diffusion, every)
         flat = z.reshape(-1, z.shape[-1])
         found = _flow(diffusion, network, None, flat, probe_key, num_probes, looser * rtol, looser * atol, progress)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from numpyro import handlers
 
-from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._checks import AnyArray, Number, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import EVALUATIONS, blocks, joined
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
 from probdiff.chain.schedules import AbstractSchedule, at_step
@@ -39,7 +39,7 @@ Samples = Shaped[np.ndarray, "num_samples dim"]
 
 
 def ancestral(
-    diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: int, devices: Devices = None, progress: bool = False
+    diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: Whole, devices: Devices = None, progress: bool = False
 ) -> Samples:
     """Draw from the model: ``diffusion.model`` as it stands.
 
@@ -66,9 +66,9 @@ def ddim(
     diffusion: Diffusion,
     *,
     key: PRNGKeyArray,
-    num_samples: int,
+    num_samples: Whole,
     steps: int | Sequence[int] | np.ndarray | None = None,
-    eta: float = 0.0,
+    eta: Number = 0.0,
     devices: Devices = None,
     progress: bool = False,
 ) -> Samples:
@@ -103,7 +103,7 @@ def ddim(
 
 
 def _ddim_coefficients(
-    schedule: AbstractSchedule, taken: np.ndarray, eta: float
+    schedule: AbstractSchedule, taken: np.ndarray, eta: Number
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The factors of z_n, the predicted noise and new noise in z_m, float64, for each step n of ``taken``."""
     signal, noise = schedule.alpha_bar[taken - 1], schedule.one_minus_alpha_bar[taken - 1]
@@ -134,10 +134,10 @@ def annealed_langevin(
     diffusion: Diffusion,
     *,
     key: PRNGKeyArray,
-    num_samples: int,
+    num_samples: Whole,
     steps: int | Sequence[int] | np.ndarray | None = None,
-    num_updates: int = 10,
-    step_size: float = 0.5,
+    num_updates: Whole = 10,
+    step_size: Number = 0.5,
     devices: Devices = None,
     progress: bool = False,
 ) -> Samples:
@@ -192,10 +192,10 @@ def probability_flow(
     diffusion: Diffusion,
     *,
     key: PRNGKeyArray,
-    num_samples: int,
+    num_samples: Whole,
     steps: int | None = None,
-    rtol: float = 1e-4,
-    atol: float = 1e-4,
+    rtol: Number = 1e-4,
+    atol: Number = 1e-4,
     devices: Devices = None,
     progress: bool = False,
 ) -> Samples:
@@ -224,7 +224,7 @@ def probability_flow(
 
 
 def _probability_flow(
-    diffusion: Diffusion, key: PRNGKeyArray, steps: int | None, rtol: float, atol: float
+    diffusion: Diffusion, key: PRNGKeyArray, steps: int | None, rtol: Number, atol: Number
 ) -> jax.Array:
     eps = in_continuous_time(diffusion)
     start = jax.random.normal(key, (_dim(diffusion),))
@@ -280,7 +280,7 @@ def _draw(
     diffusion: Diffusion,
     arguments: tuple,
     key: PRNGKeyArray,
-    num_samples: int,
+    num_samples: Whole,
     evaluations: int,
     devices: Devices,
     progress: bool,
@@ -291,10 +291,10 @@ def _draw(
     mesh = data_mesh(devices)
     diffusion, arguments, key = replicate((diffusion, arguments, key), mesh)
     cut = blocks(
-        num_samples, max(64, EVALUATIONS // evaluations), unit="sample", desc=one.__name__.strip("_"), progress=progress
+        int(num_samples), max(64, EVALUATIONS // evaluations), unit="sample", desc=one.__name__.strip("_"), progress=progress
     )
     samples = [np.asarray(_draw_batch(one, diffusion, arguments, key, numbers, mesh)) for numbers in cut]
-    return joined(samples, num_samples)
+    return joined(samples, int(num_samples))
 
 
 @eqx.filter_jit
@@ -303,7 +303,7 @@ def _draw_batch(
     diffusion: Diffusion,
     arguments: tuple,
     key: PRNGKeyArray,
-    numbers: np.ndarray,
+    numbers: AnyArray,
     mesh: Mesh | None,
 ) -> jax.Array:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, shard(jnp.asarray(numbers), mesh))

@@ -6,6 +6,7 @@ best on validation data. Everything that decides the future of a fit is in its :
 """
 
 import hashlib
+import typing
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -19,7 +20,7 @@ from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
-from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._checks import Number, Whole, require, require_count, require_key, require_type
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
@@ -35,6 +36,7 @@ WARM_UP = 200
 MOST_SKIPPED = 10  # updates in a row, before a fit is given up
 
 
+@typing.runtime_checkable
 class CheckpointLike(Protocol):
     """What a fit is saved in, such as :class:`~probdiff.storage.Checkpoint`."""
 
@@ -125,14 +127,14 @@ def fit(
     diffusion: Diffusion,
     data: Data,
     *,
-    iterations: int = 10_000,
-    batch_size: int = 128,
-    learning_rate: float | optax.GradientTransformation = 1e-3,
+    iterations: Whole = 10_000,
+    batch_size: Whole = 128,
+    learning_rate: Number | optax.GradientTransformation = 1e-3,
     key: PRNGKeyArray | None = None,
     validation: Data | None = None,
-    validate_every: int = 500,
+    validate_every: Whole = 500,
     elbo: ELBO | None = None,
-    ema_decay: float = 0.999,
+    ema_decay: Number = 0.999,
     checkpoint: CheckpointLike | None = None,
     devices: Devices = None,
     progress: bool = True,
@@ -248,13 +250,13 @@ def _save_nothing(state: FitState) -> None:
 
 
 def _optimiser(
-    learning_rate: float | optax.GradientTransformation, iterations: int, ema_decay: float
+    learning_rate: Number | optax.GradientTransformation, iterations: Whole, ema_decay: Number
 ) -> optax.GradientTransformation:
     if not isinstance(learning_rate, optax.GradientTransformation):
         require(np.isfinite(learning_rate) and learning_rate > 0, "learning_rate", "a positive number", learning_rate)
         warm_up = min(WARM_UP, iterations // 10)
         learning_rate = optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm_up, iterations))
-    return optax.chain(learning_rate, parameter_ema(ema_decay))
+    return optax.chain(learning_rate, parameter_ema(float(ema_decay)))
 
 
 def _fingerprint(data: Any) -> str | None:
@@ -295,7 +297,7 @@ class _Loop:
         self,
         diffusion: Diffusion,
         data: Any,
-        batch_size: int,
+        batch_size: Whole,
         optimiser: optax.GradientTransformation,
         elbo: ELBO | None,
         mesh: Mesh | None,
@@ -322,7 +324,7 @@ class _Loop:
 
     def _rows(self, key: PRNGKeyArray, iteration: Any) -> jax.Array:
         """The rows of the data in a minibatch."""
-        return jax.random.randint(jax.random.fold_in(key, iteration), (self.batch_size,), 0, len(self.data))
+        return jax.random.randint(jax.random.fold_in(key, iteration), (int(self.batch_size),), 0, len(self.data))
 
     def _updates(
         self, svi_state: Any, data: jax.Array, key: PRNGKeyArray, start: Any, count: Any, guarded: bool

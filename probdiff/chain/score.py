@@ -19,8 +19,9 @@ Sources: Song and Ermon (2019), arXiv:1907.05600, eqs. 2 and 5; Song et al. (202
 Vincent (2011), doi:10.1162/NECO_a_00142.
 """
 
+import typing
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -31,7 +32,7 @@ from probdiff.chain.forward import isotropic_normal
 from probdiff.chain.schedules import AbstractSchedule, Table, at_step, require_schedule
 
 
-@runtime_checkable
+@typing.runtime_checkable
 class _Model(Protocol):
     """What the score needs of a Diffusion (whose class is not known to the chain)."""
 

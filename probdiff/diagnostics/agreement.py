@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from probdiff._checks import require, require_count
+from probdiff._checks import Whole, require, require_count
 from probdiff._sharding import Devices
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
@@ -57,7 +57,7 @@ class TwoWays(NamedTuple):
 
 
 def compute_both_ways(
-    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int, devices: Devices = None, progress: bool = False
+    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: Whole, devices: Devices = None, progress: bool = False
 ) -> TwoWays:
     """The bound on ``x`` by the analytic terms and by ``Trace_ELBO``: a :class:`TwoWays`.
 

@@ -20,7 +20,7 @@ from numpyro.infer.elbo import ELBO
 from scipy import special
 from tqdm import tqdm
 
-from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._checks import Whole, require, require_count, require_key, require_type
 from probdiff._chunks import MOST_NUMBERS, inputs_at_once
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
 from probdiff.diagnostics.tables import format_estimators
@@ -144,7 +144,7 @@ def compare_estimators(
     x: Data,
     *,
     key: PRNGKeyArray,
-    num_draws: int = 200,
+    num_draws: Whole = 200,
     estimators: Iterable[str] | str | None = None,
     devices: Devices = None,
     progress: bool = False,
@@ -204,7 +204,7 @@ def _measure(
     name: str,
     diffusion: Diffusion,
     x: jax.Array,
-    num_draws: int,
+    num_draws: Whole,
     draw_key: PRNGKeyArray,
     learn_key: PRNGKeyArray,
     directions: Float[Array, "direction size"],
@@ -238,7 +238,7 @@ def _measure(
     return result
 
 
-def _keys(key: PRNGKeyArray, count: int) -> jax.Array:
+def _keys(key: PRNGKeyArray, count: Whole) -> jax.Array:
     """The keys of the first ``count`` draws: the same whatever ``count`` is."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
@@ -333,7 +333,7 @@ def _divisor(number: int, largest: int) -> int:
     return max(size for size in range(1, min(number, largest) + 1) if number % size == 0)
 
 
-def _summarise(measured: dict[str, Any], num_draws: int, x: jax.Array) -> EstimatorComparison:
+def _summarise(measured: dict[str, Any], num_draws: Whole, x: jax.Array) -> EstimatorComparison:
     import pandas as pd
 
     rows = {name: _row(each, x) for name, each in measured.items()}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from probdiff._checks import require, require_count, require_type
+from probdiff._checks import Whole, require, require_count, require_type
 from probdiff.diagnostics.tables import format_models
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
@@ -32,7 +32,7 @@ class ModelComparison:
 
     table: Any
     elbo: dict
-    num_draws: int
+    num_draws: Whole
     levels: bool
     dim: int
 
@@ -51,7 +51,7 @@ class ModelComparison:
 
 
 def compare_models(
-    models: Mapping[str, Diffusion], x: Data, *, key: PRNGKeyArray, num_draws: int = 4, progress: bool = False
+    models: Mapping[str, Diffusion], x: Data, *, key: PRNGKeyArray, num_draws: Whole = 4, progress: bool = False
 ) -> ModelComparison:
     """Rank models by their bound on the same data.
 
@@ -89,7 +89,7 @@ def compare_models(
     best = max(elbo, key=lambda name: elbo[name].mean())
     rows: dict[str, dict[str, Any]] = {}
     for name in sorted(elbo, key=lambda name: -elbo[name].mean()):
-        estimate = Estimate.of(elbo[name], moments[name].variance, num_draws)
+        estimate = Estimate.of(elbo[name], moments[name].variance, int(num_draws))
         difference = Estimate.of(elbo[best] - elbo[name])
         rows[name] = {
             "rank": len(rows),

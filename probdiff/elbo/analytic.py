@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import SampledStep
-from probdiff.chain.schedules import Table
+from probdiff.chain.schedules import TableByDim
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.objective import StepObjective
 from probdiff.elbo.sampled_terms import AbstractTerm
@@ -30,7 +30,7 @@ from probdiff.programs.sites import Data
 class BoundTerm(AbstractTerm):
     """The terms of the bound, as a :class:`~probdiff.elbo.objective.StepObjective` takes them."""
 
-    def kl_weight(self, diffusion: Diffusion) -> Table:
+    def kl_weight(self, diffusion: Diffusion) -> TableByDim:
         """The table w_n that squared errors are weighed with, shape ``(num_steps,)``, float64."""
         return diffusion.kernel.kl_weight(diffusion.schedule)
 

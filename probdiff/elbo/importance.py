@@ -21,7 +21,7 @@ from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from scipy.special import logsumexp
 
-from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._checks import Whole, require, require_count, require_key, require_type
 from probdiff._chunks import MOST_NUMBERS, blocks, joined
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
 from probdiff.diffusion import Diffusion
@@ -31,7 +31,7 @@ FEWEST_DRAWS = 25
 
 
 def path_elbo(
-    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int, devices: Devices = None, progress: bool = False
+    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: Whole, devices: Devices = None, progress: bool = False
 ) -> Float[np.ndarray, "draw datum"]:
     r"""NumPyro's ``Trace_ELBO`` of every datum by itself, with the forward guide: :math:`\log p - \log q` of paths.
 
@@ -63,7 +63,7 @@ def path_elbo(
         return gather(jax.vmap(one)(shard(keys, mesh), shard(x, mesh)), mesh)
 
     # A row is a path of one datum; the values of its latents are all kept at once.
-    keys = jax.vmap(lambda key: jax.random.split(key, len(x)))(jax.random.split(key, num_draws))
+    keys = jax.vmap(lambda key: jax.random.split(key, len(x)))(jax.random.split(key, int(num_draws)))
     size, largest = num_draws * len(x), MOST_NUMBERS // (diffusion.schedule.num_steps * x.shape[1])
     cut = blocks(size, largest, unit="path", desc="Trace_ELBO", progress=progress)
     keys = keys.reshape(size, *keys.shape[2:])
@@ -71,7 +71,7 @@ def path_elbo(
 
 
 def iwae(
-    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_particles: int, num_draws: int = 1, progress: bool = False
+    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_particles: Whole, num_draws: Whole = 1, progress: bool = False
 ) -> Float[np.ndarray, "draw datum"]:
     """The importance-weighted bound of every datum; it rises to log p(x) with the number of particles.
 
@@ -161,8 +161,8 @@ def sandwich(
     diffusion: Diffusion,
     *,
     key: PRNGKeyArray,
-    num_data: int,
-    num_particles: int | Sequence[int] = (1, 10, 100),
+    num_data: Whole,
+    num_particles: Whole | Sequence[int] = (1, 10, 100),
     progress: bool = False,
 ) -> Sandwich:
     r"""Draw data from the model, and bound their log-likelihood from below and from above.
@@ -197,7 +197,7 @@ def sandwich(
     return Sandwich(x, lower, upper)
 
 
-def _generate(diffusion: Diffusion, key: PRNGKeyArray, num_data: int) -> tuple[jax.Array, np.ndarray]:
+def _generate(diffusion: Diffusion, key: PRNGKeyArray, num_data: Whole) -> tuple[jax.Array, np.ndarray]:
     """Data from the model, and log p(x, z) − log q(z | x) of the path that each came from."""
 
     def one(key: PRNGKeyArray) -> tuple[jax.Array, jax.Array]:
@@ -209,5 +209,5 @@ def _generate(diffusion: Diffusion, key: PRNGKeyArray, num_data: int) -> tuple[j
         log_p = sum(model[name]["fn"].log_prob(model[name]["value"]).sum() for name in ("z", "x"))
         return x[0], log_p - guide["z"]["fn"].log_prob(guide["z"]["value"]).sum()
 
-    x, log_weight = jax.jit(jax.vmap(one))(jax.random.split(key, num_data))
+    x, log_weight = jax.jit(jax.vmap(one))(jax.random.split(key, int(num_data)))
     return x, np.asarray(log_weight, np.float64)

@@ -12,7 +12,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -24,7 +24,7 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 
-from probdiff._checks import is_trainable, require, require_count, require_type
+from probdiff._checks import Whole, is_trainable, require, require_count, require_type
 from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.schedules import per_step
 from probdiff.diffusion import Diffusion
@@ -90,7 +90,7 @@ class StepObjective(ELBO):
         points: np.ndarray | jax.Array | Literal["batch"] | None = None,
         adapt_to: str = "gradient",
         schedule_loss: str = "bound",
-        num_particles: int = 1,
+        num_particles: Whole = 1,
         vectorize_particles: bool = True,
     ):
         require_type("diffusion", diffusion, Diffusion)
@@ -127,14 +127,14 @@ class StepObjective(ELBO):
         """The state that learning starts from, by site, as ``SVIState.mutable_state`` holds it; empty if nothing is learned."""
         return {} if self._learner is None else {LEARNED: self._learner.initial()}
 
-    def adapted_to(self, purpose: str) -> Self:
+    def adapted_to(self, purpose: str) -> "StepObjective":
         """This objective with another ``adapt_to``; what it learns is the same."""
         require(purpose in PROBABILITIES, "purpose", f"one of {list(PROBABILITIES)}", repr(purpose))
         other = copy.copy(self)
         other.adapt_to = purpose
         return other
 
-    def of(self, diffusion: Diffusion) -> Self:
+    def of(self, diffusion: Diffusion) -> "StepObjective":
         """This objective for the same model at other parameters, bound or not; what it learns is the same."""
         other = copy.copy(self)
         other.diffusion = diffusion

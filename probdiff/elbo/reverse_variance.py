@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import require, require_count, require_key, require_type
+from probdiff._checks import Whole, require, require_count, require_key, require_type
 from probdiff._chunks import over_steps
 from probdiff.diffusion import Diffusion
 from probdiff.programs.sites import Data
 
 
-def optimal_variance(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: int = 1) -> Diffusion:
+def optimal_variance(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: Whole = 1) -> Diffusion:
     r"""Set the reverse variances of a model with ``reverse_variance="optimal"`` to the best for its network.
 
     Args:
@@ -32,7 +32,7 @@ def optimal_variance(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_dr
     diffusion.check_data(x)
     require_key(key)
     require_count("num_draws", num_draws)
-    found = _squared_error(diffusion.evaluated(), jnp.asarray(x), key, num_draws)
+    found = _squared_error(diffusion.evaluated(), jnp.asarray(x), key, int(num_draws))
     return diffusion.with_kernel(diffusion.kernel.with_squared_error(found))
 
 

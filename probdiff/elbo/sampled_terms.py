@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from probdiff._chunks import even_chunk, inputs_at_once, sum_in_chunks
 from probdiff.chain.reverse import SampledStep
-from probdiff.chain.schedules import Table, at_step
+from probdiff.chain.schedules import TableByDim, at_step
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.variance_reduction import AbstractControl, PosteriorNoise, RowNoise
 
@@ -28,7 +28,7 @@ class AbstractTerm(eqx.Module):
     """
 
     @abc.abstractmethod
-    def kl_weight(self, diffusion: Diffusion) -> Table:
+    def kl_weight(self, diffusion: Diffusion) -> TableByDim:
         """The table that squared errors of the noise are weighed with, about; shape ``(num_steps,)``, float64."""
 
     @abc.abstractmethod

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
-from probdiff._checks import require, require_finite, require_type
+from probdiff._checks import Whole, require, require_finite, require_type
 from probdiff.chain.reverse import SampledStep, weighted_error
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.objective import StepObjective
@@ -82,7 +82,7 @@ class ScoreMatching(StepObjective):
         weights: str | ArrayLike = "sigma_squared",
         *,
         steps: AbstractSteps | str = "stratified",
-        num_particles: int = 1,
+        num_particles: Whole = 1,
         vectorize_particles: bool = True,
     ) -> None:
         require_type("diffusion", diffusion, Diffusion)

@@ -84,7 +84,7 @@ class ELBOMoments(eqx.Module):
     step_kl: Moments
     reconstruction: Moments
     elbo: Moments
-    num_draws: int
+    num_draws: Whole
 
 
 def _noise(
@@ -205,7 +205,7 @@ def elbo_terms(
     x: Data,
     *,
     key: PRNGKeyArray | None = None,
-    num_draws: int | None = None,
+    num_draws: Whole | None = None,
     noise: Noise | None = None,
     reduce: Literal[False] = False,
     devices: Devices = None,
@@ -219,7 +219,7 @@ def elbo_terms(
     x: Data,
     *,
     key: PRNGKeyArray | None = None,
-    num_draws: int | None = None,
+    num_draws: Whole | None = None,
     noise: Noise | None = None,
     reduce: Literal[True],
     devices: Devices = None,
@@ -232,7 +232,7 @@ def elbo_terms(
     x: Data,
     *,
     key: PRNGKeyArray | None = None,
-    num_draws: int | None = None,
+    num_draws: Whole | None = None,
     noise: Noise | None = None,
     reduce: bool = False,
     devices: Devices = None,

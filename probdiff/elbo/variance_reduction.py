@@ -219,7 +219,7 @@ class LinearControl(AbstractControl):
         self.kl_weight = jnp.asarray(per_step(diffusion.kernel.kl_weight(schedule)), x0.dtype)
 
     def value(
-        self, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"], eps: Float[Array, "*batch datum dim"]
+        self, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"], eps: Float[Array, "*batch dim"]
     ) -> Float[Array, "*batch"]:
         """w_n ‖ε − ε̂‖² at ``z``, shape ``(*batch, dim)``, made from ``eps``; n of shape ``batch``."""
         predicted = at_step(self.gain, n, z.dtype) * _product(
