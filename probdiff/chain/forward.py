@@ -23,7 +23,7 @@ def _table(table: Table, n: Step, like: Float[Array, "*batch dim"]) -> Float[Arr
 
 
 def forward_step(schedule: AbstractSchedule, z_prev: Float[AnyArray, "*batch dim"], n: Step) -> dist.Independent:
-    r"""One step of the chain, :math:`q(z_n | z_{n-1})`; with n = 1, ``z_prev`` is :math:`x_0`.
+    r"""Distribution of one step of the chain, :math:`q(z_n | z_{n-1})`; with n = 1, ``z_prev`` is :math:`x_0`.
 
     Args:
         schedule: The noise schedule.

@@ -82,7 +82,7 @@ class AbstractKernel(eqx.Module):
 
     @property
     def name(self) -> str:
-        """What tells kernels of one class apart, for messages and for run folders."""
+        """Name by which kernels of one class are told apart, in messages and in run folders."""
         return type(self).__name__
 
     @abc.abstractmethod

@@ -41,7 +41,7 @@ def save_tree(path: Path, tree: Any, **about: Any) -> None:
 
 
 def read_leaves(path: Path) -> tuple[dict, list]:
-    """What :func:`save_tree` was told about a tree, and its leaves as they were written.
+    """Description and leaves of a tree that :func:`save_tree` wrote, as they were written.
 
     Raises:
         ValueError: If a single bit is not as it was written, or something else was; FileNotFoundError if there is no such file.
