@@ -121,7 +121,7 @@ class OneStep(AbstractSteps):
         return self.uniforms is stratified_uniforms
 
     def num_rows(self, num_steps: int) -> int:
-        """One."""
+        """A single term for each datum."""
         return 1
 
     def draw(
