@@ -291,6 +291,21 @@ CALLS = {
         ValueError,
         r"x: Expected finite values; got nan at index \[2, 1\]",
     ),
+    "common paths of nan": (
+        lambda: probdiff.diagnostics.compare_on_common_paths(NORMAL, NAN, key=KEY),
+        ValueError,
+        r"x: Expected finite values; got nan at index \[2, 1\]",
+    ),
+    "the bound of a data set of one": (
+        lambda: probdiff.elbo.data_set_elbo(NORMAL, X[:1], key=KEY),
+        ValueError,
+        "x: Expected at least two data; got 1",
+    ),
+    "a data set without any noise": (
+        lambda: probdiff.elbo.data_set_elbo(NORMAL, X, key=KEY, noise_share=0),
+        ValueError,
+        "noise_share: Expected a positive number; got 0",
+    ),
     "marginal at step 0": (lambda: probdiff.forward_marginal(SCHEDULE, X, 0), ValueError, "1 <= n <= 5; got 0"),
     "step 1.0": (lambda: probdiff.forward_step(SCHEDULE, X, 1.0), TypeError, "n: Expected an integer step; got dtype"),
     "posterior at step 1": (lambda: probdiff.forward_posterior(SCHEDULE, X, X, 1), ValueError, "2 <= n <= 5; got 1"),
@@ -472,7 +487,7 @@ def test_calls(case):
 
 SCORES = {"vp_conditional_score", "vp_from_ve", "ve_from_vp", "vp_score_from_eps", "eps_from_score", "eps_from_vp_score"}
 RESULTS = {"ELBOTerms", "ELBOMoments", "Moments", "Estimate", "Sandwich", "TwoWays", "bits_per_dim", "EstimatorComparison"}
-RESULTS |= {"ModelComparison", "GapDecomposition", "Run", "Checkpoint", "ScheduleTables"}
+RESULTS |= {"ModelComparison", "GapDecomposition", "DataSetELBO", "CommonPaths", "Run", "Checkpoint", "ScheduleTables"}
 # What takes a result, or encoded data.
 INNER = {"prior_kl", "from_datatree", "inspect_terms"}
 # What a user makes a part of, in tests/test_own_parts.py.

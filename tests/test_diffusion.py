@@ -55,6 +55,8 @@ PUBLIC = {
     "elbo_terms, moments": lambda d: probdiff.elbo_terms(d, X, key=KEY, num_draws=2, reduce=True),
     "path_elbo": lambda d: probdiff.elbo.path_elbo(d, X, key=KEY, num_draws=2),
     "compute_both_ways": lambda d: probdiff.diagnostics.compute_both_ways(d, X, key=KEY, num_draws=2).path,
+    "data_set_elbo": lambda d: probdiff.elbo.data_set_elbo(d, X, key=KEY).elbo,
+    "compare_on_common_paths": lambda d: probdiff.diagnostics.compare_on_common_paths(d, X, key=KEY).analytic["step_kl"],
     "iwae": lambda d: probdiff.iwae(d, X, key=KEY, num_particles=3),
     "sandwich": lambda d: tuple(probdiff.sandwich(d, key=KEY, num_data=3, num_particles=2).upper.values()),
     "compare_models": lambda d: probdiff.compare_models({"a": d, "b": d}, X, key=KEY, num_draws=2).elbo["a"],

@@ -5,16 +5,19 @@ Imports the bound and what it stands on. ``compare_estimators`` and ``compare_mo
 """
 
 from probdiff.diagnostics.agreement import TwoWays, compute_both_ways
+from probdiff.diagnostics.common_paths import CommonPaths, compare_on_common_paths
 from probdiff.diagnostics.compare_estimators import EstimatorComparison
 from probdiff.diagnostics.compare_models import ModelComparison
 from probdiff.diagnostics.datatree import from_datatree, inspect_terms, to_datatree
 from probdiff.diagnostics.gap import GapDecomposition, gap_decomposition
 
 __all__ = [
+    "CommonPaths",
     "EstimatorComparison",
     "GapDecomposition",
     "ModelComparison",
     "TwoWays",
+    "compare_on_common_paths",
     "compute_both_ways",
     "from_datatree",
     "gap_decomposition",

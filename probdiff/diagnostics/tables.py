@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import probdiff.diagnostics.gap
 
 BLOCKS = 8
+MOST_NAMED = 3  # terms of the bound that differ
 LABELS = {
     "prior_kl": "prior KL",
     "step_kl": "Σ step KL",
@@ -41,22 +42,46 @@ def format_fit(results: Mapping[str, Any]) -> str:
 
     if "entropy" in reference:
         reference["entropy"] = reference["entropy"] | {"nats": -reference["entropy"]["nats"]}
-    draws = f"{test['num_draws']} draw{'s' * (test['num_draws'] > 1)} each"
-    verdict = "they agree" if both["agree"] else "THEY DISAGREE"
     lines = [
-        f"{results['data']}, test split: {test['num_items']} items of {results['dim']} dimensions, {draws}; "
-        f"N = {results['num_steps']} steps",
+        f"{results['data']}, test split: {test['num_items']} items of {results['dim']} dimensions, N = {results['num_steps']} steps",
         header,
         *(line(name, test[name]) for name in ("prior_kl", "step_kl", "reconstruction", "elbo")),
         *(line(name, row) for name, row in reference.items()),
+        *_noise(test),
         "",
         f"The bound two ways, on the first {both['num_items']} items, {both['num_draws']} draws each",
         header,
         *(line(name, both[name]) for name in ("analytic", "trace_elbo")),
         f"{'difference (± Monte Carlo error)':{width}}{both['difference']:10.4f}{both['difference_error']:9.4f}"
-        f"   {abs(both['z']):.1f} standard errors: {verdict}",
+        f"   {abs(both['z']):.1f} standard errors",
+        *_agreement(both),
     ]
     return "\n".join(lines)
+
+
+def _noise(test: Mapping[str, Any]) -> Iterator[str]:
+    if "num_evaluations" in test:  # not in a run of probdiff 0.1, which evaluated all steps
+        yield (
+            f"(at {test['num_evaluations']} random steps of each item: Monte Carlo error of the ELBO "
+            f"{test['elbo']['monte_carlo_error']:.4f} nats)"
+        )
+
+
+def _agreement(both: Mapping[str, Any]) -> Iterator[str]:
+    """The verdict, and what it would have seen."""
+    common = both.get("common_paths")
+    seen = []
+    if "detectable" in both:
+        seen.append(f"a difference of {both['detectable']:.2g} nats would have been seen nine times in ten")
+    if common:
+        seen.append(
+            f"on common paths of {common['num_items']} items the {common['num_terms']} terms differ by {common['largest']:.1g} nats at most"
+        )
+    verdict = "they agree" if both["agree"] else "THEY DISAGREE"
+    wrong = common["wrong"] if common else []
+    more = f" and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
+    named = f" in {', '.join(wrong[:MOST_NAMED])}{more}" if wrong else ""
+    yield "; ".join([verdict + named, *seen])
 
 
 COLUMNS = (

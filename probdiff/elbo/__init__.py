@@ -7,6 +7,7 @@ from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.estimators import ESTIMATORS
 from probdiff.elbo.importance import Sandwich, iwae, pareto_khat, path_elbo, sandwich
+from probdiff.elbo.random_steps import DataSetELBO, data_set_elbo
 from probdiff.elbo.reverse_variance import optimal_variance
 from probdiff.elbo.sampled_terms import AbstractTerm
 from probdiff.elbo.score_matching import ScoreMatching, likelihood_weights
@@ -21,6 +22,7 @@ __all__ = [
     "AbstractSteps",
     "AbstractTerm",
     "AnalyticELBO",
+    "DataSetELBO",
     "ELBOMoments",
     "ELBOTerms",
     "Estimate",
@@ -28,6 +30,7 @@ __all__ = [
     "Sandwich",
     "ScoreMatching",
     "bits_per_dim",
+    "data_set_elbo",
     "elbo_terms",
     "iwae",
     "likelihood_weights",

@@ -49,8 +49,11 @@ class BoundTerm(AbstractTerm):
         Returns:
             Shape ``(row, datum)``.
         """
-        first = self._reconstruction(diffusion, step.x, step.x0) - diffusion.log_likelihood(step)
-        return jnp.where(step.n == 1, first, diffusion.kernel.excess(diffusion.schedule, step))
+        later = diffusion.kernel.excess(diffusion.schedule, step)
+        return jnp.where(step.n == 1, self._first_excess(diffusion, step), later)
+
+    def _first_excess(self, diffusion: Diffusion, step: SampledStep) -> Float[Array, "row datum"]:
+        return self._reconstruction(diffusion, step.x, step.x0) - diffusion.log_likelihood(step)
 
     def _reconstruction(self, diffusion: Diffusion, x: Any, x0: Any) -> Float[Array, "datum"]:
         return diffusion.kernel.noise_free_reconstruction(diffusion.schedule, diffusion.likelihood, x, x0)

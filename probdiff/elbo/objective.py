@@ -284,10 +284,17 @@ class StepObjective(ELBO):
             x: Data, shape ``(datum, dim)``.
             learned: What was learned, by site, as ``SVIState.mutable_state`` holds it; None for :attr:`initial_state`.
         """
-        given = {name: dict(value) for name, value in (learned or {}).items()}
+        return self.per_datum_and_learned(rng_key, x, learned)[0]
+
+    def per_datum_and_learned(
+        self, rng_key: jax.Array, x: Any, learned: Learned | None = None
+    ) -> tuple[jax.Array, Learned]:
+        """:meth:`per_datum`, and what has been learned after it. Arguments are the same."""
+        # Copies, because the program changes the state in place.
+        given = {name: dict(value) for name, value in (learned or self.initial_state).items()}
         program = self.of(self.diffusion.evaluated()).program
         trace = handlers.trace(handlers.seed(handlers.substitute(program, given), rng_key)).get_trace(x)
-        return trace["noise_free_bound"]["value"] - trace["excess"]["value"]
+        return trace["noise_free_bound"]["value"] - trace["excess"]["value"], given
 
 
 def named(name: str, value: Any, known: Mapping, is_part: Callable[[Any], bool]) -> Any:

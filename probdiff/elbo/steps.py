@@ -160,7 +160,7 @@ class Learner:
 
     Args:
         schedule: The noise schedule.
-        kl_weight: :math:`w_n` of the kernel, as a tuple.
+        kl_weight: :math:`w_n` of the kernel, as a tuple. A step of weight 0 has no term: it is neither drawn nor has it a control variate.
         centred: Whether moments are about the mean of the bin: where the steps are spread evenly, the differences
             between their means cost no variance.
     """
@@ -171,15 +171,18 @@ class Learner:
     bins: np.ndarray = dataclasses.field(init=False, compare=False)
     values: np.ndarray = dataclasses.field(init=False, compare=False)
     gradients: np.ndarray = dataclasses.field(init=False, compare=False)
+    has_term: np.ndarray = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         log_snr = self.schedule.log_snr
         place = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1]) if len(log_snr) > 1 else np.zeros(1)
         bins = 1 + np.minimum((BINS * place).astype(int), BINS - 1)
         bins[0] = 0
-        values = np.asarray(self.kl_weight) * self.schedule.alpha_bar
-        gradients = np.asarray(self.kl_weight) * self.schedule.signal_scale
-        for name, table in (("bins", bins), ("values", values), ("gradients", gradients)):
+        weight = np.asarray(self.kl_weight)
+        has_term = weight > 0
+        values, gradients = weight * self.schedule.alpha_bar, weight * self.schedule.signal_scale
+        tables = {"bins": bins, "values": values, "gradients": gradients, "has_term": has_term}
+        for name, table in tables.items():
             object.__setattr__(self, name, table)
 
     def initial(self) -> dict[str, jax.Array]:
@@ -198,7 +201,7 @@ class Learner:
         """The state after the terms of steps ``n`` were seen; arrays of one shape."""
         dtype = state["visits"].dtype
         count = (inverse_probability / self.schedule.num_steps).astype(dtype)
-        unit, slope = (at_step(table, n, dtype) for table in (self.values, self.gradients))
+        unit, slope = (at_step(np.where(table > 0, table, 1), n, dtype) for table in (self.values, self.gradients))
         term, control = term / unit, control / unit
         seen = {
             "visits": jnp.ones_like(count),
@@ -219,7 +222,7 @@ class Learner:
         """The coefficient of the control variate at each step, shape ``(num_steps,)``; 1 before anything was learned."""
         slope, power = self._moment(state, "term", "control"), self._moment(state, "control", "control")
         guess = 1 / (state["visits"] + 1)
-        return ((slope + guess) / (power + guess))[self.bins]
+        return ((slope + guess) / (power + guess))[self.bins] * self.has_term
 
     def probability(
         self, state: Mapping[str, jax.Array], adapt_to: str, coefficient: Float[Array, "num_steps"]
@@ -254,8 +257,10 @@ class Learner:
         return (state[name] + 1) / (state["visits"] + 1)
 
     def _normalised(self, unit: np.ndarray, mean_square: jax.Array) -> Float[Array, "num_steps"]:
-        size = jnp.asarray(unit, mean_square.dtype) * jnp.sqrt(jnp.maximum(mean_square, 1e-12))
-        return (1 - UNIFORM_SHARE) * size / size.sum() + UNIFORM_SHARE / len(size)
+        drawn = self.has_term if self.has_term.any() else np.ones_like(self.has_term)
+        size = jnp.asarray(np.where(self.has_term, unit, drawn), mean_square.dtype)
+        size = size * jnp.sqrt(jnp.maximum(mean_square, 1e-12))
+        return (1 - UNIFORM_SHARE) * size / size.sum() + UNIFORM_SHARE * drawn / drawn.sum()
 
 
 STATE = ("visits", "term", "control", "term_term", "term_control", "control_control", "gradient")

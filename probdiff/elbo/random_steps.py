@@ -1,0 +1,209 @@
+r"""The bound of a whole data set from random steps, as precisely as the data allow.
+
+The bound of a data set is a mean over its data, and varies from datum to datum; noise much finer than that is wasted. So each datum is
+evaluated at some random steps and not at all N: with learned probabilities, and the steps of each datum spread evenly, so that what is left
+is mostly the noise of the terms and not of which steps were drawn. Prior KL and reconstruction need one step each and are always there.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from probdiff._checks import Number, Whole, require, require_key, require_type
+from probdiff._chunks import blocks, joined
+from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
+from probdiff.chain.forward import prior_kl
+from probdiff.chain.reverse import SampledStep
+from probdiff.chain.schedules import TableByDim
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.analytic import BoundTerm
+from probdiff.elbo.estimate import Estimate
+from probdiff.elbo.objective import Learned, StepObjective
+from probdiff.programs.sites import Data
+
+STEPS = 32  # of each datum, in one draw
+DRAWS = 2  # in one round
+DATA_AT_ONCE = 128
+RECONSTRUCTIONS = 4  # draws of the noise at n = 1, in one draw
+
+Parts = tuple[Float[Array, "draw datum"], Float[Array, "draw datum"], Float[Array, "draw datum"]]
+
+
+class PartOfBound(BoundTerm):
+    """The reconstruction, or minus the sum of the step KLs, as a :class:`~probdiff.elbo.objective.StepObjective` takes them.
+
+    Args:
+        first: Whether it is the reconstruction, the term of n = 1.
+    """
+
+    first: bool = eqx.field(static=True)
+
+    def kl_weight(self, diffusion: Diffusion) -> TableByDim:
+        """As in the whole bound, and 0 at steps that have no term in this part."""
+        weight = np.array(super().kl_weight(diffusion))
+        weight[slice(1, None) if self.first else 0] = 0
+        return weight
+
+    def noise_free_bound(self, diffusion: Diffusion, x: Data, x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
+        """This part for a network that knows the noise, in nats, shape ``(datum,)``."""
+        if self.first:
+            return self._reconstruction(diffusion, x, x0)
+        constant = diffusion.kernel.constants(diffusion.schedule, x0.shape[-1]).sum()
+        return -jnp.broadcast_to(jnp.asarray(constant, x0.dtype), len(x0))
+
+    def __call__(self, diffusion: Diffusion, step: SampledStep) -> Float[Array, "row datum"]:
+        """The excess of the terms of this part, in nats, shape ``(row, datum)``."""
+        if self.first:
+            return jnp.where(step.n == 1, self._first_excess(diffusion, step), 0)
+        return jnp.where(step.n == 1, 0, diffusion.kernel.excess(diffusion.schedule, step))
+
+
+class DataSetELBO(NamedTuple):
+    """The bound of a data set from random steps, nats.
+
+    Attributes:
+        prior_kl: KL of q(z_N | x_0) to N(0, I), shape ``(datum,)``; exact.
+        step_kls: Independent estimates of Σ step KL, shape ``(draw, datum)``.
+        reconstructions: Independent estimates of E log p(x | z_1), shape ``(draw, datum)``.
+        num_evaluations: Network evaluations for each datum in all draws together.
+    """
+
+    prior_kl: Float[np.ndarray, "datum"]
+    step_kls: Float[np.ndarray, "draw datum"]
+    reconstructions: Float[np.ndarray, "draw datum"]
+    num_evaluations: Whole
+
+    @property
+    def step_kl(self) -> Float[np.ndarray, "datum"]:
+        """Σ step KL of each datum, mean over draws, shape ``(datum,)``."""
+        return self.step_kls.mean(0)
+
+    @property
+    def reconstruction(self) -> Float[np.ndarray, "datum"]:
+        """log p(x | z_1) of each datum, mean over draws, shape ``(datum,)``."""
+        return self.reconstructions.mean(0)
+
+    @property
+    def draws(self) -> Float[np.ndarray, "draw datum"]:
+        """The bound, −prior_kl − step_kls + reconstructions, shape ``(draw, datum)``."""
+        return self.reconstructions - self.step_kls - self.prior_kl
+
+    @property
+    def elbo(self) -> Float[np.ndarray, "datum"]:
+        """The bound of each datum, mean over draws, shape ``(datum,)``."""
+        return self.draws.mean(0)
+
+    @property
+    def estimate(self) -> Estimate:
+        """The mean bound and its two errors (that of the noise a little too large: steps are spread evenly over the data, too)."""
+        return Estimate.of_draws(self.draws)
+
+
+def data_set_elbo(
+    diffusion: Diffusion,
+    x: Data,
+    *,
+    key: PRNGKeyArray,
+    noise_share: Number = 0.2,
+    devices: Devices = None,
+    progress: bool = False,
+) -> DataSetELBO:
+    """The bound of a data set, with a Monte Carlo error of about a given share of the standard error over the data.
+
+    On the first data the probabilities of the steps are learned, and how many draws are needed; these draws are no part of the result,
+    which is unbiased. Each datum has at most as many network evaluations as N, or two draws.
+
+    Args:
+        diffusion: The model.
+        x: Data, shape ``(datum, dim)``, at least two.
+        key: JAX key.
+        noise_share: The Monte Carlo error in units of the standard error over the data.
+        devices: Number of devices (or a list of them) that share the data.
+        progress: Show a progress bar.
+
+    Returns:
+        A :class:`DataSetELBO`.
+
+    Raises:
+        ValueError, TypeError: If the data do not suit the model.
+    """
+    require_type("diffusion", diffusion, Diffusion)
+    diffusion = diffusion.evaluated()
+    diffusion.check_data(x)
+    require_key(key)
+    require(len(x) >= 2, "x", "at least two data", len(x))
+    require(noise_share > 0, "noise_share", "a positive number", noise_share)
+    mesh = data_mesh(devices)
+    pilot_key, key = jax.random.split(key)
+    diffusion, x, pilot_key, key = replicate((diffusion, jnp.asarray(x), pilot_key, key), mesh)
+    objectives = [
+        StepObjective(diffusion, PartOfBound(first), "stratified_importance", control="linear", adapt_to="value")
+        for first in (False, True)
+    ]
+    state: list[Learned] = replicate([objective.initial_state for objective in objectives], mesh)
+
+    @eqx.filter_jit
+    def one_round(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray, state: list[Learned]) -> tuple[list[Learned], Parts]:
+        return gather(_round([each.of(diffusion) for each in objectives], x, key, state, mesh), mesh)
+
+    rounds, found = 0, []
+    for rows in blocks(len(x), DATA_AT_ONCE, unit="datum", desc="bound of the data, at random steps", progress=progress):
+        if not rounds:
+            for each in jax.random.split(pilot_key):
+                state, pilot = one_round(diffusion, x[rows], each, state)
+            rounds = _rounds_needed(_to_host(pilot, mesh), len(x), diffusion.schedule.num_steps, float(noise_share))
+        parts = []
+        for each in jax.random.split(jax.random.fold_in(key, rows[0]), rounds):
+            state, part = one_round(diffusion, x[rows], each, state)
+            parts.append(_to_host(part, mesh))
+        found.append([np.concatenate(draws).T for draws in zip(*parts)])  # the data first
+    prior, step_kls, reconstructions = (each.T for each in joined(found, len(x)))
+    evaluations = rounds * DRAWS * sum(_evaluations(diffusion))
+    return DataSetELBO(prior[0], step_kls, reconstructions, evaluations)
+
+
+def _to_host(parts: Parts, mesh: Mesh | None) -> list[np.ndarray]:
+    return [np.asarray(part, np.float64) for part in to_default_device(parts, mesh)]
+
+
+def _rounds_needed(pilot: list[np.ndarray], size: int, num_steps: int, noise_share: float) -> int:
+    """How many rounds of draws the bound of ``size`` data needs, by one round of some of them."""
+    prior, step_kls, reconstructions = pilot
+    draws = reconstructions - step_kls - prior
+    noise = draws.var(0, ddof=1).mean()  # of a single draw
+    over_data = max(0.0, draws.mean(0).var(ddof=1) - noise / DRAWS)
+    wanted = noise_share**2 * over_data
+    most = max(1, num_steps // (STEPS * DRAWS))
+    return int(np.ceil(min(most, noise / DRAWS / wanted))) if wanted > 0 else most
+
+
+def _round(
+    objectives: list[StepObjective],
+    x: Float[Array, "datum dim"],
+    key: PRNGKeyArray,
+    state: list[Learned],
+    mesh: Mesh | None,
+) -> tuple[list[Learned], Parts]:
+    """A few draws of the three parts of each datum's bound, and what is learned after them."""
+    diffusion = objectives[0].diffusion
+    prior = prior_kl(diffusion.schedule, diffusion.likelihood.encode(x))
+    # Copies of a datum are far apart in the batch: its own steps are then spread evenly.
+    copies = [shard(jnp.tile(x, (count, 1)), mesh) for count in _evaluations(diffusion)]
+
+    def draw(state: list[Learned], key: PRNGKeyArray) -> tuple[list[Learned], Parts]:
+        each = zip(objectives, jax.random.split(key), copies, state)
+        drawn = [objective.per_datum_and_learned(own_key, data, learned) for objective, own_key, data, learned in each]
+        minus_kl, reconstruction = (values.reshape(-1, len(x)).mean(0) for values, _ in drawn)
+        return [learned for _, learned in drawn], (prior, -minus_kl, reconstruction)
+
+    return jax.lax.scan(draw, state, jax.random.split(key, DRAWS))
+
+
+def _evaluations(diffusion: Diffusion) -> tuple[int, int]:
+    """Network evaluations for each datum and draw, of the step KLs and of the reconstruction."""
+    return min(STEPS, diffusion.schedule.num_steps), RECONSTRUCTIONS
