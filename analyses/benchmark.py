@@ -32,11 +32,12 @@ except ImportError:  # an extra: pip install 'probdiff[torch]'
 parser = argparse.ArgumentParser(description="What does a probabilistic program cost?")
 parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
 parser.add_argument("--json", action="store_true", help="print one JSON document")
-parser.add_argument("--only", metavar="SECTION", help="step, elbo, parallel, compile, evaluation, sampling, precision or start")
+parser.add_argument("--only", metavar="SECTION", help="step, quality, elbo, parallel, compile, evaluation, costs, precision or start")
 arguments = parser.parse_args()
 quick = arguments.quick
 
 REPETITIONS = 3 if quick else 15
+KEY = jax.random.key(0)
 machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}"
 rows = []
 
@@ -227,6 +228,64 @@ if wanted("step"):
 
 
 # %% [markdown]
+# ## Time to quality
+#
+# Seconds of fitting until the bound of the validation data has reached a value, by the defaults of `probdiff fit`, and by the same network, optimiser and
+# schedule with the usual estimator, one uniform step for each datum. Compilation is part of it. Of a fit that has not come so far the time is not known, and
+# there is no ratio.
+
+
+# %%
+class Clock:
+    """In the place of a checkpoint: when each averaged model was there."""
+
+    def __init__(self):
+        self.start, self.states = time.perf_counter(), []
+
+    def load(self, template):
+        return None
+
+    def save(self, state):
+        self.states.append((time.perf_counter() - self.start, state.best))
+
+
+def seconds_to(wanted, dataset, options, **usual):
+    """Seconds of a fit until the test data are as good as each of ``wanted``, in nats below the best; infinite if never."""
+    diffusion, clock = probdiff.presets.default_diffusion(dataset, options["num_steps"]), Clock()
+    elbo = probdiff.AnalyticELBO(diffusion, **usual) if usual else None
+    given = {name: options[name] for name in ("iterations", "batch_size", "learning_rate")}
+    probdiff.fit(
+        diffusion, dataset.train, validation=dataset.validation, validate_every=100, elbo=elbo, checkpoint=clock, progress=False, **given
+    )
+    test = dataset.test[:2000]
+    found = []
+    for when, params in clock.states:
+        fitted = diffusion.bind(params)
+        if fitted.kernel.is_estimated:
+            fitted = probdiff.elbo.optimal_variance(fitted, dataset.train[:500], key=KEY)
+        bound = probdiff.elbo.data_set_elbo(fitted, test, key=KEY).elbo.mean()
+        loss = probdiff.elbo.bits_per_dim(bound, dataset.dim) if dataset.levels is not None else dataset.log_prob(test).mean() - bound
+        found.append((when, loss))
+    return [min((when for when, loss in found if loss <= each), default=np.inf) for each in wanted]
+
+
+if wanted("quality"):
+    for name, wanted_values, unit in (("digits", (1.85, 1.81), "bits/dim"), ("moons", (0.05, 0.03, 0.02), "nats of gap")):
+        dataset = probdiff.datasets.load(name, 0)
+        options = probdiff.presets.default_options(dataset)
+        if quick:
+            options |= {"iterations": 20, "num_steps": 8, "batch_size": 8}
+            wanted_values = (100.0,)
+        times = [seconds_to(wanted_values, dataset, options, **usual) for usual in ({}, {"steps": "uniform"})]
+        for value, first, second in zip(wanted_values, *times):
+            if np.isfinite([first, second]).all():
+                report("quality", f"{name}, {value} {unit}", [first], [second], ("probdiff", "uniform"), "s")
+            else:
+                reached = [f"{each:.4g} s" if np.isfinite(each) else "not reached" for each in (first, second)]
+                rows.append({"section": "quality", "setting": f"{name}, {value} {unit}", "unit": "s", "reached": reached})
+                say(f"{'quality':11}{f'{name}, {value} {unit}':58}probdiff {reached[0]}  uniform {reached[1]}")
+
+# %% [markdown]
 # ## The objectives on all steps
 #
 # One SVI update through NumPyro against `value_and_grad` by hand. The path estimate runs the forward chain once and adds up log p − log q on
@@ -303,7 +362,6 @@ def check_same(first, second):
     assert abs(z) < 4.9, f"the two do not compute the same: {z:.1f} standard errors"
 
 
-KEY = jax.random.key(3)
 SIZES = [(5, 2, 16, 8)] if quick else [(100, 2, 128, 128), (100, 64, 256, 128), (1000, 2, 128, 32)]
 if wanted("elbo"):
     for name, elbo, loss in (
@@ -411,20 +469,57 @@ if wanted("evaluation"):
     say(f"{'':11}{np.median(rate):.4g} network evaluations per second")
 
 # %% [markdown]
-# ## Sampling
+# ## What a network evaluation costs
 #
-# Time per network evaluation of the ancestral sampler, against the network alone on as many rows.
+# Time per network evaluation in the terms of the bound, in an estimator of `compare_estimators` and in each sampler, against the network alone on as many rows.
+# (Of Langevin's sampler and of the flow, which choose how often they ask the network, it is counted.)
+
 
 # %%
-if wanted("sampling"):
-    dim, hidden, num_steps, size = (2, 8, 5, 8) if quick else (64, 256, 100, 1024)
+class Counted(probdiff.networks.AbstractNetwork):
+    """A network that counts how many rows it is asked for."""
+
+    inner: probdiff.MLP
+    counted: list = eqx.field(static=True)
+
+    @property
+    def dim(self):
+        return self.inner.dim
+
+    def __call__(self, z, log_snr, *, key=None):
+        jax.debug.callback(lambda: self.counted.append(log_snr.size))
+        return self.inner(z, log_snr)
+
+
+def evaluations(call, diffusion):
+    """How many rows the network is asked for by ``call(diffusion)``."""
+    counted = []
+    call(diffusion.with_network(Counted(diffusion.network, counted)))
+    jax.effects_barrier()
+    return sum(counted)
+
+
+if wanted("costs"):
+    dim, hidden, num_steps, size = (2, 8, 5, 8) if quick else (64, 256, 100, 512)
     diffusion = make(num_steps, dim, hidden).bind({})
     network = eqx.filter_jit(diffusion.network)
+    x = jax.random.normal(jax.random.key(1), (size, dim))
     z, log_snr = jax.random.normal(KEY, (size, dim)), jnp.full(size, 0.3)
-    times = in_turns(
-        lambda: probdiff.samplers.ancestral(diffusion, key=KEY, num_samples=size), lambda: [network(z, log_snr) for _ in range(num_steps)]
-    )
-    report("sampling", f"dim {dim}, hidden {hidden}, {size} samples", *times / num_steps, ("ancestral", "network"))
+    alone = in_turns(lambda: network(z, log_snr))[0] / size
+    calls = {
+        "elbo_terms": lambda diffusion: probdiff.elbo_terms(diffusion, x, key=KEY).elbo,
+        "elbo_terms, reduced": lambda diffusion: probdiff.elbo_terms(diffusion, x, key=KEY, reduce=True).elbo.mean,
+        "data_set_elbo": lambda diffusion: probdiff.elbo.data_set_elbo(diffusion, x, key=KEY).elbo,
+    }
+    for name, sampler in probdiff.samplers.SAMPLERS.items():
+        calls[f"sampler {name}"] = lambda diffusion, sampler=sampler: sampler(diffusion, key=KEY, num_samples=size)
+    for name, call in calls.items():
+        times = in_turns(lambda call=call: call(diffusion))[0] / evaluations(call, diffusion)
+        report("costs", f"{name}, dim {dim}, hidden {hidden}", 1e3 * times, 1e3 * alone, ("there", "network"), "µs")
+    comparison = probdiff.compare_estimators(diffusion, x[:8], key=KEY, num_draws=8, estimators=["kl_marginal", "kl_combined"])
+    for name, row in comparison.table.iterrows():
+        there = 1e6 * row["seconds"] / (row["evaluations"] * 8)
+        report("costs", f"compare_estimators, {name}", [there], [1e3 * np.median(alone)], ("there", "network"), "µs")
 
 # %% [markdown]
 # ## Precision

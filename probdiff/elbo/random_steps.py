@@ -19,7 +19,7 @@ from probdiff._chunks import blocks, joined
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import SampledStep
-from probdiff.chain.schedules import TableByDim
+from probdiff.chain.schedules import per_step
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import BoundTerm
 from probdiff.elbo.estimate import Estimate
@@ -39,15 +39,22 @@ class PartOfBound(BoundTerm):
 
     Args:
         first: Whether it is the reconstruction, the term of n = 1.
+        weight: The table w_n that squared errors are weighed with, as numbers, so that what is compiled can be used again.
     """
 
     first: bool = eqx.field(static=True)
+    weight: tuple[float, ...] = eqx.field(static=True)
 
-    def kl_weight(self, diffusion: Diffusion) -> TableByDim:
-        """As in the whole bound, and 0 at steps that have no term in this part."""
-        weight = np.array(super().kl_weight(diffusion))
-        weight[slice(1, None) if self.first else 0] = 0
-        return weight
+    @classmethod
+    def of(cls, diffusion: Diffusion, first: bool) -> "PartOfBound":
+        """This part of a model's bound; steps that have no term in it have weight 0."""
+        weight = np.array(per_step(np.asarray(diffusion.kernel.kl_weight(diffusion.schedule), np.float64)))
+        weight[slice(1, None) if first else 0] = 0
+        return cls(first, tuple(weight.tolist()))
+
+    def kl_weight(self, diffusion: Diffusion) -> Float[np.ndarray, "num_steps"]:
+        """The table :attr:`weight`."""
+        return np.array(self.weight)
 
     def noise_free_bound(self, diffusion: Diffusion, x: Data, x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
         """This part for a network that knows the noise, in nats, shape ``(datum,)``."""
@@ -141,25 +148,17 @@ def data_set_elbo(
     mesh = data_mesh(devices)
     pilot_key, key = jax.random.split(key)
     diffusion, x, pilot_key, key = replicate((diffusion, jnp.asarray(x), pilot_key, key), mesh)
-    objectives = [
-        StepObjective(diffusion, PartOfBound(first), "stratified_importance", control="linear", adapt_to="value")
-        for first in (False, True)
-    ]
-    state: list[Learned] = replicate([objective.initial_state for objective in objectives], mesh)
-
-    @eqx.filter_jit
-    def one_round(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray, state: list[Learned]) -> tuple[list[Learned], Parts]:
-        return gather(_round([each.of(diffusion) for each in objectives], x, key, state, mesh), mesh)
-
+    terms = tuple(PartOfBound.of(diffusion, first) for first in (False, True))
+    state: list[Learned] = replicate([objective.initial_state for objective in _objectives(diffusion, terms)], mesh)
     rounds, found = 0, []
     for rows in blocks(len(x), DATA_AT_ONCE, unit="datum", desc="bound of the data, at random steps", progress=progress):
         if not rounds:
             for each in jax.random.split(pilot_key):
-                state, pilot = one_round(diffusion, x[rows], each, state)
+                state, pilot = _round(diffusion, terms, x[rows], each, state, mesh)
             rounds = _rounds_needed(_to_host(pilot, mesh), len(x), diffusion.schedule.num_steps, float(noise_share))
         parts = []
         for each in jax.random.split(jax.random.fold_in(key, rows[0]), rounds):
-            state, part = one_round(diffusion, x[rows], each, state)
+            state, part = _round(diffusion, terms, x[rows], each, state, mesh)
             parts.append(_to_host(part, mesh))
         found.append([np.concatenate(draws).T for draws in zip(*parts)])  # the data first
     prior, step_kls, reconstructions = (each.T for each in joined(found, len(x)))
@@ -182,15 +181,21 @@ def _rounds_needed(pilot: list[np.ndarray], size: int, num_steps: int, noise_sha
     return int(np.ceil(min(most, noise / DRAWS / wanted))) if wanted > 0 else most
 
 
+def _objectives(diffusion: Diffusion, terms: tuple[PartOfBound, ...]) -> list[StepObjective]:
+    return [StepObjective(diffusion, term, "stratified_importance", control="linear", adapt_to="value") for term in terms]
+
+
+@eqx.filter_jit
 def _round(
-    objectives: list[StepObjective],
+    diffusion: Diffusion,
+    terms: tuple[PartOfBound, ...],
     x: Float[Array, "datum dim"],
     key: PRNGKeyArray,
     state: list[Learned],
     mesh: Mesh | None,
 ) -> tuple[list[Learned], Parts]:
     """A few draws of the three parts of each datum's bound, and what is learned after them."""
-    diffusion = objectives[0].diffusion
+    objectives = _objectives(diffusion, terms)
     prior = prior_kl(diffusion.schedule, diffusion.likelihood.encode(x))
     # Copies of a datum are far apart in the batch: its own steps are then spread evenly.
     copies = [shard(jnp.tile(x, (count, 1)), mesh) for count in _evaluations(diffusion)]
@@ -201,7 +206,7 @@ def _round(
         minus_kl, reconstruction = (values.reshape(-1, len(x)).mean(0) for values, _ in drawn)
         return [learned for _, learned in drawn], (prior, -minus_kl, reconstruction)
 
-    return jax.lax.scan(draw, state, jax.random.split(key, DRAWS))
+    return gather(jax.lax.scan(draw, state, jax.random.split(key, DRAWS)), mesh)
 
 
 def _evaluations(diffusion: Diffusion) -> tuple[int, int]:
