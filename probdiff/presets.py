@@ -41,7 +41,7 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
     """
     key = jax.random.key(seed)
     if dataset.levels is None:
-        density = DensityHead(MLP(dataset.dim, key=key, hidden=64, num_blocks=3))
+        density = DensityHead(MLP(dataset.dim, key=key, hidden=64, num_blocks=3, num_harmonics=3))
         return Diffusion(log_snr_schedule(num_steps, 15.0, -6.0), density, dataset.likelihood(), "optimal")
     network: AbstractNetwork
     width = dataset.levels - 1

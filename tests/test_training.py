@@ -145,6 +145,18 @@ def test_only_convolutions_decay():
     assert kept < 0.7 and all(np.all(value == 1) for value in params.values())
 
 
+def test_the_default_objective_knows_the_minibatch_where_the_kl_has_a_closed_form():
+    gaussian = make(5)
+    network = probdiff.networks.CategoricalHead(probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, outputs=3), 3)
+    mixture = probdiff.Diffusion(
+        gaussian.schedule, network, probdiff.DiscretizedNormalLikelihood(3), kernel=probdiff.chain.MixtureKernel(3)
+    )
+    for diffusion, points, data in ((gaussian, "batch", X), (mixture, None, np.random.default_rng(0).integers(0, 3, (50, 2)))):
+        elbo = probdiff.AnalyticELBO(diffusion, "stratified_importance", points=points)
+        losses = [probdiff.fit(diffusion, data, iterations=3, batch_size=8, elbo=e, progress=False).losses for e in (None, elbo)]
+        assert np.array_equal(*losses)
+
+
 def test_a_fit_that_was_begun_with_adam_goes_on():
     """As were those of before: the optimiser now keeps the same numbers."""
     plain = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 4, 40))
