@@ -118,6 +118,63 @@ def test_ctrl_c_saves_the_iterations_since_the_last_checkpoint(patched):
     assert len(checkpoint.state.losses) == 200
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 4, 6), (1, 1, 9, 5), (6, 4, 3, 3)])
+def test_the_update_of_a_convolution_has_its_singular_vectors_and_the_size_of_adams(shape):
+    """It is a matrix from what it sees to its outputs, whether these are the last axis or, as in equinox, the first."""
+    update = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    sides = (shape[0], -1) if shape[0] >= shape[-1] else (-1, shape[-1])
+    changed = training.orthogonalised_convolutions().update(jnp.asarray(update), None)[0]
+    old, new = (np.asarray(array, np.float64).reshape(sides) for array in (update, changed))
+    left, _, right = np.linalg.svd(old, full_matrices=False)
+    values = left.T @ new @ right.T / (0.2 * np.sqrt(max(old.shape)))
+    np.testing.assert_allclose(values, np.diag(np.diag(values)), atol=1e-4)
+    assert np.all((np.diag(values) > 0.65) & (np.diag(values) < 1.25))
+
+
+def test_only_convolutions_decay():
+    optimiser = training._optimiser(0.1, 50, 0.9)
+    start = {str(ndim): jnp.ones((2,) * ndim) for ndim in range(5)}
+    slope = jax.tree.map(jnp.zeros_like, start)
+    params, state = start, optimiser.init(start)
+    for _ in range(50):
+        updates, state = optimiser.update(slope, state, params)
+        params = optax.apply_updates(params, updates)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, 50)
+    kept = np.prod([1 - training.WEIGHT_DECAY * rate(t) for t in range(50)])
+    np.testing.assert_allclose(params.pop("4"), kept, rtol=1e-5)
+    assert kept < 0.7 and all(np.all(value == 1) for value in params.values())
+
+
+def test_the_default_objective_knows_the_minibatch_where_the_kl_has_a_closed_form():
+    gaussian = make(5)
+    network = probdiff.networks.CategoricalHead(probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, outputs=3), 3)
+    mixture = probdiff.Diffusion(
+        gaussian.schedule, network, probdiff.DiscretizedNormalLikelihood(3), kernel=probdiff.chain.MixtureKernel(3)
+    )
+    for diffusion, points, data in ((gaussian, "batch", X), (mixture, None, np.random.default_rng(0).integers(0, 3, (50, 2)))):
+        elbo = probdiff.AnalyticELBO(diffusion, "stratified_importance", points=points)
+        losses = [probdiff.fit(diffusion, data, iterations=3, batch_size=8, elbo=e, progress=False).losses for e in (None, elbo)]
+        assert np.array_equal(*losses)
+
+
+def test_a_fit_that_was_begun_with_adam_goes_on():
+    """As were those of before: the optimiser now keeps the same numbers."""
+    plain = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 4, 40))
+    arguments = dict(iterations=40, batch_size=16, validate_every=20, progress=False)
+    checkpoint = Interrupt(at=1)
+    with pytest.raises(KeyboardInterrupt):
+        probdiff.fit(make(5), X, checkpoint=checkpoint, learning_rate=plain, **arguments)
+    then = checkpoint.state
+    template = training._Loop(make(5), X, 16, training._optimiser(1e-3, 40, 0.999), None, None).init(jax.random.key(0), {})
+    leaves = jax.tree.leaves(then.svi)
+    assert [leaf.shape for leaf in leaves] == [leaf.shape for leaf in jax.tree.leaves(template.svi)]
+    svi = jax.tree.unflatten(jax.tree.structure(template.svi), leaves)
+    checkpoint.state = then._replace(svi=svi, settings=then.settings | {"iterations": 40, "learning_rate": 1e-3})
+    fit = probdiff.fit(make(5), X, checkpoint=checkpoint, **arguments)
+    assert np.array_equal(fit.losses[:20], then.losses) and fit.state.svi.optim_state[0] == 40
+    assert np.all(np.isfinite(fit.losses))
+
+
 def test_parameter_ema_averages_parameters():
     optimiser = optax.chain(optax.sgd(0.1), training.parameter_ema(0.9))
     params, average = jnp.array(1.0), 1.0
