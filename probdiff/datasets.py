@@ -7,6 +7,7 @@ grid.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,11 @@ def load(name: str | Path, seed: int = 0) -> Dataset:
 
 
 def _digits() -> Dataset:
-    from sklearn.datasets import load_digits
-
-    images = load_digits().data.astype(np.int32)
+    # scikit-learn's load_digits without scikit-learn, whose import takes a second.
+    spec = importlib.util.find_spec("sklearn")
+    assert spec is not None and spec.origin is not None
+    file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    images = np.loadtxt(file, np.int32, delimiter=",")[:, :-1]  # the last column is the label
     return Dataset("digits", images[:1000], images[1000:1350], images[1350:], levels=17, image_shape=(8, 8))
 
 

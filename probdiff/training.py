@@ -243,17 +243,18 @@ def fit(
         "data": _fingerprint(data),
         "validation": _fingerprint(validation),
     }
-    state = loop.init(key, settings)
-    state = (checkpoint and checkpoint.load(state)) or state
-    save = checkpoint.save if checkpoint is not None and first_process else _save_nothing
-    for name, value in settings.items():
-        saved = (state.settings or {})[name]
-        require(saved == value, name, f"{saved}, as in the fit that the checkpoint is of", value)
-    state = replicate(state, mesh)
-    validation = None if validation is None else replicate(jnp.asarray(validation), mesh)
-    saved = len(state.losses)
     quiet = not (progress and first_process)
-    with tqdm(total=iterations, initial=saved, unit="it", disable=quiet, mininterval=0.5) as bar:
+    # The bar comes first: what follows is compiled.
+    with tqdm(total=iterations, unit="it", desc="compiling", disable=quiet, mininterval=0.5) as bar:
+        state = loop.init(key, settings)
+        state = (checkpoint and checkpoint.load(state)) or state
+        save = checkpoint.save if checkpoint is not None and first_process else _save_nothing
+        for name, value in settings.items():
+            saved = (state.settings or {})[name]
+            require(saved == value, name, f"{saved}, as in the fit that the checkpoint is of", value)
+        state = replicate(state, mesh)
+        validation = None if validation is None else replicate(jnp.asarray(validation), mesh)
+        saved = bar.initial = bar.n = len(state.losses)
         try:
             while (done := len(state.losses)) < iterations:
                 stop = min(iterations, done + CHUNK, (done // validate_every + 1) * validate_every)
@@ -263,6 +264,7 @@ def fit(
                 if due:
                     save(to_default_device(state, mesh))
                     saved = stop
+                bar.set_description_str("fitting", refresh=False)
                 bar.set_postfix_str(_describe(diffusion, state), refresh=False)
                 bar.update(stop - done)
         except (KeyboardInterrupt, FloatingPointError):
