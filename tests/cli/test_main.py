@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from cli_runs import small_run
+from conftest import long_but
 
 from probdiff import cli, datasets
 from probdiff.cli import verify as verify_command
@@ -35,6 +36,9 @@ def test_what_is_compiled_is_kept_for_the_next_run(monkeypatch, tmp_path):
         jax.config.update(option, before)
 
 
+SIGNALS = [("probdiff", signal.SIGINT), ("probdiff.cli", signal.SIGTERM)]
+
+
 def start(module, *arguments, kind=signal.SIGINT, **keywords):
     """The command line as a process that hears a signal, also in the background, where a shell ignores some."""
     return subprocess.Popen(
@@ -47,7 +51,7 @@ def start(module, *arguments, kind=signal.SIGINT, **keywords):
     )
 
 
-@pytest.mark.parametrize("module, kind", [("probdiff", signal.SIGINT), ("probdiff.cli", signal.SIGTERM)])
+@pytest.mark.parametrize("module, kind", long_but(SIGNALS[:1], SIGNALS))
 def test_ctrl_c_leaves_a_run_to_go_on_with(module, kind, tmp_path):
     options = ["--num-steps", "5", "--batch-size", "64", "--iterations", "3000", "--out", tmp_path / "a"]
     process = start(module, "fit", "--data", "moons", *options, kind=kind)
@@ -97,7 +101,8 @@ def test_ctrl_c_in_a_callback_is_not_lost(patched, capsys):
     def verify(progress):
         callback = Callback()
         del callback
-        time.sleep(20)
+        for _ in range(2000):
+            time.sleep(0.01)  # a longer one goes on to its end
 
     patched(verify_command.verify, verify)
     before = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.unraisablehook]

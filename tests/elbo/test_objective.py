@@ -24,8 +24,10 @@ X = jax.random.normal(jax.random.key(1), (7, 2))
 COMBINED = {"steps": "stratified_importance", "control": "linear"}
 
 
-@pytest.mark.parametrize("options", [{}, {"noise": "path"}, {"noise": "antithetic", "control": "linear"}])
-@pytest.mark.parametrize("num_steps", long_but([7], [1, 7]))
+CHUNKED = [(7, {}), (7, {"noise": "path"}), (7, {"noise": "antithetic", "control": "linear"}), (1, {})]
+
+
+@pytest.mark.parametrize("num_steps, options", long_but(CHUNKED[::2], CHUNKED))
 def test_chunks_change_nothing(num_steps, options, patched, float64):
     diffusion = make(num_steps)
     objective = probdiff.AnalyticELBO(diffusion, **options)
@@ -73,14 +75,21 @@ def test_num_particles_averages_independent_estimates(steps):
 @pytest.mark.parametrize("options", long_but([COMBINED], [{}, {"steps": "uniform"}, COMBINED]))
 def test_the_bound_is_a_program(options):
     objective = probdiff.AnalyticELBO(make(), **options)
-    trace = handlers.trace(handlers.seed(objective.program, 0)).get_trace(X, num_data=70)
-    kinds = {name: site["type"] for name, site in trace.items()}
+    kinds = {}
+
+    @jax.jit
+    def sites():
+        trace = handlers.trace(handlers.seed(objective.program, 0)).get_trace(X, num_data=70)
+        kinds.update({name: site["type"] for name, site in trace.items()})
+        values = [trace[name]["value"] for name in ("noise_free_bound", "excess")]
+        return *values, trace["elbo"]["fn"].log_prob(None), trace["elbo"]["scale"]
+
+    noise_free_bound, excess, log_prob, scale = sites()
     assert kinds.pop("elbo") == "sample" and kinds.pop("diffusion$params") == "param"
     assert kinds.pop("diffusion$learned", "mutable") == "mutable"
     assert kinds == {"noise_free_bound": "deterministic", "excess": "deterministic"}
-    expected = trace["noise_free_bound"]["value"] - trace["excess"]["value"]
-    np.testing.assert_allclose(trace["elbo"]["fn"].log_prob(None), expected.sum(), rtol=1e-5)
-    assert trace["elbo"]["scale"] == 10
+    np.testing.assert_allclose(log_prob, (noise_free_bound - excess).sum(), rtol=1e-5)
+    assert scale == 10
 
 
 @pytest.mark.parametrize(
@@ -109,7 +118,7 @@ def test_a_model_or_guide_of_another_diffusion_is_refused():
     objective = probdiff.AnalyticELBO(diffusion)
 
     def loss(model, guide):
-        return objective.loss(jax.random.key(0), {}, model, guide, X)
+        return jax.jit(lambda key: objective.loss(key, {}, model, guide, X))(jax.random.key(0))
 
     scaled = handlers.scale(diffusion.model, scale=0.5)
     for model, guide, message in [
@@ -132,7 +141,7 @@ def test_a_model_or_guide_of_another_diffusion_is_refused():
 WEIGHT = np.array([0.5, 2.0, 0.1, 1.0, 3.0, 0.2, 1.5])
 
 
-@pytest.mark.parametrize("name", ["trace", "kl_marginal", "kl_combined", "kl_path"])
+@pytest.mark.parametrize("name", long_but(["trace", "kl_combined"], ["trace", "kl_marginal", "kl_combined", "kl_path"]))
 def test_scale_and_mask_by_datum(name, float64):
     """Value and gradient, on the same noise: a mask leaves one datum, whatever the others are; a scale weighs them; as NumPyro's own ELBO does."""
     diffusion = make()

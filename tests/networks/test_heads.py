@@ -10,7 +10,7 @@ import pytest
 import scipy.integrate
 import scipy.special
 import scipy.stats
-from conftest import assert_mean
+from conftest import assert_mean, long_but
 from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.util import log_density
 
@@ -78,7 +78,10 @@ def test_the_categorical_head_is_the_score_of_the_mixture(n, float64):
     np.testing.assert_allclose(categorical().predict_noise(z, n), expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("head", [probdiff.networks.X0Head, probdiff.networks.VHead, probdiff.networks.DensityHead, probdiff.networks.CategoricalHead])
+HEADS = [probdiff.networks.X0Head, probdiff.networks.VHead, probdiff.networks.DensityHead, probdiff.networks.CategoricalHead]
+
+
+@pytest.mark.parametrize("head", long_but(HEADS[2:], HEADS))
 def test_a_head_is_trained(head):
     outputs = LEVELS if head is probdiff.networks.CategoricalHead else None
     network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.5, outputs=outputs)

@@ -53,7 +53,7 @@ def unrolled_log_p(diffusion, x, z):
     return total
 
 
-@pytest.mark.parametrize("num_steps", long_but([1, 3], [1, 2, 3, 8]))
+@pytest.mark.parametrize("num_steps", long_but([1, 3], [1, 3, 8]))
 def test_replay_pairs_each_step_with_itself(num_steps, float64):
     """A guide that emits z_n = n: the loss is −log p of the path in which step n sees n, and of no other path."""
     diffusion, x = make(num_steps), jnp.ones((1, 2))
@@ -78,7 +78,7 @@ def test_replay_pairs_each_step_with_itself(num_steps, float64):
         assert abs(loss(descending[::-1]) - right) > 1
 
 
-@pytest.mark.parametrize("num_steps", long_but([1, 3], [1, 2, 3, 8]))
+@pytest.mark.parametrize("num_steps", long_but([1, 3], [1, 3, 8]))
 @pytest.mark.parametrize("name", ["guide", "posterior_guide"])
 def test_densities_on_a_sampled_path(name, num_steps, x, float64):
     diffusion, x = make(num_steps), jnp.asarray(x, jnp.float64)
@@ -129,7 +129,12 @@ def test_minibatch_scale(elbo, x):
     objective = {"mean_field": TraceMeanField_ELBO(), "analytic": probdiff.AnalyticELBO(diffusion)}.get(
         elbo, Trace_ELBO()
     )
-    losses = [objective.loss(jax.random.key(0), {}, diffusion.model, guide, x, num_data=k) for k in (None, 4, 40)]
+
+    @jax.jit
+    def losses(key):
+        return jnp.array([objective.loss(key, {}, diffusion.model, guide, x, num_data=k) for k in (None, 4, 40)])
+
+    losses = losses(jax.random.key(0))
     np.testing.assert_allclose(losses, [losses[0], losses[0], 10 * losses[0]], rtol=1e-5)
     with pytest.raises(ValueError, match="num_data: Expected at least 4"):
         objective.loss(jax.random.key(0), {}, diffusion.model, guide, x, num_data=3)
@@ -140,11 +145,16 @@ def test_handlers_scale_applies_to_all_sites(x):
     programs = diffusion.model, diffusion.guide
     scaled = [handlers.scale(program, scale=0.25) for program in programs]
     for objective in (Trace_ELBO(), probdiff.AnalyticELBO(diffusion)):
-        plain = objective.loss(jax.random.key(0), {}, *programs, x)
-        np.testing.assert_allclose(objective.loss(jax.random.key(0), {}, *scaled, x), plain / 4, rtol=1e-5)
+
+        @jax.jit
+        def losses(key, objective=objective):
+            return [objective.loss(key, {}, *each, x) for each in (programs, scaled)]
+
+        plain, quarter = losses(jax.random.key(0))
+        np.testing.assert_allclose(quarter, plain / 4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_steps", long_but([1, 5], [1, 2, 5]))
+@pytest.mark.parametrize("num_steps", [1, 5])
 @pytest.mark.parametrize(
     "likelihood, kind",
     [(probdiff.NormalLikelihood(), jnp.floating), (probdiff.DiscretizedNormalLikelihood(5), jnp.integer)],

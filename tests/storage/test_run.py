@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import long_but
 
 import probdiff
 from probdiff import _files as storage
@@ -57,7 +58,7 @@ def assert_same(a, b):
         assert np.array_equal(x, y) and np.asarray(x).dtype == np.asarray(y).dtype
 
 
-@pytest.mark.parametrize("num_steps", [1, 6])
+@pytest.mark.parametrize("num_steps", long_but([6], [1, 6]))
 def test_a_run_comes_back(tmp_path, num_steps):
     diffusion = make(num_steps=num_steps)
     fit, terms = fitted_run(tmp_path / "run", diffusion, data="moons", seed=5)
