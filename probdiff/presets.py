@@ -23,7 +23,7 @@ def default_options(dataset: Dataset) -> dict[str, Any]:
         return {"num_steps": 1000, "iterations": 2_000, "batch_size": 64, "learning_rate": 4e-3, "seed": 0}
     if dataset.levels is not None:
         return {"num_steps": 1000, "iterations": 4_000, "batch_size": 128, "learning_rate": 1e-3, "seed": 0}
-    return {"num_steps": 2000, "iterations": 15_000, "batch_size": 256, "learning_rate": 4e-3, "seed": 0}
+    return {"num_steps": 2000, "iterations": 25_000, "batch_size": 256, "learning_rate": 4e-3, "seed": 0}
 
 
 def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diffusion:
@@ -41,7 +41,7 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
     """
     key = jax.random.key(seed)
     if dataset.levels is None:
-        density = DensityHead(MLP(dataset.dim, key=key, hidden=64, num_blocks=3, num_harmonics=3))
+        density = DensityHead(MLP(dataset.dim, key=key, hidden=96, num_blocks=3, num_harmonics=3))
         return Diffusion(log_snr_schedule(num_steps, 15.0, -6.0), density, dataset.likelihood(), "optimal")
     network: AbstractNetwork
     width = dataset.levels - 1

@@ -487,12 +487,12 @@ def test_calls(case):
 
 SCORES = {"vp_conditional_score", "vp_from_ve", "ve_from_vp", "vp_score_from_eps", "eps_from_score", "eps_from_vp_score"}
 RESULTS = {"ELBOTerms", "ELBOMoments", "Moments", "Estimate", "Sandwich", "TwoWays", "bits_per_dim", "EstimatorComparison"}
-RESULTS |= {"ModelComparison", "GapDecomposition", "DataSetELBO", "CommonPaths", "Run", "Checkpoint", "ScheduleTables"}
-# What takes a result, or encoded data.
-INNER = {"prior_kl", "from_datatree", "inspect_terms"}
+RESULTS |= {"ModelComparison", "GapDecomposition", "DataSetELBO", "CommonPaths", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
+# What takes a result, or encoded data; what an optimiser is made of.
+INNER = {"prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema"}
 # What a user makes a part of, in tests/test_own_parts.py.
 ABSTRACT = {"AbstractHead", "AbstractKernel", "AbstractNetwork", "AbstractReverseVariance", "AbstractSchedule"}
-ABSTRACT |= {"AbstractControl", "AbstractNoise", "AbstractSteps", "AbstractTerm"}
+ABSTRACT |= {"CheckpointLike", "AbstractControl", "AbstractNoise", "AbstractSteps", "AbstractTerm"}
 
 
 def test_every_public_function_has_joined_the_table():

@@ -104,7 +104,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit():
 
 def test_ctrl_c_saves_the_iterations_since_the_last_checkpoint(patched):
     checkpoint, chunks = Interrupt(), []
-    advance = training._Loop.advance
+    advance = training.fitting._Loop.advance
 
     def interrupted(self, *arguments):
         chunks.append(1)
@@ -132,7 +132,7 @@ def test_the_update_of_a_convolution_has_its_singular_vectors_and_the_size_of_ad
 
 
 def test_only_convolutions_decay():
-    optimiser = training._optimiser(0.1, 50, 0.9)
+    optimiser = training.optimiser.build_optimiser(0.1, 50, 0.9)
     start = {str(ndim): jnp.ones((2,) * ndim) for ndim in range(5)}
     slope = jax.tree.map(jnp.zeros_like, start)
     params, state = start, optimiser.init(start)
@@ -165,7 +165,7 @@ def test_a_fit_that_was_begun_with_adam_goes_on():
     with pytest.raises(KeyboardInterrupt):
         probdiff.fit(make(5), X, checkpoint=checkpoint, learning_rate=plain, **arguments)
     then = checkpoint.state
-    template = training._Loop(make(5), X, 16, training._optimiser(1e-3, 40, 0.999), None, None).init(jax.random.key(0), {})
+    template = training.fitting._Loop(make(5), X, 16, training.optimiser.build_optimiser(1e-3, 40, 0.999), None, None).init(jax.random.key(0), {})
     leaves = jax.tree.leaves(then.svi)
     assert [leaf.shape for leaf in leaves] == [leaf.shape for leaf in jax.tree.leaves(template.svi)]
     svi = jax.tree.unflatten(jax.tree.structure(template.svi), leaves)
@@ -418,7 +418,7 @@ def test_a_resumed_fit_keeps_its_keys():
 def test_ctrl_c_during_validation_loses_no_validation(patched):
     arguments = dict(iterations=40, batch_size=32, validation=X[:50], validate_every=20, progress=False)
     whole, calls = probdiff.fit(make(5), X, **arguments), []
-    validate = training._Loop.validate
+    validate = training.fitting._Loop.validate
 
     def interrupted(self, *given):
         calls.append(1)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from probdiff._checks import Whole, require, require_count
 from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, AbstractNetwork, LogSNREmbedding, Prediction, batched
 
-AT_ONCE = 128  # images, on CPU: their hidden layers then stay in its cache
+AT_ONCE = 64  # images, on CPU: their hidden layers then stay in its cache
 
 
 class _Convolution(eqx.Module):

@@ -1,8 +1,9 @@
 """Fitting a diffusion by SVI: the loop around NumPyro's ``svi.init`` and ``svi.update``. It knows no files.
 
 One network evaluation a datum and update (:class:`~probdiff.AnalyticELBO` with ``steps="stratified_importance"``, the noise replaced by
-what is known of it given z_n and the minibatch), minibatches drawn with replacement, an exponential moving average of the parameters, and the choice of the averaged parameters that did
-best on validation data. Everything that decides the future of a fit is in its :class:`FitState`.
+what is known of it given z_n and the minibatch), minibatches drawn with replacement, an exponential moving average of the parameters, and
+the choice of the averaged parameters that did best on validation data. Everything that decides the future of a fit is in its
+:class:`FitState`.
 """
 
 import hashlib
@@ -14,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, Real
 from numpyro import handlers
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
-from probdiff._checks import Number, Whole, require, require_count, require_key, require_type
+from probdiff._checks import AnyArray, Number, Whole, require, require_count, require_key, require_type
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
@@ -28,12 +29,11 @@ from probdiff.elbo.objective import StepObjective
 from probdiff.elbo.reverse_variance import optimal_variance
 from probdiff.elbo.terms import bits_per_dim
 from probdiff.programs.sites import PARAMS, Data
+from probdiff.training.optimiser import build_optimiser
 
 CHUNK = 100
 VALIDATION_ROWS = 2**12  # network evaluations, with the same noise each time, which hardly counts in a comparison
 VARIANCE_ROWS = 2**20  # network evaluations for the best reverse variances
-WARM_UP = 200
-WEIGHT_DECAY = 0.2  # of convolutions, times the learning rate
 MOST_SKIPPED = 10  # updates in a row, before a fit is given up
 
 
@@ -46,64 +46,6 @@ class CheckpointLike(Protocol):
 
     def save(self, state: "FitState") -> None:
         """Save a state."""
-
-
-class EMAState(NamedTuple):
-    """State of :func:`parameter_ema`: the number of updates and the averaged parameters."""
-
-    updates: jax.Array
-    ema_params: optax.Params
-
-
-def parameter_ema(decay: float) -> optax.GradientTransformation:
-    """Exponential moving average of the *parameters*; put it last in ``optax.chain``. Updates pass unchanged.
-
-    The decay rises from 0.1 to ``decay`` as (1 + t) / (10 + t), so that the initial weights are soon forgotten.
-    """
-
-    def init(params: Any) -> EMAState:
-        return EMAState(jnp.zeros((), jnp.int32), params)
-
-    def update(updates: Any, state: Any, params: Any) -> tuple[Any, EMAState]:
-        count = state.updates + 1
-        rate = 1 - jnp.minimum(decay, (1 + count) / (10 + count))
-        new = optax.apply_updates(params, updates)
-        ema = jax.tree.map(lambda old, p: old + (rate * (p - old)).astype(p.dtype), state.ema_params, new)
-        return updates, EMAState(count, ema)
-
-    return optax.GradientTransformation(init, update)
-
-
-def orthogonalised_convolutions() -> optax.GradientTransformation:
-    r"""The update of each convolution, orthogonalised: it moves all directions alike. All other updates pass unchanged. It has no state.
-
-    An array of four axes is a convolution, and a matrix of shape (m, n) one of whose sides is its outputs: the longer of the first and the last
-    axis. :math:`U = A \Sigma B^T` becomes :math:`0.2 \sqrt{\max(m, n)}\, A B^T`, by five Newton–Schulz iterations, which leave
-    singular values of 0.7 to 1.2 in their place. The factor gives it the size of an update of Adam's, so that one learning rate suits both.
-    Source: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon, where it is done to the momentum; for the factor Liu et al.
-    (2025), arXiv:2502.16982, section 2.2.
-    """
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree.map(lambda u: _orthogonalised(u) if _is_convolution(u) else u, updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _is_convolution(array: jax.Array) -> bool:
-    return array.ndim == 4
-
-
-def _orthogonalised(update: jax.Array) -> jax.Array:
-    first, last = update.shape[0], update.shape[-1]
-    matrix = update.reshape((first, -1) if first >= last else (-1, last))
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (jnp.linalg.norm(x) + 1e-8)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return 0.2 * max(matrix.shape) ** 0.5 * (x.T if tall else x).reshape(update.shape)
 
 
 class FitState(NamedTuple):
@@ -164,7 +106,7 @@ def fit(
     batch_size: Whole = 128,
     learning_rate: Number | optax.GradientTransformation = 1e-3,
     key: PRNGKeyArray | None = None,
-    validation: Data | None = None,
+    validation: Real[AnyArray, "held_out dim"] | None = None,
     validate_every: Whole = 500,
     elbo: ELBO | None = None,
     ema_decay: Number = 0.999,
@@ -182,7 +124,7 @@ def fit(
             changes nothing, and is reported.
         batch_size: Data per update, drawn with replacement.
         learning_rate: Peak of the learning rate, after a linear warm-up and before a cosine decay to 0 at ``iterations``, of Adam; convolutions
-            have their updates orthogonalised (:func:`orthogonalised_convolutions`), and decay. Or an optax optimiser in its place.
+            have their updates orthogonalised (:func:`~probdiff.training.orthogonalised_convolutions`), and decay. Or an optax optimiser in its place.
         key: JAX key; ``jax.random.key(0)`` if not given.
         validation: Held-out data. If given, the averaged parameters that do best on it, by an estimate on noise
             that stays the same, are the result.
@@ -227,7 +169,7 @@ def fit(
     )
     key = jax.random.key(0) if key is None else key
     require_key(key)
-    optimiser = _optimiser(learning_rate, iterations, ema_decay)
+    optimiser = build_optimiser(learning_rate, iterations, ema_decay)
     mesh = data_mesh(devices)
     first_process = jax.process_index() == 0
     loop = _Loop(diffusion, data, batch_size, optimiser, elbo, mesh)
@@ -283,21 +225,6 @@ def fit(
 
 def _save_nothing(state: FitState) -> None:
     pass
-
-
-def _optimiser(
-    learning_rate: Number | optax.GradientTransformation, iterations: Whole, ema_decay: Number
-) -> optax.GradientTransformation:
-    if not isinstance(learning_rate, optax.GradientTransformation):
-        require(np.isfinite(learning_rate) and learning_rate > 0, "learning_rate", "a positive number", learning_rate)
-        warm_up = min(WARM_UP, iterations // 10)
-        learning_rate = optax.chain(
-            optax.scale_by_adam(),
-            orthogonalised_convolutions(),
-            optax.add_decayed_weights(WEIGHT_DECAY, lambda params: jax.tree.map(_is_convolution, params)),
-            optax.scale_by_learning_rate(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm_up, iterations)),
-        )
-    return optax.chain(learning_rate, parameter_ema(float(ema_decay)))
 
 
 def _fingerprint(data: Any) -> str | None:
