@@ -140,7 +140,7 @@ def test_only_convolutions_decay():
         updates, state = optimiser.update(slope, state, params)
         params = optax.apply_updates(params, updates)
     rate = optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, 50)
-    kept = np.prod([1 - training.WEIGHT_DECAY * rate(t) for t in range(50)])
+    kept = np.prod([1 - training.optimiser.WEIGHT_DECAY * rate(t) for t in range(50)])
     np.testing.assert_allclose(params.pop("4"), kept, rtol=1e-5)
     assert kept < 0.7 and all(np.all(value == 1) for value in params.values())
 

@@ -111,7 +111,10 @@ def _keep_what_is_compiled() -> None:
 
 
 def _warn(message: object, *_: object, **__: object) -> None:
-    print(f"probdiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    from tqdm import tqdm
+
+    # On a line of its own, whatever bar there is.
+    tqdm.write(f"probdiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def path_elbo(
     # A row is a path of one datum; the values of its latents are all kept at once.
     keys = jax.vmap(lambda key: jax.random.split(key, len(x)))(jax.random.split(key, int(num_draws)))
     size, largest = num_draws * len(x), MOST_NUMBERS // (diffusion.schedule.num_steps * x.shape[1])
-    cut = blocks(size, largest, unit="path", desc="Trace_ELBO", progress=progress)
+    cut = blocks(size, largest, unit="path", desc="Trace_ELBO on sampled paths", progress=progress)
     keys = keys.reshape(size, *keys.shape[2:])
     return joined([np.asarray(evaluate(keys[rows], x[rows % len(x)])) for rows in cut], size).reshape(num_draws, len(x))
 

@@ -300,7 +300,7 @@ def _in_blocks(
     found: list[ELBOTerms] = []
     state: Any = None
     largest = EVALUATIONS // (diffusion.schedule.num_steps * len(x))
-    for numbers in map(np.unique, blocks(num_draws, largest, unit="draw", desc="ELBO", progress=progress)):
+    for numbers in map(np.unique, blocks(num_draws, largest, unit="draw", desc="terms of the bound, all steps", progress=progress)):
         draws = replicate(jnp.asarray(numbers), mesh)
         eps = None if noise is None else noise[numbers]
         if reduce:
