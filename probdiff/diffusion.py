@@ -87,6 +87,16 @@ class Diffusion(AbstractDiffusion):
         self.training = True
         self.frozen = False
 
+    def __repr__(self) -> str:
+        """The parts by name, and the number of parameters."""
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(self.trainable()))
+        parts = ", ".join(type(part).__name__ for part in (self.schedule, self.network, self.likelihood))
+        bound = "bound" if self.frozen else "not bound"
+        return (
+            f"Diffusion(N = {self.schedule.num_steps} steps, dim = {self.dim}: {parts}, reverse kernel {self.kernel.name}; "
+            f"{parameters} parameters, {bound})"
+        )
+
     def with_kernel(self, kernel: AbstractKernel) -> "Diffusion":
         """This model with another reverse kernel."""
         return self._replaced(kernel=kernel)

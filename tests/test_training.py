@@ -1,5 +1,7 @@
 """The SVI loop: it learns, resumes bit for bit, averages parameters, and keeps the best."""
 
+import warnings
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -306,6 +308,12 @@ def test_the_learning_rate_rises_to_the_number_given_and_falls_to_nothing_at_the
     np.testing.assert_allclose(rate[top:], 0.02 * (1 + np.cos(np.pi * phase)) / 2, rtol=1e-5)
 
 
+def test_a_schedule_of_ones_own_for_the_learning_rate(float64):
+    rates = np.where(np.arange(40) < 15, 0.03, 0.001)
+    fit = fit_line(40, learning_rate=lambda count: jnp.asarray(rates)[count])
+    np.testing.assert_allclose(-np.diff(fit.losses), rates[:-1], rtol=1e-5)
+
+
 def test_the_optimal_variances_are_those_of_the_result_on_many_data():
     """Of a line, E|eps - w z|^2 is known. The first data are unlike the rest, the average unlike the last parameter."""
     rng = np.random.default_rng(4)
@@ -435,12 +443,41 @@ def test_ctrl_c_during_validation_loses_no_validation(patched):
     assert same(whole.diffusion, resumed.diffusion)
 
 
+def test_a_fit_is_shown_in_two_lines():
+    """By its own numbers: the mean bound of the last hundred minibatches, the last validation, what was skipped."""
+    losses = np.concatenate([np.full(20, 50.0), np.arange(100.0)])
+    losses[40] = np.nan
+    fit = training.Fit(make(5).bind({}), losses, np.array([[60, -9.0], [120, -3.25]]), None)
+    first, second = repr(fit).splitlines()
+    mean = np.nanmean(losses[-100:])
+    assert first == f"Fit of 120 updates: bound {-mean:.2f} nats, validation -3.25 nats, 1 updates skipped"
+    assert second == repr(fit.diffusion) == str(fit.diffusion) and second.endswith(" parameters, bound)")
+    assert "N = 5 steps" in second and "NormalLikelihood" in second and len(second) < 250
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(fit.params))
+    assert f"; {size} parameters" in second and repr(make(5)).endswith("not bound)")
+
+
 def test_the_shortest_fit():
     fit = probdiff.fit(make(), X, iterations=1, batch_size=4, progress=False)
     assert fit.losses.shape == (1,) and np.isfinite(fit.losses).all()
 
 
-@pytest.mark.parametrize("elbo", ["kl_combined", (None, None), probdiff.AnalyticELBO])
+@pytest.mark.parametrize("elbo", [(None, None), probdiff.AnalyticELBO])
 def test_an_objective_that_is_none_is_refused(elbo):
-    with pytest.raises(TypeError, match="elbo: Expected a NumPyro ELBO"):
+    with pytest.raises(TypeError, match="elbo: Expected a NumPyro ELBO, the name of an estimator"):
         probdiff.fit(make(), X, iterations=1, elbo=elbo)
+    with pytest.raises(ValueError, match="elbo: Expected a NumPyro ELBO or one of trace, .*; got 'kl_combine'"):
+        probdiff.fit(make(), X, iterations=1, elbo="kl_combine")
+
+
+def test_an_objective_by_its_name_and_as_a_pair():
+    """With the guide that carries what it learns: otherwise a warning says that it learns nothing."""
+    diffusion, options = make(5), {"iterations": 6, "batch_size": 16, "progress": False}
+    pair = probdiff.ESTIMATORS["kl_combined"](diffusion)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fits = [probdiff.fit(diffusion, X[:64], elbo=elbo, **options) for elbo in ("kl_combined", pair, pair[1])]
+    for other in fits[1:]:
+        np.testing.assert_array_equal(fits[0].losses, other.losses)
+    other = probdiff.fit(diffusion, X[:64], elbo="kl_uniform", **options)
+    assert not np.array_equal(other.losses, fits[0].losses) and other.state.settings["elbo"] == "kl_uniform"

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TextIO
@@ -80,17 +81,28 @@ def _no_interrupt_lost() -> Iterator[None]:
     It ignores what a callback raises, and JAX has one that is called at every garbage collection.
     """
 
+    ignored, over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while ignored.wait() and not over.is_set():
+            ignored.clear()
+            time.sleep(0.05)  # the hook has returned by then: what it raises would be ignored, too
+            _thread.interrupt_main(signal.SIGTERM)
+
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
         if unraisable.exc_type is KeyboardInterrupt:
-            threading.Timer(0.01, _thread.interrupt_main, [signal.SIGTERM]).start()
+            ignored.set()
         else:
             before(unraisable)
 
+    threading.Thread(target=watch, daemon=True).start()
     before, sys.unraisablehook = sys.unraisablehook, hook
     try:
         yield
     finally:
         sys.unraisablehook = before
+        over.set()
+        ignored.set()
 
 
 def _end_at_once(*_: object) -> None:

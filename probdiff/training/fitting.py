@@ -8,6 +8,7 @@ the choice of the averaged parameters that did best on validation data. Everythi
 
 import hashlib
 import typing
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -25,6 +26,7 @@ from probdiff._checks import AnyArray, Number, Whole, require, require_count, re
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
+from probdiff.elbo.estimators import ESTIMATORS
 from probdiff.elbo.objective import StepObjective
 from probdiff.elbo.reverse_variance import optimal_variance
 from probdiff.elbo.terms import bits_per_dim
@@ -87,6 +89,10 @@ class Fit(NamedTuple):
     validation: np.ndarray
     state: FitState
 
+    def __repr__(self) -> str:
+        """How far the fit has come, and the model."""
+        return f"Fit of {len(self.losses)} updates: {_describe(self.diffusion, self.losses, self.validation)}\n{self.diffusion}"
+
     @property
     def params(self) -> dict[str, Any]:
         """The parameters of :attr:`diffusion`, as :meth:`Diffusion.bind` takes them."""
@@ -104,11 +110,11 @@ def fit(
     *,
     iterations: Whole = 10_000,
     batch_size: Whole = 128,
-    learning_rate: Number | optax.GradientTransformation = 1e-3,
+    learning_rate: Number | optax.Schedule | optax.GradientTransformation = 1e-3,
     key: PRNGKeyArray | None = None,
     validation: Real[AnyArray, "held_out dim"] | None = None,
     validate_every: Whole = 500,
-    elbo: ELBO | None = None,
+    elbo: ELBO | str | tuple[Callable, ELBO] | None = None,
     ema_decay: Number = 0.999,
     checkpoint: CheckpointLike | None = None,
     devices: Devices = None,
@@ -124,12 +130,13 @@ def fit(
             changes nothing, and is reported.
         batch_size: Data per update, drawn with replacement.
         learning_rate: Peak of the learning rate, after a linear warm-up and before a cosine decay to 0 at ``iterations``, of Adam; convolutions
-            have their updates orthogonalised (:func:`~probdiff.training.orthogonalised_convolutions`), and decay. Or an optax optimiser in its place.
+            have their updates orthogonalised (:func:`~probdiff.training.orthogonalised_convolutions`), and decay. Or a schedule of optax in the place of warm-up and decay,
+            or an optimiser.
         key: JAX key; ``jax.random.key(0)`` if not given.
         validation: Held-out data. If given, the averaged parameters that do best on it, by an estimate on noise
             that stays the same, are the result.
         validate_every: Iterations between validations.
-        elbo: A NumPyro ELBO; if not given, ``AnalyticELBO(diffusion, steps="stratified_importance", points="batch")``, or without the
+        elbo: A NumPyro ELBO, the name of one of :data:`~probdiff.ESTIMATORS`, or the pair (guide, ELBO) that it gives; if not given, ``AnalyticELBO(diffusion, steps="stratified_importance", points="batch")``, or without the
             ``points`` for a reverse kernel whose KL has no closed form.
         ema_decay: Decay of the parameter average.
         checkpoint: An object with ``load(template) -> FitState or None`` and ``save(state)``, such as
@@ -152,13 +159,6 @@ def fit(
     for name, value in (("iterations", iterations), ("batch_size", batch_size), ("validate_every", validate_every)):
         require_count(name, value)
     require(0 <= ema_decay < 1, "ema_decay", "0 <= ema_decay < 1", ema_decay)
-    require(
-        elbo is None or isinstance(elbo, ELBO),
-        "elbo",
-        "a NumPyro ELBO (of the pair that ESTIMATORS[name](diffusion) gives, the second)",
-        type(elbo).__name__ if not isinstance(elbo, type) else f"the class {elbo.__name__}",
-        TypeError,
-    )
     for split in (data,) if validation is None else (data, validation):
         diffusion.check_data(split)
     require(
@@ -173,15 +173,15 @@ def fit(
     mesh = data_mesh(devices)
     first_process = jax.process_index() == 0
     loop = _Loop(diffusion, data, batch_size, optimiser, elbo, mesh)
-    own_optimiser = isinstance(learning_rate, optax.GradientTransformation)
+    own_optimiser, own_schedule = isinstance(learning_rate, optax.GradientTransformation), callable(learning_rate)
     settings: dict[str, Any] = {
         # The learning rate falls to 0 at the last iteration; with an optimiser of the user's, a fit can go on beyond.
-        "iterations": None if own_optimiser else int(iterations),
+        "iterations": None if own_optimiser or own_schedule else int(iterations),
         "batch_size": int(batch_size),
-        "learning_rate": "an optax optimiser" if own_optimiser else float(learning_rate),
+        "learning_rate": "an optax optimiser" if own_optimiser else "a schedule" if own_schedule else float(learning_rate),
         "validate_every": int(validate_every),
         "ema_decay": float(ema_decay),
-        "elbo": "AnalyticELBO" if elbo is None else type(elbo).__name__,
+        "elbo": elbo if isinstance(elbo, str) else type(loop.elbo).__name__,
         "data": _fingerprint(data),
         "validation": _fingerprint(validation),
     }
@@ -207,7 +207,7 @@ def fit(
                     save(to_default_device(state, mesh))
                     saved = stop
                 bar.set_description_str("fitting", refresh=False)
-                bar.set_postfix_str(_describe(diffusion, state), refresh=False)
+                bar.set_postfix_str(_describe(diffusion, state.losses, state.validation), refresh=False)
                 bar.update(stop - done)
         except (KeyboardInterrupt, FloatingPointError):
             if len(state.losses) > saved:
@@ -235,13 +235,14 @@ def _fingerprint(data: Any) -> str | None:
     return f"{data.dtype} {data.shape} {hashlib.sha256(data).hexdigest()[:16]}"
 
 
-def _describe(diffusion: Diffusion, state: FitState) -> str:
-    recent = state.losses[-CHUNK:]
+def _describe(diffusion: Diffusion, losses: np.ndarray, validation: np.ndarray) -> str:
+    """The bound of the last minibatches, and that on the validation data."""
+    recent = losses[-CHUNK:]
     bounds = {"bound": -recent[np.isfinite(recent)].mean()} if np.isfinite(recent).any() else {}
-    if len(state.validation):
-        bounds["validation"] = state.validation[-1, 1]
+    if len(validation):
+        bounds["validation"] = validation[-1, 1]
     parts = [f"{name} {_figure(diffusion, value)}" for name, value in bounds.items()]
-    skipped = int(np.isnan(state.losses).sum())
+    skipped = int(np.isnan(losses).sum())
     return ", ".join(parts + [f"{skipped} updates skipped"] * (skipped > 0))
 
 
@@ -258,6 +259,23 @@ def _all_finite(*trees: Any) -> jax.Array:
     return jnp.isfinite(jnp.concatenate(leaves)).all()
 
 
+def _guide_and_elbo(diffusion: Diffusion, elbo: ELBO | str | tuple[Callable, ELBO] | None) -> tuple[Callable, ELBO]:
+    """The objective of a fit, and the guide that goes with it."""
+    if elbo is None:
+        points: Literal["batch"] | None = "batch" if diffusion.kernel.closed_form else None
+        elbo = AnalyticELBO(diffusion, steps="stratified_importance", points=points)
+    if isinstance(elbo, str):
+        require(elbo in ESTIMATORS, "elbo", f"a NumPyro ELBO or one of {', '.join(ESTIMATORS)}", repr(elbo))
+        return ESTIMATORS[elbo](diffusion)
+    if isinstance(elbo, tuple) and len(elbo) == 2 and callable(elbo[0]) and isinstance(elbo[1], ELBO):
+        return elbo
+    expected = "a NumPyro ELBO, the name of an estimator, or the pair that ESTIMATORS[name](diffusion) gives"
+    got = f"the class {elbo.__name__}" if isinstance(elbo, type) else type(elbo).__name__
+    require(isinstance(elbo, ELBO), "elbo", expected, got, TypeError)
+    assert isinstance(elbo, ELBO)
+    return elbo.guide if isinstance(elbo, StepObjective) else diffusion.posterior_guide, elbo
+
+
 class _Loop:
     """The compiled parts of a fit."""
 
@@ -267,17 +285,14 @@ class _Loop:
         data: Any,
         batch_size: Whole,
         optimiser: optax.GradientTransformation,
-        elbo: ELBO | None,
+        elbo: ELBO | str | tuple[Callable, ELBO] | None,
         mesh: Mesh | None,
     ) -> None:
         self.diffusion, self.batch_size, self.mesh = diffusion, batch_size, mesh
         self.data = replicate(jnp.asarray(data), mesh)
-        if elbo is None:
-            points: Literal["batch"] | None = "batch" if diffusion.kernel.closed_form else None
-            elbo = AnalyticELBO(diffusion, steps="stratified_importance", points=points)
-        guide = elbo.guide if isinstance(elbo, StepObjective) else diffusion.posterior_guide
+        guide, self.elbo = _guide_and_elbo(diffusion, elbo)
         model, guide = (handlers.scale(program, scale=1 / batch_size) for program in (diffusion.model, guide))
-        self.svi = SVI(model, guide, optimiser, elbo)
+        self.svi = SVI(model, guide, optimiser, self.elbo)
         self._bound = jax.jit(self._validation_bound)
         self._advance = jax.jit(self._updates, static_argnames="guarded")
 

@@ -72,22 +72,26 @@ def _orthogonalised(update: jax.Array) -> jax.Array:
 
 
 def build_optimiser(
-    learning_rate: Number | optax.GradientTransformation, iterations: Whole, ema_decay: Number
+    learning_rate: Number | optax.Schedule | optax.GradientTransformation, iterations: Whole, ema_decay: Number
 ) -> optax.GradientTransformation:
     """The optimiser of a fit, and the average of its parameters.
 
     Args:
-        learning_rate: Peak of the learning rate, or an optimiser in its place.
+        learning_rate: Peak of the learning rate, or a schedule or an optimiser in its place.
         iterations: Number of updates, at the end of which the learning rate is 0.
         ema_decay: Decay of the average.
     """
-    if not isinstance(learning_rate, optax.GradientTransformation):
-        require(np.isfinite(learning_rate) and learning_rate > 0, "learning_rate", "a positive number", learning_rate)
-        warm_up = min(WARM_UP, iterations // 10)
-        learning_rate = optax.chain(
-            optax.scale_by_adam(),
-            orthogonalised_convolutions(),
-            optax.add_decayed_weights(WEIGHT_DECAY, lambda params: jax.tree.map(_is_convolution, params)),
-            optax.scale_by_learning_rate(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm_up, iterations)),
-        )
-    return optax.chain(learning_rate, parameter_ema(float(ema_decay)))
+    if isinstance(learning_rate, optax.GradientTransformation):
+        return optax.chain(learning_rate, parameter_ema(float(ema_decay)))
+    schedule = learning_rate
+    if not callable(schedule):
+        numeric = isinstance(schedule, Number) and np.isfinite(schedule) and schedule > 0
+        require(numeric, "learning_rate", "a positive number, a schedule or an optimiser of optax", repr(schedule))
+        schedule = optax.warmup_cosine_decay_schedule(0.0, schedule, min(WARM_UP, iterations // 10), iterations)
+    optimiser = optax.chain(
+        optax.scale_by_adam(),
+        orthogonalised_convolutions(),
+        optax.add_decayed_weights(WEIGHT_DECAY, lambda params: jax.tree.map(_is_convolution, params)),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return optax.chain(optimiser, parameter_ema(float(ema_decay)))
