@@ -31,7 +31,7 @@ DRAWS = 2  # in one round
 DATA_AT_ONCE = 128
 RECONSTRUCTIONS = 4  # draws of the noise at n = 1, in one draw
 
-Parts = tuple[Float[Array, "draw datum"], Float[Array, "draw datum"], Float[Array, "draw datum"]]
+Parts = tuple[Float[Array, "*draw datum"], Float[Array, "*draw datum"], Float[Array, "*draw datum"]]
 
 
 class PartOfBound(BoundTerm):
