@@ -81,7 +81,7 @@ def _agreement(both: Mapping[str, Any]) -> Iterator[str]:
     wrong = common["wrong"] if common else []
     more = f" and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
     named = f" in {', '.join(wrong[:MOST_NAMED])}{more}" if wrong else ""
-    yield "; ".join([verdict + named, *seen])
+    yield from (verdict + named, *seen)
 
 
 COLUMNS = (
