@@ -179,7 +179,7 @@ def evaluate(
 ) -> tuple[TwoWays, dict]:
     """The bound on the test split.
 
-    Of all items at random steps, with a Monte Carlo error of about a sixth of the error over the items; both ways on the first
+    Of all items at random steps, with a Monte Carlo error of at most about a fifth of the error over the items; both ways on the first
     items, as many as take 2¹⁶ network evaluations each way (512 at most).
 
     Args:

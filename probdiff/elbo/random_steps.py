@@ -155,7 +155,7 @@ def data_set_elbo(
         if not rounds:
             for each in jax.random.split(pilot_key):
                 state, pilot = _round(diffusion, terms, x[rows], each, state, mesh)
-            rounds = _rounds_needed(_to_host(pilot, mesh), len(x), diffusion.schedule.num_steps, float(noise_share))
+            rounds = _rounds_needed(_to_host(pilot, mesh), diffusion.schedule.num_steps, float(noise_share))
         parts = []
         for each in jax.random.split(jax.random.fold_in(key, rows[0]), rounds):
             state, part = _round(diffusion, terms, x[rows], each, state, mesh)
@@ -170,8 +170,8 @@ def _to_host(parts: Parts, mesh: Mesh | None) -> list[np.ndarray]:
     return [np.asarray(part, np.float64) for part in to_default_device(parts, mesh)]
 
 
-def _rounds_needed(pilot: list[np.ndarray], size: int, num_steps: int, noise_share: float) -> int:
-    """How many rounds of draws the bound of ``size`` data needs, by one round of some of them."""
+def _rounds_needed(pilot: list[np.ndarray], num_steps: int, noise_share: float) -> int:
+    """How many rounds of draws the bound needs, by one round of some of the data."""
     prior, step_kls, reconstructions = pilot
     draws = reconstructions - step_kls - prior
     noise = draws.var(0, ddof=1).mean()  # of a single draw
