@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 from numpyro import distributions as dist
 
 from probdiff._checks import AnyArray, Number, Step, Whole, is_concrete, is_trainable, require, require_type
+from probdiff._frames import is_frame
 from probdiff._static import Static
 from probdiff.chain.reverse import AbstractKernel, GaussianKernel, NoiseMoments, SampledStep
 from probdiff.chain.schedules import AbstractSchedule, at_step, require_schedule
@@ -303,17 +304,30 @@ class Diffusion(AbstractDiffusion):
         wanted = self.training and x is not None and takes_key(self.network)
         return numpyro.prng_key() if wanted else None
 
+    def read_data(self, x: Data) -> Data:
+        """Data as an array, checked: arrays as they are, data frames (pandas, polars, pyarrow) by their columns, as the likelihood reads them.
+
+        Raises:
+            ValueError, TypeError: As of :meth:`check_data`, and of the likelihood's ``read``.
+        """
+        x = self.likelihood.read(x)
+        self.check_data(x)
+        return x
+
     def check_data(self, x: Data) -> None:
         """Refuse data of the wrong shape or kind.
 
         Raises:
-            ValueError: If the data are not ``(datum, dim)``, empty, not finite or off the grid.
-            TypeError: If the likelihood does not take data of this dtype.
+            ValueError: If the data are not ``(datum, column)``, with as many columns as the model has, empty, not finite or off the grid.
+            TypeError: If they are no array, or the likelihood does not take data of this dtype.
         """
-        require(hasattr(x, "shape") and hasattr(x, "dtype"), "x", "an array", type(x).__name__, TypeError)
+        remedy = "; probdiff.datasets.split makes arrays of a data frame" if is_frame(x) else ""
+        require(hasattr(x, "shape") and hasattr(x, "dtype"), "x", "an array", f"{type(x).__name__}{remedy}", TypeError)
         require(len(x.shape) == 2, "x", f"shape (datum, {self.dim or 'dim'})", f"shape {tuple(x.shape)}")
         require(x.shape[0] > 0, "x", "at least one datum", f"shape {tuple(x.shape)}")
-        require(self.dim in (None, x.shape[1]), "x", f"shape (datum, {self.dim})", f"shape {tuple(x.shape)}")
+        dim = self.likelihood.encoded_dim(x.shape[1])
+        encoded = "" if dim == x.shape[1] else f", which the likelihood encodes in {dim} dimensions"
+        require(self.dim in (None, dim), "x", f"shape (datum, {self.dim})", f"shape {tuple(x.shape)}{encoded}")
         self.likelihood.check_data(x)
 
     def encode(self, x: Data | None) -> tuple[int, Float[Array, "datum dim"]]:
@@ -327,7 +341,7 @@ class Diffusion(AbstractDiffusion):
         """The shape ``(datum, dim)`` of the data, or of what is to be drawn."""
         if x is not None:
             self.check_data(x)
-            return x.shape[0], x.shape[1]
+            return x.shape[0], self.likelihood.encoded_dim(x.shape[1])
         require(num_data is not None, "num_data", "the number of data to draw, since x is None", "None")
         require(
             self.dim is not None,

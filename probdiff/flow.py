@@ -320,7 +320,7 @@ def flow_likelihood(
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated()
-    diffusion.check_data(x)
+    x = diffusion.read_data(x)
     require_count("num_draws", num_draws)
     require_key(key)
     _check_probes(key, num_probes)

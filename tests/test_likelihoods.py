@@ -8,7 +8,8 @@ import scipy.stats
 from conftest import long_but
 
 import probdiff
-from probdiff.likelihoods import DiscretizedNormal, _log_fraction
+from probdiff.likelihoods import DiscretizedNormal
+from probdiff.likelihoods.discretized import _log_fraction
 
 
 def all_log_probs(levels, loc, scale, dtype):

@@ -108,7 +108,7 @@ class AbstractKernel(eqx.Module):
         self,
         schedule: AbstractSchedule,
         likelihood: AbstractLikelihood,
-        x: Real[AnyArray, "datum dim"],
+        x: Real[AnyArray, "datum column"],
         x0: Float[Array, "datum dim"],
     ) -> Float[Array, "datum"]:
         """The reconstruction if the noise were known, in nats, shape ``(datum,)``."""
@@ -213,7 +213,7 @@ class GaussianKernel(AbstractKernel):
         self,
         schedule: AbstractSchedule,
         likelihood: AbstractLikelihood,
-        x: Real[AnyArray, "datum dim"],
+        x: Real[AnyArray, "datum column"],
         x0: Float[Array, "datum dim"],
     ) -> Float[Array, "datum"]:
         """The reconstruction if the noise were known, log p(x | x_0, v_1), shape ``(datum,)``."""
@@ -341,7 +341,7 @@ class MixtureKernel(AbstractKernel):
         self,
         schedule: AbstractSchedule,
         likelihood: AbstractLikelihood,
-        x: Real[AnyArray, "datum dim"],
+        x: Real[AnyArray, "datum column"],
         x0: Float[Array, "datum dim"],
     ) -> Float[Array, "datum"]:
         """The reconstruction if the level were known: 0, shape ``(datum,)``."""

@@ -80,7 +80,7 @@ def compare_on_common_paths(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray)
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated()
-    diffusion.check_data(x)
+    x = diffusion.read_data(x)
     require_key(key)
     if not diffusion.kernel.closed_form:
         return None  # its log-ratios have no KL to be held against

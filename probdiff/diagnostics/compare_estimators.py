@@ -172,7 +172,7 @@ def compare_estimators(
         ValueError, TypeError: If the data do not suit the model, a name is unknown, or ``num_draws`` is less than 2.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion.check_data(x)
+    x = diffusion.read_data(x)
     require_count("num_draws", num_draws)
     require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
     require_key(key)

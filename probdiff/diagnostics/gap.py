@@ -100,7 +100,7 @@ def gap_decomposition(
     known = all(hasattr(oracle, name) for name in ("log_prob", "entropy", "standardized"))
     require(known, "oracle", "a distribution out of probdiff.oracles", type(oracle).__name__, TypeError)
     diffusion = diffusion.evaluated()
-    diffusion.check_data(x)
+    x = diffusion.read_data(x)
     require(len(x) >= 2, "x", "at least two data", len(x))
     require_key(key)
     require(oracle.dim == x.shape[1], "oracle", f"{x.shape[1]} dimensions, as the data have", oracle.dim)

@@ -49,7 +49,7 @@ def path_elbo(
 
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated()
-    diffusion.check_data(x)
+    x = diffusion.read_data(x)
     require_count("num_draws", num_draws)
     require_key(key)
     mesh = data_mesh(devices)
@@ -64,7 +64,7 @@ def path_elbo(
 
     # A row is a path of one datum; the values of its latents are all kept at once.
     keys = jax.vmap(lambda key: jax.random.split(key, len(x)))(jax.random.split(key, int(num_draws)))
-    size, largest = num_draws * len(x), MOST_NUMBERS // (diffusion.schedule.num_steps * x.shape[1])
+    size, largest = num_draws * len(x), MOST_NUMBERS // (diffusion.schedule.num_steps * diffusion.likelihood.encoded_dim(x.shape[1]))
     cut = blocks(size, largest, unit="path", desc="Trace_ELBO on sampled paths", progress=progress)
     keys = keys.reshape(size, *keys.shape[2:])
     return joined([np.asarray(evaluate(keys[rows], x[rows % len(x)])) for rows in cut], size).reshape(num_draws, len(x))

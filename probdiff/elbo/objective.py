@@ -317,7 +317,7 @@ def _encoded_points(diffusion: Diffusion, points: Any) -> Any:
         require(points in (None, "batch"), "points", "an array, 'batch' or None", repr(points))
         return points
     try:
-        diffusion.check_data(points)
+        points = diffusion.read_data(points)
     except (ValueError, TypeError) as error:
         raise type(error)(f"points: {error}") from None
     return diffusion.likelihood.encode(points)

@@ -141,7 +141,7 @@ def data_set_elbo(
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated()
-    diffusion.check_data(x)
+    x = diffusion.read_data(x)
     require_key(key)
     require(len(x) >= 2, "x", "at least two data", len(x))
     require(noise_share > 0, "noise_share", "a positive number", noise_share)

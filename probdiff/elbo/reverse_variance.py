@@ -29,7 +29,7 @@ def optimal_variance(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_dr
     """
     require_type("diffusion", diffusion, Diffusion)
     require(diffusion.kernel.is_estimated, "diffusion", "reverse_variance='optimal'", diffusion.kernel.name)
-    diffusion.check_data(x)
+    x = diffusion.read_data(x)
     require_key(key)
     require_count("num_draws", num_draws)
     found = _squared_error(diffusion.evaluated(), jnp.asarray(x), key, int(num_draws))

@@ -129,6 +129,10 @@ class _Terms(eqx.Module):
         return jax.vmap(_noise, (None, 0, 0, None))(key, self.draws[index], n, self.x0)
 
 
+def _encoded_shape(diffusion: Diffusion, x: Data) -> tuple[int, int]:
+    return len(x), diffusion.likelihood.encoded_dim(x.shape[1])
+
+
 @eqx.filter_jit
 def _evaluate(
     diffusion: Diffusion,
@@ -262,7 +266,7 @@ def elbo_terms(
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated()
-    diffusion.check_data(x)
+    x = diffusion.read_data(x)
     require(
         (key is None) != (noise is None), "key, noise", "exactly one of the two", "neither" if key is None else "both"
     )
@@ -270,7 +274,7 @@ def elbo_terms(
         require_key(key)
     else:
         noise = jnp.asarray(noise)
-        shape = (len(noise) if num_draws is None else num_draws, diffusion.schedule.num_steps, *x.shape)
+        shape = (len(noise) if num_draws is None else num_draws, diffusion.schedule.num_steps, *_encoded_shape(diffusion, x))
         require(
             noise.shape == shape and len(noise) > 0,
             "noise",

@@ -1,13 +1,24 @@
 """Networks, and heads that turn what a network predicts into noise.
 
 A network is any callable ``network(z, n)``, or a module of :class:`AbstractNetwork`, ``network(z, log_snr)``, as all that are here:
-they know no schedule. Imports only the checks.
+they know no schedule. Imports only the likelihoods and the checks.
 """
 
 from probdiff.networks.base import AbstractNetwork
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.ensemble import Ensemble
-from probdiff.networks.heads import AbstractHead, CategoricalHead, DensityHead, VHead, X0Head
+from probdiff.networks.heads import AbstractHead, CategoricalHead, ColumnHead, DensityHead, VHead, X0Head
 from probdiff.networks.mlp import MLP
 
-__all__ = ["MLP", "AbstractHead", "AbstractNetwork", "CategoricalHead", "ConvNet", "DensityHead", "Ensemble", "VHead", "X0Head"]
+__all__ = [
+    "MLP",
+    "AbstractHead",
+    "AbstractNetwork",
+    "CategoricalHead",
+    "ColumnHead",
+    "ConvNet",
+    "DensityHead",
+    "Ensemble",
+    "VHead",
+    "X0Head",
+]

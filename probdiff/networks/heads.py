@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import Whole, require, require_count
+from probdiff._checks import Whole, require, require_count, require_type
+from probdiff._static import Static
+from probdiff.likelihoods import AbstractLikelihood
 from probdiff.networks.base import AbstractWrapper, Network, evaluate, is_told_step, require_shape, signal_and_noise
 
 
@@ -194,3 +196,61 @@ class CategoricalHead(AbstractHead):
         signal, noise = signal_and_noise(log_snr)
         distance = (z[..., None] - signal[..., None] * self.grid.astype(z.dtype)) / noise[..., None]
         return jax.nn.log_softmax(logits - jnp.square(distance) / 2)
+
+
+class ColumnHead(AbstractHead):
+    r"""For a table: each column as suits its likelihood.
+
+    Where data have a density the network predicts the noise as for a :class:`DensityHead`. Where they are at known points :math:`c_v` of the
+    chain's space (categories, levels of a grid) it gives the parameter a of an exponential family on them, to which what
+    z says of its own column is added exactly,
+
+        log p(v | z_n) = a · c_v − ‖z_n − √ᾱ_n c_v‖² / (2 (1−ᾱ_n)) + const;
+
+    :math:`\hat x_0` is the mean of that distribution, which may be anything between the points. For categories a is, up to a factor, their logits.
+
+    Args:
+        network: Its prediction is shaped like ``z``.
+        likelihood: That of the model.
+    """
+
+    _likelihood: Static
+
+    def __init__(self, network: Network, likelihood: AbstractLikelihood) -> None:
+        super().__init__(network)
+        require_type("likelihood", likelihood, AbstractLikelihood)
+        self._likelihood = Static(likelihood)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that this head was made with."""
+        return {"network": self.network, "likelihood": self._likelihood.tree}
+
+    def noise(
+        self, prediction: Float[Array, "*batch dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch dim"]:
+        """The noise in ``z`` if each column is as predicted."""
+        signal, noise = signal_and_noise(log_snr)
+        found, start = [], 0
+        for dim, points in self._likelihood.tree.pieces(z.shape[-1]):
+            own, said = (array[..., start : start + dim] for array in (z, prediction))
+            start += dim
+            if points is None:
+                found.append(jnp.sqrt(noise) * said)
+            else:
+                found.append((own - signal * _mean_of_points(said, own, signal, noise, jnp.asarray(points, z.dtype))) / noise)
+        return jnp.concatenate(found, -1)
+
+
+def _mean_of_points(
+    parameter: Float[Array, "*batch dim"],
+    z: Float[Array, "*batch dim"],
+    signal: Float[Array, "*batch 1"],
+    noise: Float[Array, "*batch 1"],
+    points: Float[Array, "point width"],
+) -> Float[Array, "*batch dim"]:
+    """The mean of the point of each column given z, where every column has ``width`` of the dimensions."""
+    columns = (*z.shape[:-1], -1, 1, points.shape[1])
+    distance = (z.reshape(columns) - signal[..., None, None] * points) / noise[..., None, None]
+    log_p = jnp.sum(parameter.reshape(columns) * points - jnp.square(distance) / 2, -1)
+    return (jax.nn.softmax(log_p) @ points).reshape(z.shape)

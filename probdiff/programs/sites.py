@@ -21,7 +21,7 @@ from probdiff.likelihoods import AbstractLikelihood
 
 PARAMS = "diffusion$params"
 
-Data = Real[AnyArray, "datum dim"]
+Data = Real[AnyArray, "datum column"]
 Size = Whole | Integer[Array, ""]  # of the full data set
 
 

@@ -159,8 +159,8 @@ def fit(
     for name, value in (("iterations", iterations), ("batch_size", batch_size), ("validate_every", validate_every)):
         require_count(name, value)
     require(0 <= ema_decay < 1, "ema_decay", "0 <= ema_decay < 1", ema_decay)
-    for split in (data,) if validation is None else (data, validation):
-        diffusion.check_data(split)
+    data = diffusion.read_data(data)
+    validation = None if validation is None else diffusion.read_data(validation)
     require(
         jax.tree.leaves(diffusion.trainable()),
         "diffusion",

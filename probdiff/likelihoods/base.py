@@ -1,0 +1,80 @@
+r"""Likelihoods :math:`p_\theta(x | z_1)`: from the last reverse step to the data as the user has it.
+
+The last reverse step is a Gaussian over :math:`x_0`, N(loc, scale²). A likelihood says how :math:`x_0` and x are
+related: ``encode`` maps data to the chain, and calling the likelihood with loc and scale gives the distribution of
+x, so that every figure is in the user's own units. Each refuses the other's data: a density over data that live on a
+grid can be made as large as one likes, and means nothing.
+"""
+
+import abc
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Array, Float, Real
+from numpyro import distributions as dist
+
+from probdiff._checks import AnyArray
+from probdiff._frames import as_array
+
+Scale = Float[Array, "*#batch #dim"] | Float[Array, ""]
+
+
+class AbstractLikelihood(eqx.Module):
+    """How the data as the user has it and the chain's :math:`x_0` are related.
+
+    To write your own, give ``levels`` and the five methods. JAX arrays of the module are trained along with the network.
+
+    Attributes:
+        levels: Number of levels of data on a grid, integers 0 … levels − 1, so that bits/dim mean something; None for data with a
+            density.
+    """
+
+    if TYPE_CHECKING:  # a property, to a type checker, as it may be overridden by one and is no argument of ``__init__``
+
+        @property
+        def levels(self) -> int | None:
+            """Number of levels."""
+    else:
+        levels: eqx.AbstractVar[int | None]
+
+    @property
+    def points(self) -> Float[np.ndarray, "point dim"] | None:
+        """The points of the chain's space that a column of data can be at, shape ``(point, dim)``; None for data with a density."""
+        return None
+
+    def encoded_dim(self, columns: int) -> int:
+        """Number of dimensions of the chain for data of so many columns: as many, unless said otherwise."""
+        return columns
+
+    def pieces(self, dim: int) -> list[tuple[int, Float[np.ndarray, "point dim"] | None]]:
+        """What the ``dim`` dimensions of the chain are made of: numbers of dimensions of one kind, each with its :attr:`points`."""
+        return [(dim, self.points)]
+
+    def read(self, x: Any) -> Any:
+        """Data as an array: arrays as they are, a data frame (pandas, polars, pyarrow) by its columns of numbers.
+
+        Raises:
+            TypeError: If a column does not hold numbers; ValueError for a missing cell, by column and row.
+        """
+        return as_array(x)
+
+    @abc.abstractmethod
+    def check_data(self, x: Real[AnyArray, "*batch dim"]) -> None:
+        """Refuse data, shape ``(*batch, dim)``, that this likelihood does not take."""
+
+    @abc.abstractmethod
+    def encode(self, x: Real[AnyArray, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        """Data to the chain, floats of the same shape; about unit variance is best."""
+
+    @abc.abstractmethod
+    def decode(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch dim"]:
+        """From the chain to the user's units; the inverse of :meth:`encode`."""
+
+    @abc.abstractmethod
+    def log_jacobian(self, dim: int) -> float:
+        r"""The log of :math:`|dx_0/dx|`, summed over the dimensions, in nats."""
+
+    @abc.abstractmethod
+    def __call__(self, loc: Float[Array, "*batch dim"], scale: Scale) -> dist.Distribution:
+        r"""Distribution of x when :math:`x_0` is N(loc, scale²), independent over the last axis (an event of one dimension)."""

@@ -1,0 +1,157 @@
+r"""Categories: each is a point of the chain's space, as many dimensions as there are categories.
+
+Category v of K is the point :math:`c_v = \sqrt K e_v - 1/\sqrt K`, the one-hot vector :math:`e_v` shifted and scaled: about mean 0 and
+variance 1 in every dimension if the categories are about as frequent, all at the same distance from 0 and from each other.
+The probability of v given z_1 is that of its point under N(loc, scale²), among the K points:
+
+    p(v | z_1) = exp(−‖c_v − loc‖² / (2 scale²)) / Σ_u exp(−‖c_u − loc‖² / (2 scale²)) = softmax_v(√K loc / scale²).
+
+It is a probability, so the bound is at most 0 for a table of categories alone.
+"""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+
+from probdiff._checks import AnyArray, Number, Whole, is_concrete, require, require_count, require_finite
+from probdiff.likelihoods.base import AbstractLikelihood, Scale
+
+MOST_CATEGORIES = 2**10
+
+
+class CategoricalLikelihood(AbstractLikelihood):
+    r"""Categories without an order; a column of data becomes as many dimensions of the chain as there are categories.
+
+    Args:
+        categories: Their number K, for data 0 … K − 1; or the categories themselves: numbers, which are what the data hold, or
+            labels, for which an array holds 0 … K − 1 (and a data frame the labels). At least two.
+    """
+
+    values: tuple[float, ...] = eqx.field(static=True)
+    labels: tuple[str, ...] | None = eqx.field(static=True)
+
+    def __init__(self, categories: Whole | Sequence[Number] | Sequence[str]) -> None:
+        if isinstance(categories, int | np.integer):
+            require_count("categories", categories)
+            categories = range(int(categories))
+        listed = isinstance(categories, Sequence) and not isinstance(categories, str)
+        require(listed, "categories", "a number of categories, or a sequence of them", repr(categories), TypeError)
+        words = all(isinstance(each, str) for each in categories)
+        kind = words or all(isinstance(each, int | float | np.number) for each in categories)
+        require(kind, "categories", "numbers, or labels that are strings", repr(tuple(categories)), TypeError)
+        self.labels = tuple(map(str, categories)) if words else None
+        self.values = tuple(float(v) for v in (range(len(categories)) if words else categories))
+        require_finite("categories", self.values)
+        size = len(self.values)
+        require(2 <= size <= MOST_CATEGORIES, "categories", f"2 to {MOST_CATEGORIES}", size)
+        different = len(set(self.labels or self.values)) == size
+        require(different, "categories", "different ones", repr(tuple(categories)))
+
+    @property
+    def categories(self) -> tuple[str, ...] | tuple[float, ...]:
+        """The labels; or the numbers, if the data hold those."""
+        return self.labels or self.values
+
+    @property
+    def levels(self) -> None:
+        """None: there is no grid, and bits/dim mean nothing."""
+        return None
+
+    @property
+    def points(self) -> Float[np.ndarray, "category dim"]:
+        """The point of each category in the chain's space, :math:`c_v`."""
+        size = len(self.values)
+        return np.sqrt(size) * np.eye(size) - size**-0.5
+
+    def encoded_dim(self, columns: int) -> int:
+        """Dimensions of the chain for so many columns: K of each."""
+        return columns * len(self.values)
+
+    def check_data(self, x: Real[AnyArray, "*batch column"]) -> None:
+        """Refuse data that this likelihood does not take: any value but the categories."""
+        if is_concrete(x):
+            values = np.asarray(x)
+            bad = np.argwhere(~np.isin(values, np.asarray(self.values, values.dtype)))
+            if bad.size:
+                first = tuple(int(i) for i in bad[0])
+                expected = f"one of {', '.join(f'{value:g}' for value in self.values)}"
+                require(False, "x", expected, f"{values[first]} at index {list(first)}")
+
+    def encode(self, x: Real[AnyArray, "*batch column"]) -> Float[Array, "*batch dim"]:
+        """Categories to their points, shape ``(*batch, column · K)``."""
+        self.check_data(x)
+        points = jnp.asarray(self.points, jnp.zeros(()).dtype)[_index(jnp.asarray(x), self.values)]
+        return points.reshape(*x.shape[:-1], -1)
+
+    def decode(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch column"]:
+        """From the chain to the nearest category; the inverse of :meth:`encode`."""
+        return _value(self._by_category(x0).argmax(-1), self.values)
+
+    def log_jacobian(self, dim: int) -> float:
+        """0: probabilities have no Jacobian."""
+        return 0.0
+
+    def __call__(self, loc: Float[Array, "*batch dim"], scale: Scale) -> dist.Distribution:
+        r"""Distribution of x when :math:`x_0` is N(loc, scale²) and one of the points, independent over columns."""
+        # ‖c_v − loc‖² is, but for a term that all v share, that of dimension v less what it would be without the 1 of e_v.
+        size = len(self.values)
+        middle = size**0.5 / 2 - size**-0.5
+        loc, scale = self._by_category(loc), self._by_category(jnp.broadcast_to(scale, loc.shape))
+        logits = size**0.5 * (loc - middle) / scale**2
+        return Categories(logits, self.values).to_event(1)
+
+    def _by_category(self, x0: Float[Array, "*batch dim"]) -> Float[Array, "*batch column category"]:
+        return x0.reshape(*x0.shape[:-1], -1, len(self.values))
+
+
+class Categories(dist.Distribution):
+    """One of some values, by unnormalised log-probabilities.
+
+    Args:
+        logits: Shape ``(*batch, category)``.
+        values: What each category is in the data; whole numbers are drawn as integers.
+    """
+
+    arg_constraints = {"logits": constraints.real_vector}
+    pytree_data_fields = ("logits",)
+    pytree_aux_fields = ("values",)
+
+    def __init__(
+        self, logits: Float[Array, "*batch category"], values: tuple[float, ...], *, validate_args: bool | None = None
+    ) -> None:
+        self.logits, self.values = logits, values
+        super().__init__(jnp.shape(logits)[:-1], validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        """Real numbers; which of them are categories, :meth:`log_prob` does not ask."""
+        return constraints.real
+
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Real[Array, "..."]:
+        """Draw categories."""
+        return _value(jax.random.categorical(key, self.logits, shape=sample_shape + self.batch_shape), self.values)
+
+    def log_prob(self, value: Real[AnyArray, "..."]) -> Float[Array, "..."]:
+        """Log of the probability of the category, in nats."""
+        log_p = jax.nn.log_softmax(self.logits)
+        index = _index(value, self.values)[..., None]
+        shape = jnp.broadcast_shapes(index.shape[:-1], log_p.shape[:-1])
+        index, log_p = jnp.broadcast_to(index, (*shape, 1)), jnp.broadcast_to(log_p, (*shape, log_p.shape[-1]))
+        return jnp.take_along_axis(log_p, index, -1)[..., 0]
+
+
+def _index(x: Real[AnyArray, "*batch"], values: tuple[float, ...]) -> Int[Array, "*batch"]:
+    """The number of the category that is nearest to each value."""
+    distance = jnp.abs(x[..., None] - jnp.asarray(values, jnp.zeros(()).dtype))
+    return distance.argmin(-1)
+
+
+def _value(index: Int[Array, "*batch"], values: tuple[float, ...]) -> Real[Array, "*batch"]:
+    whole = all(value == int(value) for value in values)
+    return jnp.asarray(values, jnp.int32 if whole else jnp.zeros(()).dtype)[index]
