@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Real
+from jaxtyping import Int, Real
 
 from probdiff._checks import require
 
@@ -24,8 +24,12 @@ def columns_of(frame: Any) -> dict[str, "narwhals.Series"]:
     """The columns of a data frame by name."""
     import narwhals
 
-    columns = narwhals.from_native(frame, eager_only=True).iter_columns()
-    return {str(column.name): column for column in columns}
+    return {str(column.name): column for column in narwhals.from_native(frame, eager_only=True).iter_columns()}
+
+
+def column_names(x: Any) -> list[str] | None:
+    """The names of the columns of a data frame; None for anything else."""
+    return list(columns_of(x)) if is_frame(x) else None
 
 
 def as_array(x: Any, name: str = "x") -> Any:
@@ -43,14 +47,48 @@ def numbers(column: "narwhals.Series", name: str = "x") -> Real[np.ndarray, "row
     Raises:
         TypeError: If the cells are not numbers; ValueError for one that is missing or not finite, by column and row.
     """
-    of_numbers = column.dtype.is_numeric() or column.dtype == "Boolean"
+    of_numbers = column.dtype.is_numeric() or is_boolean(column)
     remedy = "; leave the column out, or make it categorical for a ColumnLikelihood, as probdiff.datasets.split does"
     require(of_numbers, name, "columns of numbers", f"{column.dtype} in column {column.name!r}{remedy}", TypeError)
     require_complete(column, name)
     values = column.to_numpy()
-    values = values.astype(np.int8) if values.dtype == bool else values
+    values = values.astype(np.int32) if values.dtype == bool else values
     require_finite_column(values, str(column.name), name)
     return values
+
+
+def is_boolean(column: "narwhals.Series") -> bool:
+    """Whether a column holds truth values."""
+    import narwhals
+
+    return bool(column.dtype == narwhals.Boolean)
+
+
+def labels(column: "narwhals.Series") -> tuple[str, ...] | None:
+    """The labels that are there in a column of categories or truth values, in order; None for any other column."""
+    import narwhals
+
+    if is_boolean(column):
+        return ("False", "True")
+    if isinstance(column.dtype, narwhals.Enum):
+        there = set(column.unique().to_list())
+        return tuple(str(label) for label in column.dtype.categories if label in there)
+    return tuple(sorted(map(str, column.unique().to_list()))) if column.dtype == narwhals.Categorical else None
+
+
+def codes(column: "narwhals.Series", labels: tuple[str, ...], name: str = "x") -> Int[np.ndarray, "row"]:
+    """The place of each cell in ``labels``.
+
+    Raises:
+        ValueError: If a cell is missing, or is none of them.
+    """
+    require_complete(column, name)
+    number = {label: code for code, label in enumerate(labels)}
+    words = [str(label) for label in column.to_list()]
+    unknown = np.array([row for row, word in enumerate(words) if word not in number], int)
+    got = f"{words[unknown[0]]!r} in {place(unknown, str(column.name))}" if unknown.size else ""
+    require(unknown.size == 0, name, f"one of the labels {', '.join(labels)}", got)
+    return np.array([number[word] for word in words])
 
 
 def require_complete(column: "narwhals.Series", name: str = "x") -> None:

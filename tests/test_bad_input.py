@@ -188,6 +188,16 @@ CALLS = {
     "two dimensions": (lambda: probdiff.Diffusion(SCHEDULE, NETWORK, dim=3), ValueError, "dim: Expected 2"),
     "one level": (lambda: probdiff.DiscretizedNormalLikelihood(1), ValueError, "levels: Expected at least 2; got 1"),
     "half a level": (lambda: probdiff.DiscretizedNormalLikelihood(2.5), TypeError, "levels: Expected an integer"),
+    "no categories": (lambda: probdiff.likelihoods.CategoricalLikelihood(1.5), TypeError, "a number of categories, or a sequence"),
+    "no columns": (lambda: probdiff.likelihoods.ColumnLikelihood([]), TypeError, "parts: Expected a dict from columns"),
+    "a head for no likelihood": (
+        lambda: probdiff.networks.ColumnHead(NETWORK, 3),
+        TypeError,
+        "likelihood: Expected an AbstractLikelihood; got int",
+    ),
+    "a list to split": (lambda: probdiff.datasets.split([[1.0, 2.0]]), ValueError, "at least 10 rows"),
+    "an index of an array": (lambda: probdiff.datasets.split(np.ones((20, 2)), index="a"), ValueError, "index: Expected none for an array"),
+    "an index of digits": (lambda: probdiff.datasets.load("digits", index="a"), ValueError, "index: Expected none for digits"),
     "negative scale": (lambda: probdiff.NormalLikelihood(scale=-1.0), ValueError, "scale: Expected positive numbers"),
     "nan in loc": (lambda: probdiff.NormalLikelihood(loc=[0.0, np.nan]), ValueError, "loc: Expected finite values"),
     "constant column": (
@@ -487,11 +497,11 @@ def test_calls(case):
 
 SCORES = {"vp_conditional_score", "vp_from_ve", "ve_from_vp", "vp_score_from_eps", "eps_from_score", "eps_from_vp_score"}
 RESULTS = {"ELBOTerms", "ELBOMoments", "Moments", "Estimate", "Sandwich", "TwoWays", "bits_per_dim", "EstimatorComparison"}
-RESULTS |= {"ModelComparison", "GapDecomposition", "DataSetELBO", "CommonPaths", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
+RESULTS |= {"Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO", "CommonPaths", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
 # What takes a result, or encoded data; what an optimiser is made of.
-INNER = {"prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema"}
+INNER = {"Categories", "Columns", "DiscretizedNormal", "prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema"}
 # What a user makes a part of, in tests/test_own_parts.py.
-ABSTRACT = {"AbstractHead", "AbstractKernel", "AbstractNetwork", "AbstractReverseVariance", "AbstractSchedule"}
+ABSTRACT = {"AbstractHead", "AbstractKernel", "AbstractLikelihood", "AbstractNetwork", "AbstractReverseVariance", "AbstractSchedule"}
 ABSTRACT |= {"CheckpointLike", "AbstractControl", "AbstractNoise", "AbstractSteps", "AbstractTerm"}
 
 

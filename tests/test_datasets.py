@@ -1,6 +1,8 @@
 """Data: splits, densities against samples, entropies, files."""
 
 import numpy as np
+import pandas as pd
+import polars as pl
 import pytest
 import scipy.stats
 
@@ -14,7 +16,7 @@ def test_digits():
 
     np.testing.assert_array_equal(np.concatenate([digits.train, digits.validation, digits.test]), load_digits().data)
     assert digits.levels == 17 and digits.train.dtype == np.int32 and digits.dim == 64
-    mean, error = digits.independent_levels()
+    mean, error = digits.independent_columns()
     assert -mean / (64 * np.log(2)) == pytest.approx(2.398, abs=0.002) and 0 < error < 1
 
 
@@ -163,3 +165,104 @@ def test_a_size_in_a_header_is_not_believed(shape, tmp_path):
         file.write(FLOATS.tobytes())
     with pytest.raises(ValueError, match="Expected an intact .npy file"):
         datasets.load(path)
+
+
+# Tables: what the columns are taken for, and how they are named.
+
+ROWS = 60
+RNG = np.random.default_rng(7)
+TABLE = pd.DataFrame({
+    "length": RNG.normal(5, 2, ROWS),
+    "site": pd.Categorical(RNG.choice(["north", "south", "east"], ROWS), ["north", "south", "east", "west"]),
+    "age": RNG.integers(20, 81, ROWS).astype(float),
+    "half": RNG.integers(0, 5, ROWS) / 2,
+    "ill": RNG.random(ROWS) < 0.4,
+    "weight": RNG.normal(-100, 9, ROWS),
+})  # fmt: skip
+KINDS = {1: ("east", "north", "south"), 3: (0.0, 0.5, 1.0, 1.5, 2.0), 4: ("False", "True")}
+
+
+@pytest.mark.parametrize("frame", [TABLE, pl.DataFrame({name: TABLE[name].tolist() for name in TABLE}).cast({"site": pl.Categorical})])
+def test_each_column_is_taken_for_what_it_is(frame):
+    data = datasets.load(frame, seed=1)
+    assert data.columns == tuple(TABLE) and data.levels is None and data.dim == 6
+    found = {j: part.categories for j, part in data.discrete.items() if j != 2}
+    assert {j: tuple(sorted(map(str, each))) for j, each in found.items()} == {j: tuple(map(str, each)) for j, each in KINDS.items()}
+    assert data.discrete[2].arguments == {"levels": int(np.ptp(TABLE["age"])) + 1, "first": int(TABLE["age"].min())}
+    words = data.describe()
+    assert "continuous, with a density: length, weight" in words and "3 categories (" in words
+    assert "48 train, 6 validation, 6 test rows of 6 columns" in words
+    back = pd.concat([data.to_frame(split) for split in (data.train, data.validation, data.test)])
+    order = np.random.default_rng(1).permutation(ROWS)
+    np.testing.assert_allclose(back["length"], TABLE["length"].to_numpy()[order], rtol=1e-6)
+    assert back["site"].astype(str).tolist() == TABLE["site"].astype(str).to_numpy()[order].tolist()
+    assert back["ill"].astype(str).tolist() == TABLE["ill"].astype(str).to_numpy()[order].tolist()
+    likelihood = data.likelihood()
+    likelihood.check_data(data.train)
+    np.testing.assert_allclose(likelihood.decode(likelihood.encode(data.train)), data.train, rtol=1e-5)
+    x0 = np.asarray(likelihood.encode(data.train))
+    np.testing.assert_allclose([x0[:, :2].mean(0), x0[:, :2].std(0)], [[0, 0], [1, 1]], atol=1e-4)
+    np.testing.assert_allclose(likelihood.read(frame), likelihood.read(TABLE))
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(name=["x"] * ROWS), TypeError, "columns of numbers; got String in column 'name'; leave the column out"),
+    (dict(length=np.where(np.arange(ROWS) == 5, np.nan, 1.5)), ValueError, "in row 5 .* of column 'length'"),
+    (dict(length=np.where(np.arange(ROWS) == 5, np.inf, 1.5)), ValueError, "finite values; got .*inf.* in row 5 .* of column 'length'"),
+    (dict(length=1.5), ValueError, "a constant column: column 'length'"),
+    (dict(site=pd.Categorical([None] + ["a", "b"] * (ROWS // 2 - 1) + ["a"])), ValueError, "none in row 0 .* of column 'site'"),
+])  # fmt: skip
+def test_columns_that_are_no_data_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        datasets.split(TABLE.assign(**change))
+
+
+def test_a_class_column_of_an_array_is_no_density():
+    """Without names; integers throughout stay a grid, and a table of unlike integers with names is none."""
+    array = np.column_stack([RNG.normal(size=(ROWS, 2)), RNG.integers(1, 4, ROWS)])
+    data = datasets.split(array)
+    assert list(data.discrete) == [2] and data.discrete[2].values == (1, 2, 3)
+    assert data.likelihood().encoded_dim(3) == 5 and data.column_name(2) == "x[2]"
+    assert datasets.split(RNG.integers(0, 9, (ROWS, 3))).levels == 9
+    unlike = pd.DataFrame({"a": RNG.integers(0, 2, ROWS), "b": RNG.integers(0, 3, ROWS), "c": RNG.integers(100, 300, ROWS)})
+    data = datasets.split(unlike)
+    assert data.levels is None and len(data.discrete) == 3 and "continuous" not in data.describe()
+    assert datasets.split(unlike.assign(c=unlike["b"])).levels == 3
+
+
+@pytest.mark.parametrize("index, name, note", [
+    (np.arange(ROWS), "", "''"), (np.arange(1, ROWS + 1), "id", "'id'"), (RNG.permutation(ROWS), "", "''"), (RNG.permutation(ROWS), "id", None)
+])  # fmt: skip
+def test_a_column_that_numbers_the_rows_is_left_out(index, name, note, tmp_path):
+    """It is recognised; or it is named."""
+    TABLE[["length", "weight"]].set_index(pd.Index(index, name=name)).to_csv(tmp_path / "mine.csv")
+    data = datasets.load(tmp_path / "mine.csv")
+    if note is None:
+        assert data.columns == ("id", "length", "weight")
+        data = datasets.load(tmp_path / "mine.csv", index="id")
+    assert data.columns == ("length", "weight") and (note or "'id'") in data.describe()
+    with pytest.raises(ValueError, match="index: Expected one of the columns .*; got 'nothing'"):
+        datasets.load(tmp_path / "mine.csv", index="nothing")
+
+
+@pytest.mark.parametrize("cell, message", [
+    ("", "a number in every cell; got none in line 4, column 'b'"),
+    ("NA", "a number in every cell; got none in line 4, column 'b'"),
+    ("tall", "got 'tall' in line 4, column 'b'; leave the column out, or number its categories"),
+])  # fmt: skip
+def test_a_cell_of_a_file_is_named_by_line_and_column(cell, message, tmp_path):
+    rows = [f"{a:.3f},{b}" for a, b in zip(RNG.normal(size=20), ["1.5", "2.25", cell] + ["3.125"] * 17)]
+    (tmp_path / "mine.csv").write_text("\n".join(["a,b", *rows]))
+    with pytest.raises(ValueError, match=message):
+        datasets.load(tmp_path / "mine.csv")
+
+
+def test_the_reference_of_a_table_codes_each_column_by_itself():
+    data = datasets.split(TABLE[["length", "half"]])
+    values, counts = np.unique(data.train[:, 1], return_counts=True)
+    log_p = dict(zip(values, np.log((counts + 0.5) / (counts + 0.5).sum())))
+    normal = scipy.stats.norm(data.train[:, 0].mean(), data.train[:, 0].std())
+    expected = normal.logpdf(data.test[:, 0]) + np.array([log_p[value] for value in data.test[:, 1]])
+    mean, error = data.independent_columns()
+    assert mean == pytest.approx(expected.mean(), rel=1e-5)
+    assert error == pytest.approx(expected.std(ddof=1) / np.sqrt(len(expected)), rel=1e-5)

@@ -192,8 +192,9 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
         "--data",
         metavar="NAME|FILE",
         help="digits (default), checkerboard, circles, moons, 8gaussians, "
-        "swissroll, or a .npy, .npz or .csv file of shape (datum, dim)",
+        "swissroll, or a .npy, .npz or .csv file of shape (datum, column)",
     )
+    fit.add_argument("--index", metavar="COLUMN", help="column of the .csv file that numbers the rows, to leave out")
     fit.add_argument("--out", metavar="DIR", help="run folder (default: the next free runs/NAME-k)")
     fit.add_argument("--num-steps", type=_count, metavar="N", help="steps of the chain")
     fit.add_argument("--iterations", type=_count, metavar="K", help="SVI updates")

@@ -45,9 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
         folder, diffusion, dataset, options = _prepare(given, arguments, first)
         folder.checkpoint.require_intact()
     if first:
+        about = f"{dataset.name}, {len(dataset.train)} training items of {dataset.dim} dimensions"
         print(
-            f"probdiff: {dataset.name}, {len(dataset.train)} training items of {dataset.dim} dimensions, "
-            f"N = {options['num_steps']} steps, {options['iterations']} iterations, in {folder.path}",
+            f"probdiff: {about if dataset.oracle or dataset.image_shape else dataset.describe()}\n"
+            f"probdiff: N = {options['num_steps']} steps in {diffusion.dim} dimensions, {options['iterations']} iterations, in {folder.path}",
             file=sys.stderr if arguments.json else sys.stdout,
             flush=True,
         )
@@ -108,8 +109,9 @@ def _prepare(given: dict, arguments: argparse.Namespace, first: bool) -> tuple[R
     if arguments.out is not None and first:
         check_free(arguments.out)
     name = _data_name(arguments.data or "digits")
-    dataset = load(name, given.get("seed", 0))
+    dataset = load(name, given.get("seed", 0), arguments.index)
     options = {"data": name} | default_options(dataset) | given
+    options |= {} if arguments.index is None else {"index": arguments.index}
     diffusion = default_diffusion(dataset, options["num_steps"], options["seed"])
     for split in (dataset.train, dataset.validation, dataset.test):
         diffusion.check_data(split)
@@ -130,8 +132,9 @@ def _reopen(given: dict, arguments: argparse.Namespace) -> tuple[Run, Diffusion,
     checked = parser().parse_args(["fit", *(f"{flag(name)}={options[name]}" for name in OPTIONS)])
     options |= {name: getattr(checked, name) for name in OPTIONS}
     asked = given | ({"data": _data_name(arguments.data)} if arguments.data else {})
+    asked |= {} if arguments.index is None else {"index": arguments.index}
     for name, value in asked.items():
-        require(value == options[name], flag(name), f"{options[name]}, as in the run to resume", value)
+        require(value == options.get(name), flag(name), f"{options.get(name)}, as in the run to resume", value)
     return folder, folder.untrained, folder.data, options
 
 
@@ -154,6 +157,7 @@ def _fit_and_evaluate(
         learning_rate=options["learning_rate"],
         key=fit_key,
         validation=dataset.validation,
+        validate_every=options.get("validate_every", 500),
         checkpoint=folder.checkpoint,
         devices=devices,
     )
@@ -238,12 +242,10 @@ def _row(estimate: Estimate, dataset: Dataset, sign: int = 1) -> dict:
 
 
 def _reference(dataset: Dataset, elbo: np.ndarray) -> dict:
-    """The reference for the bound: independent dimensions on a grid, the true density where it is known."""
-    if dataset.levels is not None:
-        mean, error = dataset.independent_levels()
-        return {"independent_dimensions": _row(Estimate(float(mean), float(error), 0.0), dataset)}
+    """The reference for the bound: the true density where it is known, else independent columns."""
     if dataset.log_prob is None:
-        return {}
+        name = "independent_columns" if dataset.levels is None else "independent_dimensions"
+        return {name: _row(Estimate(*dataset.independent_columns(), 0.0), dataset)}
     entropy, entropy_error = dataset.entropy()
     gap = Estimate.of(dataset.log_prob(dataset.test) - elbo)
     return {

@@ -24,6 +24,7 @@ LABELS = {
     "analytic": "ELBO, analytic decomposition",
     "trace_elbo": "ELBO, Trace_ELBO on sampled paths",
     "independent_dimensions": "log-likelihood of independent pixels",
+    "independent_columns": "log-likelihood of independent columns",
     "entropy": "minus entropy of the data",
     "gap": "gap: E log p(x) − ELBO",
 }

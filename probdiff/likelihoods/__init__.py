@@ -1,7 +1,7 @@
 """Likelihoods p(x | z_1): from the last reverse step to the data as the user has it. Imports no other part of a model."""
 
 from probdiff.likelihoods.base import AbstractLikelihood
-from probdiff.likelihoods.categorical import Categories, CategoricalLikelihood
+from probdiff.likelihoods.categorical import CategoricalLikelihood, Categories
 from probdiff.likelihoods.columns import ColumnLikelihood, Columns
 from probdiff.likelihoods.discretized import DiscretizedNormal, DiscretizedNormalLikelihood
 from probdiff.likelihoods.normal import NormalLikelihood

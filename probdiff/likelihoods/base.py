@@ -39,6 +39,11 @@ class AbstractLikelihood(eqx.Module):
         levels: eqx.AbstractVar[int | None]
 
     @property
+    def words(self) -> str:
+        """What this likelihood takes its data for, in a few words."""
+        return type(self).__name__
+
+    @property
     def points(self) -> Float[np.ndarray, "point dim"] | None:
         """The points of the chain's space that a column of data can be at, shape ``(point, dim)``; None for data with a density."""
         return None

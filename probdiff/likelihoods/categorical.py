@@ -10,6 +10,7 @@ It is a probability, so the bound is at most 0 for a table of categories alone.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -23,6 +24,7 @@ from probdiff._checks import AnyArray, Number, Whole, is_concrete, require, requ
 from probdiff.likelihoods.base import AbstractLikelihood, Scale
 
 MOST_CATEGORIES = 2**10
+MOST_SHOWN = 10
 
 
 class CategoricalLikelihood(AbstractLikelihood):
@@ -57,6 +59,18 @@ class CategoricalLikelihood(AbstractLikelihood):
     def categories(self) -> tuple[str, ...] | tuple[float, ...]:
         """The labels; or the numbers, if the data hold those."""
         return self.labels or self.values
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that this likelihood was made with."""
+        return {"categories": self.categories}
+
+    @property
+    def words(self) -> str:
+        """The categories."""
+        shown = [each if isinstance(each, str) else f"{each:g}" for each in self.categories]
+        few = shown if len(shown) <= MOST_SHOWN else [*shown[: MOST_SHOWN - 1], "…"]
+        return f"{len(shown)} categories ({', '.join(few)})"
 
     @property
     def levels(self) -> None:

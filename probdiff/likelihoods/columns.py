@@ -17,7 +17,7 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 from probdiff._checks import AnyArray, is_concrete, require, require_type
-from probdiff._frames import as_array, columns_of, is_frame, numbers, place, require_complete, require_finite_column
+from probdiff._frames import as_array, codes, columns_of, is_frame, numbers, place, require_finite_column
 from probdiff.likelihoods.base import AbstractLikelihood, Scale
 from probdiff.likelihoods.categorical import CategoricalLikelihood
 
@@ -45,7 +45,7 @@ class ColumnLikelihood(AbstractLikelihood):
     columns: tuple[str, ...] | None = eqx.field(static=True)
 
     def __init__(
-        self, parts: Mapping[Key | tuple[Key, ...], AbstractLikelihood], columns: Sequence[str] | None = None
+        self, parts: Mapping[Key, AbstractLikelihood] | Mapping[tuple[Key, ...], AbstractLikelihood], columns: Sequence[str] | None = None
     ) -> None:
         require(isinstance(parts, Mapping) and parts, "parts", "a dict from columns to likelihoods", repr(parts), TypeError)
         for key, part in parts.items():
@@ -63,6 +63,12 @@ class ColumnLikelihood(AbstractLikelihood):
         self.parts = tuple(parts.values())
         self.positions = tuple(tuple(order.index(key) for key in group) for group in groups)
         self.columns = tuple(order) if named else None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that this likelihood was made with."""
+        keys = range(self.num_columns) if self.columns is None else self.columns
+        return {"parts": {tuple(keys[j] for j in at): part for part, at in self._placed}, "columns": self.columns}
 
     @property
     def levels(self) -> None:
@@ -101,7 +107,7 @@ class ColumnLikelihood(AbstractLikelihood):
             labels = part.labels if isinstance(part, CategoricalLikelihood) else None
             for j in positions:
                 column = given[self.columns[j]]
-                read[j] = numbers(column) if labels is None else _codes(column, labels)
+                read[j] = numbers(column) if labels is None else codes(column, labels)
         return np.column_stack([read[j] for j in range(len(read))])
 
     def check_data(self, x: Real[AnyArray, "*batch column"]) -> None:
@@ -146,7 +152,7 @@ class ColumnLikelihood(AbstractLikelihood):
 
     def __repr__(self) -> str:
         """What each column is, and the dimensions of the chain."""
-        kinds = (f"{', '.join(map(self._name, at))}: {part!r}" for part, at in self._placed)
+        kinds = (f"{', '.join(map(self._name, at))}: {part.words}" for part, at in self._placed)
         return f"ColumnLikelihood({'; '.join(kinds)}; {self.num_columns} columns, {sum(self._sizes)} dimensions of the chain)"
 
     @property
@@ -221,14 +227,3 @@ def _together(parts: list[jax.Array], positions: Positions) -> Real[Array, "... 
     order = np.argsort([j for at in positions for j in at])
     dtype = jnp.result_type(*parts)
     return jnp.concatenate([part.astype(dtype) for part in parts], -1)[..., order]
-
-
-def _codes(column: Any, labels: tuple[str, ...]) -> np.ndarray:
-    """Labels as their numbers."""
-    require_complete(column)
-    code = {label: number for number, label in enumerate(labels)}
-    words = [str(label) for label in column.to_list()]
-    unknown = np.array([row for row, word in enumerate(words) if word not in code], int)
-    got = f"{words[unknown[0]]!r} in {place(unknown, str(column.name))}" if unknown.size else ""
-    require(unknown.size == 0, "x", f"one of the labels {', '.join(labels)}", got)
-    return np.array([code[word] for word in words])

@@ -1,6 +1,6 @@
 """Integers on a grid: the probabilities of a normal's bins."""
 
-import operator
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -33,10 +33,9 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
     first: int = eqx.field(static=True)
 
     def __init__(self, levels: Whole, first: Whole = 0) -> None:
-        try:
-            self.levels, self.first = operator.index(levels), operator.index(first)
-        except TypeError:
-            raise TypeError(f"levels, first: Expected integers; got {levels!r}, {first!r}") from None
+        for name, value in (("levels", levels), ("first", first)):
+            require(isinstance(value, int | np.integer), name, "an integer", repr(value), TypeError)
+        self.levels, self.first = int(levels), int(first)
         require(self.levels >= 2, "levels", "at least 2", self.levels)
         require(self.levels <= MOST_LEVELS, "levels", f"at most {MOST_LEVELS}, as float32 tells apart", self.levels)
 
@@ -66,6 +65,16 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
     def decode(self, x0: Float[Array, "*batch dim"]) -> Int[Array, "*batch dim"]:
         """From the chain to the nearest level; the inverse of :meth:`encode`."""
         return _nearest_level(x0, self.levels) + self.first
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that this likelihood was made with."""
+        return {"levels": self.levels, "first": self.first}
+
+    @property
+    def words(self) -> str:
+        """The levels."""
+        return f"whole numbers, {self.first} … {self.first + self.levels - 1}"
 
     @property
     def points(self) -> Float[np.ndarray, "point dim"]:

@@ -1,5 +1,7 @@
 """Continuous data: a normal density in the user's units."""
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,11 @@ class NormalLikelihood(AbstractLikelihood):
     def levels(self) -> None:
         """None: the data have a density."""
         return None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that this likelihood was made with."""
+        return {"loc": self.loc, "scale": self.scale}
 
     @classmethod
     def standardized(cls, x: Real[AnyArray, "datum dim"]) -> "NormalLikelihood":

@@ -36,9 +36,15 @@ from probdiff.diagnostics.compare_estimators import EstimatorComparison
 from probdiff.diagnostics.datatree import from_datatree, to_datatree
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.terms import ELBOTerms
-from probdiff.likelihoods import DiscretizedNormalLikelihood, NormalLikelihood
+from probdiff.likelihoods import (
+    AbstractLikelihood,
+    CategoricalLikelihood,
+    ColumnLikelihood,
+    DiscretizedNormalLikelihood,
+    NormalLikelihood,
+)
 from probdiff.networks.convnet import ConvNet
-from probdiff.networks.heads import CategoricalHead, DensityHead, VHead, X0Head
+from probdiff.networks.heads import CategoricalHead, ColumnHead, DensityHead, VHead, X0Head
 from probdiff.networks.mlp import MLP
 from probdiff.programs.sites import PARAMS
 from probdiff.storage.checkpoint import Checkpoint, load_tree, save_tree
@@ -48,8 +54,10 @@ if TYPE_CHECKING:  # heavy, and imported where they are needed
     import xarray as xr
     from matplotlib.figure import Figure
 
-NETWORKS: dict[str, Callable] = {kind.__name__: kind for kind in (MLP, ConvNet, X0Head, VHead, DensityHead, CategoricalHead)}
-LIKELIHOODS = {kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood)}
+NETWORKS: dict[str, Callable] = {kind.__name__: kind for kind in (MLP, ConvNet, X0Head, VHead, DensityHead, CategoricalHead, ColumnHead)}
+LIKELIHOODS: dict[str, Callable] = {
+    kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood, CategoricalLikelihood, ColumnLikelihood)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Run:
         """
         config = self.config
         require("data" in config, str(self.path), "a run that names its data", "a configuration without 'data'")
-        return datasets.load(config["data"], config.get("seed", 0))
+        return datasets.load(config["data"], config.get("seed", 0), config.get("index"))
 
     @property
     def untrained(self) -> Diffusion:
@@ -116,7 +124,7 @@ class Run:
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
             require(size <= MAX_BYTES, str(self.path), f"a network of at most {MAX_BYTES} bytes", size)
             network = make()
-        likelihood = LIKELIHOODS[model["likelihood"]["name"]](**model["likelihood"]["arguments"])
+        likelihood = _make_likelihood(model["likelihood"])
         if "mixture_levels" in model:
             return Diffusion(schedule, network, likelihood, dim=model["dim"], kernel=MixtureKernel(model["mixture_levels"]))
         return Diffusion(schedule, network, likelihood, model["reverse_variance"], dim=model["dim"])
@@ -243,7 +251,7 @@ def describe(diffusion: Diffusion) -> dict:
         kept["schedule"] = schedule.arguments
     return kept | {
         "network": _describe_network(diffusion.network),
-        "likelihood": {"name": type(diffusion.likelihood).__name__, "arguments": vars(diffusion.likelihood)},
+        "likelihood": _describe_likelihood(diffusion.likelihood),
         "num_steps": diffusion.schedule.num_steps,
         "dim": diffusion.dim,
     }
@@ -254,14 +262,38 @@ def _describe_network(network: Any) -> dict:
     name = type(network).__name__
     if NETWORKS.get(name) is not type(network):
         return {"name": name, "arguments": None}
-    arguments = network.arguments
+    arguments = {k: v if k != "likelihood" else _describe_likelihood(v) for k, v in network.arguments.items()}
     return {"name": name, "arguments": {k: _describe_network(v) if callable(v) else v for k, v in arguments.items()}}
+
+
+def _describe_likelihood(likelihood: AbstractLikelihood) -> dict:
+    """The class of a likelihood and its arguments; None for arguments that are not known."""
+    name = type(likelihood).__name__
+    if LIKELIHOODS.get(name) is not type(likelihood):
+        return {"name": name, "arguments": None}
+    assert isinstance(likelihood, NormalLikelihood | DiscretizedNormalLikelihood | CategoricalLikelihood | ColumnLikelihood)
+    arguments = likelihood.arguments
+    if isinstance(likelihood, ColumnLikelihood):
+        parts = [[keys, _describe_likelihood(part)] for keys, part in arguments["parts"].items()]
+        arguments = arguments | {"parts": parts}
+    return {"name": name, "arguments": arguments}
+
+
+def _make_likelihood(description: dict) -> AbstractLikelihood:
+    name, arguments = description["name"], description["arguments"]
+    known, got = name in LIKELIHOODS and arguments is not None, f"nothing, for a run with the custom likelihood {name}"
+    require(known, "like", "a Diffusion of the run's structure", got)
+    if "parts" in arguments:
+        arguments = arguments | {"parts": {tuple(keys): _make_likelihood(part) for keys, part in arguments["parts"]}}
+    return LIKELIHOODS[name](**arguments)
 
 
 def _make_network(description: dict, key: jax.Array) -> Callable:
     name, arguments = description["name"], description["arguments"]
     known, got = name in NETWORKS and arguments is not None, f"nothing, for a run with the custom network {name}"
     require(known, "like", "a network or a Diffusion of the run's structure", got)
+    if "likelihood" in arguments:
+        arguments = arguments | {"likelihood": _make_likelihood(arguments["likelihood"])}
     if "network" in arguments:
         return NETWORKS[name](**arguments | {"network": _make_network(arguments["network"], key)})
     return NETWORKS[name](**arguments, key=key)

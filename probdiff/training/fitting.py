@@ -23,6 +23,7 @@ from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
 from probdiff._checks import AnyArray, Number, Whole, require, require_count, require_key, require_type
+from probdiff._frames import column_names
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
@@ -32,6 +33,7 @@ from probdiff.elbo.reverse_variance import optimal_variance
 from probdiff.elbo.terms import bits_per_dim
 from probdiff.programs.sites import PARAMS, Data
 from probdiff.training.optimiser import build_optimiser
+from probdiff.training.suitability import warn_of_unsuited
 
 CHUNK = 100
 VALIDATION_ROWS = 2**12  # network evaluations, with the same noise each time, which hardly counts in a comparison
@@ -124,7 +126,7 @@ def fit(
 
     Args:
         diffusion: The model, bound or not; it is not changed. A bound one is fitted further, from the parameters that it has.
-        data: Training data as the user has it, shape ``(datum, dim)``.
+        data: Training data as the user has it, an array of shape ``(datum, column)`` or a data frame.
         iterations: Number of SVI updates in all, those of a resumed fit included (which can be given more of them only with an
             optimiser of your own, see ``learning_rate``). An update whose loss or gradient is not finite
             changes nothing, and is reported.
@@ -159,6 +161,7 @@ def fit(
     for name, value in (("iterations", iterations), ("batch_size", batch_size), ("validate_every", validate_every)):
         require_count(name, value)
     require(0 <= ema_decay < 1, "ema_decay", "0 <= ema_decay < 1", ema_decay)
+    names = column_names(data)
     data = diffusion.read_data(data)
     validation = None if validation is None else diffusion.read_data(validation)
     require(
@@ -167,6 +170,7 @@ def fit(
         "something to train (an equinox module with JAX arrays)",
         "a model without parameters",
     )
+    warn_of_unsuited(diffusion, data, names)
     key = jax.random.key(0) if key is None else key
     require_key(key)
     optimiser = build_optimiser(learning_rate, iterations, ema_decay)

@@ -1,0 +1,87 @@
+"""Data by name, from a file or from the user's arrays and data frames, split into training, validation and test.
+
+``digits`` are scikit-learn's 8×8 images; the two-dimensional sets come with their density. Of the user's own data, floats are
+continuous and integers are levels of a grid; where columns of a table are of several kinds, each is taken for what it can be.
+Imports likelihoods, networks and oracles.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from probdiff._checks import Whole, require
+from probdiff._frames import is_frame
+from probdiff.datasets.dataset import Dataset
+from probdiff.datasets.files import read_file
+from probdiff.datasets.planar import PLANAR
+from probdiff.datasets.tables import read_table, split_table
+
+__all__ = ["NAMES", "PLANAR", "Dataset", "load", "split"]
+
+SIZES = {"train": 100_000, "validation": 5_000, "test": 20_000}
+NAMES = ("digits", *PLANAR)
+SUFFIXES = (".npy", ".npz", ".csv")
+
+
+def load(name: Any, seed: Whole = 0, index: str | None = None) -> Dataset:
+    """A data set by name, from a ``.npy``, ``.npz`` or ``.csv`` file, or of a data frame.
+
+    Args:
+        name: One of :data:`NAMES`, the path of a file, or a data frame.
+        seed: Seed of the draws of the two-dimensional sets, and of the shuffle before data are split
+            (80 % training, 10 % validation, 10 % test).
+        index: Name of the column of a ``.csv`` file or of a data frame that numbers the rows and is left out. A first column of
+            the file that has no name, or holds nothing but 0, 1, 2, … or 1, 2, 3, …, is recognised.
+
+    Raises:
+        ValueError: If the name is unknown, or the array is not usable; FileNotFoundError if there is no
+            such file; TypeError if a column holds something else than numbers or categories.
+    """
+    if is_frame(name):
+        return split(name, seed=seed, index=index)
+    name = str(name)
+    if name == "digits" or name in PLANAR:
+        require(index is None, "index", f"none for {name}", repr(index))
+        return _digits() if name == "digits" else _planar(name, int(seed))
+    known = f"one of {', '.join(NAMES)}, or a file ending in {', '.join(SUFFIXES)}"
+    require(Path(name).suffix in SUFFIXES, "data", known, repr(name))
+    return split_table(read_file(Path(name), index), Path(name).stem, seed, name)
+
+
+def split(x: Any, *, seed: Whole = 0, name: str = "data", index: str | None = None) -> Dataset:
+    """Data of your own, shuffled and split: 80 % training, 10 % validation, 10 % test.
+
+    Args:
+        x: An array of shape ``(datum, column)``, or a data frame of pandas, polars or pyarrow. Integers throughout are levels of one grid. In a
+            table of floats, categories and truth values, a column of at most ten distinct values is categorical, other whole numbers
+            are on a grid of their own if they span less than 256, and the rest is continuous (:meth:`Dataset.describe`).
+        seed: Of the shuffle.
+        name: Name of the data set.
+        index: Name of a column of a data frame to leave out, because it numbers the rows.
+
+    Returns:
+        A :class:`Dataset`; its ``likelihood()`` suits its columns.
+
+    Raises:
+        ValueError, TypeError: If the data cannot be used: a column that is constant, holds text, or has a cell that is missing or not
+            finite is named.
+    """
+    return split_table(read_table(x, name, index), name, seed, name)
+
+
+def _digits() -> Dataset:
+    # scikit-learn's load_digits without scikit-learn, whose import takes a second.
+    spec = importlib.util.find_spec("sklearn")
+    assert spec is not None and spec.origin is not None
+    file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    images = np.loadtxt(file, np.int32, delimiter=",")[:, :-1]  # the last column is the label
+    return Dataset("digits", images[:1000], images[1000:1350], images[1350:], levels=17, image_shape=(8, 8))
+
+
+def _planar(name: str, seed: int) -> Dataset:
+    rng = np.random.default_rng([seed, *name.encode()])
+    sizes = (SIZES[split] for split in ("train", "validation", "test"))
+    train, validation, test = (PLANAR[name].sample(rng, size).astype(np.float32) for size in sizes)
+    return Dataset(name, train, validation, test, oracle=PLANAR[name].oracle())

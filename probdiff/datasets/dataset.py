@@ -1,0 +1,170 @@
+"""A data set in three splits, with what is known about it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Real
+
+from probdiff._checks import AnyArray, require
+from probdiff.chain.schedules import AbstractSchedule
+from probdiff.likelihoods import (
+    AbstractLikelihood,
+    CategoricalLikelihood,
+    ColumnLikelihood,
+    DiscretizedNormalLikelihood,
+    NormalLikelihood,
+)
+from probdiff.networks.base import Network
+from probdiff.oracles.distributions import GaussianMixture, LogProb, Points, UniformBoxes
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Data in three splits, with what is known about them.
+
+    Attributes:
+        name: Name of the set, or stem of the file.
+        train, validation, test: Arrays of shape ``(datum, column)``: floats, or integers for data on a grid.
+        levels: Number of levels of data on a grid; None for continuous data, and for columns of several kinds.
+        oracle: The true distribution (see :mod:`probdiff.oracles.distributions`), where it is known; otherwise None.
+        image_shape: Shape of a datum seen as an image; None if it is not one.
+        columns: Names of the columns; None if they have none.
+        discrete: The likelihoods of the columns that have no density, by position, where columns are of several kinds.
+        index: Name of the column that was left out because it numbers the rows; None if there was none.
+    """
+
+    name: str
+    train: Real[np.ndarray, "train column"]
+    validation: Real[np.ndarray, "validation column"]
+    test: Real[np.ndarray, "test column"]
+    levels: int | None = None
+    oracle: GaussianMixture | UniformBoxes | None = None
+    image_shape: tuple[int, int] | None = None
+    columns: tuple[str, ...] | None = None
+    discrete: Mapping[int, AbstractLikelihood] = dataclasses.field(default_factory=dict)
+    index: str | None = None
+
+    @property
+    def dim(self) -> int:
+        """Number of columns: of dimensions, as the user counts them."""
+        return self.train.shape[1]
+
+    def column_name(self, position: int) -> str:
+        """The name of a column; ``x[0]`` and so on if it has none."""
+        return f"x[{position}]" if self.columns is None else self.columns[position]
+
+    def likelihood(self) -> AbstractLikelihood:
+        """The likelihood for these data: discretised for a grid, by column for several kinds, else standardised by the training split."""
+        if self.levels is not None:
+            return DiscretizedNormalLikelihood(self.levels)
+        if not self.discrete:
+            return NormalLikelihood.standardized(self.train)
+        keys: Sequence[int] | Sequence[str] = range(self.dim) if self.columns is None else self.columns
+        parts: dict[tuple[int | str, ...], AbstractLikelihood] = {(keys[j],): part for j, part in self.discrete.items()}
+        if continuous := self._continuous:
+            density = NormalLikelihood.standardized(self.train[:, continuous])
+            parts = {tuple(keys[j] for j in continuous): density} | parts
+        return ColumnLikelihood(parts, self.columns)
+
+    def describe(self) -> str:
+        """In words, how many rows there are and what each column was taken for."""
+        rows = ", ".join(f"{len(getattr(self, split))} {split}" for split in ("train", "validation", "test"))
+        lines = [f"{self.name}: {rows} rows of {self.dim} columns"]
+        if self.index is not None:
+            lines.append(f"  left out, the number of the row: {self.index!r}")
+        if self.levels is not None:
+            lines.append(f"  a grid of {self.levels} levels in every column")
+            return "\n".join(lines)
+        if self._continuous:
+            lines.append(f"  continuous, with a density: {', '.join(map(self.column_name, self._continuous))}")
+        lines += [f"  {part.words}: {self.column_name(j)}" for j, part in self.discrete.items()]
+        return "\n".join(lines)
+
+    def to_frame(self, x: Real[AnyArray, "row column"] | None = None) -> "pandas.DataFrame":
+        """Data or samples as a pandas data frame, with the names of the columns and the labels of categories.
+
+        Args:
+            x: Data as the model has them, shape ``(row, column)``; the training data if not given.
+        """
+        import pandas as pd
+
+        values = np.asarray(self.train if x is None else x)
+        require(values.ndim == 2 and values.shape[1] == self.dim, "x", f"shape (row, {self.dim})", f"shape {values.shape}")
+        frame = {}
+        for j in range(self.dim):
+            column, part = values[:, j], self.discrete.get(j)
+            if isinstance(part, CategoricalLikelihood) and part.labels is not None:
+                frame[self.column_name(j)] = pd.Categorical.from_codes(column.astype(int).tolist(), part.labels)
+            else:
+                frame[self.column_name(j)] = column.astype(np.int64) if part and np.all(column == np.round(column)) else column
+        return pd.DataFrame(frame)
+
+    @property
+    def log_prob(self) -> Callable[[Points], LogProb] | None:
+        """True log-density in nats of points of shape ``(*batch, dim)``, a function; None where it is not known."""
+        return None if self.oracle is None else self.oracle.log_prob
+
+    def entropy(self) -> tuple[float, float]:
+        """Differential entropy in nats, and an estimate of its numerical error.
+
+        Raises:
+            ValueError: If the density is not known.
+        """
+        return self._known().entropy()
+
+    def exact_network(self, schedule: AbstractSchedule, likelihood: AbstractLikelihood) -> Network:
+        r"""The best ε-network there is for these data, :math:`E[\epsilon | z_n]`: nothing is trained.
+
+        Args:
+            schedule: The noise schedule.
+            likelihood: The NormalLikelihood that encodes the data for the chain.
+
+        Returns:
+            An ε-network, ``network(z, n) -> eps_hat`` with ``z`` of shape ``(*batch, dim)``.
+
+        Raises:
+            ValueError: If the density is not known; TypeError for another likelihood.
+        """
+        oracle = self._known()
+        kind = type(likelihood).__name__
+        require(isinstance(likelihood, NormalLikelihood), "likelihood", "a NormalLikelihood", kind, TypeError)
+        assert isinstance(likelihood, NormalLikelihood)
+        return oracle.standardized(likelihood.loc, likelihood.scale).network(schedule)
+
+    def independent_columns(self) -> tuple[float, float]:
+        """Mean test log-likelihood in nats, and its standard error, when every column is coded by itself.
+
+        A column with a density by the normal of the training split's mean and standard deviation; any other by the frequencies of its values
+        there, with half a count added to each (Jeffreys' prior).
+        """
+        per_datum = np.zeros(len(self.test))
+        for train, test, part in zip(self.train.T, self.test.T, map(self._grid, range(self.dim))):
+            if part is None:
+                train = train.astype(np.float64)
+                z = (test - train.mean()) / train.std()
+                per_datum -= z**2 / 2 + np.log(train.std() * np.sqrt(2 * np.pi))
+            else:
+                counts = 0.5 + (train[:, None] == part).sum(0)
+                per_datum += np.log(counts / counts.sum())[(test[:, None] == part).argmax(1)]
+        return float(per_datum.mean()), float(per_datum.std(ddof=1) / np.sqrt(len(per_datum)))
+
+    def _grid(self, position: int) -> np.ndarray | None:
+        """The values that a column can have; None for one with a density."""
+        part = DiscretizedNormalLikelihood(self.levels) if self.levels is not None else self.discrete.get(position)
+        if isinstance(part, DiscretizedNormalLikelihood):
+            return part.first + np.arange(part.levels)
+        return np.asarray(part.values, self.train.dtype) if isinstance(part, CategoricalLikelihood) else None
+
+    def _known(self) -> GaussianMixture | UniformBoxes:
+        require(self.oracle is not None, "dataset", "a data set with a known density", self.name)
+        assert self.oracle is not None
+        return self.oracle
+
+    @property
+    def _continuous(self) -> list[int]:
+        return [j for j in range(self.dim) if j not in self.discrete]

@@ -1,0 +1,97 @@
+"""A file of the user's as a :class:`~probdiff.datasets.tables.Table`: ``.npy``, ``.npz`` or ``.csv``."""
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from probdiff._checks import require
+from probdiff._files import MAX_BYTES, read_npy, read_npz
+from probdiff.datasets.tables import Table, check_array, read_frame
+
+if TYPE_CHECKING:
+    import pandas
+
+UNNAMED = ("", "unnamed: 0", "index")  # as pandas writes or reads the numbers of the rows
+
+
+def read_file(path: Path, index: str | None = None) -> Table:
+    """The table in a file.
+
+    Args:
+        path: Path of the file.
+        index: Name of the column that numbers the rows, of a ``.csv`` file; one that has no name, or none but the row's number in it,
+            is recognised.
+
+    Raises:
+        FileNotFoundError: If it is not there; ValueError or TypeError if it is empty, too large, damaged or not a table of numbers.
+    """
+    require(path.is_file(), "data", "an existing file", f"{path}, which is not there", FileNotFoundError)
+    size = path.stat().st_size
+    require(size > 0, str(path), "an array", "an empty file")
+    require(size <= MAX_BYTES, str(path), f"a file of at most {MAX_BYTES} bytes", f"{size} bytes")
+    if path.suffix == ".csv":
+        return _read_csv(path, index)
+    require(index is None, "index", "none for an array, whose columns have no names", repr(index))
+    return Table(check_array(read_npy(path) if path.suffix == ".npy" else _read_npz(path), str(path)))
+
+
+def _read_npz(path: Path) -> np.ndarray:
+    arrays = read_npz(path)
+    require(len(arrays) == 1, str(path), "one array", f"{len(arrays)}: {', '.join(arrays)}")
+    (array,) = arrays.values()
+    return array
+
+
+def _read_csv(path: Path, index: str | None) -> Table:
+    import pandas as pd
+
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        first = next(csv.reader(file), [])
+    require(any(cell.strip() for cell in first), str(path), "rows of numbers", "an empty file or an empty first line")
+    header = not any(map(_is_number, first)) or not first[0].strip()
+    try:
+        options = {"index_col": False, "encoding": "utf-8-sig", "skipinitialspace": True}
+        frame = pd.read_csv(path, header=0 if header else None, **options)
+    except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        raise ValueError(f"{path}: Expected a readable .csv file; got: {' '.join(str(error).split())}") from None
+    frame.columns = [str(name).strip() for name in frame.columns]
+    if header and not first[0].strip():
+        frame = frame.rename(columns={frame.columns[0]: ""})
+    require(len(frame.columns) == len(first), str(path), f"rows of {len(first)} cells, as the first has", f"{len(frame.columns)}")
+    for name in frame.columns:
+        _check_cells(frame[name], name, path, 2 if header else 1)
+    index = _index_of(frame, header) if index is None else index
+    table = read_frame(frame, str(path), index)
+    return table if header else Table(table.array, None, {}, index)
+
+
+def _check_cells(column: "pandas.Series", name: str, path: Path, first_line: int) -> None:
+    """Refuse a column with a missing cell or with text, by the line of the first."""
+    missing = np.flatnonzero(column.isna().to_numpy())
+    where = f"line {missing[0] + first_line}, column {name!r}" if missing.size else ""
+    require(missing.size == 0, str(path), "a readable .csv file with a number in every cell", f"none in {where}")
+    if column.dtype.kind in "iufb":
+        return
+    text = next((k, cell) for k, cell in enumerate(column) if not _is_number(str(cell)))
+    got = f"{text[1]!r} in line {text[0] + first_line}, column {name!r}"
+    remedy = "; leave the column out, or number its categories 0, 1, 2, …"
+    require(False, str(path), "a readable .csv file of numbers", got + remedy)
+
+
+def _index_of(frame: "pandas.DataFrame", header: bool) -> str | None:
+    """The name of the first column, if it numbers the rows."""
+    name = frame.columns[0]
+    values = frame[name].to_numpy()
+    counts = values.dtype.kind in "iu" and len(frame) > 1 and bool(np.all(np.diff(values) == 1)) and values[0] in (0, 1)
+    unnamed = header and name.lower() in UNNAMED and len(np.unique(values)) == len(values)
+    return name if len(frame.columns) > 1 and (counts or unnamed) else None
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,148 @@
+"""A table of the user's: what its columns are, and its three splits.
+
+A column of few distinct values has no density, and a bound that takes it for one can be made as large as one likes. So each column of a table
+is taken for what it can be: categories, levels of a grid, or continuous.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Real
+
+from probdiff._checks import Numbers, Whole, require, require_finite
+from probdiff._frames import codes, columns_of, is_frame, numbers
+from probdiff._frames import labels as labels_of
+from probdiff.datasets.dataset import Dataset
+from probdiff.likelihoods import AbstractLikelihood, CategoricalLikelihood, DiscretizedNormalLikelihood
+
+FEW = 10  # distinct values: categories
+WIDEST_GRID = 2**8  # whole numbers in a wider range are as good as continuous
+LEAST_SPREAD = 1e3  # of a column, in units of what float32 resolves
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Columns as numbers.
+
+    Attributes:
+        array: Shape ``(row, column)``.
+        columns: Their names, if they have any.
+        labels: Of the columns that hold categories, by position.
+        index: Name of a column that was left out because it numbers the rows.
+    """
+
+    array: Real[np.ndarray, "row column"]
+    columns: tuple[str, ...] | None = None
+    labels: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    index: str | None = None
+
+    def name(self, position: int) -> str:
+        """A column in messages."""
+        return f"column {position}" if self.columns is None else f"column {self.columns[position]!r}"
+
+
+def read_frame(frame: Any, name: str = "data", index: str | None = None) -> Table:
+    """A data frame as a :class:`Table`: numbers as they are, categories and truth values as their numbers.
+
+    Args:
+        frame: A data frame of pandas, polars or pyarrow.
+        name: What messages call it.
+        index: Name of a column to leave out, because it numbers the rows.
+
+    Raises:
+        TypeError: If a column holds text, or anything else that is neither number nor category; ValueError if a cell is missing.
+    """
+    columns = columns_of(frame)
+    require(index is None or index in columns, "index", f"one of the columns {', '.join(columns)}", repr(index))
+    columns = {key: column for key, column in columns.items() if key != index}
+    require(columns, name, "a data frame with columns", "none")
+    labels: dict[int, tuple[str, ...]] = {}
+    arrays = []
+    for j, column in enumerate(columns.values()):
+        found = labels_of(column)
+        if found is not None:
+            labels[j] = found
+        arrays.append(numbers(column, name) if found is None else codes(column, found, name))
+    return Table(np.column_stack(arrays), tuple(columns), labels, index)
+
+
+def split_table(table: Table, name: str, seed: Whole, shown: str) -> Dataset:
+    """The table shuffled and cut into 80 % training, 10 % validation and 10 % test data.
+
+    Args:
+        table: The table.
+        name: Name of the data set.
+        seed: Of the shuffle.
+        shown: What messages call it.
+    """
+    array = check_array(table.array, shown)
+    grid = np.issubdtype(array.dtype, np.integer) and not table.labels and not _has_own_ranges(table)
+    levels, discrete = None, {}
+    if grid:
+        require(array.min() >= 0, shown, "integer levels 0, 1, 2, …", f"a negative integer, {array.min()}")
+        require(array.max() >= 1, shown, "integers of at least two levels", "zeros only")
+        levels = int(array.max()) + 1
+    else:
+        numbers_only = table.columns is None and not table.labels and np.all(array == np.round(array))
+        whole = "whole numbers stored as floats: data on a grid has no density; save x.astype(int)"
+        require(not numbers_only, shown, "floats for continuous data, or an integer dtype for data on a grid", whole)
+        kinds = {j: _kind(table, j, shown) for j in range(array.shape[1])}
+        discrete = {j: kind for j, kind in kinds.items() if kind is not None}
+    order = np.random.default_rng(seed).permutation(len(array))
+    held_out = max(2, len(array) // 10)
+    array = array[order].astype(np.int32 if grid else np.float32)
+    train, validation, test = np.split(array, [len(array) - 2 * held_out, len(array) - held_out])
+    return Dataset(name, train, validation, test, levels, columns=table.columns, discrete=discrete, index=table.index)
+
+
+def _has_own_ranges(table: Table) -> bool:
+    """Whether the named columns of a table of integers have little to do with each other: unlike pixels, most are far from the largest."""
+    highest = table.array.max(0)
+    return table.columns is not None and bool(table.array.min() < 0 or np.median(highest) < highest.max() / 4)
+
+
+def _kind(table: Table, position: int, shown: str) -> AbstractLikelihood | None:
+    """The likelihood of a column without a density; None for one that has one."""
+    values, name = table.array[:, position], table.name(position)
+    distinct = np.unique(values)
+    if position in table.labels:
+        labels = table.labels[position]
+        require(len(labels) > 1, shown, "columns that vary", f"a constant column: {name}")
+        return CategoricalLikelihood(labels)
+    require(len(distinct) > 1, shown, "columns that vary", f"a constant column: {name}")
+    if len(distinct) <= min(FEW, len(values) // 2):
+        return CategoricalLikelihood(distinct.tolist())
+    if np.all(distinct == np.round(distinct)) and np.ptp(distinct) < WIDEST_GRID:
+        return DiscretizedNormalLikelihood(int(np.ptp(distinct)) + 1, int(distinct[0]))
+    resolved = values.std() >= LEAST_SPREAD * np.spacing(np.abs(values).max().astype(np.float32))
+    require(resolved, shown, "columns whose spread float32 resolves", f"{name}: subtract its mean")
+    return None
+
+
+def check_array(array: Numbers, name: str = "data") -> Real[np.ndarray, "datum column"]:
+    """The array, if it can be data: finite real numbers of shape ``(datum, column)``, at least 10 rows.
+
+    Raises:
+        ValueError: For a wrong rank, too few rows, NaN or infinity; TypeError for a wrong dtype.
+    """
+    array = np.asarray(array)
+    real = np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)
+    require(real, name, "floats or integers", f"dtype {array.dtype}", TypeError)
+    hint = ""
+    if array.ndim > 2:
+        hint = "; flatten each datum first: x.reshape(len(x), -1)"
+    elif array.ndim < 2:
+        hint = "; one number per datum is x.reshape(-1, 1)"
+    require(array.ndim == 2, name, "shape (datum, dim)", f"shape {array.shape}{hint}")
+    require(len(array) >= 10 and array.shape[1] > 0, name, "at least 10 rows, for three splits", f"shape {array.shape}")
+    require_finite(name, array)
+    return array
+
+
+def read_table(x: Any, name: str, index: str | None) -> Table:
+    """An array or a data frame as a :class:`Table`."""
+    if is_frame(x):
+        return read_frame(x, name, index)
+    require(index is None, "index", "none for an array, whose columns have no names", repr(index))
+    return Table(check_array(x, name))
