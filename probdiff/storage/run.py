@@ -173,8 +173,14 @@ class Run:
 
     @property
     def results(self) -> dict:
-        """The final table, a dict."""
-        return read_json(self.path / "results.json")
+        """The final table, a dict.
+
+        Raises:
+            FileNotFoundError: If the fit has not ended.
+        """
+        path, got = self.path / "results.json", "one without results.json; go on with probdiff fit --resume"
+        require(path.exists(), str(self.path), "a finished run", got, FileNotFoundError)
+        return read_json(path)
 
     @property
     def ledger(self) -> GapDecomposition | None:

@@ -119,3 +119,9 @@ def test_a_ledger_needs_a_density(capsys):
 def test_inspect_of_no_run(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_inspect_of_a_run_that_has_not_ended(tmp_path, capsys):
+    run = probdiff.storage.create_run(tmp_path / "run", probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: z, dim=2))
+    assert cli.main(["inspect", str(run.path)]) == 2
+    assert "Expected a finished run; got one without results.json; go on with probdiff fit --resume" in capsys.readouterr().err
