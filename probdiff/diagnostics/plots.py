@@ -184,10 +184,11 @@ def plot_gap(
     left.set_ylim(lowest if lowest > 0 else None, None)
     left.legend(fontsize="small")
     right.plot(log_snr, np.cumsum(per_step), label="network, steps 1 … n")
-    right.axhline(decomposition.irreducible.mean, color="C1", ls="--", label="irreducible gap, exact ε")
-    right.axhline(decomposition.gap.mean, color="0.4", ls=":", label="gap of the ELBO")
+    lines = (("irreducible gap, exact ε", decomposition.irreducible, "C1", "--"), ("gap of the ELBO", decomposition.gap, "0.4", ":"))
+    for name, estimate, color, style in lines:
+        right.axhline(estimate.mean, color=color, ls=style, label=f"{name} ({estimate.mean:.4f} ± {estimate.error:.4f})")
     right.set(xlabel="log-SNR of step n", ylabel="nats per datum")
-    right.legend(fontsize="small")
+    right.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
     for axes in (left, right):
         axes.invert_xaxis()
     return figure
