@@ -31,9 +31,10 @@ fit = probdiff.fit(diffusion, data.train, iterations=ITERATIONS, batch_size=512,
 # %% [markdown]
 # ## From the bound to a DataTree
 #
-# `posterior` holds `step_kl` with dimensions (chain, draw, step, datum), `reconstruction` and `elbo` with (chain, draw,
-# datum); `constant_data` holds `prior_kl`, which needs no draws. A draw here is a draw of noise: those of a step are
-# independent of each other and of those of every other step.
+# `posterior` is what `az.summary(tree)` looks at: each of its draws is a datum, with its prior KL, its KL by ten ranges of steps, its
+# reconstruction and its bound, means over the draws of noise. `per_datum` holds each draw of noise, and `per_step` the KL of
+# every step, `step_kl` with dimensions (chain, draw, step, datum). The draws of noise of a step are independent of each other and of
+# those of every other step, so that they come cut into chains.
 
 # %%
 import arviz as az  # after NumPyro: ArviZ 1.3 imported first leaves numpyro.distributions incomplete
@@ -41,28 +42,30 @@ import arviz as az  # after NumPyro: ArviZ 1.3 imported first leaves numpyro.dis
 x = data.test[:NUM_DATA]
 terms = probdiff.elbo_terms(fit.diffusion, x, key=jax.random.key(1), num_draws=NUM_DRAWS)
 tree = probdiff.to_datatree(terms)
-step_kl = tree["posterior"]["step_kl"]
+step_kl = tree["per_step"]["step_kl"]
 chosen = np.linspace(2, NUM_STEPS, 8).round().astype(int)
 
 print(f"{NUM_DATA} data, {NUM_DRAWS} draws each, N = {NUM_STEPS} steps; nats per datum")
 print(f"ELBO {tree['posterior']['elbo'].mean():.3f}, true log-density of these data {data.log_prob(x).mean():.3f}")
+print("\naz.summary: the terms, a sample of the data")
+print(az.summary(tree).to_string())
 
 # %% [markdown]
 # ## How exactly is the KL of a step known?
 #
-# The bound is a mean over data, so that mean is taken first; what is left varies with the noise alone. Independent
-# draws may be cut into chains at will, and then `r_hat` means something: it is 1, but for chance. In `az.summary` read
+# The bound is a mean over data, so that mean is taken first; what is left varies with the noise alone. As the
+# draws are cut into chains, `r_hat` means something: it is 1, but for chance. In `az.summary` read
 # `mean`, and `mcse_mean` as its standard error; `sd` and the interval are those of one draw. The effective sample size
 # must come out at about the number of draws, now above it and now below, because they are independent; were it far
 # lower, successive draws would share noise. As every step has noise of its own, the squares of the errors add up to the
 # square of that of Σ step KL.
 
 # %%
-over_data = step_kl.isel(chain=0, drop=True).drop_vars("draw").mean("datum")
-chains = over_data.coarsen(draw=NUM_DRAWS // 4).construct(draw=("chain", "draw")).to_dataset(name="step_kl")
+over_data = step_kl.mean("datum")
+chains = over_data.to_dataset()
 ess, mcse = az.ess(chains)["step_kl"], az.mcse(chains)["step_kl"]
 
-print("\naz.summary: KL of eight steps, mean over the data, draws cut into four chains")
+print("\naz.summary: KL of eight steps, mean over the data, draws in four chains")
 print(az.summary(chains, coords={"step": chosen}).to_string())
 print(
     f"\naz.ess of all {NUM_STEPS - 1} steps: mean {ess.mean():.0f}, from {ess.min():.0f} to {ess.max():.0f}; "

@@ -419,6 +419,11 @@ CALLS = {
         "diffusion: Expected a Diffusion; got NoiseSchedule",
     ),
     "a tree of a model": (lambda: probdiff.to_datatree(NORMAL), TypeError, "terms: Expected an ELBOTerms; got Diffusion"),
+    "dimensions of a schedule": (
+        lambda: probdiff.diagnostics.arviz_dims(SCHEDULE),
+        TypeError,
+        "diffusion: Expected a Diffusion; got NoiseSchedule",
+    ),
     "a run of a network": (
         lambda: probdiff.storage.create_run("nowhere", NETWORK),
         TypeError,

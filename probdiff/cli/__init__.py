@@ -210,8 +210,11 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
-    inspect = commands.add_parser("inspect", help="where a fitted model spends its nats, step by step")
+    inspect = commands.add_parser("inspect", help="what is known of a fitted model, and where it spends its nats")
     inspect.add_argument("run", metavar="RUN", help="run folder")
+    inspect.add_argument("--figures", action="store_true", help="draw the figures anew, in place of those in RUN")
+    known = "take the gap of the bound apart, of data of known density, and keep the account in RUN"
+    inspect.add_argument("--ledger", action="store_true", help=known)
     _add_json(inspect)
 
 

@@ -247,8 +247,9 @@ def _reference(dataset: Dataset, elbo: np.ndarray) -> dict:
         name = "independent_columns" if dataset.levels is None else "independent_dimensions"
         return {name: _row(Estimate(*dataset.independent_columns(), 0.0), dataset)}
     entropy, entropy_error = dataset.entropy()
-    gap = Estimate.of(dataset.log_prob(dataset.test) - elbo)
+    log_prob = dataset.log_prob(dataset.test)
     return {
         "entropy": {"nats": float(entropy), "error": float(entropy_error)},
-        "gap": {"nats": gap.mean, "error": gap.error},
+        "log_prob": _row(Estimate.of(log_prob), dataset),
+        "gap": _row(Estimate.of(log_prob - elbo), dataset),
     }

@@ -1,51 +1,48 @@
-"""``probdiff inspect``: where a fitted model spends its nats, step by step."""
+"""``probdiff inspect``: what is known of a fitted model, and where it spends its nats."""
 
 import argparse
 import json
 
 import jax
 
+from probdiff._checks import require
 from probdiff.cli.common import draw_figures, usage
-from probdiff.datasets import Dataset
 from probdiff.diagnostics.datatree import inspect_terms
-from probdiff.diagnostics.gap import GapDecomposition, gap_decomposition
-from probdiff.diagnostics.plots import plot_gap
+from probdiff.diagnostics.gap import gap_decomposition
 from probdiff.diagnostics.tables import format_fit
-from probdiff.diffusion import Diffusion
 from probdiff.storage.run import Run, open_run
 
 LEDGER_ROWS = 2**20
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Inspect a run, and draw its figures anew; returns the exit code."""
+    """Print what a run holds; returns the exit code. Computes and writes only what is asked for."""
     with usage():
         folder = open_run(arguments.run)
-        diffusion, dataset, results, tree = folder.diffusion, folder.data, folder.results, folder.datatree
-    found = inspect_terms(tree, dataset.dim if dataset.levels is not None else None)
-    paths = draw_figures(folder.figures, diffusion, dataset, folder.losses, folder.validation, tree)
-    account = None
-    if dataset.oracle is not None:
-        account = _account(folder, diffusion, dataset)
-        paths.append(folder.figures / "ledger.png")
+        results, tree = folder.results, folder.datatree
+        elbo = results.get("test", {}).get("elbo", {})
+        found = inspect_terms(tree, results["dim"] if "bits_per_dim" in elbo else None)
+        if arguments.figures:
+            draw_figures(folder.figures, folder.diffusion, folder.data, folder.losses, folder.validation, tree)
+        if arguments.ledger:
+            _take_apart(folder)
+        ledger = folder.ledger
+    figures = [str(path) for path in sorted((folder.path / "figures").glob("*.png"))]
     if arguments.json:
-        summary = json.loads(found["summary"].to_json(orient="index"))
-        results |= {} if account is None else {"ledger": account.to_dict()}
-        results |= {"inspection": found | {"summary": summary}, "figures": [str(path) for path in paths]}
-        print(json.dumps(results), file=arguments.output)
+        table = json.loads(found.pop("table").to_json(orient="index", double_precision=15))
+        results |= {} if ledger is None else {"ledger": ledger.to_dict()}
+        print(json.dumps(results | {"inspection": found | {"table": table}, "figures": figures}), file=arguments.output)
         return 0
-    print(f"{format_fit(results)}\n")
-    print(found["text"])
-    if account is not None:
-        print(f"\n{account}\n")
-    print("figures: " + ", ".join(str(path) for path in paths))
+    print(f"{format_fit(results)}\n\n{found['text']}\n")
+    if ledger is not None:
+        print(f"{ledger}\n")
+    print("figures: " + (", ".join(figures) or "none"))
     return 0
 
 
-def _account(folder: Run, diffusion: Diffusion, dataset: Dataset) -> GapDecomposition:
-    """The gap of some test data taken apart, and its figure in the run."""
+def _take_apart(folder: Run) -> None:
+    """Take apart the gap of some test data, and keep the account in the run."""
+    dataset, diffusion = folder.data, folder.diffusion
+    require(dataset.oracle is not None, "--ledger", "data whose density is known, as of the planar sets", dataset.name)
     x = dataset.test[: max(100, LEDGER_ROWS // diffusion.schedule.num_steps)]
-    account = gap_decomposition(diffusion, dataset.oracle, x, key=jax.random.key(0), progress=True)
-    title = f"{dataset.name}, N = {diffusion.schedule.num_steps}, {len(x)} test data"
-    plot_gap(account, title).savefig(folder.figures / "ledger.png")
-    return account
+    folder.save_ledger(gap_decomposition(diffusion, dataset.oracle, x, key=jax.random.key(0), progress=True))

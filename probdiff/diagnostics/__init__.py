@@ -8,7 +8,7 @@ from probdiff.diagnostics.agreement import TwoWays, compute_both_ways
 from probdiff.diagnostics.common_paths import CommonPaths, compare_on_common_paths
 from probdiff.diagnostics.compare_estimators import EstimatorComparison
 from probdiff.diagnostics.compare_models import ModelComparison
-from probdiff.diagnostics.datatree import from_datatree, inspect_terms, to_datatree
+from probdiff.diagnostics.datatree import arviz_dims, from_datatree, inspect_terms, to_datatree
 from probdiff.diagnostics.gap import GapDecomposition, gap_decomposition
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "GapDecomposition",
     "ModelComparison",
     "TwoWays",
+    "arviz_dims",
     "compare_on_common_paths",
     "compute_both_ways",
     "from_datatree",

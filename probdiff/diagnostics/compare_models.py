@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
 from probdiff._checks import Whole, require, require_count, require_type
 from probdiff.diagnostics.tables import format_models
@@ -35,6 +35,26 @@ class ModelComparison:
     num_draws: Whole
     levels: bool
     dim: int
+
+    def to_elpd(self) -> dict[str, Any]:
+        """Each model's bound in the place of its log predictive density, for ``az.compare`` and so ``az.plot_compare``.
+
+        They are sums over data, as ArviZ's are. No leave-one-out is needed (``az.loo``): none of the models was fitted to these data. The
+        effective number of parameters, ``p``, is NaN. ArviZ's stacking exponentiates the bound of each datum: below −700 nats, take
+        ``method="pseudo-BMA"``.
+
+        Returns:
+            A dict from name to ArviZ's ``ELPDData``.
+        """
+        import arviz as az
+        import xarray as xr
+
+        def one(elbo: Float[np.ndarray, "datum"]) -> Any:
+            total, error = float(elbo.sum()), Estimate.of(elbo).error * len(elbo)
+            kept = {"n_samples": self.num_draws, "n_data_points": len(elbo), "scale": "log", "warning": False, "good_k": None}
+            return az.ELPDData(elpd=total, se=error, p=float("nan"), elpd_i=xr.DataArray(elbo, dims="datum"), **kept)
+
+        return {name: one(elbo) for name, elbo in self.elbo.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The table, for JSON."""

@@ -4,125 +4,163 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from probdiff._checks import Whole, require_type
-from probdiff.elbo.terms import ELBOTerms, bits_per_dim
+from probdiff.diagnostics.tables import format_terms
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.estimate import Estimate
+from probdiff.elbo.terms import ELBOTerms
 
 if TYPE_CHECKING:
-    import pandas
     import xarray
 
-TOP = 10
+RANGES = 10
+CHAINS = {4: 25, 3: 25, 2: 4}  # and the fewest draws of each: ArviZ's errors are too small if many chains are short
+STANDS_OUT = 3.0  # standard errors
+LONG_NAMES = {
+    "prior_kl": "KL of q(z_N | x_0) to N(0, I)",
+    "step_kl": "KL of step n, q(z_{n-1} | z_n, x_0) to p(z_{n-1} | z_n)",
+    "reconstruction": "log p(x | z_1)",
+    "elbo": "evidence lower bound",
+}
+
+Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 
 def to_datatree(terms: ELBOTerms) -> "xarray.DataTree":
     """Put the terms of the bound into a DataTree that ArviZ's functions take.
 
-    Group ``posterior`` has ``step_kl`` with dimensions (chain, draw, step, datum), and ``reconstruction`` and
-    ``elbo`` with (chain, draw, datum); group ``constant_data`` has ``prior_kl`` with (datum,). One chain: the draws are
-    independent. Coordinate ``step`` is n = 2 … N; everything is in nats.
+    Group ``posterior``, the one that ArviZ looks at, is a sample of the data: each draw is a datum, its values are means over the draws of
+    noise, and coordinate ``datum`` says which it is. So ``az.summary(tree)`` has a row for each term; ``mean`` is that of
+    the data, ``sd`` the spread over them, ``mcse_mean`` about the standard error over items. It has ``prior_kl``, ``reconstruction`` and
+    ``elbo`` with dimensions (chain, draw), and ``step_kl`` with (chain, draw, steps): sums over ten ranges of steps, "2-101" and so
+    on, between quantiles of log-SNR.
+
+    Group ``per_datum`` has every draw of noise: ``reconstruction`` and ``elbo`` with (chain, draw, datum), ``step_kl`` with
+    (chain, draw, steps, datum). Group ``per_step`` has ``step_kl`` with (chain, draw, step, datum), n = 2 … N; group ``constant_data``
+    has ``prior_kl``, which is exact, with (datum,). Everything is in nats.
+
+    What is independent may be cut into chains at will: there are four, three or two, where that comes out even and leaves at
+    least 25, 25 or 4 draws in each. Otherwise there is one, and ArviZ's ``r_hat`` is NaN.
 
     Args:
         terms: :class:`~probdiff.elbo.ELBOTerms`.
     """
-    import arviz as az
+    import xarray as xr
 
     require_type("terms", terms, ELBOTerms)
-    num_steps = terms.step_kl.shape[1] + 1
-    posterior = {name: np.asarray(getattr(terms, name))[None] for name in ("step_kl", "reconstruction", "elbo")}
-    tree = az.from_dict(
-        {"posterior": posterior, "constant_data": {"prior_kl": np.asarray(terms.prior_kl)}},
-        dims={
-            "step_kl": ["step", "datum"],
-            "reconstruction": ["datum"],
-            "elbo": ["datum"],
-            "prior_kl": ["datum"],
-        },
-        coords={"step": np.arange(2, num_steps + 1), "datum": np.arange(len(terms.prior_kl))},
-    )
-    long_names = {
-        "prior_kl": "KL of q(z_N | x_0) to N(0, I)",
-        "step_kl": "KL of step n, q(z_{n-1} | z_n, x_0) to p(z_{n-1} | z_n)",
-        "reconstruction": "log p(x | z_1)",
-        "elbo": "evidence lower bound",
+    prior_kl, step_kl, reconstruction = (np.asarray(each) for each in (terms.prior_kl, terms.step_kl, terms.reconstruction))
+    num_kls, num_data = step_kl.shape[1:]
+    ranges = np.array_split(np.arange(num_kls), min(RANGES, num_kls)) if num_kls else []
+    elbo, datum = np.asarray(terms.elbo), np.arange(num_data)
+    steps, mean_kls, kls = {}, Variables(), Variables()
+    if ranges:
+        sums = np.stack([step_kl[:, each].sum(1) for each in ranges], 1)
+        steps = {"steps": [str(each[0] + 2) if len(each) == 1 else f"{each[0] + 2}-{each[-1] + 2}" for each in ranges]}
+        mean_kls, kls = {"step_kl": (("steps",), sums.mean(0).T)}, {"step_kl": (("steps", "datum"), sums)}
+    means = {"prior_kl": ((), prior_kl)} | mean_kls | {"reconstruction": ((), reconstruction.mean(0)), "elbo": ((), elbo.mean(0))}
+    per_datum = kls | {"reconstruction": (("datum",), reconstruction), "elbo": (("datum",), elbo)}
+    full: Variables = {"step_kl": (("step", "datum"), step_kl)}
+    groups = {
+        "posterior": _sample(means, steps),
+        "per_datum": _sample(per_datum, steps | {"datum": datum}),
+        "per_step": _sample(full, {"step": np.arange(2, num_kls + 2), "datum": datum}),
+        "constant_data": xr.Dataset({"prior_kl": ("datum", prior_kl)}, {"datum": datum}),
     }
-    if not terms.closed_form:
-        long_names["step_kl"] += " (sampled log-ratio)"
-    for group in ("posterior", "constant_data"):
-        for name, variable in tree[group].data_vars.items():
-            variable.attrs.update(units="nats", long_name=long_names[name])
-    tree["posterior"]["step_kl"].attrs["closed_form"] = int(terms.closed_form)
-    return tree
+    sizes = groups["posterior"].sizes
+    groups["posterior"].coords["datum"] = ("chain", "draw"), datum.reshape(sizes["chain"], sizes["draw"])
+    for group in groups.values():
+        for name, variable in group.data_vars.items():
+            sampled = "" if terms.closed_form or name != "step_kl" else " (sampled log-ratio)"
+            variable.attrs.update(units="nats", long_name=LONG_NAMES[str(name)] + sampled)
+    groups["per_step"]["step_kl"].attrs["closed_form"] = int(terms.closed_form)
+    return xr.DataTree.from_dict(groups)
+
+
+def _sample(variables: Variables, coords: dict[str, Any]) -> "xarray.Dataset":
+    """Arrays whose leading axis is independent draws, cut into chains; each with the names of its other axes."""
+    import xarray as xr
+
+    count = len(next(iter(variables.values()))[1])
+    chains = next((k for k, fewest in CHAINS.items() if count % k == 0 and count // k >= fewest), 1)
+    numbers = {"chain": np.arange(chains), "draw": np.arange(count // chains)}
+    cut = {
+        name: (("chain", "draw", *dims), values.reshape(chains, count // chains, *values.shape[1:]))
+        for name, (dims, values) in variables.items()
+    }
+    return xr.Dataset(cut, coords | numbers)
 
 
 def from_datatree(tree: "xarray.DataTree") -> ELBOTerms:
-    """The :class:`~probdiff.elbo.ELBOTerms` that :func:`to_datatree` was given."""
-    posterior = tree["posterior"].dataset
-    values = (tree["constant_data"].dataset["prior_kl"], posterior["step_kl"][0], posterior["reconstruction"][0])
-    closed_form = bool(posterior["step_kl"].attrs.get("closed_form", 1))
-    prior_kl, step_kl, reconstruction = (jnp.asarray(value.values) for value in values)
-    return ELBOTerms(prior_kl, step_kl, reconstruction, closed_form)
+    """The :class:`~probdiff.elbo.ELBOTerms` that :func:`to_datatree` was given; also of a tree of before 0.2, all in one group."""
+    groups = ("per_step", "per_datum") if "per_step" in tree else ("posterior", "posterior")
+    step_kl, reconstruction = (tree[group].dataset[name] for group, name in zip(groups, ("step_kl", "reconstruction")))
+    prior_kl = jnp.asarray(tree["constant_data"].dataset["prior_kl"].values)
+    cut = [jnp.asarray(each.values.reshape(-1, *each.shape[2:])) for each in (step_kl, reconstruction)]
+    return ELBOTerms(prior_kl, cut[0], cut[1], bool(step_kl.attrs.get("closed_form", 1)))
+
+
+def arviz_dims(diffusion: Diffusion) -> dict[str, dict[str, Any]]:
+    """Names for the axes of the programs' sites, ``az.from_numpyro(mcmc, **arviz_dims(diffusion))``; also for ``az.from_numpyro_svi``.
+
+    Args:
+        diffusion: The model.
+
+    Returns:
+        A dict: ``dims``, for ``z`` step, datum and dim, for ``x`` datum and dim; ``coords``, the steps N … 1 in the order of ``z``.
+    """
+    require_type("diffusion", diffusion, Diffusion)
+    steps = np.arange(diffusion.schedule.num_steps, 0, -1)
+    return {"dims": {"z": ["step", "datum", "dim"], "x": ["datum", "dim"]}, "coords": {"step": steps}}
 
 
 def inspect_terms(tree: "xarray.DataTree", dim: Whole | None = None) -> dict[str, Any]:
-    """Summarise the terms of the bound.
+    """Summarise the terms of the bound: ranges of steps, and what stands out from its errors.
+
+    Something stands out if it exceeds the next by more than three standard errors of their difference.
 
     Args:
         tree: The DataTree of :func:`~probdiff.to_datatree`.
         dim: Number of dimensions, for figures in bits/dim; None for continuous data.
 
     Returns:
-        A dict: ``summary``, ArviZ's summary of the ten steps of largest KL, over all draws and data (a pandas
-        DataFrame, nats); ``dominant_step`` and ``dominant_share``, its share of Σ step KL; ``half_of_kl``, the number
-        of steps that make up half of it; ``worst_item``, ``worst_elbo`` and ``worst_error``, the item of the lowest
-        bound in nats; ``text``, all of it in words.
+        A dict: ``table``, a pandas DataFrame in nats per item with a row for each range of steps and each other term, and columns
+        ``nats``, ``share`` (of Σ step KL), ``error_over_items`` (noise included) and ``error_of_noise`` (NaN for a single draw);
+        ``num_items`` and ``num_draws``; ``largest_steps``, the range of steps that costs most, and ``worst_item``, the item of the
+        lowest bound: each a dict with its lead on the next, or None where that does not stand out from its error, which is that over
+        items for the range, and that of the noise for the item; ``text``, all of it in words.
     """
-    posterior = tree["posterior"].dataset
-    elbo = posterior["elbo"].values[0]
-    per_item = elbo.mean(0)
-    worst = int(per_item.argmin())
-    error = float(elbo[:, worst].std(ddof=1) / np.sqrt(len(elbo))) if len(elbo) > 1 else float("nan")
-    bits = "" if dim is None else f" = {bits_per_dim(per_item[worst], dim):.3f} bits/dim"
-    found = {"worst_item": worst, "worst_elbo": float(per_item[worst]), "worst_error": error}
-    worst_text = (
-        f"coded worst: test item {worst}, ELBO {per_item[worst]:.2f} ± {error:.2f} nats{bits} "
-        f"(median of the items: {np.median(per_item):.2f})"
-    )
-    step_kl = posterior["step_kl"]
-    if step_kl.sizes["step"] == 0:
-        import pandas as pd
+    import pandas as pd
 
-        return found | {"summary": pd.DataFrame(), "text": f"N = 1: there are no step KLs\n{worst_text}"}
-    per_step = step_kl.mean(("chain", "draw", "datum")).values
-    order = np.argsort(per_step)[::-1]
-    share = per_step[order] / per_step.sum()
-    half = int(np.searchsorted(np.cumsum(share), 0.5)) + 1
-    first = int(step_kl["step"].values[order[0]])
-    summary = _summary(step_kl.isel(step=order[:TOP]))
-    text = [
-        f"The {len(summary)} steps of largest KL, nats per datum; mean, spread over {elbo.shape[1]} items × {len(elbo)} draws",
-        summary.to_string(),
-        f"step {first} dominates: {share[0]:.2%} of Σ step KL; the {half} largest of {len(per_step)} steps make up half of it",
-        worst_text,
-    ]
-    return {
-        **found,
-        "summary": summary,
-        "dominant_step": first,
-        "dominant_share": float(share[0]),
-        "half_of_kl": half,
-        "text": "\n".join(text),
-    }
+    per_datum = tree["per_datum"].dataset
+    draws = {str(name): each.values.reshape(-1, *each.shape[2:]) for name, each in per_datum.data_vars.items()}
+    elbo = draws["elbo"]
+    kls = {}
+    if "step_kl" in draws:
+        kls = dict(zip(per_datum["steps"].values.tolist(), np.moveaxis(draws["step_kl"], 1, 0)))
+    named = {f"step_kl[{steps}]": each for steps, each in kls.items()}
+    prior_kl = np.broadcast_to(tree["constant_data"].dataset["prior_kl"].values, elbo.shape)
+    rows = {"prior_kl": prior_kl, **named, "reconstruction": draws["reconstruction"], "elbo": elbo}
+    table = pd.DataFrame.from_dict({name: _estimate(each)._asdict() for name, each in rows.items()}, orient="index")
+    table.columns = ["nats", "error_over_items", "error_of_noise"]
+    table.insert(1, "share", table["nats"].loc[list(named)] / table["nats"].loc[list(named)].sum())
+    largest, worst = None, None
+    if len(kls) > 1:
+        first, second, *_ = sorted(kls, key=lambda steps: -kls[steps].mean())
+        lead = _estimate(kls[first] - kls[second])
+        if lead.mean > STANDS_OUT * lead.error:
+            largest = {"steps": first, "next": second, "lead": lead.mean, "lead_error": lead.error}
+    if elbo.shape[1] > 1:
+        lowest, second, *_ = elbo.mean(0).argsort().tolist()
+        own, lead = (_estimate(each[:, None]) for each in (elbo[:, lowest], elbo[:, second] - elbo[:, lowest]))
+        if lead.mean > STANDS_OUT * lead.monte_carlo_error:
+            worst = {"item": lowest, "elbo": own.mean, "error": own.monte_carlo_error}
+            worst |= {"next": second, "lead": lead.mean, "lead_error": lead.monte_carlo_error}
+    found = {"num_items": elbo.shape[1], "num_draws": len(elbo), "largest_steps": largest, "worst_item": worst}
+    return found | {"table": table, "text": format_terms(table, found, dim)}
 
 
-def _summary(step_kl: "xarray.DataArray") -> "pandas.DataFrame":
-    """ArviZ's summary per step, draws and data taken together as draws."""
-    import arviz as az
-
-    flat = step_kl.transpose("chain", "draw", "datum", "step").values.reshape(1, -1, step_kl.sizes["step"])
-    tree = az.from_dict(
-        {"posterior": {"step_kl": flat}}, dims={"step_kl": ["step"]}, coords={"step": step_kl["step"].values}
-    )
-    return (
-        az.summary(tree, kind="stats", round_to=4).assign(mcse=flat[0].std(0, ddof=1) / np.sqrt(flat.shape[1])).round(5)
-    )
+def _estimate(draws: Float[np.ndarray, "draw datum"]) -> Estimate:
+    """The mean and its two errors; that of the noise is not known of a single draw."""
+    return Estimate.of_draws(draws) if len(draws) > 1 else Estimate.of(draws[0])._replace(monte_carlo_error=float("nan"))

@@ -42,6 +42,7 @@ class GapDecomposition:
         residual: gap − irreducible − network, paired per datum: 0 but for its error.
         prior_kl, step_kl, reconstruction: The terms of the bound, ``Estimate``; ``step_kl`` is their sum over steps.
         log_snr: That of each step.
+        num_items: Number of data.
     """
 
     entropy: tuple
@@ -55,6 +56,7 @@ class GapDecomposition:
     step_kl: Estimate
     reconstruction: Estimate
     log_snr: np.ndarray
+    num_items: int
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -63,11 +65,20 @@ class GapDecomposition:
             for name, value in vars(self).items()
         }
 
-    def plot(self) -> Any:
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "GapDecomposition":
+        """What :meth:`to_dict` gave, read back from JSON."""
+
+        def read(value: Any) -> Any:
+            return Estimate(**value) if isinstance(value, dict) else np.array(value) if isinstance(value, list) else value
+
+        return cls(**{name: read(value) for name, value in document.items()} | {"entropy": tuple(document["entropy"])})
+
+    def plot(self, title: str = "") -> Any:
         """A figure: what the network adds at each step, and its running sum."""
         from probdiff.diagnostics.plots import plot_gap
 
-        return plot_gap(self)
+        return plot_gap(self, title)
 
     def __str__(self) -> str:
         """The account as a table."""
@@ -126,6 +137,7 @@ def gap_decomposition(
         step_kl=Estimate.of(np.asarray(own.step_kl.mean, np.float64).sum(0)),
         reconstruction=Estimate.of(own.reconstruction.mean),
         log_snr=schedule.log_snr,
+        num_items=len(x),
     )
 
 

@@ -66,13 +66,13 @@ def plot_step_kl(tree: "xarray.DataTree", schedule: AbstractSchedule, title: str
         title: Title of the figure.
     """
     figure, (axes,) = _figure()
-    step_kl = tree["posterior"].dataset["step_kl"]
+    step_kl = tree["per_step"].dataset["step_kl"]
     step = step_kl["step"].values
     if len(step) == 0:
         axes.text(0.5, 0.5, "N = 1: there are no step KLs", ha="center", transform=axes.transAxes)
         return figure
     per_datum = step_kl.mean(("chain", "draw")).values
-    num_draws = step_kl.sizes["draw"]
+    num_draws = step_kl.sizes["chain"] * step_kl.sizes["draw"]
     for mass, alpha in ((0.9, 0.2), (0.5, 0.35)):
         low, high = np.quantile(per_datum, [(1 - mass) / 2, (1 + mass) / 2], axis=1)
         axes.fill_between(step, low, high, color="C0", alpha=alpha, lw=0, label=f"{mass:.0%} of test data")
@@ -108,15 +108,12 @@ def plot_samples(
     planar = image_shape is None and samples.shape[1] > 1
     figure, axes = _figure(2, width=8.0, height=1.1 + np.clip(3.6 * span[1] / span[0], 1.2, 7.2) if planar else 4.6)
     figure.suptitle(title)
+    if image_shape is not None:
+        figure.set_layout_engine("constrained", wspace=0.08)  # wider than the gaps between images
     for ax, (name, points) in zip(axes, panels):
         ax.set_title(f"{name} (n = {len(points)})", fontsize="medium")
         if image_shape is not None:
-            side = int(np.sqrt(len(points)))
-            grid = points[: side**2].reshape(side, side, *image_shape).transpose(0, 2, 1, 3)
-            ax.imshow(grid.reshape(side * image_shape[0], -1), cmap="gray", vmin=low.min(), vmax=high.max())
-            for k in range(1, side):
-                ax.axhline(k * image_shape[0] - 0.5, color="C0", lw=0.4)
-                ax.axvline(k * image_shape[1] - 0.5, color="C0", lw=0.4)
+            ax.imshow(_tiled(points, image_shape), cmap="gray", vmin=low.min(), vmax=high.max())
             ax.set_axis_off()
         elif points.shape[1] == 1:
             ax.hist(points[:, 0], bins=np.linspace(low[0] - margin[0], high[0] + margin[0], 61), density=True)
@@ -127,6 +124,14 @@ def plot_samples(
             ax.set_ylim(low[1] - margin[1], high[1] + margin[1])
             ax.set_aspect("equal" if 1 / 3 < span[1] / span[0] < 2 else "auto")
     return figure
+
+
+def _tiled(images: Real[np.ndarray, "image dim"], shape: Sequence[int]) -> Float[np.ndarray, "row column"]:
+    """The images in a square, NaN in a gap of one pixel between them."""
+    side = int(np.sqrt(len(images)))
+    padded = np.full((side, side, shape[0] + 1, shape[1] + 1), np.nan)
+    padded[..., :-1, :-1] = images[: side**2].reshape(side, side, *shape)
+    return padded.transpose(0, 2, 1, 3).reshape(side * (shape[0] + 1), -1)[:-1, :-1]
 
 
 def plot_estimators(table: "pandas.DataFrame", num_items: int, title: str = "") -> "matplotlib.figure.Figure":
@@ -179,10 +184,11 @@ def plot_gap(
     left.set_ylim(lowest if lowest > 0 else None, None)
     left.legend(fontsize="small")
     right.plot(log_snr, np.cumsum(per_step), label="network, steps 1 … n")
-    right.axhline(decomposition.irreducible.mean, color="C1", ls="--", label="irreducible gap, exact ε")
-    right.axhline(decomposition.gap.mean, color="0.4", ls=":", label="gap of the ELBO")
+    lines = (("irreducible gap, exact ε", decomposition.irreducible, "C1", "--"), ("gap of the ELBO", decomposition.gap, "0.4", ":"))
+    for name, estimate, color, style in lines:
+        right.axhline(estimate.mean, color=color, ls=style, label=f"{name} ({estimate.mean:.4f} ± {estimate.error:.4f})")
     right.set(xlabel="log-SNR of step n", ylabel="nats per datum")
-    right.legend(fontsize="small")
+    right.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
     for axes in (left, right):
         axes.invert_xaxis()
     return figure

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probdiff._checks import Whole
 from probdiff.elbo.terms import bits_per_dim
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import probdiff.diagnostics.gap
 
 BLOCKS = 8
+DIGITS = 4
 MOST_NAMED = 3  # terms of the bound that differ
 LABELS = {
     "prior_kl": "prior KL",
@@ -25,8 +27,9 @@ LABELS = {
     "trace_elbo": "ELBO, Trace_ELBO on sampled paths",
     "independent_dimensions": "log-likelihood of independent pixels",
     "independent_columns": "log-likelihood of independent columns",
-    "entropy": "minus entropy of the data",
-    "gap": "gap: E log p(x) − ELBO",
+    "entropy": "minus entropy of the distribution",
+    "log_prob": "log p(x) of these items, exact",
+    "gap": "gap: log p(x) − ELBO, of these items",
 }
 
 
@@ -179,28 +182,60 @@ def format_models(comparison: "probdiff.diagnostics.compare_models.ModelComparis
     return "\n".join([*lines, "difference: what the best model has more, paired item by item"])
 
 
-def format_gap(decomposition: "probdiff.diagnostics.gap.GapDecomposition") -> str:
-    """A :class:`~probdiff.diagnostics.gap.GapDecomposition` as text."""
-    entropy, entropy_error = decomposition.entropy
-    elbo = -entropy - decomposition.gap.mean
-    rows = [
-        ("minus entropy of the data", -entropy, entropy_error),
-        ("− irreducible gap, exact ε", -decomposition.irreducible.mean, decomposition.irreducible.error),
-        ("− what the network adds", -decomposition.network.mean, decomposition.network.error),
-        ("− rest: 0 but for its error", -decomposition.residual.mean, decomposition.residual.error),
-        ("= ELBO", elbo, decomposition.gap.error),
-        ("", None, None),
-        ("− prior KL", -decomposition.prior_kl.mean, decomposition.prior_kl.error),
-        ("− Σ step KL", -decomposition.step_kl.mean, decomposition.step_kl.error),
-        ("+ reconstruction", decomposition.reconstruction.mean, decomposition.reconstruction.error),
+def format_terms(table: "pandas.DataFrame", found: Mapping[str, Any], dim: Whole | None = None) -> str:
+    """What :func:`~probdiff.diagnostics.inspect_terms` found, as text.
+
+    Args:
+        table: Its table.
+        found: The rest of it.
+        dim: Number of dimensions, for figures in bits/dim; None for continuous data.
+    """
+    num_items, num_draws, largest, worst = (found[name] for name in ("num_items", "num_draws", "largest_steps", "worst_item"))
+    lines = [
+        f"The bound of the first {num_items} items by its terms, {num_draws} draws of the noise each",
+        f"{'':34}{'nats':>10}{'share':>8}{'± over items':>14}{'± of the noise':>16}",
     ]
-    lines = ["The bound, accounted for, nats per datum", f"{'':30}{'nats':>10}{'± s.e.':>9}"]
-    lines += [f"{name:30}{value:10.4f}{error:9.4f}" if name else "" for name, value, error in rows]
+    for name, row in table.iterrows():
+        label = LABELS.get(str(name), str(name).replace("step_kl[", "KL of steps ").rstrip("]"))
+        share = f"{row['share']:8.1%}" if row["share"] >= 0 else 8 * " "
+        errors = f"{row['error_over_items']:14.4f}{row['error_of_noise']:16.4f}".replace("nan", "  –")
+        lines.append(f"{label:34}{row['nats']:10.4f}{share}{errors}")
+    if largest is None:
+        lines.append("no range of steps costs more than the next by three standard errors over items")
+    else:
+        lead = f"{largest['lead']:.2f} ± {largest['lead_error']:.2f} nats more than steps {largest['next']}"
+        lines.append(f"steps {largest['steps']} cost most, {lead}")
+    if worst is None:
+        lines.append("no item is coded worse than the next by three standard errors of the noise")
+    else:
+        bits = "" if dim is None else f" = {bits_per_dim(worst['elbo'], dim):.3f} bits/dim"
+        lines += [
+            f"coded worst: item {worst['item']}, ELBO {worst['elbo']:.2f} ± {worst['error']:.2f} nats (of the noise){bits}, "
+            f"{worst['lead']:.2f} ± {worst['lead_error']:.2f} nats below the next"
+        ]
+    return "\n".join(lines)
+
+
+def format_gap(decomposition: "probdiff.diagnostics.gap.GapDecomposition") -> str:
+    """A :class:`~probdiff.diagnostics.gap.GapDecomposition` as text: parts that add up to the gap in the digits that are printed."""
+    parts = {
+        "irreducible gap, exact ε": decomposition.irreducible,
+        "added by the network": decomposition.network,
+        "rest: 0 but for its error": decomposition.residual,
+    }
+    nats = {name: round(part.mean, DIGITS) + 0.0 for name, part in parts.items()}  # no minus before a zero
+    lines = [
+        f"The gap of the bound taken apart, on {decomposition.num_items} data; log p(x) is exact, on average "
+        f"minus the entropy, {-decomposition.entropy[0]:.4f}",
+        f"{'':34}{'nats':>10}{'± s.e.':>9}",
+        *(f"{name:34}{nats[name]:10.4f}{part.error:9.4f}" for name, part in parts.items()),
+        f"{'gap: log p(x) − ELBO':34}{sum(nats.values()):10.4f}{decomposition.gap.error:9.4f}",
+    ]
     per_step, num_steps = decomposition.network_per_step, len(decomposition.network_per_step)
     edges = np.unique(np.linspace(0, num_steps, min(BLOCKS, num_steps) + 1).astype(int))
-    lines += ["", f"{'what the network adds, by steps':36}{'log-SNR':>16}{'nats':>10}{'share':>8}"]
+    lines += ["", f"{'added by the network, by steps':34}{'log-SNR':>16}{'nats':>10}{'share':>8}"]
     for first, last in zip(edges, edges[1:]):
-        nats = per_step[first:last].sum()
+        added = per_step[first:last].sum()
         span = f"{decomposition.log_snr[first]:.1f} … {decomposition.log_snr[last - 1]:.1f}"
-        lines.append(f"  n = {first + 1} … {last}".ljust(36) + f"{span:>16}{nats:10.5f}" + (f"{nats / per_step.sum():8.1%}" if per_step.any() else f"{'–':>8}"))
+        lines.append(f"  n = {first + 1} … {last}".ljust(34) + f"{span:>16}{added:10.5f}" + (f"{added / per_step.sum():8.1%}" if per_step.any() else f"{'–':>8}"))
     return "\n".join(lines)

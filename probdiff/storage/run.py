@@ -7,6 +7,7 @@ parameters.eqx   the trained parameters
 losses.csv       the loss of every iteration; validation.csv, the bound on the validation data
 elbo.nc          the terms of the bound on test data, a DataTree
 results.json     the final table
+ledger.json      the gap of the bound taken apart, where that was asked for
 estimators.nc    draws of every estimator of the bound, where they were compared
 figures/         loss, KL against step, samples
 samples/         what was drawn later, an array and a figure each
@@ -34,6 +35,7 @@ from probdiff.chain.reverse import MixtureKernel
 from probdiff.chain.schedules import AbstractSchedule, NoiseSchedule
 from probdiff.diagnostics.compare_estimators import EstimatorComparison
 from probdiff.diagnostics.datatree import from_datatree, to_datatree
+from probdiff.diagnostics.gap import GapDecomposition
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.terms import ELBOTerms
 from probdiff.likelihoods import (
@@ -160,7 +162,7 @@ class Run:
 
     @property
     def datatree(self) -> "xr.DataTree":
-        """The DataTree in ``elbo.nc``."""
+        """The DataTree in ``elbo.nc``, as :func:`~probdiff.to_datatree` makes it now."""
         import h5py
         import xarray as xr
 
@@ -170,7 +172,8 @@ class Run:
             with xr.open_datatree(path, engine="h5netcdf") as tree:
                 size = sum(node.to_dataset().nbytes for node in tree.subtree)
                 require(size <= MAX_BYTES, "size", f"at most {MAX_BYTES} bytes of arrays", size)
-                return tree.load()
+                tree = tree.load()
+                return tree if "per_step" in tree else to_datatree(from_datatree(tree))  # of before 0.2
         except FileNotFoundError:
             raise
         except Exception as error:  # HDF5 has many errors for a damaged file
@@ -178,8 +181,20 @@ class Run:
 
     @property
     def results(self) -> dict:
-        """The final table, a dict."""
-        return read_json(self.path / "results.json")
+        """The final table, a dict.
+
+        Raises:
+            FileNotFoundError: If the fit has not ended.
+        """
+        path, got = self.path / "results.json", "one without results.json; go on with probdiff fit --resume"
+        require(path.exists(), str(self.path), "a finished run", got, FileNotFoundError)
+        return read_json(path)
+
+    @property
+    def ledger(self) -> GapDecomposition | None:
+        """The :class:`~probdiff.diagnostics.GapDecomposition` that was saved, None if there is none."""
+        path = self.path / "ledger.json"
+        return GapDecomposition.from_dict(read_json(path)) if path.exists() else None
 
     @property
     def figures(self) -> Path:
@@ -199,6 +214,13 @@ class Run:
             replace(self.path / "elbo.nc", lambda path: to_datatree(terms).to_netcdf(path, engine="h5netcdf"))
         if results is not None:
             write_json(self.path / "results.json", results)
+
+    def save_ledger(self, ledger: GapDecomposition) -> Path:
+        """Write a :class:`~probdiff.diagnostics.GapDecomposition`, numbers and figure; gives the figure's path."""
+        write_json(self.path / "ledger.json", ledger.to_dict())
+        path = self.figures / "ledger.png"
+        ledger.plot(f"N = {len(ledger.log_snr)}, {ledger.num_items} data").savefig(path)
+        return path
 
     def save_comparison(self, comparison: EstimatorComparison) -> Path:
         """Write an :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison`, draws and figure; gives the figure's path."""

@@ -24,7 +24,7 @@ def export(num_steps, network=lambda z, n: 0.5 * z, num_draws=NUM_DRAWS):
 @pytest.mark.parametrize("n", [2, 6])
 def test_a_step_is_found_by_its_number(n):
     tree = export(6, lambda z, step: jnp.where(step == n, 100.0, 0.0)[..., None] + 0 * z, num_draws=2)
-    per_step = tree["posterior"]["step_kl"].mean(["chain", "draw", "datum"])
+    per_step = tree["per_step"]["step_kl"].mean(["chain", "draw", "datum"])
     assert per_step.idxmax("step") == n and per_step.sel(step=n) > 100 * per_step.drop_sel(step=n).max()
 
 
@@ -34,28 +34,33 @@ def test_a_file_keeps_values_coordinates_and_units(num_steps, tmp_path):
     tree.to_netcdf(tmp_path / "terms.nc", engine="h5netcdf")
     with az.from_netcdf(tmp_path / "terms.nc") as reloaded:
         assert reloaded.identical(tree)
-        for group, names in (("posterior", ["step_kl", "reconstruction", "elbo"]), ("constant_data", ["prior_kl"])):
-            assert sorted(reloaded[group].data_vars) == sorted(names)
+        kls = ["step_kl"] * (num_steps > 1)  # N = 1 has none, and no ranges of steps
+        per_datum = [*kls, "reconstruction", "elbo"]
+        names = {"posterior": ["prior_kl", *per_datum], "per_datum": per_datum, "per_step": ["step_kl"], "constant_data": ["prior_kl"]}
+        assert set(reloaded.children) == set(names)
+        for group in names:
+            assert list(reloaded[group].data_vars) == names[group]
             for variable in reloaded[group].data_vars.values():
                 assert variable.dtype == np.float32 and variable.attrs["units"] == "nats"
 
 
 def test_draws_are_independent_over_draws_steps_and_data():
     """Effective sample size finds noise that successive draws share; the variances add up only if no terms share any."""
-    posterior = export(20)["posterior"].to_dataset()
-    ess = az.ess(posterior.mean("datum"))
+    tree = export(20)
+    step_kl, per_datum = tree["per_step"]["step_kl"], tree["per_datum"].to_dataset()
+    ess = az.ess(step_kl.mean("datum").to_dataset())
     assert 0.9 < ess["step_kl"].mean() / NUM_DRAWS < 1.1
-    variance = posterior.var(["chain", "draw"], ddof=1)
-    parts = (variance["step_kl"].sum("step") + variance["reconstruction"]).sum("datum") / len(X) ** 2
-    ratio = posterior["elbo"].mean("datum").var(ddof=1) / parts
+    variances = [each.var(["chain", "draw"], ddof=1) for each in (step_kl, per_datum["reconstruction"])]
+    parts = (variances[0].sum("step") + variances[1]).sum("datum") / len(X) ** 2
+    ratio = per_datum["elbo"].mean("datum").var(ddof=1) / parts
     assert abs(ratio - 1) < Z_MAX * np.sqrt(2 / NUM_DRAWS)
 
 
 def test_summary_of_independent_draws_in_chains():
-    step_kl = export(20)["posterior"]["step_kl"]
-    draws = step_kl.values[0].astype(np.float64).mean(-1)
-    over_data = step_kl.isel(chain=0, drop=True).drop_vars("draw").mean("datum")
-    chains = over_data.coarsen(draw=NUM_DRAWS // 4).construct(draw=("chain", "draw")).to_dataset(name="step_kl")
+    step_kl = export(20)["per_step"]["step_kl"]
+    assert dict(step_kl.sizes) == {"chain": 4, "draw": NUM_DRAWS // 4, "step": 19, "datum": 3}
+    draws = step_kl.values.reshape(NUM_DRAWS, 19, 3).astype(np.float64).mean(-1)
+    chains = step_kl.mean("datum").to_dataset()
     summary = az.summary(chains, round_to="none").loc[[f"step_kl[{n}]" for n in range(2, 21)]]
     np.testing.assert_allclose(summary["mean"], draws.mean(0), rtol=1e-5)
     np.testing.assert_allclose(summary["sd"], draws.std(0, ddof=1), rtol=1e-4)

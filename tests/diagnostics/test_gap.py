@@ -60,7 +60,9 @@ def test_it_adds_up_on_a_mixture(float64):
     total = found.reconstruction.mean - found.step_kl.mean - found.prior_kl.mean
     assert abs(total + found.entropy[0] + found.gap.mean) < Z_MAX * (found.step_kl.error + found.reconstruction.error)
     text = str(found)
-    assert "minus entropy" in text and "n = 1 … 1" in text and json.dumps(found.to_dict(), allow_nan=False)
+    assert f"on 4000 data; log p(x) is exact, on average minus the entropy, {-found.entropy[0]:.4f}" in text and "n = 1 … 1" in text
+    back = GapDecomposition.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
+    assert str(back) == text and back.to_dict() == found.to_dict() and back.plot().axes
     figure = found.plot()
     assert "nats" in figure.axes[0].get_ylabel()
 
@@ -85,22 +87,21 @@ def test_a_datum_on_the_edge_of_a_box(float64):
 
 
 def test_the_account_prints_each_number_with_its_error_and_every_share():
-    """Of 16 steps in blocks of two; a term that lowers the bound is printed negative."""
+    """Of 16 steps in blocks of two; the parts add up to the gap as they are printed, though each is rounded."""
     per_step = np.arange(1.0, 17.0) / 10
     estimates = {name: Estimate(k + 0.25, k / 100, 0.0) for k, name in enumerate(PARTS, 1)}
+    rounded = {"irreducible": 0.01004, "network": 0.02004, "residual": -0.00001, "gap": 0.03007}
+    estimates |= {name: Estimate(mean, estimates[name].error, 0.0) for name, mean in rounded.items()}
     steps = {"network_per_step": per_step, "network_per_step_error": per_step / 9, "log_snr": np.linspace(5, -3, 16)}
-    account = GapDecomposition((1.5, 0.005), **estimates, **steps)
-    lines = str(account).splitlines()
-    printed = {line[:30].strip(): [float(word) for word in line[30:].split()] for line in lines[2:12] if line}
+    account = GapDecomposition((1.5, 0.005), **estimates, **steps, num_items=77)
+    title, _, *lines = str(account).splitlines()
+    assert "on 77 data" in title and "-1.5000" in title and "-0.0000" not in str(account)
+    printed = {line[:34].strip(): [float(word) for word in line[34:].split()] for line in lines[:4]}
     assert printed == {
-        "minus entropy of the data": [-1.5, 0.005],
-        "− irreducible gap, exact ε": [-2.25, 0.02],
-        "− what the network adds": [-3.25, 0.03],
-        "− rest: 0 but for its error": [-4.25, 0.04],
-        "= ELBO": [-1.5 - 1.25, 0.01],
-        "− prior KL": [-5.25, 0.05],
-        "− Σ step KL": [-6.25, 0.06],
-        "+ reconstruction": [7.25, 0.07],
+        "irreducible gap, exact ε": [0.01, 0.02],
+        "added by the network": [0.02, 0.03],
+        "rest: 0 but for its error": [0.0, 0.04],
+        "gap: log p(x) − ELBO": [0.03, 0.01],
     }
     blocks = [line for line in lines if line.startswith("  n = ")]
     assert len(blocks) == 8

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray as xr
 from conftest import long_but
 
 import probdiff
@@ -292,24 +293,45 @@ def test_equal_runs_leave_equal_files(tmp_path):
     assert not list((tmp_path / "a").glob(".*"))
 
 
-def test_datatree():
-    terms = probdiff.elbo_terms(make(), X[:9], key=jax.random.key(0), num_draws=3)
+def old_layout(terms):
+    """The DataTree that probdiff 0.1 made of the terms."""
+    step_kl, reconstruction, elbo = (np.asarray(each)[None] for each in (terms.step_kl, terms.reconstruction, terms.elbo))
+    dims, steps = ("chain", "draw", "datum"), np.arange(2, step_kl.shape[2] + 2)
+    posterior = {"step_kl": (("chain", "draw", "step", "datum"), step_kl), "reconstruction": (dims, reconstruction), "elbo": (dims, elbo)}
+    constant = xr.Dataset({"prior_kl": ("datum", np.asarray(terms.prior_kl))})
+    return xr.DataTree.from_dict({"posterior": xr.Dataset(posterior, {"step": steps}), "constant_data": constant})
+
+
+@pytest.mark.parametrize("num_draws, num_data", [(3, 9), (100, 16)])
+def test_datatree(num_draws, num_data, tmp_path):
+    """What is in the groups, and that the terms come back from it bit for bit; so they do from a run of before."""
+    terms = probdiff.elbo_terms(make(), X[:num_data], key=jax.random.key(0), num_draws=num_draws)
     tree = probdiff.to_datatree(terms)
-    step_kl = tree["posterior"]["step_kl"]
-    assert step_kl.dims == ("chain", "draw", "step", "datum") and step_kl.attrs["units"] == "nats"
-    assert step_kl["step"].values.tolist() == [2, 3, 4, 5, 6]
-    assert tree["posterior"]["reconstruction"].dims == ("chain", "draw", "datum")
-    prior_kl = tree["constant_data"]["prior_kl"]
-    assert prior_kl.dims == ("datum",)
-    total = tree["posterior"]["reconstruction"] - step_kl.sum("step") - prior_kl
-    np.testing.assert_allclose(total, tree["posterior"]["elbo"], rtol=1e-5)
-    np.testing.assert_allclose(total[0], terms.elbo, rtol=1e-5)
+    step_kl, per_datum = tree["per_step"]["step_kl"], tree["per_datum"]
+    noise, data = (4, 25) if num_draws == 100 else (1, 3), (2, 8) if num_data == 16 else (1, 9)
+    assert step_kl.dims == ("chain", "draw", "step", "datum") and step_kl.shape == (*noise, 5, num_data)
+    assert step_kl["step"].values.tolist() == [2, 3, 4, 5, 6] and step_kl.attrs["units"] == "nats"
+    assert per_datum["elbo"].dims == per_datum["reconstruction"].dims == ("chain", "draw", "datum")
+    total = per_datum["reconstruction"] - step_kl.sum("step") - tree["constant_data"]["prior_kl"]
+    np.testing.assert_allclose(total, per_datum["elbo"], rtol=1e-5)
+    posterior = tree["posterior"].to_dataset()
+    assert posterior["elbo"].dims == ("chain", "draw") and posterior["step_kl"].dims == ("chain", "draw", "steps")
+    assert posterior["elbo"].shape == data and posterior["datum"].values.ravel().tolist() == list(range(num_data))
+    for name, values in (("prior_kl", terms.prior_kl), ("elbo", terms.elbo.mean(0)), ("reconstruction", terms.reconstruction.mean(0))):
+        np.testing.assert_allclose(posterior[name].values.ravel(), values, rtol=1e-5)
+    np.testing.assert_allclose(posterior["step_kl"].values.reshape(num_data, 5), terms.step_kl.mean(0).T, rtol=1e-5)
     assert_same(from_datatree(tree), terms)
+    run = probdiff.storage.create_run(tmp_path / "run", make())
+    old_layout(terms).to_netcdf(run.path / "elbo.nc", engine="h5netcdf")
+    assert_same(run.terms, terms)
+    assert run.datatree.identical(tree)
 
 
-def test_arviz_reads_the_tree():
-    import arviz as az
-
-    terms = probdiff.elbo_terms(make(), X[:9], key=jax.random.key(0), num_draws=50)
-    summary = az.summary(probdiff.to_datatree(terms), var_names=["elbo"], kind="stats", round_to=6)
-    np.testing.assert_allclose(summary["mean"].to_numpy(float), terms.elbo.mean(0), rtol=1e-4)
+def test_ranges_of_steps():
+    """Ten, as equal as can be, that hold every step once."""
+    step_kl = np.random.default_rng(0).uniform(size=(2, 24, 3)).astype(np.float32)
+    tree = probdiff.to_datatree(probdiff.elbo.ELBOTerms(np.ones(3), step_kl, np.zeros((2, 3))))
+    summed = tree["per_datum"]["step_kl"]
+    assert summed["steps"].values.tolist() == ["2-4", "5-7", "8-10", "11-13", "14-15", "16-17", "18-19", "20-21", "22-23", "24-25"]
+    np.testing.assert_allclose(summed.sel(steps="11-13").values[0], step_kl[:, 9:12].sum(1), rtol=1e-6)
+    np.testing.assert_allclose(summed.sum("steps").values[0], step_kl.sum(1), rtol=1e-6)
