@@ -265,3 +265,38 @@ def test_a_density_head_and_a_column_head_of_a_density_are_one():
     heads = ColumnHead(lambda z, n: jnp.sin(z), NormalLikelihood()), DensityHead(lambda z, n: jnp.sin(z))
     a, b = (head(jnp.asarray(z), jnp.asarray(log_snr), n=jnp.asarray(n)) for head in heads)
     np.testing.assert_allclose(a, b)
+
+
+def test_frames_go_where_arrays_go():
+    """The terms of a bound, a comparison and a fit: the same numbers, bit for bit."""
+    diffusion = probdiff.Diffusion(SCHEDULE, ColumnHead(probdiff.MLP(dim=6, key=jax.random.key(0), hidden=8), TABLE), TABLE)
+    array = np.concatenate([X] * 4) + np.outer(np.arange(12), [0.1, 0, 0, 0.01])
+    frame = pd.concat([FRAME] * 4).assign(a=array[:, 0], b=array[:, 3])
+    a, b = (probdiff.elbo_terms(diffusion, x, key=jax.random.key(1)).elbo for x in (frame, array))
+    np.testing.assert_array_equal(a, b)
+    a, b = (probdiff.elbo.data_set_elbo(diffusion, x, key=jax.random.key(1)).elbo for x in (frame, array))
+    np.testing.assert_array_equal(a, b)
+    options = {"iterations": 2, "batch_size": 4, "progress": False}
+    a, b = (probdiff.fit(diffusion, x, validation=x, **options).validation for x in (frame, array))
+    np.testing.assert_array_equal(a, b)
+    with pytest.raises(TypeError, match="an array; got DataFrame; probdiff.datasets.split makes arrays"):
+        diffusion.model(frame)
+
+
+def test_models_of_a_density_and_of_a_probability_are_not_compared():
+    density = probdiff.Diffusion(SCHEDULE, lambda z, n: z, NormalLikelihood(), dim=2)
+    mixed = ColumnLikelihood({0: NormalLikelihood(), 1: DiscretizedNormalLikelihood(4)})
+    models = {"density": density, "mixed": probdiff.Diffusion(SCHEDULE, lambda z, n: z, mixed, dim=2)}
+    with pytest.raises(ValueError, match="the same columns for discrete; got other columns with a density in mixed"):
+        probdiff.compare_models(models, CELLS.astype(float), key=jax.random.key(0))
+
+
+def test_a_run_keeps_what_each_column_is(tmp_path):
+    head = ColumnHead(probdiff.MLP(dim=6, key=jax.random.key(0), hidden=8), TABLE)
+    diffusion = probdiff.Diffusion(SCHEDULE, head, TABLE, "learned")
+    run = probdiff.storage.create_run(tmp_path / "run", diffusion)
+    back = probdiff.open_run(tmp_path / "run").untrained
+    assert back.is_like(diffusion) and repr(back.likelihood) == repr(TABLE) and run.path == tmp_path / "run"
+    np.testing.assert_array_equal(back.likelihood.read(FRAME), X)
+    z, n = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)), jnp.float32), jnp.full(3, 2)
+    np.testing.assert_array_equal(back.predict_noise(z, n), diffusion.predict_noise(z, n))

@@ -39,6 +39,12 @@ def test_a_column_of_few_values_is_warned_of_by_name():
     assert "3 distinct values in 50 rows of column wine" in words and "ColumnLikelihood" in words
 
 
+def test_a_column_of_a_mixed_table_is_named_by_its_place_in_the_table():
+    likelihood = ColumnLikelihood({"wine": CategoricalLikelihood([0.5, 1.5, 2.5]), ("proline", "hue"): NormalLikelihood()}, list(FRAME))
+    (words,) = warned(likelihood, FRAME, list(FRAME))
+    assert "in column proline." in words
+
+
 @pytest.mark.parametrize("likelihood, x", [
     (NormalLikelihood.standardized(FRAME[["hue", "proline"]]), FRAME[["hue", "proline"]]),
     (NormalLikelihood(), RNG.normal(0.5, 2, (50, 2))),

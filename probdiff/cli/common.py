@@ -9,15 +9,18 @@ import jax
 import numpy as np
 from numpyro.infer import Predictive
 
-from probdiff._checks import require
+from probdiff._checks import AnyArray, require
 from probdiff._sharding import data_mesh
 from probdiff.cli import UsageError
 from probdiff.datasets import Dataset
-from probdiff.diagnostics.plots import plot_loss, plot_samples, plot_step_kl
+from probdiff.diagnostics.plots import plot_loss, plot_marginals, plot_pairs, plot_samples, plot_step_kl
 from probdiff.diffusion import Diffusion
 
 if TYPE_CHECKING:
     import xarray as xr
+    from matplotlib.figure import Figure
+
+FEWEST_ROWS = 500  # of a table, for a figure of the test split alone
 
 
 @contextlib.contextmanager
@@ -49,6 +52,18 @@ def default_count(dataset: Dataset) -> int:
     return 2000 if dataset.image_shape is None else 64
 
 
+def sample_figures(samples: AnyArray, dataset: Dataset, title: str) -> dict[str, "Figure"]:
+    """Figures of samples, shape ``(sample, column)``, beside as many data of the test split; of a table, beside all that there are if these are few."""
+    if not dataset.is_table:
+        return {"samples": plot_samples(samples, dataset.test[: len(samples)], dataset.image_shape, title)}
+    many = len(dataset.test) >= FEWEST_ROWS
+    splits = (dataset.test,) if many else (dataset.train, dataset.validation, dataset.test)
+    drawn, data = dataset.to_frame(samples), dataset.to_frame(np.concatenate(splits)[: len(samples)])
+    title = f"{title}, beside rows of {'the test split' if many else 'all splits'}"
+    pairs = {"pairs": plot_pairs(drawn, data, title)} if dataset.dim > 1 else {}
+    return {"samples": plot_marginals(drawn, data, title)} | pairs
+
+
 def draw_figures(
     folder: Path, diffusion: Diffusion, dataset: Dataset, losses: np.ndarray, validation: np.ndarray, terms: "xr.DataTree"
 ) -> list[Path]:
@@ -59,8 +74,7 @@ def draw_figures(
     figures = {
         "loss": plot_loss(losses, validation, title),
         "step_kl": plot_step_kl(terms, diffusion.schedule, title),
-        "samples": plot_samples(samples, dataset.test[:count], dataset.image_shape, title),
-    }
+    } | sample_figures(samples, dataset, title)
     paths = [folder / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values()):
         figure.savefig(path)

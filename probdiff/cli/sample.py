@@ -8,8 +8,7 @@ import time
 import jax
 
 from probdiff._checks import require
-from probdiff.cli.common import check_devices, default_count, usage
-from probdiff.diagnostics.plots import plot_samples
+from probdiff.cli.common import check_devices, default_count, sample_figures, usage
 from probdiff.samplers import SAMPLERS
 from probdiff.storage.run import open_run
 
@@ -35,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     shown = count if dataset.image_shape is None else min(count, IMAGES)
     how = arguments.sampler + ("" if steps is None else f", {steps} steps")
     title = f"{dataset.name}, N = {diffusion.schedule.num_steps}, {how}"
-    figure = plot_samples(samples[:shown], dataset.test[:shown], dataset.image_shape, title)
+    figure = list(sample_figures(samples[:shown], dataset, title).values())[-1]  # of a table, the pairs
     with usage():
         folder.save_samples(paths, samples, figure)
     if arguments.json:

@@ -54,6 +54,11 @@ class Dataset:
         """Number of columns: of dimensions, as the user counts them."""
         return self.train.shape[1]
 
+    @property
+    def is_table(self) -> bool:
+        """Whether the columns are looked at one by one: neither images nor points of a plane."""
+        return self.image_shape is None and (self.dim != 2 or bool(self.discrete))
+
     def column_name(self, position: int) -> str:
         """The name of a column; ``x[0]`` and so on if it has none."""
         return f"x[{position}]" if self.columns is None else self.columns[position]

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
@@ -100,7 +99,11 @@ def compare_models(
     require(len(x) >= 2, "x", "at least two data", len(x))
     for name, diffusion in models.items():
         require_type(str(name), diffusion, Diffusion)
-        diffusion.check_data(x)
+        diffusion.read_data(x)
+    of = {name: diffusion.likelihood.discrete(x.shape[1]) for name, diffusion in models.items()}
+    different = [str(name) for name, kinds in of.items() if kinds != next(iter(of.values()))]
+    got = f"other columns with a density in {', '.join(different)}, whose bound is that of something else"
+    require(not different, "models", "likelihoods that take the same columns for discrete", got)
     moments = {
         name: elbo_terms(diffusion, x, key=key, num_draws=num_draws, reduce=True, progress=progress).elbo
         for name, diffusion in models.items()
@@ -119,5 +122,6 @@ def compare_models(
             "dse": difference.error,
             "mc_error": estimate.monte_carlo_error,
         }
-    levels = jnp.issubdtype(np.asarray(x).dtype, jnp.integer)
-    return ModelComparison(pd.DataFrame.from_dict(rows, orient="index"), elbo, num_draws, levels, x.shape[1])
+    columns = x.shape[1]
+    levels = all(diffusion.likelihood.levels is not None for diffusion in models.values())
+    return ModelComparison(pd.DataFrame.from_dict(rows, orient="index"), elbo, num_draws, levels, columns)

@@ -4,7 +4,7 @@ Each function draws on a new figure and returns it; nothing global is changed.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Real
@@ -13,11 +13,16 @@ from probdiff._checks import AnyArray
 from probdiff.chain.schedules import AbstractSchedule
 
 if TYPE_CHECKING:
+    import matplotlib.axes
     import matplotlib.figure
     import pandas
     import xarray
 
     import probdiff.diagnostics.gap
+
+
+MOST_PAIRS = 6  # columns
+FEW_VALUES = 12  # of a column whose values are shown one by one
 
 
 def _figure(columns: int = 1, width: float = 7.0, height: float = 4.2) -> tuple["matplotlib.figure.Figure", np.ndarray]:
@@ -93,7 +98,7 @@ def plot_samples(
     image_shape: Sequence[int] | None = None,
     title: str = "",
 ) -> "matplotlib.figure.Figure":
-    """Samples beside data: as images, as points of a plane, or as the histogram of one dimension.
+    """Samples beside data: as images, or as points of a plane. For tables there are :func:`plot_marginals` and :func:`plot_pairs`.
 
     Args:
         samples: Draws from the model, shape ``(sample, dim)``.
@@ -105,8 +110,7 @@ def plot_samples(
     low, high = panels[0][1].min(0), panels[0][1].max(0)
     span = np.where(high > low, high - low, 1)
     margin = 0.1 * span
-    planar = image_shape is None and samples.shape[1] > 1
-    figure, axes = _figure(2, width=8.0, height=1.1 + np.clip(3.6 * span[1] / span[0], 1.2, 7.2) if planar else 4.6)
+    figure, axes = _figure(2, width=8.0, height=4.6 if image_shape else 1.1 + np.clip(3.6 * span[1] / span[0], 1.2, 7.2))
     figure.suptitle(title)
     if image_shape is not None:
         figure.set_layout_engine("constrained", wspace=0.08)  # wider than the gaps between images
@@ -115,11 +119,8 @@ def plot_samples(
         if image_shape is not None:
             ax.imshow(_tiled(points, image_shape), cmap="gray", vmin=low.min(), vmax=high.max())
             ax.set_axis_off()
-        elif points.shape[1] == 1:
-            ax.hist(points[:, 0], bins=np.linspace(low[0] - margin[0], high[0] + margin[0], 61), density=True)
-            ax.set(xlabel="x", ylabel="density")
         else:
-            ax.scatter(points[:, 0], points[:, 1], s=2, alpha=0.4, lw=0)
+            ax.scatter(points[:, 0], points[:, 1], s=_marker_size(len(points)), alpha=0.5, lw=0)
             ax.set(xlabel="x[0]", ylabel="x[1]", xlim=(low[0] - margin[0], high[0] + margin[0]))
             ax.set_ylim(low[1] - margin[1], high[1] + margin[1])
             ax.set_aspect("equal" if 1 / 3 < span[1] / span[0] < 2 else "auto")
@@ -132,6 +133,122 @@ def _tiled(images: Real[np.ndarray, "image dim"], shape: Sequence[int]) -> Float
     padded = np.full((side, side, shape[0] + 1, shape[1] + 1), np.nan)
     padded[..., :-1, :-1] = images[: side**2].reshape(side, side, *shape)
     return padded.transpose(0, 2, 1, 3).reshape(side * (shape[0] + 1), -1)[:-1, :-1]
+
+
+def plot_marginals(samples: "pandas.DataFrame", data: "pandas.DataFrame", title: str = "") -> "matplotlib.figure.Figure":
+    """The distribution of each column, of samples and of data: densities, or the shares of values where there are few.
+
+    Args:
+        samples: Draws from the model, as :meth:`~probdiff.datasets.Dataset.to_frame` gives them.
+        data: Data, with the same columns.
+        title: Title of the figure.
+    """
+    from matplotlib.figure import Figure
+
+    across = min(4, len(data.columns))
+    down = -(-len(data.columns) // across)
+    figure = Figure(figsize=(2.4 * across + 0.4, 1.8 * down + 0.9), dpi=130, layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for axes, name in zip(panels, data.columns):
+        _draw_marginal(axes, samples[name], data[name])
+        axes.set_xlabel(name, fontsize="small")
+        axes.tick_params(labelsize="x-small")
+        axes.set_yticks([])
+    for axes in panels[len(data.columns) :]:
+        axes.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    counts = (f"{label} (n = {len(frame)})" for label, frame in zip(labels, (data, samples)))
+    figure.legend(handles, list(counts), loc="outside lower center", ncols=min(2, across), fontsize="small")
+    return figure
+
+
+def plot_pairs(samples: "pandas.DataFrame", data: "pandas.DataFrame", title: str = "") -> "matplotlib.figure.Figure":
+    """Each column against each: data below the diagonal, as many samples above it, and both in the distribution of a column on it.
+
+    Args:
+        samples: Draws from the model, as :meth:`~probdiff.datasets.Dataset.to_frame` gives them.
+        data: Data, with the same columns; of more than six columns the first six are shown.
+        title: Title of the figure.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(data.columns[:MOST_PAIRS])
+    more = len(data.columns) - len(names)
+    size = len(names)
+    figure = Figure(figsize=(1.6 * size + 0.6, 1.5 * size + 0.9), dpi=130, layout="constrained")
+    figure.suptitle(f"{title}{f' (the first {size} of {len(data.columns)} columns)' if more else ''}", fontsize="medium")
+    grid = figure.subplots(size, size, squeeze=False)
+    rng = np.random.default_rng(0)
+    for i, row in enumerate(names):
+        for j, column in enumerate(names):
+            axes, frame = grid[i, j], (data if i > j else samples.head(max(len(data), 200)))
+            if i == j:
+                _draw_marginal(axes, samples[column], data[column])
+                axes.set_yticks([])
+            else:
+                x, y = (_positions(frame[name], data[name], rng) for name in (column, row))
+                axes.scatter(x, y, s=_marker_size(len(frame)), alpha=0.5, lw=0, color="C0" if i > j else "C1")
+                axes.set(xlim=_limits(data[column]), ylim=_limits(data[row]))
+                for name, axis in ((column, axes.xaxis), (row, axes.yaxis)):
+                    if (values := _few_values(data[name])) is not None:
+                        axis.set_ticks(np.arange(len(values)), values)
+            axes.tick_params(labelsize="xx-small", labelbottom=i == size - 1, labelleft=j == 0 and i != j)
+            if i == size - 1:
+                axes.set_xlabel(column, fontsize="x-small")
+            if j == 0:
+                axes.set_ylabel(row, fontsize="x-small")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    places = (f"{label}, {where}" for label, where in zip(labels, ("below the diagonal", "above it")))
+    figure.legend(handles, list(places), loc="outside lower center", ncols=2 if size > 3 else 1, fontsize="small")
+    return figure
+
+
+def _draw_marginal(axes: "matplotlib.axes.Axes", samples: "pandas.Series", data: "pandas.Series") -> None:
+    """A column of data, filled, and of samples, as a line; the shares of values where there are few."""
+    values = _few_values(data)
+    looks: tuple[dict[str, Any], ...] = ({"color": "C0", "alpha": 0.5, "label": "data"}, {"color": "C1", "label": "samples from the model"})
+    if values is not None:
+        for side, (column, look) in enumerate(zip((data, samples), looks)):
+            shares = [np.mean(np.asarray(column) == value) for value in values]
+            axes.bar(np.arange(len(values)) + 0.4 * side - 0.2, shares, width=0.4, **look)
+        axes.set_xticks(np.arange(len(values)), values, rotation=30 * (len(values) > 3))
+        return
+    low, high = _limits(data)
+    edges = np.linspace(low, high, 26)
+    for column, look, filled in zip((data, samples), looks, (True, False)):
+        density, _ = np.histogram(np.clip(np.asarray(column, float), low, high), edges, density=True)
+        axes.stairs(density, edges, fill=filled, **look)
+
+
+def _few_values(data: "pandas.Series") -> np.ndarray | None:
+    """The values of a column of categories, or of few whole numbers; None of any other."""
+    values = np.unique(data)
+    return values if hasattr(data, "cat") or (data.dtype.kind in "iu" and len(values) <= FEW_VALUES) else None
+
+
+def _positions(column: "pandas.Series", data: "pandas.Series", rng: np.random.Generator) -> np.ndarray:
+    """Where points are drawn: numbers as they are; few values by their place, apart by a little noise."""
+    values = _few_values(data)
+    if values is None:
+        return np.asarray(column, float)
+    place = {value: k for k, value in enumerate(values)}
+    return np.array([place.get(value, np.nan) for value in column]) + rng.uniform(-0.2, 0.2, len(column))
+
+
+def _limits(data: "pandas.Series") -> tuple[float, float]:
+    """The range of a column of data, and a tenth of it on either side."""
+    values = _few_values(data)
+    if values is not None:
+        return -0.6, len(values) - 0.4
+    low, high = float(data.min()), float(data.max())
+    margin = 0.1 * (high - low or 1)
+    return low - margin, high + margin
+
+
+def _marker_size(count: int) -> float:
+    """The area of a marker, in square points: large where there are few."""
+    return float(np.clip(4000 / count, 2, 12))
 
 
 def plot_estimators(table: "pandas.DataFrame", num_items: int, title: str = "") -> "matplotlib.figure.Figure":

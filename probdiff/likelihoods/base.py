@@ -56,6 +56,15 @@ class AbstractLikelihood(eqx.Module):
         """What the ``dim`` dimensions of the chain are made of: numbers of dimensions of one kind, each with its :attr:`points`."""
         return [(dim, self.points)]
 
+    def discrete(self, columns: int) -> tuple[bool, ...]:
+        """Of each column of data, whether it has probabilities; otherwise it has a density, and its bound is not that of a probability."""
+        of = {j: part.points is not None for part, at in self.placed(columns) for j in at}
+        return tuple(of[j] for j in range(columns))
+
+    def placed(self, columns: int) -> list[tuple["AbstractLikelihood", tuple[int, ...]]]:
+        """The likelihoods of the columns of data, and the columns that each is of: this one, of all, unless said otherwise."""
+        return [(self, tuple(range(columns)))]
+
     def read(self, x: Any) -> Any:
         """Data as an array: arrays as they are, a data frame (pandas, polars, pyarrow) by its columns of numbers.
 

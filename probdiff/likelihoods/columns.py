@@ -85,6 +85,10 @@ class ColumnLikelihood(AbstractLikelihood):
         require(columns == self.num_columns, "x", f"shape (row, {self.num_columns})", f"{columns} columns")
         return sum(self._sizes)
 
+    def placed(self, columns: int) -> list[tuple[AbstractLikelihood, tuple[int, ...]]]:
+        """The parts, and the columns that each is of."""
+        return self._placed
+
     def pieces(self, dim: int) -> list[tuple[int, Float[np.ndarray, "point dim"] | None]]:
         """The pieces of all parts, one after the other."""
         return [piece for part, size in zip(self.parts, self._sizes) for piece in part.pieces(size)]

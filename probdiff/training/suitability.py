@@ -22,30 +22,30 @@ def warn_of_unsuited(diffusion: Diffusion, x: Real[AnyArray, "datum column"], co
         x: The training data, shape ``(datum, column)``.
         columns: Names of the columns, for the message.
     """
-    x0 = np.asarray(diffusion.likelihood.encode(np.asarray(x)[:ROWS]), np.float64)
-    start, dense = 0, []
-    for dim, points in diffusion.likelihood.pieces(x0.shape[1]):
-        dense += [] if points is not None else list(range(start, start + dim))
-        start += dim
-    if not dense:
-        return
-    names = columns if columns is not None and len(columns) == x0.shape[1] else [f"{j}" for j in range(x0.shape[1])]
-    square, sd = np.square(x0[:, dense]).mean(0), x0[:, dense].std(0)
-    odd = np.flatnonzero((square > LARGEST_SQUARE) | (sd < SMALLEST_SD))
-    if odd.size:
-        worst = odd[np.argmax(square[odd])]
+    rows, likelihood = np.asarray(x)[:ROWS], diffusion.likelihood
+    names = [str(j) for j in range(rows.shape[1])] if columns is None else columns
+    # Columns with a density, as the chain sees them.
+    x0 = {
+        names[j]: np.asarray(encoded, np.float64)
+        for part, at in likelihood.placed(rows.shape[1])
+        if part.points is None
+        for j, encoded in zip(at, np.asarray(part.encode(rows[:, list(at)])).T)
+    }
+    odd = {name: np.square(each).mean() for name, each in x0.items() if np.square(each).mean() > LARGEST_SQUARE or each.std() < SMALLEST_SD}
+    if odd:
+        worst = max(odd, key=lambda name: odd[name])
         warnings.warn(
-            f"x: Expected data of about mean 0 and standard deviation 1 for the chain; got mean {x0[:, dense[worst]].mean():.3g} "
-            f"and standard deviation {sd[worst]:.3g} in column {names[dense[worst]]}"
-            f"{f' and the like in {odd.size - 1} more' if odd.size > 1 else ''}. Noise of unit variance does not hide that, or hides it at once: "
+            f"x: Expected data of about mean 0 and standard deviation 1 for the chain; got mean {x0[worst].mean():.3g} "
+            f"and standard deviation {x0[worst].std():.3g} in column {worst}"
+            f"{f' and the like in {len(odd) - 1} more' if len(odd) > 1 else ''}. Noise of unit variance does not hide that, or hides it at once: "
             "NormalLikelihood.standardized(x) takes shift and scale from the data",
             stacklevel=3,
         )
-    few = [j for j in dense if len(np.unique(x0[:, j])) <= min(FEW, len(x0) // 2)]
+    few = [name for name, each in x0.items() if len(np.unique(each)) <= min(FEW, len(each) // 2)]
     if few:
         warnings.warn(
-            f"x: Expected continuous data for a density; got {len(np.unique(x0[:, few[0]]))} distinct values in {len(x0)} rows of column "
-            f"{names[few[0]]}{f', and few in {len(few) - 1} more' if len(few) > 1 else ''}. The bound of such a column can be made as large as "
+            f"x: Expected continuous data for a density; got {len(np.unique(x0[few[0]]))} distinct values in {len(rows)} rows of column "
+            f"{few[0]}{f', and few in {len(few) - 1} more' if len(few) > 1 else ''}. The bound of such a column can be made as large as "
             "one likes, and means nothing: give it a CategoricalLikelihood in a ColumnLikelihood, as probdiff.datasets.split does",
             stacklevel=3,
         )

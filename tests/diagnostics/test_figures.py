@@ -1,8 +1,10 @@
 """What the figures show is what they were given."""
 
 import numpy as np
+import pandas as pd
 
 import probdiff
+from probdiff.cli.common import sample_figures
 
 
 def test_images_have_gaps_between_them():
@@ -22,3 +24,49 @@ def test_the_kl_of_each_step_is_a_mean_over_all_draws_and_data():
     step, mean = figure.axes[0].lines[0].get_data()
     assert list(step) == [2, 3, 4, 5, 6] and "mean of 100 draws" in figure.axes[0].get_ylabel()
     np.testing.assert_allclose(mean, step_kl.mean((0, 2)), rtol=1e-5)
+
+
+DATA = pd.DataFrame({"size": np.linspace(-1, 3, 40), "kind": pd.Categorical(["oak"] * 30 + ["elm"] * 10), "age": np.arange(40) % 3})
+SAMPLES = pd.DataFrame({"size": np.linspace(0, 1, 500), "kind": pd.Categorical(["oak"] * 100 + ["elm"] * 400), "age": np.ones(500, int)})
+
+
+def test_marginals_are_shares_of_the_values_and_densities():
+    """Data first, by name; of 500 samples as of 40 data."""
+    figure = probdiff.plots.plot_marginals(SAMPLES, DATA, "trees")
+    size, kind, age = figure.axes[:3]
+    assert [axes.get_xlabel() for axes in (size, kind, age)] == ["size", "kind", "age"]
+    data, samples = (patch.get_data() for patch in size.patches)
+    for stairs, column in ((data, DATA["size"]), (samples, SAMPLES["size"])):
+        expected, _ = np.histogram(column, stairs.edges, density=True)
+        np.testing.assert_allclose(stairs.values, expected)
+    assert [bar.get_height() for bar in kind.patches] == [0.25, 0.75, 0.8, 0.2]
+    assert [label.get_text() for label in kind.get_xticklabels()] == ["elm", "oak"]
+    np.testing.assert_allclose([bar.get_height() for bar in age.patches], [14 / 40, 13 / 40, 13 / 40, 0, 1, 0])
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["data (n = 40)", "samples from the model (n = 500)"]
+
+
+def test_pairs_have_data_below_the_diagonal_and_samples_above():
+    grid = np.reshape(probdiff.plots.plot_pairs(SAMPLES, DATA).axes[:9], (3, 3))
+    below, above = (grid[at].collections[0].get_offsets() for at in ((2, 0), (0, 2)))
+    np.testing.assert_allclose(below[:, 0], DATA["size"])
+    assert np.abs(below[:, 1] - DATA["age"]).max() <= 0.2
+    np.testing.assert_allclose(above[:, 1], SAMPLES["size"].head(200))
+    assert [grid[2, j].get_xlabel() for j in range(3)] == [grid[j, 0].get_ylabel() for j in range(3)] == ["size", "kind", "age"]
+    assert [label.get_text() for label in grid[1, 0].get_yticklabels()] == ["elm", "oak"]
+    wide = pd.DataFrame({f"c{j}": DATA["size"] for j in range(9)})
+    figure = probdiff.plots.plot_pairs(wide, wide, "wide")
+    assert len(figure.axes) == 36 and "first 6 of 9 columns" in figure.get_suptitle()
+
+
+def test_the_samples_of_a_table_are_shown_beside_its_rows_and_named():
+    """All rows where there are few, the test split where there are many."""
+    rng = np.random.default_rng(0)
+    for rows, words, count in ((50, "all splits", 50), (6000, "the test split", 600)):
+        dataset = probdiff.datasets.split(pd.DataFrame({"a": rng.normal(size=rows), "b": rng.integers(0, 3, rows) + 0.5, "c": rng.normal(size=rows)}))
+        figures = sample_figures(dataset.train[:7], dataset, "mine")
+        assert set(figures) == {"samples", "pairs"} and words in figures["pairs"].get_suptitle()
+        shown = figures["samples"].legends[0].get_texts()[0].get_text()
+        assert shown == f"data (n = {min(count, 7)})"
+    planar = probdiff.datasets.split(rng.normal(size=(50, 2)))
+    assert set(sample_figures(planar.train, planar, "plane")) == {"samples"}
