@@ -15,7 +15,7 @@ from probdiff.networks.heads import CategoricalHead, ColumnHead, DensityHead
 from probdiff.networks.mlp import MLP
 
 MOST_LOGITS = 2**14
-ITERATIONS_PER_ROW, TABLE_ITERATIONS = 10, (1_000, 25_000)
+ITERATIONS_PER_ROW, TABLE_ITERATIONS = 5, (500, 25_000)
 
 
 def default_options(dataset: Dataset) -> dict[str, Any]:

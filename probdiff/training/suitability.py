@@ -28,8 +28,8 @@ def warn_of_unsuited(diffusion: Diffusion, x: Real[AnyArray, "datum column"], co
     x0 = {
         names[j]: np.asarray(encoded, np.float64)
         for part, at in likelihood.placed(rows.shape[1])
-        if part.points is None
-        for j, encoded in zip(at, np.asarray(part.encode(rows[:, list(at)])).T)
+        if part.points is None and part.levels is None
+        for j, encoded in zip(at, np.asarray(part.encode(rows[:, list(at)].astype(np.float64))).T)
     }
     odd = {name: np.square(each).mean() for name, each in x0.items() if np.square(each).mean() > LARGEST_SQUARE or each.std() < SMALLEST_SD}
     if odd:
