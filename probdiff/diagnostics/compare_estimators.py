@@ -44,7 +44,8 @@ class EstimatorComparison:
             ``gradient_variance``: trace of the covariance of the gradient of the mean bound of all data in all parameters;
             ``gradient_draws``; ``gradient_seconds``; four costs relative to ``kl_uniform`` (which has 1; below is better),
             ``value_by_evaluations`` and ``value_by_seconds``, variance × cost, and the same for the gradient; and the standard error
-            of each, ``value_by_evaluations_error`` and so on (NaN from too few draws to tell).
+            of each, ``value_by_evaluations_error`` and so on (NaN from too few draws to tell; of the seconds, that of repeated calls:
+            what else the machine does all the while is not in it).
         draws: The first draws of each estimator's bound, as many as there are of all, nats, shape ``(estimator, draw, datum)``; NaN
             for data that an estimator was not drawn for. Only the mean over data means something for ``kl_posterior_target``.
         projections: Gradients of the mean bound of the first ``items`` data along a few fixed random directions, a dict from estimator
