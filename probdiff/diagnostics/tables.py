@@ -108,7 +108,7 @@ def _with_error(value: float, error: float) -> str:
     """A number and its standard error in 15 columns, to the first digit of the error."""
     if value >= 1e6:
         return f"{value:8.1e} ±{error:5.0e}".replace("nan", "  –")
-    decimals = int(np.clip(-np.floor(np.log10(error)), 0, 3)) if error > 0 else 3
+    decimals = int(np.clip(-np.floor(np.log10(error)), 0, 3)) if error > 0 else 2
     return f"{value:8.{decimals}f} ±{error:5.{decimals}f}".replace("nan", "  –")
 
 
