@@ -221,7 +221,9 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare = commands.add_parser("compare", help="compare all estimators of the bound on one run, or several runs")
     compare.add_argument("runs", metavar="RUN", nargs="+", help="run folder; with several, the models are compared")
-    compare.add_argument("--num-draws", type=int, metavar="S", help="draws of each estimator (48), of each model (4)")
+    compare.add_argument("--num-draws", type=int, metavar="S", help="draws of each estimator (default: as --minutes allow), of each model (4)")
+    compare.add_argument("--num-items", type=int, metavar="K", help="test items of the batch whose bound is estimated (64)")
+    compare.add_argument("--minutes", type=_rate, metavar="M", help="about how long to take, compilation included (1)")
     names = "estimators to compare (default: all)"
     compare.add_argument("--estimators", type=lambda text: [name.strip() for name in text.split(",")], metavar="A,B,C", help=names)
     _add_devices(compare)

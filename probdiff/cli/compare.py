@@ -10,14 +10,15 @@ import numpy as np
 
 from probdiff._checks import require
 from probdiff.cli import UsageError
-from probdiff.cli.common import check_devices, usage
+from probdiff.cli.common import check_devices, flag, usage
 from probdiff.datasets import Dataset
 from probdiff.diagnostics.compare_estimators import check_names, compare_estimators
 from probdiff.diagnostics.compare_models import compare_models
 from probdiff.diffusion import Diffusion
 from probdiff.storage.run import Run, open_run
 
-ESTIMATOR_ROWS, ESTIMATOR_ITEMS = 2**11, (2, 128)
+ITEMS = 64  # of a batch, unless the user says otherwise: as many as a fit takes at a time, or fewer
+MINUTES = 1.0
 MODEL_ROWS = 2**21
 
 
@@ -30,6 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
         models = {path: run.diffusion for path, run in zip(arguments.runs, runs)}
         datasets = [run.data for run in runs]
         _check_same_data(runs, datasets)
+        if not several:
+            _check_num_items(arguments.num_items, len(datasets[0].test))
     if several:
         return _compare_models(arguments, models, datasets[0].test)
     return _compare_estimators(arguments, runs[0], models[arguments.runs[0]], datasets[0].test)
@@ -46,14 +49,12 @@ def _compare_models(arguments: argparse.Namespace, models: dict[str, Diffusion],
 
 
 def _compare_estimators(arguments: argparse.Namespace, folder: Run, diffusion: Diffusion, test: np.ndarray) -> int:
-    num_steps, (fewest, most) = diffusion.schedule.num_steps, ESTIMATOR_ITEMS
-    items = test[: min(most, max(fewest, ESTIMATOR_ROWS // num_steps))]
-    draws = arguments.num_draws or 48
+    items, num_steps = test[: arguments.num_items or ITEMS], diffusion.schedule.num_steps
     with usage():
         devices = check_devices(arguments.devices)
     print(f"probdiff: {len(items)} test items, N = {num_steps}", file=sys.stderr, flush=True)
-    options = {"num_draws": draws, "estimators": arguments.estimators, "devices": devices}
-    result = compare_estimators(diffusion, items, key=jax.random.key(0), progress=True, **options)
+    options = {"num_draws": arguments.num_draws, "minutes": arguments.minutes or MINUTES, "estimators": arguments.estimators}
+    result = compare_estimators(diffusion, items, key=jax.random.key(0), devices=devices, progress=True, **options)
     # What was computed is shown even if it cannot be written.
     try:
         path, problem = str(folder.save_comparison(result)), None
@@ -70,11 +71,19 @@ def _check(arguments: argparse.Namespace, several: bool) -> None:
     names, draws, lowest = arguments.estimators, arguments.num_draws, 1 if several else 2
     require(draws is None or draws >= lowest, "--num-draws", f"an integer of at least {lowest}", draws)
     one = f"{len(arguments.runs)}, which are compared as models"
-    require(not several or names is None, "--estimators", "one run", one)
+    for option in ("estimators", "num_items", "minutes"):
+        require(not several or getattr(arguments, option) is None, flag(option), "one run", one)
+    both = arguments.minutes is not None and draws is not None
+    require(not both, "--minutes", "either --minutes or --num-draws", "both")
     different = len({Path(path).resolve() for path in arguments.runs}) == len(arguments.runs)
     require(different, "RUN", "different runs", " ".join(arguments.runs))
     if names is not None:
         check_names(names)
+
+
+def _check_num_items(given: int | None, there: int) -> None:
+    good = given is None or 2 <= given <= there
+    require(good, "--num-items", f"2 to {there}, the items of the test split", given)
 
 
 def _check_same_data(runs: list[Run], datasets: list[Dataset]) -> None:

@@ -265,13 +265,16 @@ def plot_estimators(table: "pandas.DataFrame", num_items: int, title: str = "") 
     left.errorbar(table["elbo"], rows, xerr=2 * table["se"], fmt="o", ms=4, capsize=2, label="mean ± 2 s.e.")
     left.set_yticks(rows, table.index)
     left.invert_yaxis()
-    left.set(xlabel=f"ELBO, nats per item ({num_items} items)")
+    fewest = table["items"].min()
+    left.set(xlabel=f"ELBO, nats per item ({num_items} items{f'; all steps: the first {fewest}' if fewest < num_items else ''})")
     left.legend(fontsize="small")
     marks = (("value", "o", "C0"), ("gradient", "s", "C1"))
     for kind, marker, color in marks:
         for unit, filled in (("evaluations", color), ("seconds", "none")):
-            cost = table[f"{kind}_by_{unit}"]
-            right.plot(cost, rows, marker, ms=5, mfc=filled, mec=color, label=f"{kind}, variance × {unit}")
+            cost, error = table[f"{kind}_by_{unit}"], 2 * table[f"{kind}_by_{unit}_error"].fillna(0)
+            low = np.minimum(error, 0.9 * cost)  # the axis is logarithmic
+            style = {"fmt": marker, "ms": 5, "mfc": filled, "mec": color, "ecolor": color, "elinewidth": 0.8}
+            right.errorbar(cost, rows, xerr=[low, error], label=f"{kind}, variance × {unit} ± 2 s.e.", **style)
     right.axvline(1, color="0.7", lw=0.8, zorder=0)
     right.set_yticks(rows, [])
     right.invert_yaxis()

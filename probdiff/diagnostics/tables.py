@@ -1,11 +1,13 @@
 """Results as text: the tables of a fit, of the comparisons and of the gap taken apart."""
 
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from probdiff._checks import Whole
+from probdiff.elbo.importance import khat_error
 from probdiff.elbo.terms import bits_per_dim
 
 if TYPE_CHECKING:
@@ -88,81 +90,92 @@ def _agreement(both: Mapping[str, Any]) -> Iterator[str]:
     yield from (verdict + named, *seen)
 
 
-COLUMNS = (
-    ("ELBO", "elbo", "10.4f"),
-    ("± s.e.", "se", "9.4f"),
-    ("bits/dim", "bits_per_dim", "10.4f"),
-    ("± s.e.", "bits_se", "8.4f"),
-    ("sd/draw", "sd", "9.3g"),
-    ("grad var", "gradient_variance", "10.3g"),
-    ("evals", "evaluations", "7d"),
-    ("s/draw", "seconds", "9.2g"),
-    ("by evals", "value_by_evaluations", "10.3g"),
-    ("by secs", "value_by_seconds", "9.3g"),
-    ("by evals", "gradient_by_evaluations", "10.3g"),
-    ("by secs", "gradient_by_seconds", "9.3g"),
-)
+WIDTH = 80
+COST_COLUMNS = [f"{kind}_by_{unit}" for kind in ("value", "gradient") for unit in ("evaluations", "seconds")]
 
 
 def format_estimators(comparison: "probdiff.diagnostics.compare_estimators.EstimatorComparison") -> str:
-    """An :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison` as text: table, pairwise z-scores, verdict."""
-    table: pandas.DataFrame = comparison.table
-    _, num_draws, num_items = comparison.draws.shape
-    name_width = 2 + max(len(name) for name in table.index)
-    widths = [int(form.rstrip("dfg").split(".")[0]) for *_, form in COLUMNS]
-    costs = sum(widths[8:10]), sum(widths[10:])
-    lines = [
-        f"The bound of {num_items} items in nats, mean per item, {num_draws} draws; errors are Monte Carlo errors",
-        " " * (name_width + sum(widths[:8])) + f"{'values: var ×':>{costs[0]}}{'gradients: var ×':>{costs[1]}}",
-        " " * name_width + "".join(f"{title:>{width}}" for (title, *_), width in zip(COLUMNS, widths)),
-    ]
+    """An :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison` as text of 80 columns: verdict, costs, bounds."""
+    verdict = [line for words in _verdict(comparison) for line in textwrap.wrap(words, WIDTH, subsequent_indent="  ")]
+    return "\n".join([*verdict, "", *_costs(comparison.table, comparison.draws.shape[2]), "", *_bounds(comparison)])
+
+
+def _costs(table: "pandas.DataFrame", num_items: int) -> Iterator[str]:
+    yield f"Variance × cost for a batch of {num_items}, relative to kl_uniform's (below 1 is better)"
+    yield f"{'':20}{'values':>22}{'gradients':>30}"
+    yield f"{'':20}" + f"{'evaluations':>15}{'seconds':>15}" * 2
     for name, row in table.iterrows():
-        cells = (f"{int(row[key]) if form.endswith('d') else row[key]:{form}}" for _, key, form in COLUMNS)
-        lines.append(f"{name:{name_width}}" + "".join(cells).replace("nan", "  –"))
-    lines.append("evals: network evaluations per item; var × cost is relative to kl_uniform, below 1 is better")
-    pairwise: tuple[tuple[str, pandas.DataFrame], ...] = (("values", comparison.value_z), ("gradients", comparison.gradient_z))
-    for title, scores in pairwise:
-        if len(scores) > 1:
-            lines += ["", f"Pairwise z-scores, {title}", *_triangle(scores, name_width)]
-    return "\n".join([*lines, "", *_verdict(comparison)])
+        yield f"{name:20}" + "".join(_with_error(row[cost], row[f"{cost}_error"]) for cost in COST_COLUMNS)
 
 
-def _triangle(scores: "pandas.DataFrame", name_width: int) -> Iterator[str]:
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    yield " " * (name_width + 3) + "".join(f"{letters[i]:>6}" for i in range(len(scores) - 1))
-    for i, (name, row) in enumerate(scores.iterrows()):
-        yield f"{letters[i]}  {name:{name_width}}" + "".join(f"{z:6.1f}" for z in row.values[:i])
+def _with_error(value: float, error: float) -> str:
+    """A number and its standard error in 15 columns, to the first digit of the error."""
+    if value >= 1e6:
+        return f"{value:8.1e} ±{error:5.0e}".replace("nan", "  –")
+    decimals = int(np.clip(-np.floor(np.log10(error)), 0, 3)) if error > 0 else 2
+    return f"{value:8.{decimals}f} ±{error:5.{decimals}f}".replace("nan", "  –")
+
+
+def _bounds(comparison: "probdiff.diagnostics.compare_estimators.EstimatorComparison") -> Iterator[str]:
+    table, bits = comparison.table, "bits_per_dim" in comparison.table
+    scores = [each.abs().max(axis=1).reindex(table.index) for each in (comparison.value_z, comparison.gradient_z)]
+    yield "The bound of the first items, nats per item; z: the largest |z| of any pair"
+    yield (
+        f"{'':20}{'items':>5}{'draws':>6}{'evals':>6}{'ELBO':>10}{'± s.e.':>8}"
+        + (f"{'bits/dim':>9}{'± s.e.':>7}" if bits else "")
+        + f"{'z':>4}{'∇ z':>5}"
+    )
+    for name, row in table.iterrows():
+        line = f"{name:20}{int(row['items']):5d}{int(row['draws']):6d}{int(row['evaluations']):6d}{row['elbo']:10.3f}{row['se']:8.3f}"
+        line += f"{row['bits_per_dim']:9.4f}{row['bits_se']:7.4f}" if bits else ""
+        yield (line + f"{scores[0][name]:4.1f}{scores[1][name]:5.1f}").replace("nan", "  –")
 
 
 def _verdict(comparison: "probdiff.diagnostics.compare_estimators.EstimatorComparison") -> Iterator[str]:
-    table: pandas.DataFrame = comparison.table
+    table = comparison.table
     if len(table) > 1:
         words = "agree" if comparison.agree else "DO NOT AGREE"
         yield (
             f"The {len(table)} estimators {words}: the largest |z| is {comparison.largest_z:.1f}, "
             f"and {comparison.z_limit:.1f} is to be expected of so many"
         )
-    for purpose, kind in (("values", "value"), ("gradients", "gradient")):
-        best = comparison.best(f"{kind}_by_evaluations")
-        if best is not None:
-            cost = table.loc[best]
+    for kind in ("value", "gradient"):
+        best = comparison.tied(f"{kind}_by_evaluations")
+        if best:
+            cost, error = _with_error(*(table.loc[best[0], f"{kind}_by_evaluations{end}"] for end in ("", "_error"))).split("±")
             yield (
-                f"best for {purpose}: {best}, variance × evaluations {cost[f'{kind}_by_evaluations']:.3g} of kl_uniform's; "
-                f"by seconds, {comparison.best(f'{kind}_by_seconds')}"
+                f"best for {kind}s: {_with_ties(best)}; its variance × evaluations is {cost.strip()} ± {error.strip()} of kl_uniform's. "
+                f"By seconds: {_with_ties(comparison.tied(f'{kind}_by_seconds'))}"
             )
-    if comparison.iwae is not None and comparison.khat is not None:
-        yield (
-            f"importance-weighted bound on the {comparison.draws.shape[1]} paths of trace: {comparison.iwae.mean:.4f} nats "
-            f"per item, {comparison.iwae.mean - table.loc["trace", "elbo"]:.4f} above the ELBO"
-        )
-        if np.isnan(comparison.khat).any():
-            yield "Pareto k̂ of their weights: not from so few draws"
-        else:
-            high = np.mean(comparison.khat > 0.7)
-            yield (
-                f"Pareto k̂ of their weights: median {np.median(comparison.khat):.2f}, above 0.7 for {high:.0%} of the items. "
-                "k̂ says whether the weights can be trusted; it does not measure the gap of the bound"
-            )
+    if comparison.iwae is not None:
+        yield from _weights(comparison)
+
+
+def _with_ties(names: Sequence[str]) -> str:
+    best, *tied = names
+    return best + (f", tied with {', '.join(tied)}" if tied else "")
+
+
+def _weights(comparison: "probdiff.diagnostics.compare_estimators.EstimatorComparison") -> Iterator[str]:
+    """What the importance weights of the paths of ``trace`` say."""
+    khat, limit, row = comparison.khat, comparison.khat_limit, comparison.table.loc["trace"]
+    assert comparison.iwae is not None and khat is not None and limit is not None
+    num_draws = int(row["draws"])
+    yield (
+        f"importance-weighted bound on the {num_draws} paths of trace: {comparison.iwae.mean:.4f} nats "
+        f"per item, {comparison.iwae.mean - row['elbo']:.4f} above the ELBO of the same {int(row['items'])} items"
+    )
+    if np.isnan(khat).any():
+        yield "Pareto k̂ of their weights: not from so few draws"
+        return
+    middle = float(np.median(khat))
+    error = khat_error(middle, num_draws) if np.isfinite(middle) else 0.0
+    high = [str(k) for k in np.flatnonzero(khat > limit)]
+    named = f"above it: item {', '.join(high[:MOST_NAMED])}" + (f" and {len(high) - MOST_NAMED} more" if len(high) > MOST_NAMED else "")
+    yield (
+        f"Pareto k̂ of their weights: median {middle:.2f}, its own error about {error:.2f} an item; the limit for {num_draws} draws is "
+        f"{limit:.2f}; {named if high else 'none is above it'}. k̂ says whether the weights can be trusted; it does not measure the gap of the bound"
+    )
 
 
 def format_models(comparison: "probdiff.diagnostics.compare_models.ModelComparison") -> str:

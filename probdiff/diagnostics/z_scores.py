@@ -1,5 +1,6 @@
 """z-scores of the differences of means of draws, as standard normal scores."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,22 +9,25 @@ from scipy import special
 ROUNDING = 2.0**-20
 
 
-def pairwise_z(draws: dict[str, np.ndarray]) -> Any:
-    """z-scores of the differences of means, as standard normal scores.
+def pairwise_z(names: Sequence[str], pair: Callable[[str, str], tuple[np.ndarray, ...] | None]) -> Any:
+    """z-scores of the differences of means, as standard normal scores, a pandas DataFrame.
 
     Where two estimators were drawn equally often, the differences are paired draw by draw.
 
     Args:
-        draws: From estimator to draws of shape ``(draw, direction)``; of the directions, the largest score is given.
+        names: Names of the estimators.
+        pair: Gives, for two estimators, draws with the same expectation, each of shape ``(draw, direction)``; None if there are none,
+            and the score is NaN. Of the directions, the largest score is given.
     """
     import pandas as pd
 
-    scores = pd.DataFrame(np.nan, index=list(draws), columns=list(draws))
-    for a, first in draws.items():
-        for b, second in draws.items():
-            if a != b:
-                z = _z(first, second)
+    scores = pd.DataFrame(np.nan, index=list(names), columns=list(names))
+    for i, a in enumerate(names):
+        for b in names[:i]:
+            if (draws := pair(a, b)) is not None:
+                z = _z(*draws)
                 scores.loc[a, b] = z[np.abs(z).argmax()]
+                scores.loc[b, a] = -scores.loc[a, b]
     return scores
 
 

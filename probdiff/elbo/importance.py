@@ -21,7 +21,7 @@ from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from scipy.special import logsumexp
 
-from probdiff._checks import Whole, require, require_count, require_key, require_type
+from probdiff._checks import Number, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import MOST_NUMBERS, blocks, joined
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
 from probdiff.diffusion import Diffusion
@@ -103,7 +103,7 @@ def log_mean_exp(log_weights: Any, axis: int) -> np.ndarray:
 def pareto_khat(log_weights: Any) -> Float[np.ndarray, "datum"]:
     """The Pareto shape k̂ of the largest importance weights p/q of each datum (PSIS), by ArviZ.
 
-    k̂ says whether the importance-weighted estimate of p(x) can be trusted (below 0.7) from this many draws. It does *not*
+    k̂ says whether the importance-weighted estimate of p(x) can be trusted (up to :func:`khat_limit`) from this many draws. It does *not*
     measure the gap of the bound: weights with a light tail, k̂ < 0, can have any variance.
     Source: Vehtari et al. (2024), arXiv:1507.02646.
 
@@ -128,6 +128,22 @@ def pareto_khat(log_weights: Any) -> Float[np.ndarray, "datum"]:
         array = xr.DataArray(-log_weights[:, vary], dims=("sample", "datum"))
         khat[vary] = array.azstats.psislw(dim="sample")[1].values
     return khat
+
+
+def khat_limit(num_draws: Whole) -> float:
+    """What k̂ must not exceed for an estimate from so many draws to be trusted: min(1 − 1/log₁₀ S, 0.7); 0.7 from 2155 draws on.
+
+    Source: Vehtari et al. (2024), arXiv:1507.02646, section 3.2.4.
+    """
+    return min(1 - 1 / float(np.log10(num_draws)), 0.7)
+
+
+def khat_error(khat: Number, num_draws: Whole) -> float:
+    """About the standard error of k̂ itself: (1 + k̂)/√M, as of a fit to the M = min(S/5, 3√S) largest of S weights.
+
+    That is the error of the maximum likelihood estimate for many M. Source: Smith (1987), Annals of Statistics 15, 1174.
+    """
+    return float((1 + khat) / np.sqrt(min(num_draws / 5, 3 * np.sqrt(num_draws))))
 
 
 class Sandwich(NamedTuple):

@@ -145,6 +145,16 @@ class StepObjective(ELBO):
         """Network evaluations for each datum and particle."""
         return self._steps.num_rows(self.diffusion.schedule.num_steps) * self._noise.copies
 
+    @property
+    def is_of_all_steps(self) -> bool:
+        """Whether every step is evaluated for each datum; the estimates of different data are then independent."""
+        return not self._steps.is_random
+
+    @property
+    def is_of_each_datum(self) -> bool:
+        """Whether the bound of each datum is estimated; otherwise only their mean means something (``points``)."""
+        return self._points is None
+
     def guide(self, x: Any, num_data: Any = None) -> None:
         """``diffusion.guide``, with the site that holds what this objective has learned (if it learns anything)."""
         if self._learner is not None:

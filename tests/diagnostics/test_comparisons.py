@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from conftest import long_but
+from conftest import long_but, set_constant
 
 import probdiff
 from probdiff import cli
 from probdiff.diagnostics import z_scores
 from probdiff.diagnostics.compare_models import ModelComparison
+from probdiff.diagnostics.cost_ratios import Variance, ratio_error
 from probdiff.elbo.estimators import ESTIMATORS
 from probdiff.oracles import GaussianOracle, LinearNetwork, exact_terms
 
@@ -55,7 +56,7 @@ def test_every_estimator_has_a_row_and_they_agree(result):
     exact = exact_terms(closed, X)["elbo"].mean()
     assert np.all(np.abs(result.table["elbo"] - exact) < 4.9 * result.table["se"])
     assert 9.7 * result.table["se"].max() < 2
-    np.testing.assert_allclose(result.table["bits_per_dim"], -result.table["elbo"] / (2 * np.log(2)), rtol=1e-12)
+    assert "bits_per_dim" not in result.table and "bits" not in str(result)
 
 
 def test_costs_by_another_route(result):
@@ -94,27 +95,53 @@ def test_each_cost_is_that_of_its_own_variance_and_time(result):
     ):
         product = variance * table[unit]
         np.testing.assert_allclose(table[cost], product / product["kl_uniform"], rtol=1e-9)
-        assert result.best(cost) == product.idxmin()
-    text = str(result)
+        errors = result.cost_errors[cost]
+        assert result.best(cost) == product.idxmin() == result.tied(cost)[0]
+        np.testing.assert_allclose(table[f"{cost}_error"], table[cost] * errors["kl_uniform"], rtol=1e-12)
+        assert (table[f"{cost}_error"].drop("kl_uniform") > 0).sum() >= 3 and table.loc["kl_uniform", f"{cost}_error"] == 0
+
+
+def test_the_verdict_comes_first_in_80_columns_and_names_ties(result):
+    table, lines = result.table, str(result).splitlines()
+    assert lines[0].startswith("The 5 estimators agree") and max(map(len, lines)) <= 80
+    verdict = " ".join(" ".join(lines[: lines.index("")]).split())
+    rows = {line.split()[0]: line for line in lines[lines.index("") : lines.index("", lines.index("") + 1)] if line}
     for kind in ("value", "gradient"):
-        line = next(line for line in text.splitlines() if line.startswith(f"best for {kind}s: "))
-        best, seconds = result.best(f"{kind}_by_evaluations"), result.best(f"{kind}_by_seconds")
-        assert line.startswith(f"best for {kind}s: {best}, ") and line.endswith(f"by seconds, {seconds}")
-        assert f" {table[f'{kind}_by_evaluations'].min():.3g} of kl_uniform" in line
+        best, *tied = result.tied(f"{kind}_by_evaluations")
+        words = f"best for {kind}s: {best}" + (f", tied with {', '.join(tied)}" if tied else "") + "; its variance"
+        assert words in verdict and f"By seconds: {result.best(f'{kind}_by_seconds')}" in verdict
+    shown = rows["trace"].replace("±", " ").split()[1:]
+    for number, error, cost in zip(shown[::2], shown[1::2], ("value_by_evaluations", "value_by_seconds", "gradient_by_evaluations", "gradient_by_seconds"), strict=True):
+        wanted = table.loc["trace", f"{cost}_error"]
+        assert float(number) == pytest.approx(table.loc["trace", cost], abs=wanted)
+        assert float(error) == pytest.approx(wanted, rel=0.5)
+    wide = table * 1.0
+    wide[[f"{kind}_by_{unit}{end}" for kind in ("value", "gradient") for unit in ("evaluations", "seconds") for end in ("", "_error")]] = 12345678.9
+    assert max(map(len, str(dataclasses.replace(result, table=wide, iwae=None)).splitlines()[-14:])) <= 80
 
 
-def test_errors_in_nats_and_in_bits_are_those_of_the_draws(result):
+def test_errors_are_those_of_the_draws(result):
     """An estimator with one evaluation a datum is drawn six times as often as those with six, of which all are kept."""
+    lines = str(result).splitlines()
     for name, draws in zip(NAMES, result.draws):
-        row, printed = result.table.loc[name], next(s for s in str(result).splitlines() if s.startswith(f"{name} "))
-        count = 64 * 6 // int(row["evaluations"])
-        assert row["se"] == pytest.approx(row["sd"] / np.sqrt(count), rel=1e-9)
-        if count == 64:
-            assert row["sd"] == pytest.approx(draws.mean(1).std(ddof=1), rel=1e-9)
-        assert row["bits_se"] == pytest.approx(row["sd"] / np.sqrt(count) / (2 * np.log(2)), rel=1e-9)
-        assert result.to_dict()["estimators"][name]["bits_se"] == row["bits_se"]
-        shown = [f"{row[key]:.4f}" for key in ("elbo", "se", "bits_per_dim", "bits_se")]
-        assert printed.split()[1:5] == shown and float(shown[3]) > 0
+        row, printed = result.table.loc[name], [line for line in lines if line.startswith(f"{name} ")][1]
+        assert row["draws"] == 64 * 6 // int(row["evaluations"])
+        if row["draws"] == 64:
+            assert row["se"] == pytest.approx(draws.mean(1).std(ddof=1) / 8, rel=1e-9)
+        assert printed.split()[4:6] == [f"{row['elbo']:.3f}", f"{row['se']:.3f}"]
+
+
+def test_bits_are_given_for_data_on_a_grid():
+    likelihood = probdiff.DiscretizedNormalLikelihood(levels=5)
+    diffusion = probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE), likelihood, dim=2)
+    options = {"key": jax.random.key(0), "num_draws": 4, "estimators": ["kl_marginal", "kl_uniform"]}
+    result = probdiff.compare_estimators(diffusion, np.array([[0, 4], [2, 3], [1, 1]]), **options)
+    table = result.table
+    np.testing.assert_allclose(table["bits_per_dim"], -table["elbo"] / (2 * np.log(2)), rtol=1e-12)
+    np.testing.assert_allclose(table["bits_se"], table["se"] / (2 * np.log(2)), rtol=1e-12)
+    assert result.to_dict()["estimators"]["kl_uniform"]["bits_se"] == table.loc["kl_uniform", "bits_se"] > 0
+    row = next(line for line in reversed(str(result).splitlines()) if line.startswith("kl_uniform"))
+    assert row.split()[6:8] == [f"{table.loc['kl_uniform', key]:.4f}" for key in ("bits_per_dim", "bits_se")]
 
 
 def test_the_importance_weighted_bound_is_that_of_the_paths_of_trace(result):
@@ -122,12 +149,13 @@ def test_the_importance_weighted_bound_is_that_of_the_paths_of_trace(result):
     per_item = scipy.special.logsumexp(weights, 0) - np.log(64)
     assert result.iwae.mean == pytest.approx(per_item.mean(), rel=1e-9)
     assert result.iwae.error == pytest.approx(per_item.std(ddof=1) / np.sqrt(5), rel=1e-9)
-    line = next(line for line in str(result).splitlines() if line.startswith("importance-weighted"))
+    line = " ".join(str(result).split())
     assert "64 paths" in line and f"{per_item.mean():.4f} nats" in line
     assert f"{per_item.mean() - weights.mean():.4f} above the ELBO" in line
     khat = [0.2, 0.69, 0.71, 0.9, 0.5]
-    text = str(dataclasses.replace(result, khat=np.array(khat)))
-    assert "median 0.69, above 0.7 for 40%" in text
+    text = " ".join(str(dataclasses.replace(result, khat=np.array(khat))).split())
+    assert f"median 0.69, its own error about {1.69 / np.sqrt(64 / 5):.2f} an item" in text
+    assert f"limit for 64 draws is {1 - 1 / np.log10(64):.2f}; above it: item 1, 2, 3 and 1 more" in text
 
 
 def test_the_limit_of_z_is_for_all_pairs_and_directions_together(result):
@@ -150,7 +178,8 @@ def test_the_verdict_is_the_largest_score_against_its_limit(result, kind):
         other = dataclasses.replace(result, **{kind: scores})
         assert other.largest_z == pytest.approx(factor * result.z_limit, rel=1e-9)
         assert other.agree is (factor < 1) is other.to_dict()["agree"] and words in str(other)
-        assert f"|z| is {factor * result.z_limit:.1f}, and {result.z_limit:.1f} is" in str(other)
+        words = " ".join(str(other).split())
+        assert f"|z| is {factor * result.z_limit:.1f}, and {result.z_limit:.1f} is" in words
 
 
 class Offsets(eqx.Module):
@@ -194,11 +223,61 @@ def test_what_learns_is_adapted_to_the_value_for_values_and_to_the_gradient_for_
         assert variance(kind, other) > (1 + 2 * tolerance) * variance(kind, kind)
 
 
+@pytest.fixture(scope="module")
+def of_few(result):
+    """The same, with the estimators that evaluate all steps drawn for four of twelve items; three repetitions of X among them."""
+    with pytest.MonkeyPatch.context() as patch:
+        set_constant(patch, "ALL_STEPS_ROWS", 24)
+        x = np.concatenate([X[:4]] * 3)
+        names = ["kl_marginal", "kl_uniform", "kl_posterior_target"]
+        return probdiff.compare_estimators(make(), x, key=jax.random.key(2), num_draws=64, estimators=names)
+
+
+def test_variances_of_a_few_items_tell_that_of_the_batch(of_few):
+    """Against a direct measurement of the means of all twelve, and of their gradient."""
+    row, diffusion = of_few.table.loc["kl_marginal"], make()
+    x = jnp.asarray(np.concatenate([X[:4]] * 3))
+    guide, elbo = ESTIMATORS["kl_marginal"](diffusion)
+
+    def one(scale, key):
+        params = {"diffusion$params": eqx.tree_at(lambda d: d.network.scale, diffusion.trainable(), scale)}
+        return -elbo.loss(key, params, diffusion.model, guide, x) / 12
+
+    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(one), (None, 0)))(jnp.array(0.9), jax.random.split(jax.random.key(1), 2000))
+    assert row["items"] == 4 and list(of_few.table["items"]) == [4, 12, 12]
+    assert row["value_variance"] == pytest.approx(float(values.var()), rel=4.9 * np.sqrt(5 / 64 / 4))
+    assert row["gradient_variance"] == pytest.approx(float(gradients.var()), rel=4.9 * np.sqrt(5 / row["gradient_draws"] / 4))
+    assert np.all(np.isnan(of_few.draws[0, :, 4:])) and np.isfinite(of_few.draws[0, :, :4]).all()
+
+
+def test_means_are_compared_of_the_same_items_only(of_few):
+    """kl_posterior_target has none but that of the batch, and so has a gradient of the batch."""
+    values, gradients = of_few.value_z, of_few.gradient_z
+    for scores, known in ((values, "kl_uniform"), (gradients, None)):
+        found = {name for name, z in scores.loc["kl_marginal"].items() if np.isfinite(z)}
+        assert found == ({known} if known else set())
+        assert np.isfinite(scores.loc["kl_posterior_target", "kl_uniform"])
+    assert of_few.z_limit == pytest.approx(scipy.stats.norm.isf(0.0027 / 2 / (2 + 8)), rel=1e-9)
+    assert of_few.agree and list(of_few.to_dict()["estimators"]) == list(of_few.table.index)
+
+
+def test_the_error_of_a_ratio_is_its_spread():
+    """Over 100 parts of 40 draws. Without parameters, so that values alone are drawn."""
+    diffusion = probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE, 0.9), dim=2)
+    names = ["kl_marginal", "kl_uniform"]
+    result = probdiff.compare_estimators(diffusion, X, key=jax.random.key(0), num_draws=4000, estimators=names)
+    marginal, uniform = result.draws.reshape(2, 100, 40, 5)
+    pairs = [(Variance.of_values(a, 5), Variance.of_means(b)) for a, b in zip(marginal, uniform)]
+    ratio = np.array([a.value / b.value for a, b in pairs])
+    error = np.array([ratio_error(a, b) for a, b in pairs])
+    assert np.sqrt(np.mean(error**2)) == pytest.approx(np.log(ratio).std(), rel=0.3)
+
+
 def test_common_random_numbers(result):
     """Estimators that share their parts share their draws."""
     draws = dict(zip(result.table.index, result.draws))
-    uniform, controlled = (draws[name].mean(1) for name in ("kl_uniform", "kl_controlled"))
-    assert (uniform - controlled).std() < uniform.std()
+    uniform, controlled = (result.projections[name] for name in ("kl_uniform", "kl_controlled"))
+    np.testing.assert_allclose(uniform, controlled, rtol=1e-4)  # the control variate has no gradient
     again = probdiff.compare_estimators(
         make(), X, key=jax.random.key(0), num_draws=8, estimators=["kl_marginal", "trace"]
     )
@@ -239,8 +318,8 @@ def test_z_scores_are_standard_normal_when_all_is_well():
 
 def test_outputs(result):
     text = str(result)
-    assert all(f"\n{name} " in text for name in NAMES) and "Pairwise z-scores, gradients" in text
-    assert f"best for values: {result.best('value_by_evaluations')}" in text and "does not measure the gap" in text
+    assert all(f"\n{name} " in text for name in NAMES)
+    assert f"best for values: {result.best('value_by_evaluations')}" in text and "does not measure the gap" in " ".join(text.split())
     document = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert document["agree"] is True and len(document["khat"]) == 5
     assert document["estimators"]["trace"]["evaluations"] == 6
@@ -265,6 +344,7 @@ def test_a_model_without_parameters_and_one_estimator():
     "options, message",
     [
         ({"num_draws": 1}, "num_draws: Expected at least 2"),
+        ({"minutes": 0}, "minutes: Expected a positive number; got 0"),
         ({"num_draws": 2.5}, "num_draws: Expected a positive integer; got 2.5"),
         ({"estimators": ["trase"]}, "estimators: Expected names out of trace, .*; got 'trase'"),
         ({"estimators": []}, "estimators: Expected at least one name"),
@@ -363,7 +443,7 @@ def test_the_command(runs, capsys):
     assert (opened.figures / "estimators.png").exists() and (opened.path / "estimators.nc").exists()
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
-    assert "best for values" in text and "not from so few draws" in text
+    assert text.startswith("The 3 estimators agree") and "not from so few draws" in text
 
 
 @pytest.mark.long
@@ -388,6 +468,10 @@ def test_the_command_for_models(runs, capsys):
     [
         (["--estimators", "trase"], "estimators: Expected names out of"),
         (["--num-draws", "1"], "--num-draws: Expected an integer of at least 2; got 1"),
+        (["--num-items", "1"], "--num-items: Expected 2 to 20000, the items of the test split; got 1"),
+        (["--num-items", "20001"], "--num-items: Expected 2 to 20000, the items of the test split; got 20001"),
+        (["--minutes", "0"], "--minutes: Expected a positive number; got 0"),
+        (["--minutes", "1", "--num-draws", "4"], "--minutes: Expected either --minutes or --num-draws; got both"),
         (["--num-draws", "0"], "--num-draws: Expected an integer of at least 2; got 0"),
     ],
 )
@@ -401,8 +485,9 @@ def test_the_command_refuses(runs, options, message, capsys, monkeypatch):
 def test_the_command_refuses_runs_that_cannot_be_compared(runs, tmp_path, capsys):
     assert cli.main(["compare", runs[0], f"{runs[0]}/"]) == 2
     assert "Expected different runs" in capsys.readouterr().err
-    assert cli.main(["compare", *runs, "--estimators", "trace"]) == 2
-    assert "--estimators: Expected one run; got 2" in capsys.readouterr().err
+    for option, value in (("--estimators", "trace"), ("--num-items", "8"), ("--minutes", "1")):
+        assert cli.main(["compare", *runs, option, value]) == 2
+        assert f"{option}: Expected one run; got 2" in capsys.readouterr().err
     other = tmp_path / "other"
     dataset = probdiff.datasets.load("circles")
     diffusion = probdiff.Diffusion(SCHEDULE, probdiff.MLP(2, key=jax.random.key(0), hidden=8), dataset.likelihood())

@@ -8,6 +8,7 @@ from conftest import Z_MAX, assert_mean, long_but
 from numpyro.infer import RenyiELBO
 
 import probdiff
+from probdiff.elbo import importance
 from probdiff.elbo.importance import Sandwich
 from probdiff.oracles import GaussianOracle, exact_log_prob, exact_terms
 
@@ -141,3 +142,12 @@ def test_khat_recovers_a_pareto_tail():
     for k in (0.3, 0.7):
         # 424 weights make up the tail: the standard error of each estimate is (1 + k) / sqrt(424).
         assert probdiff.pareto_khat(-k * np.log(uniform)).mean() == pytest.approx(k, abs=4.9 * (1 + k) / np.sqrt(20 * 424))
+
+
+def test_the_limit_of_khat_and_its_own_error():
+    """0.7 from 2155 draws on, less before; the error is the spread of a fit's k̂ over repetitions."""
+    assert [round(importance.khat_limit(count), 4) for count in (48, 2154, 2155, 10**6)] == [0.4052, 0.7, 0.7, 0.7]
+    assert importance.khat_limit(2154) < 0.7
+    log_weights = 0.5 * np.random.default_rng(0).standard_exponential((2000, 400))  # of Pareto weights, k = ½
+    found = probdiff.pareto_khat(log_weights)
+    assert found.std() == pytest.approx(importance.khat_error(0.5, 2000), rel=0.15)

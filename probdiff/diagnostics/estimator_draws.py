@@ -1,0 +1,329 @@
+"""Draws of every estimator of the bound and of its gradient, as many as fit in some minutes.
+
+All programs are traced, then compiled side by side; then the kinds of draws take turns until the time is over, whichever has had the
+least of it. The estimators of a kind are drawn equally often, and draw s of every estimator starts from the same key.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+from tqdm import tqdm
+
+from probdiff._checks import Number, Whole
+from probdiff._chunks import MOST_NUMBERS, inputs_at_once
+from probdiff._sharding import gather, replicate, shard
+from probdiff.diagnostics.cost_ratios import Variance
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.estimators import ESTIMATORS
+from probdiff.elbo.objective import StepObjective
+from probdiff.programs.sites import PARAMS
+
+BLOCK_ROWS = 2**16  # of the network between two looks at Ctrl-C
+ROWS_AT_ONCE = 512  # of the network, of several draws
+ALL_STEPS_ROWS, FEWEST_ITEMS = 2**12, 4  # of a draw of an estimator that evaluates all steps: of the network, and data
+MORE_DRAWS = 64
+GRADIENT_ROWS = 2**15  # of the network, for the way back of gradients
+GRADIENT_DRAWS = (8, 1024)
+FEWEST_TURNS = 4  # for an error of the time
+DIRECTIONS = 8
+LEARNING = (200, 64)  # updates, and data in each, before an estimator that learns is measured
+
+
+class Turns(NamedTuple):
+    """How often something is drawn: the draws of a turn, the fewest and the most turns."""
+
+    draws: int
+    fewest: int
+    most: int
+
+
+# By whether all steps are evaluated, and whether it is a gradient.
+TURNS = {
+    (False, False): Turns(32, 6, 128),
+    (False, True): Turns(8, 4, 128),
+    (True, False): Turns(4, 2, 50),
+    (True, True): Turns(2, 1, 50),
+}
+PATHS = Turns(4, 8, 50)  # of trace: the tail of their weights is looked at, too
+
+
+class EstimatorDraws(NamedTuple):
+    """Draws of one estimator.
+
+    Attributes:
+        values: The bound in nats, shape ``(draw, item)``.
+        value_variance: Variance of one draw of the mean over the batch, a :class:`~probdiff.diagnostics.cost_ratios.Variance`.
+        value_seconds: Seconds of one draw of the batch, by each turn, shape ``(turn,)``.
+        evaluations: Network evaluations for each item and draw.
+        is_of_each_datum: Whether the values are those of each item; otherwise only their mean means something.
+        projections: The gradient of the mean bound of the items along a few directions, shape ``(draw, direction)``. None if the model
+            has no parameters, as the next two.
+        gradient_variance: Trace of the covariance of the gradient of the mean over the batch, measured.
+        gradient_seconds: As for values.
+    """
+
+    values: Float[np.ndarray, "draw item"]
+    value_variance: Variance
+    value_seconds: Float[np.ndarray, "turn"]
+    evaluations: int
+    is_of_each_datum: bool
+    projections: Float[np.ndarray, "draw direction"] | None = None
+    gradient_variance: Variance | None = None
+    gradient_seconds: Float[np.ndarray, "turn"] | None = None
+
+
+def draw_estimators(
+    names: Sequence[str],
+    diffusion: Diffusion,
+    x: jax.Array,
+    *,
+    key: PRNGKeyArray,
+    num_draws: Whole | None,
+    minutes: Number,
+    mesh: Mesh | None,
+    progress: bool,
+) -> dict[str, EstimatorDraws]:
+    """Draws of estimators, by name.
+
+    Args:
+        names: Names out of :data:`~probdiff.ESTIMATORS`.
+        diffusion: The model.
+        x: Data, shape ``(item, dim)``. An estimator that evaluates all N steps is drawn for the first few.
+        key: JAX key.
+        num_draws, minutes: As in :func:`~probdiff.compare_estimators`.
+        mesh: The devices that share the draws.
+        progress: Show progress bars.
+    """
+    # Several processes must make the same calls, whatever their clocks say: they make the fewest.
+    deadline = time.monotonic() + 60 * float(minutes) if jax.process_count() == 1 else -np.inf
+    draw_key, learn_key, direction_key = jax.random.split(key, 3)
+    size = sum(leaf.size for leaf in jax.tree.leaves(diffusion.trainable()))
+    directions = jax.random.normal(direction_key, (DIRECTIONS, size)) / np.sqrt(max(1, size))
+    estimators = {name: _Estimator(name, diffusion, x, directions, mesh) for name in names}
+    kinds: dict[Any, _Kind] = {}
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        programs = {}
+        for name in tqdm(names, desc="tracing", unit="estimator", disable=not progress):
+            programs[name] = estimators[name].lowered(pool, draw_key, learn_key, num_draws)
+        for name in tqdm(names, desc="compiling", unit="estimator", disable=not progress):
+            learned = estimators[name].learned(learn_key, programs[name])
+            for is_gradient, (turns, program, blocks) in programs[name].drawn.items():
+                kind = kinds.setdefault((is_gradient, turns), _Kind(draw_key, turns))
+                kind.add(name, functools.partial(program.result(), learned), blocks)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    with tqdm(desc="drawing", unit="turn", disable=not progress) as bar:
+        while ready := [kind for kind in kinds.values() if kind.is_open(deadline)]:
+            min(ready, key=lambda kind: (kind.made >= kind.turns.fewest, kind.spent)).take_turn()
+            bar.update()
+    of_values_and_gradients = [kinds[key] for key in sorted(kinds)]
+    return {
+        name: each.collected(*(kind for kind in of_values_and_gradients if name in kind.functions))
+        for name, each in estimators.items()
+    }
+
+
+class _Programs(NamedTuple):
+    """What is being compiled for an estimator: how it learns, and by whether it is a gradient, (turns, program, blocks of data)."""
+
+    learning: Future | None
+    drawn: dict[bool, tuple[Turns, Future, list[jax.Array]]]
+
+
+class _Estimator:
+    """One estimator of a model, and the data that it is drawn for."""
+
+    def __init__(self, name: str, diffusion: Diffusion, x: jax.Array, directions: jax.Array, mesh: Mesh | None) -> None:
+        # Values are those of the bound model; a gradient needs its ``param`` site.
+        self.trainable, self.diffusion = diffusion.trainable_without_dropout(), diffusion.evaluated()
+        self.name, self.directions, self.mesh = name, directions, mesh
+        self.guide, self.elbo = _adapted(name, self.diffusion, "value")
+        self.by_gradient = _adapted(name, self.trainable, "gradient")
+        self.objective = self.elbo if isinstance(self.elbo, StepObjective) else None
+        self.all_steps = self.objective is None or self.objective.is_of_all_steps
+        num_steps = self.diffusion.schedule.num_steps
+        self.evaluations = num_steps if self.objective is None else self.objective.evaluations
+        few = max(FEWEST_ITEMS, ALL_STEPS_ROWS // num_steps)
+        self.batch, self.items = x, x[:few] if self.all_steps else x
+        self.state = {} if self.objective is None else replicate(self.objective.initial_state, mesh)
+
+    def lowered(
+        self, pool: ThreadPoolExecutor, draw_key: PRNGKeyArray, learn_key: PRNGKeyArray, num_draws: Whole | None
+    ) -> _Programs:
+        """Trace the programs, and have them compiled."""
+        learning = None
+        if self.state:
+            keys = jax.random.split(learn_key, LEARNING[0])
+            learning = pool.submit(jax.jit(self._learn).lower(self.state, keys).compile)
+        drawn = {}
+        for is_gradient in (False, True) if self.directions.size else (False,):
+            # The data of a gradient that is the sum of independent ones are drawn one by one.
+            blocks = list(self.items[:, None]) if is_gradient and self.all_steps else [self.items]
+            rows = self.evaluations * len(blocks[0])
+            turns = self._turns(is_gradient, num_draws)
+            program = functools.partial(self._draws, is_gradient, self._together(is_gradient, rows))
+            lowered = jax.jit(program).lower(self.state, _keys(draw_key, 0, turns.draws), blocks[0])
+            drawn[is_gradient] = turns, pool.submit(lowered.compile), blocks
+        return _Programs(learning, drawn)
+
+    def learned(self, key: PRNGKeyArray, programs: _Programs) -> dict[str, Any]:
+        """The state that the estimator learns from repetitions of the data, by site; empty for most."""
+        if programs.learning is None:
+            return self.state
+        return programs.learning.result()(self.state, jax.random.split(key, LEARNING[0]))
+
+    def collected(self, values: "_Kind", gradients: "_Kind | None" = None) -> EstimatorDraws:
+        """The draws, and what they say of the variance and of the time."""
+        (drawn,) = values.draws(self.name)
+        each = self.objective is None or self.objective.is_of_each_datum
+        size = len(self.batch)
+        variance = Variance.of_values(drawn, size) if self.all_steps else Variance.of_means(drawn)
+        result = EstimatorDraws(drawn, variance, size * np.array(values.seconds[self.name]), self.evaluations, each)
+        if gradients is None:
+            return result
+        blocks = gradients.draws(self.name)
+        projections = np.mean([block[0] for block in blocks], 0)
+        parts = np.stack([block[1] for block in blocks], 1) / (size if self.all_steps else 1)
+        return result._replace(
+            projections=projections.reshape(-1, projections.shape[-1]),
+            gradient_variance=Variance(parts, len(self.items) / size),
+            gradient_seconds=size * np.array(gradients.seconds[self.name]),
+        )
+
+    def _turns(self, is_gradient: bool, num_draws: Whole | None) -> Turns:
+        if num_draws is None:
+            turns = PATHS if self.name == "trace" and not is_gradient else TURNS[self.all_steps, is_gradient]
+            # With items left out, the error is mostly that of the items; otherwise it takes two turns.
+            return turns if len(self.items) < len(self.batch) else turns._replace(fewest=max(2, turns.fewest))
+        rows, draws = self.evaluations * len(self.items), int(num_draws)
+        if is_gradient:
+            draws = 2 * (int(np.clip(GRADIENT_ROWS // rows, *GRADIENT_DRAWS)) // 2)
+        elif not self.all_steps:
+            draws *= min(MORE_DRAWS, max(1, self.diffusion.schedule.num_steps // self.evaluations))
+        unit = 2 if is_gradient else 1
+        together = unit * _divisor(draws // unit, max(1, min(draws // FEWEST_TURNS, BLOCK_ROWS // rows) // unit))
+        return Turns(together, draws // together, draws // together)
+
+    def _together(self, is_gradient: bool, rows: int) -> int:
+        """Draws to evaluate side by side, at most; of gradients, pairs."""
+        # A path goes through the network step by step, the terms of the analytic bound as many at a time as fit.
+        at_once = rows // self.evaluations if self.objective is None else min(rows, inputs_at_once(self.diffusion.network))
+        together = ROWS_AT_ONCE // at_once
+        if is_gradient:
+            together = min(together, GRADIENT_ROWS // rows, MOST_NUMBERS // self.directions.shape[1]) // 2
+        return max(1, together)
+
+    def _draws(self, is_gradient: bool, together: int, learned: Any, keys: jax.Array, x: jax.Array) -> Any:
+        """Draws from some keys, some side by side: values of each datum, or for each pair of gradients what :meth:`_gradients` gives."""
+        keys = keys.reshape(-1, 2) if is_gradient else keys
+        keys = keys.reshape(-1, _divisor(len(keys), together), *keys.shape[1:])
+        function = functools.partial(self._gradients if is_gradient else self._value, learned, x)
+        drawn = jax.lax.map(lambda keys: jax.vmap(function)(shard(keys, self.mesh)), keys)
+        return gather(jax.tree.map(lambda each: each.reshape(-1, *each.shape[2:]), drawn), self.mesh)
+
+    def _value(self, learned: Any, x: jax.Array, key: PRNGKeyArray) -> Float[Array, "datum"]:
+        """One draw of each datum's bound, shape ``(datum,)``."""
+        if self.objective is not None:
+            return self.objective.per_datum(key, x, learned)
+
+        def one(key: PRNGKeyArray, x: jax.Array) -> jax.Array:
+            return -self.elbo.loss(key, {}, self.diffusion.model, self.guide, x[None])
+
+        return jax.vmap(one)(jax.random.split(key, len(x)), x)
+
+    def _gradients(
+        self, learned: Any, x: jax.Array, keys: PRNGKeyArray
+    ) -> tuple[Float[Array, "2 direction"], Float[Array, ""]]:
+        """Two draws of the gradient of the mean bound: their projections, and half their squared distance."""
+        guide, elbo = self.by_gradient
+
+        def mean_bound(params: Any, key: PRNGKeyArray) -> jax.Array:
+            return -elbo.loss(key, {PARAMS: params, **learned}, self.trainable.model, guide, x) / len(x)
+
+        def gradient(key: PRNGKeyArray) -> jax.Array:
+            return ravel_pytree(jax.grad(mean_bound)(self.trainable.trainable(), key))[0]
+
+        both = jax.lax.map(gradient, keys)
+        return both @ self.directions.T, jnp.square(both[0] - both[1]).sum() / 2
+
+    def _learn(self, state: Any, keys: PRNGKeyArray) -> Any:
+        updates, size = LEARNING
+        many = jnp.tile(self.batch, (-(-size // len(self.batch)), 1))
+
+        def update(state: Any, key: PRNGKeyArray) -> tuple[Any, None]:
+            result = self.elbo.loss_with_mutable_state(key, state, self.diffusion.model, self.guide, many)
+            return result["mutable_state"], None
+
+        return gather(jax.lax.scan(update, state, keys)[0], self.mesh)
+
+
+class _Kind:
+    """Draws of one kind, values or gradients, of the estimators that are drawn equally often."""
+
+    def __init__(self, key: PRNGKeyArray, turns: Turns) -> None:
+        self.key, self.turns = key, turns
+        self.functions: dict[str, tuple[Callable, list[jax.Array]]] = {}
+        self.found: dict[str, list[list[Any]]] = {}
+        self.seconds: dict[str, list[float]] = {}
+        self.made, self.spent, self.last = 0, 0.0, 0.0
+
+    def add(self, name: str, function: Callable, blocks: list[jax.Array]) -> None:
+        """Draw from this estimator, too: from a function of keys and data, for each block of data."""
+        self.functions[name], self.found[name], self.seconds[name] = (function, blocks), [], []
+
+    def is_open(self, deadline: float) -> bool:
+        """Whether there is another turn to take."""
+        in_time = self.made < self.turns.fewest or time.monotonic() + self.last <= deadline
+        return self.made < self.turns.most and in_time
+
+    def take_turn(self) -> None:
+        """Draw from each estimator."""
+        start, count = time.monotonic(), self.turns.draws
+        for name, (function, blocks) in self.functions.items():
+            drawn = []
+            for k, block in enumerate(blocks):
+                keys = _keys(jax.random.fold_in(self.key, k) if len(blocks) > 1 else self.key, self.made * count, count)
+                before = time.perf_counter()
+                drawn.append(jax.device_get(function(keys, block)))
+                self.seconds[name].append((time.perf_counter() - before) / count / len(block))
+            self.found[name].append(drawn)
+        self.made += 1
+        self.last = time.monotonic() - start
+        self.spent += self.last
+
+    def draws(self, name: str) -> list[Any]:
+        """What was drawn of each block of data of an estimator, float64."""
+
+        def joined(*turns: np.ndarray) -> np.ndarray:
+            return np.concatenate(turns).astype(np.float64)
+
+        return [jax.tree.map(joined, *turns) for turns in zip(*self.found[name])]
+
+
+def _adapted(name: str, diffusion: Diffusion, purpose: str) -> tuple[Callable, Any]:
+    guide, elbo = ESTIMATORS[name](diffusion)
+    if not isinstance(elbo, StepObjective):
+        return guide, elbo
+    adapted = elbo.adapted_to(purpose)
+    return adapted.guide, adapted
+
+
+def _keys(key: PRNGKeyArray, first: int, count: int) -> jax.Array:
+    """The keys of some draws: those of the first are the same however many there are."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
+
+
+def _divisor(number: int, largest: int) -> int:
+    """The largest divisor of ``number`` that is not above ``largest``."""
+    return max(size for size in range(1, min(number, largest) + 1) if number % size == 0)
