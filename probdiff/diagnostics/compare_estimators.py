@@ -171,7 +171,8 @@ def compare_estimators(
             less: they are drawn up to 64 times as often. Gradients are drawn as often as about 2¹⁵ network
             evaluations allow, but 8 to 1024 times. If not given, all are drawn as often as there is time for.
         minutes: The time that there is, compilation included, if ``num_draws`` is not given. The fewest draws that tell the errors are
-            made even if they take longer; several processes, whose clocks differ, make these and no more.
+            made even if they take longer, but for gradients of estimators that evaluate all steps, which need time of their own; several
+            processes, whose clocks differ, make the fewest of all and no more.
         estimators: Names out of :data:`~probdiff.ESTIMATORS`; all if not given.
         devices: Number of devices (or a list of them) that share the draws.
         progress: Show progress bars.

@@ -1,7 +1,8 @@
 """Draws of every estimator of the bound and of its gradient, as many as fit in some minutes.
 
 All programs are traced, then compiled side by side; then the kinds of draws take turns until the time is over, whichever has had the
-least of it. The estimators of a kind are drawn equally often, and draw s of every estimator starts from the same key.
+least of it. The estimators of a kind are drawn equally often, and draw s of every estimator starts from the same key. Gradients of estimators
+that evaluate all steps cost more than all others together: they are compiled and drawn if time is left for them.
 """
 
 import functools
@@ -49,12 +50,13 @@ class Turns(NamedTuple):
 
 # By whether all steps are evaluated, and whether it is a gradient.
 TURNS = {
-    (False, False): Turns(32, 6, 128),
+    (False, False): Turns(32, 4, 128),
     (False, True): Turns(8, 4, 128),
-    (True, False): Turns(4, 2, 50),
+    (True, False): Turns(2, 2, 100),
     (True, True): Turns(2, 1, 50),
 }
 PATHS = Turns(4, 8, 50)  # of trace: the tail of their weights is looked at, too
+GRADIENT_COST = 3  # of a gradient, in values
 
 
 class EstimatorDraws(NamedTuple):
@@ -104,29 +106,48 @@ def draw_estimators(
         mesh: The devices that share the draws.
         progress: Show progress bars.
     """
-    # Several processes must make the same calls, whatever their clocks say: they make the fewest.
-    deadline = time.monotonic() + 60 * float(minutes) if jax.process_count() == 1 else -np.inf
+    # Several processes must make the same calls, whatever their clocks say: they make the fewest of all.
+    alone, start = jax.process_count() == 1, time.monotonic()
+    deadline = start + 60 * float(minutes) if alone else -np.inf
     draw_key, learn_key, direction_key = jax.random.split(key, 3)
     size = sum(leaf.size for leaf in jax.tree.leaves(diffusion.trainable()))
     directions = jax.random.normal(direction_key, (DIRECTIONS, size)) / np.sqrt(max(1, size))
     estimators = {name: _Estimator(name, diffusion, x, directions, mesh) for name in names}
+    gradients = (False, True) if size else (False,)
+    wanted = [(name, is_gradient) for name in names for is_gradient in gradients]
+    dear = [each for each in wanted if each[1] and estimators[each[0]].all_steps and num_draws is None and alone]
     kinds: dict[Any, _Kind] = {}
     pool = ThreadPoolExecutor(os.cpu_count())
-    try:
+
+    def prepare(some: list[tuple[str, bool]]) -> None:
         programs = {}
-        for name in tqdm(names, desc="tracing", unit="estimator", disable=not progress):
-            programs[name] = estimators[name].lowered(pool, draw_key, learn_key, num_draws)
-        for name in tqdm(names, desc="compiling", unit="estimator", disable=not progress):
-            learned = estimators[name].learned(learn_key, programs[name])
-            for is_gradient, (turns, program, blocks) in programs[name].drawn.items():
-                kind = kinds.setdefault((is_gradient, turns), _Kind(draw_key, turns))
-                kind.add(name, functools.partial(program.result(), learned), blocks)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    with tqdm(desc="drawing", unit="turn", disable=not progress) as bar:
-        while ready := [kind for kind in kinds.values() if kind.is_open(deadline)]:
+        for name, is_gradient in tqdm(some, desc="tracing", unit="program", disable=not progress):
+            programs[name, is_gradient] = estimators[name].lowered(pool, is_gradient, draw_key, num_draws)
+        for (name, is_gradient), (turns, program, blocks) in tqdm(
+            programs.items(), desc="compiling", unit="program", disable=not progress
+        ):
+            kind = kinds.setdefault((is_gradient, turns), _Kind(draw_key, turns))
+            kind.add(name, functools.partial(program.result(), estimators[name].learned()), blocks)
+
+    def draw(until: float) -> None:
+        while ready := [kind for kind in kinds.values() if kind.is_open(until)]:
             min(ready, key=lambda kind: (kind.made >= kind.turns.fewest, kind.spent)).take_turn()
             bar.update()
+
+    try:
+        for name in names:
+            estimators[name].start_to_learn(pool, learn_key)
+        prepare([each for each in wanted if each not in dear])
+        with tqdm(desc="drawing", unit="turn", disable=not progress) as bar:
+            prepared = time.monotonic() - start
+            draw(-np.inf)
+            a_draw = sum(kind.seconds_of_a_draw(name) for name, _ in dear for kind in kinds.values() if name in kind.functions)
+            least = TURNS[True, True].draws * TURNS[True, True].fewest
+            if dear and time.monotonic() + prepared + GRADIENT_COST * least * a_draw < deadline:
+                prepare(dear)
+            draw(deadline)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     of_values_and_gradients = [kinds[key] for key in sorted(kinds)]
     return {
         name: each.collected(*(kind for kind in of_values_and_gradients if name in kind.functions))
@@ -134,11 +155,12 @@ def draw_estimators(
     }
 
 
-class _Programs(NamedTuple):
-    """What is being compiled for an estimator: how it learns, and by whether it is a gradient, (turns, program, blocks of data)."""
+class _Program(NamedTuple):
+    """Draws that are being compiled: how often they are made, the program, and the blocks of data that it is called with."""
 
-    learning: Future | None
-    drawn: dict[bool, tuple[Turns, Future, list[jax.Array]]]
+    turns: Turns
+    compiled: Future
+    blocks: list[jax.Array]
 
 
 class _Estimator:
@@ -157,31 +179,30 @@ class _Estimator:
         few = max(FEWEST_ITEMS, ALL_STEPS_ROWS // num_steps)
         self.batch, self.items = x, x[:few] if self.all_steps else x
         self.state = {} if self.objective is None else replicate(self.objective.initial_state, mesh)
+        self.learning: tuple[Future, jax.Array] | None = None
 
-    def lowered(
-        self, pool: ThreadPoolExecutor, draw_key: PRNGKeyArray, learn_key: PRNGKeyArray, num_draws: Whole | None
-    ) -> _Programs:
-        """Trace the programs, and have them compiled."""
-        learning = None
+    def start_to_learn(self, pool: ThreadPoolExecutor, key: PRNGKeyArray) -> None:
+        """Have the state compiled, and then learned from repetitions of the data; most estimators have none."""
         if self.state:
-            keys = jax.random.split(learn_key, LEARNING[0])
-            learning = pool.submit(jax.jit(self._learn).lower(self.state, keys).compile)
-        drawn = {}
-        for is_gradient in (False, True) if self.directions.size else (False,):
-            # The data of a gradient that is the sum of independent ones are drawn one by one.
-            blocks = list(self.items[:, None]) if is_gradient and self.all_steps else [self.items]
-            rows = self.evaluations * len(blocks[0])
-            turns = self._turns(is_gradient, num_draws)
-            program = functools.partial(self._draws, is_gradient, self._together(is_gradient, rows))
-            lowered = jax.jit(program).lower(self.state, _keys(draw_key, 0, turns.draws), blocks[0])
-            drawn[is_gradient] = turns, pool.submit(lowered.compile), blocks
-        return _Programs(learning, drawn)
+            keys = jax.random.split(key, LEARNING[0])
+            self.learning = pool.submit(jax.jit(self._learn).lower(self.state, keys).compile), keys
 
-    def learned(self, key: PRNGKeyArray, programs: _Programs) -> dict[str, Any]:
-        """The state that the estimator learns from repetitions of the data, by site; empty for most."""
-        if programs.learning is None:
-            return self.state
-        return programs.learning.result()(self.state, jax.random.split(key, LEARNING[0]))
+    def learned(self) -> dict[str, Any]:
+        """The state that was learned, by site."""
+        if self.learning is not None:
+            program, keys = self.learning
+            self.state, self.learning = program.result()(self.state, keys), None
+        return self.state
+
+    def lowered(self, pool: ThreadPoolExecutor, is_gradient: bool, draw_key: PRNGKeyArray, num_draws: Whole | None) -> _Program:
+        """Trace a program, and have it compiled."""
+        # The data of a gradient that is the sum of independent ones are drawn one by one.
+        blocks = list(self.items[:, None]) if is_gradient and self.all_steps else [self.items]
+        rows = self.evaluations * len(blocks[0])
+        turns = self._turns(is_gradient, num_draws)
+        program = functools.partial(self._draws, is_gradient, self._together(is_gradient, rows))
+        lowered = jax.jit(program).lower(self.state, _keys(draw_key, 0, turns.draws), blocks[0])
+        return _Program(turns, pool.submit(lowered.compile), blocks)
 
     def collected(self, values: "_Kind", gradients: "_Kind | None" = None) -> EstimatorDraws:
         """The draws, and what they say of the variance and of the time."""
@@ -281,6 +302,11 @@ class _Kind:
     def add(self, name: str, function: Callable, blocks: list[jax.Array]) -> None:
         """Draw from this estimator, too: from a function of keys and data, for each block of data."""
         self.functions[name], self.found[name], self.seconds[name] = (function, blocks), [], []
+
+    def seconds_of_a_draw(self, name: str) -> float:
+        """Seconds that one draw of all data of an estimator took."""
+        _, blocks = self.functions[name]
+        return float(np.mean(self.seconds[name])) * sum(map(len, blocks))
 
     def is_open(self, deadline: float) -> bool:
         """Whether there is another turn to take."""

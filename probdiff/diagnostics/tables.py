@@ -106,6 +106,8 @@ def _costs(table: "pandas.DataFrame", num_items: int) -> Iterator[str]:
     yield f"{'':20}" + f"{'evaluations':>15}{'seconds':>15}" * 2
     for name, row in table.iterrows():
         yield f"{name:20}" + "".join(_with_error(row[cost], row[f"{cost}_error"]) for cost in COST_COLUMNS)
+    if table["gradient_variance"].isna().any() and table["gradient_variance"].notna().any():
+        yield "–: no time for gradients of estimators that evaluate all steps (--minutes)"
 
 
 def _with_error(value: float, error: float) -> str:

@@ -66,7 +66,7 @@ def test_a_batch_is_of_64_items(patched):
         seen.append(x)
         raise KeyboardInterrupt
 
-    patched(datasets.load, lambda name, seed=0: many)
+    patched(datasets.load, lambda name, seed=0, index=None: many)
     patched(probdiff.compare_estimators, compare)
     assert cli.main(["compare", path]) == 130
     np.testing.assert_array_equal(seen[0], many.test[:64])

@@ -59,6 +59,18 @@ def test_every_estimator_has_a_row_and_they_agree(result):
     assert "bits_per_dim" not in result.table and "bits" not in str(result)
 
 
+@pytest.mark.parametrize("minutes, all_of_them", [(1e-9, False), (0.2, True)])
+def test_gradients_of_estimators_of_all_steps_are_drawn_if_there_is_time(minutes, all_of_them):
+    """What is not drawn is told; everything else is there however little time there is."""
+    names = ["kl_marginal", "kl_uniform"]
+    found = probdiff.compare_estimators(make(), X, key=jax.random.key(0), minutes=minutes, estimators=names)
+    assert found.table["gradient_variance"].notna().to_dict() == {"kl_marginal": all_of_them, "kl_uniform": True}
+    assert found.table["value_by_seconds_error"].notna().all() and np.all(found.table["draws"] >= 4)
+    assert ("no time for gradients" in str(found)) is not all_of_them
+    row = json.loads(json.dumps(found.to_dict()))["estimators"]["kl_marginal"]
+    assert (row["gradient_variance"] is not None) is all_of_them
+
+
 def test_costs_by_another_route(result):
     """Variance of the value and of the one gradient, drawn directly; cost relative to kl_uniform."""
     table, diffusion = result.table, make()
