@@ -36,7 +36,27 @@ def test_each_command_is_one_line_of_a_code_block():
     assert all(block.startswith("python3 -m venv .venv && ") for block in blocks)
 
 
-SCRIPTS = sorted(path.name for path in (ROOT / "analyses").glob("*.py"))
+@pytest.mark.long
+def test_an_analysis_runs_in_a_notebook(tmp_path, monkeypatch):
+    """The tables, cell by cell; what a cell ends with is shown in a few lines."""
+    import nbclient
+    import nbformat
+
+    monkeypatch.chdir(tmp_path)
+    cells = re.split(r"^# %%.*\n", (ROOT / "analyses" / "tables.py").read_text(), flags=re.M)[1:]
+    shown = ["fitted['wine']", "both.terms", "probdiff.to_datatree(both.terms)", "tables['wine'].likelihood()"]
+    shown += ["probdiff.fit(fitted['wine'], tables['wine'].train, iterations=2, progress=False)"]
+    sources = ["import sys; sys.argv = ['tables.py', '--quick']", *cells, *shown]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    for source, cell in zip(shown, notebook.cells[-len(shown) :]):
+        (output,) = [each for each in cell.outputs if each.output_type == "execute_result"]
+        assert output.data["text/plain"].count("\n") < 40, source
+    assert "[tables.py]" in (ROOT / "analyses" / "README.md").read_text()
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+SCRIPTS = sorted(path.name for path in (ROOT / "analyses").glob("*.py") if path.name != "tables.py")
 
 
 @pytest.mark.parametrize("name", long_but(["elbo_derivation.py", "samplers.py"], SCRIPTS))
