@@ -209,6 +209,7 @@ def evaluate(
         "data": dataset.name,
         "dim": dataset.dim,
         "num_steps": num_steps,
+        "columns": None if dataset.image_shape or dataset.oracle else dataset.describe(),
         "test": {"num_items": len(dataset.test), "num_evaluations": whole.num_evaluations, **test},
         "two_ways": {
             "num_items": len(items),

@@ -33,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
         results |= {} if ledger is None else {"ledger": ledger.to_dict()}
         print(json.dumps(results | {"inspection": found | {"table": table}, "figures": figures}), file=arguments.output)
         return 0
+    if results.get("columns"):
+        print(f"{results['columns']}\n")
     print(f"{format_fit(results)}\n\n{found['text']}\n")
     if ledger is not None:
         print(f"{ledger}\n")

@@ -11,6 +11,7 @@ from probdiff.diagnostics.tables import format_terms
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.terms import ELBOTerms
+from probdiff.likelihoods import ColumnLikelihood
 
 if TYPE_CHECKING:
     import xarray
@@ -108,11 +109,15 @@ def arviz_dims(diffusion: Diffusion) -> dict[str, dict[str, Any]]:
         diffusion: The model.
 
     Returns:
-        A dict: ``dims``, for ``z`` step, datum and dim, for ``x`` datum and dim; ``coords``, the steps N … 1 in the order of ``z``.
+        A dict: ``dims``, for ``z`` step, datum and dim, for ``x`` datum and dim, or column where the likelihood is one for each column;
+        ``coords``, the steps N … 1 in the order of ``z``, and the names of the columns.
     """
     require_type("diffusion", diffusion, Diffusion)
-    steps = np.arange(diffusion.schedule.num_steps, 0, -1)
-    return {"dims": {"z": ["step", "datum", "dim"], "x": ["datum", "dim"]}, "coords": {"step": steps}}
+    coords: dict[str, Any] = {"step": np.arange(diffusion.schedule.num_steps, 0, -1)}
+    likelihood, of_columns = diffusion.likelihood, isinstance(diffusion.likelihood, ColumnLikelihood)
+    if isinstance(likelihood, ColumnLikelihood) and likelihood.columns is not None:
+        coords["column"] = list(likelihood.columns)
+    return {"dims": {"z": ["step", "datum", "dim"], "x": ["datum", "column" if of_columns else "dim"]}, "coords": coords}
 
 
 def inspect_terms(tree: "xarray.DataTree", dim: Whole | None = None) -> dict[str, Any]:

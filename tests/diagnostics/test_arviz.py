@@ -9,6 +9,7 @@ import xarray as xr
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 
 import probdiff
+from probdiff.likelihoods import CategoricalLikelihood, ColumnLikelihood
 
 # isort: split
 import arviz as az
@@ -159,3 +160,13 @@ def test_plot_lm(tree):
     groups = {"posterior_predictive": kl, "constant_data": xr.Dataset({"n": kl["step"]}), "observed_data": kl.mean(SAMPLE)}
     hidden = {"observed_scatter": False}
     size(az.plot_lm(xr.DataTree.from_dict(groups), plot_dim="step", sample_dims=SAMPLE, smooth=False, visuals=hidden))
+
+
+def test_the_columns_of_a_table_have_their_names():
+    """In what is drawn from a model of a table, whose chain has more dimensions than the table has columns."""
+    table = ColumnLikelihood({"size": probdiff.NormalLikelihood(), "kind": CategoricalLikelihood(["oak", "elm"])})
+    diffusion = probdiff.Diffusion(probdiff.cosine_schedule(3), lambda z, n: z, table, dim=3)
+    drawn = Predictive(diffusion.model, num_samples=2)(jax.random.key(0), None, num_data=4)
+    named = az.from_numpyro(posterior_predictive=drawn, sample_dims=["draw"], **probdiff.diagnostics.arviz_dims(diffusion))["posterior_predictive"]
+    assert named["x"].sel(column="kind").shape == (2, 4) and named["z"].sizes["dim"] == 3
+    assert set(np.unique(named["x"].sel(column="kind"))) <= {0, 1}
