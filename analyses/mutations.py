@@ -234,6 +234,63 @@ FIT = [
 
 # %%
 # Which data a figure is of, and its error.
+TABLES = [
+    ("the logits of categories without the scale of their points", "CategoricalLikelihood.__call__",
+     "size ** 0.5 * (loc - middle) / scale ** 2",
+     "(loc - middle) / scale ** 2", "columns"),
+    ("the points of categories are not centred", "CategoricalLikelihood.points",
+     "np.sqrt(size) * np.eye(size) - size ** -0.5",
+     "np.sqrt(size) * np.eye(size)", "columns"),
+    ("the first part of a table is decoded for all", "ColumnLikelihood.decode",
+     "self._split(x0)",
+     "[x0[..., :size] for size in self._sizes]", "columns"),
+    ("columns come back in the order of the parts", "_together",
+     "jnp.concatenate([part.astype(dtype) for part in parts], -1)[..., order]",
+     "jnp.concatenate([part.astype(dtype) for part in parts], -1)", "columns"),
+    ("the Jacobian of a table is that of its first part", "ColumnLikelihood.log_jacobian",
+     "zip(self.parts, self._sizes)",
+     "zip(self.parts[:1], self._sizes)", "columns"),
+    ("a grid that does not begin at 0 is read as if it did", "DiscretizedNormal.log_prob",
+     "value - self.first",
+     "value", "columns"),
+    ("what z says of its own column is left out", "_mean_of_points",
+     "parameter.reshape(columns) * points - jnp.square(distance) / 2",
+     "parameter.reshape(columns) * points", "columns"),
+    ("columns of a frame are read by their place", "ColumnLikelihood.read",
+     "given[self.columns[j]]",
+     "list(given.values())[j]", "columns"),
+    ("a density and a probability are compared", "AbstractLikelihood.discrete",
+     "part.points is not None",
+     "True", "columns"),
+    ("a column of few values is a density", "_kind",
+     "has_few_values(values)",
+     "False", "datasets"),
+    ("ties pass without a word", "atom",
+     "counts.argmax()",
+     "counts.argmin()", "suitability datasets"),
+    ("a column that numbers the rows is data", "_index_of",
+     "len(frame.columns) > 1 and (counts or unnamed)",
+     "False", "datasets"),
+    ("the labels of a table are those of another order", "codes",
+     "enumerate(labels)",
+     "enumerate(sorted(labels, reverse=True))", "datasets"),
+    ("the reference of a table is of the training split", "Dataset.independent_columns",
+     "self.test.T",
+     "self.train[:len(self.test)].T", "datasets"),
+    ("raw data pass without a word", "warn_of_unsuited",
+     "np.square(each).mean() > LARGEST_SQUARE",
+     "False", "suitability"),
+    ("samples are shown for data", "plot_marginals",
+     "_draw_marginal(axes, samples[name], data[name])",
+     "_draw_marginal(axes, samples[name], samples[name])", "figures"),
+    ("pairs of data above the diagonal", "plot_pairs",
+     "data if i > j else samples.head(max(len(data), 200))",
+     "data if i < j else samples.head(max(len(data), 200))", "figures"),
+    ("gradients for which there is no time are drawn", "draw_estimators",
+     "time.monotonic() + prepared + GRADIENT_COST * least * a_draw < deadline",
+     "True", "comparisons"),
+]
+
 FIGURES = [
     ("the fit is validated on the test data", "_fit_and_evaluate",
      "dataset.validation",
@@ -330,7 +387,7 @@ FIGURES = [
      "density()", "flow"),
 ]  # fmt: skip
 
-BUGS = [Bug(*bug) for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *FILES, *FIT, *FIGURES)]
+BUGS = [Bug(*bug) for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *FILES, *FIT, *TABLES, *FIGURES)]
 
 
 # %%

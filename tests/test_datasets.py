@@ -257,6 +257,12 @@ def test_a_cell_of_a_file_is_named_by_line_and_column(cell, message, tmp_path):
         datasets.load(tmp_path / "mine.csv")
 
 
+def test_ties_are_told():
+    tied = np.where(np.arange(ROWS) % 4 == 0, 2.5, RNG.normal(size=ROWS))
+    words = datasets.split(TABLE[["length"]].assign(tied=tied)).describe()
+    assert "of the rows of tied are 2.5" in words and "of the rows of length" not in words
+
+
 def test_the_reference_of_a_table_codes_each_column_by_itself():
     data = datasets.split(TABLE[["length", "half"]])
     values, counts = np.unique(data.train[:, 1], return_counts=True)

@@ -39,6 +39,15 @@ def test_a_column_of_few_values_is_warned_of_by_name():
     assert "3 distinct values in 50 rows of column wine" in words and "ColumnLikelihood" in words
 
 
+def test_ties_are_warned_of_by_name():
+    """A tenth of the rows at one value, though others are all different."""
+    x = FRAME[["hue", "proline"]].to_numpy()
+    tied = np.where(np.arange(50)[:, None] % 8 == 0, [[1.2, 0]], x)
+    tied[:, 1] = x[:, 1]
+    (words,) = warned(NormalLikelihood.standardized(tied), tied, ["hue", "proline"])
+    assert "the same value in 14% of the rows of column hue" in words
+
+
 def test_a_column_of_a_mixed_table_is_named_by_its_place_in_the_table():
     likelihood = ColumnLikelihood({"wine": CategoricalLikelihood([0.5, 1.5, 2.5]), ("proline", "hue"): NormalLikelihood()}, list(FRAME))
     (words,) = warned(likelihood, FRAME, list(FRAME))

@@ -16,6 +16,7 @@ from probdiff.likelihoods import (
     DiscretizedNormalLikelihood,
     NormalLikelihood,
 )
+from probdiff.likelihoods.density import atom
 from probdiff.networks.base import Network
 from probdiff.oracles.distributions import GaussianMixture, LogProb, Points, UniformBoxes
 
@@ -87,6 +88,9 @@ class Dataset:
             return "\n".join(lines)
         if self._continuous:
             lines.append(f"  continuous, with a density: {', '.join(map(self.column_name, self._continuous))}")
+        for j in self._continuous:
+            if found := atom(self.train[:, j]):
+                lines.append(f"    though {found[1]:.0%} of the rows of {self.column_name(j)} are {found[0]:g}, so that its density can be as large as one likes")
         lines += [f"  {part.words}: {self.column_name(j)}" for j, part in self.discrete.items()]
         return "\n".join(lines)
 

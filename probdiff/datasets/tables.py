@@ -15,8 +15,8 @@ from probdiff._frames import codes, columns_of, is_frame, numbers
 from probdiff._frames import labels as labels_of
 from probdiff.datasets.dataset import Dataset
 from probdiff.likelihoods import AbstractLikelihood, CategoricalLikelihood, DiscretizedNormalLikelihood
+from probdiff.likelihoods.density import has_few_values
 
-FEW = 10  # distinct values: categories
 WIDEST_GRID = 2**8  # whole numbers in a wider range are as good as continuous
 LEAST_SPREAD = 1e3  # of a column, in units of what float32 resolves
 
@@ -111,7 +111,7 @@ def _kind(table: Table, position: int, shown: str) -> AbstractLikelihood | None:
         require(len(labels) > 1, shown, "columns that vary", f"a constant column: {name}")
         return CategoricalLikelihood(labels)
     require(len(distinct) > 1, shown, "columns that vary", f"a constant column: {name}")
-    if len(distinct) <= min(FEW, len(values) // 2):
+    if has_few_values(values):
         return CategoricalLikelihood(distinct.tolist())
     if np.all(distinct == np.round(distinct)) and np.ptp(distinct) < WIDEST_GRID:
         return DiscretizedNormalLikelihood(int(np.ptp(distinct)) + 1, int(distinct[0]))

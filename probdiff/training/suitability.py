@@ -8,10 +8,10 @@ from jaxtyping import Real
 
 from probdiff._checks import AnyArray
 from probdiff.diffusion import Diffusion
+from probdiff.likelihoods.density import atom, has_few_values
 
 ROWS = 1000  # that are looked at
 LARGEST_SQUARE, SMALLEST_SD = 10.0, 0.1  # of encoded data, about 1 where they are standardised
-FEW = 10  # distinct values
 
 
 def warn_of_unsuited(diffusion: Diffusion, x: Real[AnyArray, "datum column"], columns: Sequence[str] | None = None) -> None:
@@ -41,11 +41,17 @@ def warn_of_unsuited(diffusion: Diffusion, x: Real[AnyArray, "datum column"], co
             "NormalLikelihood.standardized(x) takes shift and scale from the data",
             stacklevel=3,
         )
-    few = [name for name, each in x0.items() if len(np.unique(each)) <= min(FEW, len(each) // 2)]
-    if few:
+    for name, each in x0.items():
+        if has_few_values(each):
+            got = f"{len(np.unique(each))} distinct values in {len(rows)} rows"
+            remedy = ": give it a CategoricalLikelihood in a ColumnLikelihood, as probdiff.datasets.split does"
+        elif found := atom(each):
+            got, remedy = f"the same value in {found[1]:.0%} of the rows", ""
+        else:
+            continue
         warnings.warn(
-            f"x: Expected continuous data for a density; got {len(np.unique(x0[few[0]]))} distinct values in {len(rows)} rows of column "
-            f"{few[0]}{f', and few in {len(few) - 1} more' if len(few) > 1 else ''}. The bound of such a column can be made as large as "
-            "one likes, and means nothing: give it a CategoricalLikelihood in a ColumnLikelihood, as probdiff.datasets.split does",
+            f"x: Expected continuous data for a density; got {got} of column {name}. The bound of such a column can be made as large as "
+            f"one likes, and means nothing{remedy}",
             stacklevel=3,
         )
+        return
