@@ -24,7 +24,7 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 
-from probdiff._checks import Whole, is_trainable, require, require_count, require_type
+from probdiff._checks import Whole, is_trainable, require, require_count, require_key, require_type
 from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.schedules import per_step
 from probdiff.diffusion import Diffusion
@@ -290,6 +290,7 @@ class StepObjective(ELBO):
         self, rng_key: jax.Array, x: Any, learned: Learned | None = None
     ) -> tuple[jax.Array, Learned]:
         """:meth:`per_datum`, and what has been learned after it. Arguments are the same."""
+        require_key(rng_key)
         # Copies, because the program changes the state in place.
         given = {name: dict(value) for name, value in (learned or self.initial_state).items()}
         program = self.of(self.diffusion.evaluated()).program

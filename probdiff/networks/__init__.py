@@ -5,6 +5,7 @@ they know no schedule. Imports only the likelihoods and the checks.
 """
 
 from probdiff.networks.base import AbstractNetwork
+from probdiff.networks.batched import batched
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.ensemble import Ensemble
 from probdiff.networks.heads import AbstractHead, CategoricalHead, ColumnHead, DensityHead, VHead, X0Head
@@ -21,4 +22,5 @@ __all__ = [
     "Ensemble",
     "VHead",
     "X0Head",
+    "batched",
 ]
