@@ -486,6 +486,19 @@ CALLS = {
         ValueError,
         r"shape: Expected \(datum, dim\); got \(2,\)",
     ),
+    "weights of other data": (
+        lambda: probdiff.fit(NORMAL, X, weights=np.ones(5)),
+        ValueError,
+        r"weights: Expected shape \(6,\), one for each datum; got shape \(5,\)",
+    ),
+    "a negative weight": (
+        lambda: probdiff.fit(NORMAL, X, weights=np.arange(6) - 1),
+        ValueError,
+        "weights: Expected numbers of at least 0, one of them positive; got from -1 to 4",
+    ),
+    "no weight": (lambda: probdiff.fit(NORMAL, X, weights=[0] * 6), ValueError, "one of them positive; got from 0 to 0"),
+    "a weight that is nan": (lambda: probdiff.fit(NORMAL, X, weights=NAN[:, 1]), ValueError, r"weights: Expected finite values; got nan at index \[2\]"),
+    "words for weights": (lambda: probdiff.fit(NORMAL, X, weights=list("abcdef")), TypeError, "weights: Expected numbers; got dtype <U1"),
     "no network to map": (lambda: probdiff.networks.batched(3), TypeError, r"network: Expected a callable network\(z, n\); got int"),
     "hidden": (
         lambda: probdiff.MLP(2, key=jax.random.key(0), hidden=0),
