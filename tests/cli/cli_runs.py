@@ -64,7 +64,7 @@ def _unmistakable():
 def unmistakable_runs(patched):
     """The runs of :func:`_unmistakable`, whose data are loaded as theirs."""
     bounds, dataset = _unmistakable()
-    patched(datasets.load, lambda name, seed=0: dataset)
+    patched(datasets.load, lambda name, seed=0, index=None: dataset)
     return bounds, dataset
 
 
