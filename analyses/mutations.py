@@ -193,6 +193,18 @@ FILES = [
      for each in paths[:1]:
          require(not each.exists(), "out", "a new file", f"{each}, which exists", FileExistsError)
      """, "sample"),
+    ("the splits of the data of a run are interchanged", "load_data",
+     "train, validation, test = map(np.asarray, arrays)",
+     "validation, train, test = map(np.asarray, arrays)", "run"),
+    ("a fit goes on to more iterations before its end", "_reopen",
+     "done == options['iterations']",
+     "True", "fit"),
+    ("every error of a network is that of one for a single example", "_call_at_step",
+     "_takes_one_example(call, z, **options)",
+     "True", "networks"),
+    ("all copies in a plate are observed through the last", "ParallelPrograms.model",
+     "z[-1] if z.ndim == 3 else z[..., -1:, :, :]",
+     "z[-1]", "parallel"),
     ("standard output is not kept for the document", "_document_only",
      "os.dup2(2, 1)",
      "None", "main"),

@@ -4,8 +4,8 @@ A network is any callable ``network(z, n)``, or a module of :class:`AbstractNetw
 they know no schedule. Imports only the likelihoods and the checks.
 """
 
+from probdiff.networks.adapters import batched
 from probdiff.networks.base import AbstractNetwork
-from probdiff.networks.batched import batched
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.ensemble import Ensemble
 from probdiff.networks.heads import AbstractHead, CategoricalHead, ColumnHead, DensityHead, VHead, X0Head

@@ -1,4 +1,4 @@
-"""A network for one example as one for a batch."""
+"""Networks that are written in another way than :mod:`probdiff.networks.base` asks for."""
 
 import jax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
