@@ -17,6 +17,7 @@ SCHEDULE = probdiff.cosine_schedule(5)
 NETWORK = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1)
 NORMAL = probdiff.Diffusion(SCHEDULE, NETWORK)
 GRID = probdiff.Diffusion(SCHEDULE, NETWORK, probdiff.DiscretizedNormalLikelihood(5))
+OPTIMAL = probdiff.Diffusion(SCHEDULE, NETWORK, reverse_variance="optimal")
 LINEAR = probdiff.oracles.GaussianOracle([0.0, 0.0], np.eye(2))
 MIXTURE = probdiff.Diffusion(
     SCHEDULE, probdiff.networks.CategoricalHead(NETWORK, 5), GRID.likelihood, kernel=probdiff.chain.MixtureKernel(5)
@@ -485,6 +486,20 @@ CALLS = {
         ValueError,
         r"shape: Expected \(datum, dim\); got \(2,\)",
     ),
+    "weights of other data": (
+        lambda: probdiff.fit(NORMAL, X, weights=np.ones(5)),
+        ValueError,
+        r"weights: Expected shape \(6,\), one for each datum; got shape \(5,\)",
+    ),
+    "a negative weight": (
+        lambda: probdiff.fit(NORMAL, X, weights=np.arange(6) - 1),
+        ValueError,
+        "weights: Expected numbers of at least 0, one of them positive; got from -1 to 4",
+    ),
+    "no weight": (lambda: probdiff.fit(NORMAL, X, weights=[0] * 6), ValueError, "one of them positive; got from 0 to 0"),
+    "a weight that is nan": (lambda: probdiff.fit(NORMAL, X, weights=NAN[:, 1]), ValueError, r"weights: Expected finite values; got nan at index \[2\]"),
+    "words for weights": (lambda: probdiff.fit(NORMAL, X, weights=list("abcdef")), TypeError, "weights: Expected numbers; got dtype <U1"),
+    "no network to map": (lambda: probdiff.networks.batched(3), TypeError, r"network: Expected a callable network\(z, n\); got int"),
     "hidden": (
         lambda: probdiff.MLP(2, key=jax.random.key(0), hidden=0),
         ValueError,
@@ -498,6 +513,34 @@ def test_calls(case):
     call, error, message = CALLS[case]
     with pytest.raises(error, match=message):
         call()
+
+
+TAKES_KEY = {
+    "MLP": lambda key: probdiff.MLP(2, key=key),
+    "ConvNet": lambda key: probdiff.networks.ConvNet((2, 2), key=key),
+    "fit": lambda key: probdiff.fit(NORMAL, X, key=key, progress=False),
+    "elbo_terms": lambda key: probdiff.elbo_terms(NORMAL, X, key=key),
+    "path_elbo": lambda key: probdiff.elbo.path_elbo(NORMAL, X, key=key, num_draws=2),
+    "data_set_elbo": lambda key: probdiff.elbo.data_set_elbo(NORMAL, X, key=key),
+    "optimal_variance": lambda key: probdiff.elbo.optimal_variance(OPTIMAL, X, key=key),
+    "per_datum": lambda key: probdiff.AnalyticELBO(NORMAL).per_datum(key, X),
+    "iwae": lambda key: probdiff.iwae(NORMAL, X, key=key, num_particles=2),
+    "sandwich": lambda key: probdiff.sandwich(NORMAL, key=key, num_data=2),
+    "flow_likelihood": lambda key: probdiff.flow_likelihood(NORMAL, X, key=key),
+    "compare_models": lambda key: probdiff.compare_models({"a": NORMAL, "b": NORMAL}, X, key=key),
+    "compare_estimators": lambda key: probdiff.compare_estimators(NORMAL, X, key=key),
+    "compute_both_ways": lambda key: probdiff.diagnostics.compute_both_ways(NORMAL, X, key=key, num_draws=2),
+    "compare_on_common_paths": lambda key: probdiff.diagnostics.compare_on_common_paths(NORMAL, X, key=key),
+    "gap_decomposition": lambda key: probdiff.diagnostics.gap_decomposition(NORMAL, LINEAR, X, key=key),
+    **{name: lambda key, draw=draw: draw(NORMAL, key=key, num_samples=2) for name, draw in probdiff.samplers.SAMPLERS.items()},
+}
+
+
+@pytest.mark.parametrize("name", TAKES_KEY)
+def test_a_seed_in_the_place_of_a_key_is_refused_with_the_remedy(name, monkeypatch):
+    monkeypatch.setattr(jax, "jit", lambda *args, **kwargs: pytest.fail("something was compiled"))
+    with pytest.raises(TypeError, match=r"key: Expected a JAX key, such as jax.random.key\(0\); got 0"):
+        TAKES_KEY[name](0)
 
 
 SCORES = {"vp_conditional_score", "vp_from_ve", "ve_from_vp", "vp_score_from_eps", "eps_from_score", "eps_from_vp_score"}

@@ -13,6 +13,7 @@ from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO
 
 import probdiff
+from probdiff.chain.reverse import GaussianKernel
 from probdiff.oracles import GaussianOracle
 from probdiff.programs.sites import PARAMS
 
@@ -50,6 +51,14 @@ def traced(program, *arguments, **keywords):
     return [trace[name]["value"] for name in ("z", "x") if name in trace]
 
 
+def loss(diffusion, estimator):
+    """The loss that SVI has; of a model that is not bound, without dropout."""
+    own = diffusion if diffusion.frozen else diffusion.evaluated()
+    guide, elbo = estimator(own)
+    return elbo.loss(KEY, getattr(elbo, "initial_state", {}), own.model, guide, X)
+
+
+OPTIMAL = GaussianKernel("optimal", make().schedule, 2)
 PUBLIC = {
     "elbo_terms": lambda d: probdiff.elbo_terms(d, X, key=KEY, num_draws=2),
     "elbo_terms, moments": lambda d: probdiff.elbo_terms(d, X, key=KEY, num_draws=2, reduce=True),
@@ -72,6 +81,9 @@ PUBLIC = {
     "Predictive": lambda d: Predictive(d.model, num_samples=1)(KEY, None, num_data=3)["x"],
     "the posterior guide": lambda d: traced(d.posterior_guide, X),
     "the parallel guide": lambda d: traced(probdiff.programs.ParallelPrograms(d).guide, X),
+    "optimal_variance": lambda d: jax.tree.leaves(probdiff.elbo.optimal_variance(d.with_kernel(OPTIMAL), X, key=KEY).kernel),
+    "ScoreMatching": lambda d: loss(d.evaluated(), lambda own: (own.guide, probdiff.elbo.ScoreMatching(own))),
+    **{f"ESTIMATORS[{name!r}]": lambda d, estimator=estimator: loss(d, estimator) for name, estimator in probdiff.ESTIMATORS.items()},
     "AnalyticELBO": lambda d: probdiff.AnalyticELBO(d.evaluated(), "stratified").per_datum(KEY, X),
 }
 

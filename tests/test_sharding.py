@@ -76,13 +76,14 @@ def test_the_work_is_shared():
         import jax, jax.numpy as jnp, probdiff
         from probdiff._sharding import data_mesh, replicate
         from probdiff.elbo.terms import _evaluate
-        from probdiff.training.fitting import _Loop
+        from probdiff.training.loop import Loop
+        from probdiff.training.minibatches import Minibatches
         from probdiff.training.optimiser import build_optimiser
         network = probdiff.MLP(8, key=jax.random.key(0), hidden=64, num_blocks=2)
         model, x = probdiff.Diffusion(probdiff.log_snr_schedule(5), network), jnp.ones((256, 8))
         def flops(devices):
             mesh = data_mesh(devices)
-            loop = _Loop(model, x, 256, build_optimiser(1e-3, 10, 0.9), None, mesh)
+            loop = Loop(model, x, Minibatches(len(x), 256, None), build_optimiser(1e-3, 10, 0.9), None, mesh)
             state = replicate(loop.init(jax.random.key(0), {}), mesh)
             update = loop._advance.lower(state.svi, loop.data, state.keys[0], 0, 10, False).compile()
             given = replicate((model.bind({}), x, jax.random.key(0), jnp.arange(2)), mesh)

@@ -15,6 +15,7 @@ import probdiff
 from probdiff import training
 from probdiff.oracles import GaussianOracle, LinearNetwork, exact_terms
 from probdiff.programs.sites import PARAMS
+from probdiff.training.minibatches import Minibatches
 
 ORACLE = GaussianOracle([1.0, -2.0], [[2.0, 0.8], [0.8, 0.5]])
 
@@ -106,7 +107,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit():
 
 def test_ctrl_c_saves_the_iterations_since_the_last_checkpoint(patched):
     checkpoint, chunks = Interrupt(), []
-    advance = training.fitting._Loop.advance
+    advance = training.loop.Loop.advance
 
     def interrupted(self, *arguments):
         chunks.append(1)
@@ -167,7 +168,7 @@ def test_a_fit_that_was_begun_with_adam_goes_on():
     with pytest.raises(KeyboardInterrupt):
         probdiff.fit(make(5), X, checkpoint=checkpoint, learning_rate=plain, **arguments)
     then = checkpoint.state
-    template = training.fitting._Loop(make(5), X, 16, training.optimiser.build_optimiser(1e-3, 40, 0.999), None, None).init(jax.random.key(0), {})
+    template = training.loop.Loop(make(5), X, Minibatches(len(X), 16, None), training.optimiser.build_optimiser(1e-3, 40, 0.999), None, None).init(jax.random.key(0), {})
     leaves = jax.tree.leaves(then.svi)
     assert [leaf.shape for leaf in leaves] == [leaf.shape for leaf in jax.tree.leaves(template.svi)]
     svi = jax.tree.unflatten(jax.tree.structure(template.svi), leaves)
@@ -402,7 +403,7 @@ def test_after_ten_in_a_row_the_fit_stops_and_says_which_batch():
 
 
 @pytest.mark.parametrize(
-    "changed", [{"batch_size": 16}, {"iterations": 90}, {"learning_rate": 1e-2}, {"validation": X[:51]}, {"ema_decay": 0.9}]
+    "changed", [{"weights": np.ones(len(X))}, {"batch_size": 16}, {"iterations": 90}, {"learning_rate": 1e-2}, {"validation": X[:51]}, {"ema_decay": 0.9}]
 )
 def test_a_resumed_fit_must_be_asked_for_the_same(changed):
     arguments = dict(iterations=70, batch_size=32, learning_rate=1e-3, validation=X[:50], validate_every=20, progress=False)
@@ -412,6 +413,92 @@ def test_a_resumed_fit_must_be_asked_for_the_same(changed):
     ((name, value),) = changed.items()
     with pytest.raises(ValueError, match=f"{name}: Expected .* as in the fit that the checkpoint is of"):
         probdiff.fit(make(), X, checkpoint=checkpoint, **arguments | changed)
+
+
+def test_a_fit_that_has_ended_goes_on_in_another_leg(float64):
+    """From its result, as a fit of its own; the history goes on. Again, and only after its end."""
+    checkpoint = Interrupt()
+    first = fit_line(40, -1.0, learning_rate=0.02, checkpoint=checkpoint)
+    assert checkpoint.state.settings["begun"] == 0
+    start, done = float(first.diffusion.network.weight), 40
+    for more in (90, 100):
+        fit = fit_line(more, -1.0, learning_rate=0.02, checkpoint=checkpoint)
+        alone = fit_line(more - done, start, learning_rate=0.02)
+        np.testing.assert_array_equal(fit.losses[:done], first.losses)
+        np.testing.assert_allclose(fit.losses[done:], alone.losses, rtol=1e-12)
+        assert float(fit.diffusion.network.weight) == pytest.approx(float(alone.diffusion.network.weight), rel=1e-12)
+        assert checkpoint.state.settings["begun"] == done and checkpoint.state.settings["iterations"] == more
+        first, start, done = fit, float(fit.diffusion.network.weight), more
+    with pytest.raises(ValueError, match="iterations: Expected 100, as in the fit .* or more when that has ended; got 90"):
+        fit_line(90, -1.0, learning_rate=0.02, checkpoint=checkpoint)
+
+
+def test_a_later_leg_is_resumed_bit_for_bit_and_loses_nothing():
+    """What was best in validation stays so until it is surpassed; other minibatches come, and what was learned is kept."""
+    arguments = dict(start=-1.0, elbo=None, learning_rate=0.02, validation=X[:50], validate_every=20)
+    ended = Interrupt()
+    first = fit_line(40, checkpoint=ended, **arguments)
+    of_first = ended.state
+    whole = fit_line(100, checkpoint=ended, **arguments)
+    checkpoint = Interrupt(at=2)
+    checkpoint.state = of_first
+    with pytest.raises(KeyboardInterrupt):
+        fit_line(100, checkpoint=checkpoint, **arguments)
+    assert len(checkpoint.state.losses) == 80
+    resumed = fit_line(100, checkpoint=checkpoint, **arguments)
+    assert np.array_equal(whole.losses, resumed.losses) and np.array_equal(whole.validation, resumed.validation)
+    assert same(whole.diffusion, resumed.diffusion) and same(whole.state.svi.optim_state, resumed.state.svi.optim_state)
+    np.testing.assert_array_equal(whole.losses[:40], first.losses)
+    np.testing.assert_array_equal(whole.validation[:2], first.validation)
+    assert whole.state.svi.optim_state[0] == 60 and whole.state.best_bound >= of_first.best_bound
+    assert float(whole.state.best_bound) == pytest.approx(whole.validation[:, 1].max(), rel=1e-6)
+    visits = [state.svi.mutable_state["diffusion$learned"]["visits"].sum() for state in (of_first, whole.state)]
+    assert visits[1] > 1.5 * visits[0]
+
+
+def test_with_a_schedule_of_ones_own_a_fit_goes_on_as_if_it_had_not_ended(float64):
+    rates = np.linspace(0.03, 0.001, 40)
+    whole, checkpoint = fit_line(40, learning_rate=lambda count: jnp.asarray(rates)[count]), Interrupt()
+    for more in (25, 40):
+        fit = fit_line(more, learning_rate=lambda count: jnp.asarray(rates)[count], checkpoint=checkpoint)
+    np.testing.assert_array_equal(fit.losses, whole.losses)
+
+
+def test_weights_are_repetitions(monkeypatch):
+    """Each datum in its share of the minibatch, and all in it once: bit for bit the fit to data that are repeated, with all that knows the batch."""
+    weights = np.array([2, 0, 1, 3, 0, 0, 2])
+    x, repeated = X[:7], np.repeat(X[:7], weights, 0)
+    options = {"iterations": 3, "batch_size": 8, "elbo": "kl_posterior_target"}
+    with monkeypatch.context() as patch:
+        every = ((np.arange(8) + 0.5) / 8 * 2**32).astype(np.uint32)
+        patch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.asarray(every))
+        weighted = fit_line(data=x, weights=0.1 * weights, **options)
+    monkeypatch.setattr(Minibatches, "rows", lambda self, key, iteration: jnp.arange(8))
+    plain = fit_line(data=repeated, **options)
+    np.testing.assert_array_equal(weighted.losses, plain.losses)
+    assert same(weighted.diffusion, plain.diffusion)
+
+
+def test_data_of_weight_0_are_as_if_they_were_not_there():
+    """In the minibatches, as points that others may come from, in the optimal variances and in the words of warning."""
+    weights = np.random.default_rng(0).exponential(size=40) * (np.arange(40) % 4 < 2)
+    x = np.where(weights[:, None] > 0, X[:40] / 2, 1e4).astype(np.float32)
+    options = {"iterations": 5, "batch_size": 8, "elbo": "kl_posterior_target", "reverse_variance": "optimal"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = fit_line(data=x, weights=weights, **options)
+        expected = fit_line(data=x[weights > 0], weights=weights[weights > 0].tolist(), **options)
+    np.testing.assert_array_equal(found.losses, expected.losses)
+    assert same(found.diffusion, expected.diffusion)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0, 3.0, 1.5, 0], [1e-12, 1.0, 1e-12], [0, 7, 0], [1e300, 1e300]])
+def test_rows_are_drawn_in_proportion_to_their_weights(weights):
+    weights = np.array(weights)
+    rows = np.asarray(jax.vmap(lambda i: Minibatches(len(weights), 50, weights).rows(jax.random.key(0), i))(jnp.arange(400)))
+    share = (rows.ravel()[:, None] == np.arange(len(weights))).mean(0)
+    expected = weights / weights.max() / (weights / weights.max()).sum()
+    assert np.all(np.abs(share - expected) <= 4.9 * np.sqrt(expected * (1 - expected) / rows.size) + 1e-9)
 
 
 def test_a_resumed_fit_keeps_its_keys():
@@ -426,7 +513,7 @@ def test_a_resumed_fit_keeps_its_keys():
 def test_ctrl_c_during_validation_loses_no_validation(patched):
     arguments = dict(iterations=40, batch_size=32, validation=X[:50], validate_every=20, progress=False)
     whole, calls = probdiff.fit(make(5), X, **arguments), []
-    validate = training.fitting._Loop.validate
+    validate = training.loop.Loop.validate
 
     def interrupted(self, *given):
         calls.append(1)

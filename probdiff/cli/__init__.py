@@ -201,7 +201,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit.add_argument("--batch-size", type=_count, metavar="B", help="data per update")
     fit.add_argument("--learning-rate", type=_rate, metavar="R", help="peak learning rate of Adam")
     fit.add_argument("--seed", type=_seed, metavar="S", help="seed of everything random (default 0)")
-    fit.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    fit.add_argument("--resume", action="store_true", help="go on with the run in --out; with --iterations K, also after its end")
     _add_devices(fit)
     fit.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: the address of the first (or: auto)")
     fit.add_argument("--processes", type=int, metavar="P", help="how many processes there are")

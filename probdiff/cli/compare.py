@@ -87,7 +87,7 @@ def _check_num_items(given: int | None, there: int) -> None:
 
 
 def _check_same_data(runs: list[Run], datasets: list[Dataset]) -> None:
-    words = [f"{run.config['data']}, seed {run.config.get('seed', 0)}" for run in runs]
+    words = [f"{run.config.get('data', data.name)}, seed {run.config.get('seed', 0)}" for run, data in zip(runs, datasets)]
     for run, dataset, got in zip(runs, datasets, words):
         same = np.array_equal(dataset.test, datasets[0].test)
         require(same, str(run.path), f"the test data of {runs[0].path} ({words[0]})", f"other data ({got})")

@@ -105,7 +105,7 @@ def _join(arguments: argparse.Namespace) -> bool:
 def _prepare(given: dict, arguments: argparse.Namespace, first: bool) -> tuple[Run, Diffusion, Dataset, dict]:
     """The run folder, the model, the data and the options; nothing is compiled before this has passed."""
     if arguments.resume:
-        return _reopen(given, arguments)
+        return _reopen(given, arguments, first)
     if arguments.out is not None and first:
         check_free(arguments.out)
     name = _data_name(arguments.data or "digits")
@@ -122,20 +122,29 @@ def _prepare(given: dict, arguments: argparse.Namespace, first: bool) -> tuple[R
     return open_run(path), diffusion, dataset, options
 
 
-def _reopen(given: dict, arguments: argparse.Namespace) -> tuple[Run, Diffusion, Dataset, dict]:
-    """The run to go on with, its model, its data and its options, of which none may be asked for anew."""
+def _reopen(given: dict, arguments: argparse.Namespace, first: bool) -> tuple[Run, Diffusion, Dataset, dict]:
+    """The run to go on with, its model, its data and its options, of which none may be asked for anew but more iterations after the end."""
     folder = open_run(arguments.out)
     options = folder.config
     missing = [name for name in ("data", *OPTIONS) if name not in options]
-    without = f"a config.json without {', '.join(missing)}"
+    without = f"a config.json without {', '.join(missing)}: go on in Python, with probdiff.fit(…, checkpoint=run.checkpoint)"
     require(not missing, str(folder.path), "a run of probdiff fit", without)
     checked = parser().parse_args(["fit", *(f"{flag(name)}={options[name]}" for name in OPTIONS)])
     options |= {name: getattr(checked, name) for name in OPTIONS}
     asked = given | ({"data": _data_name(arguments.data)} if arguments.data else {})
     asked |= {} if arguments.index is None else {"index": arguments.index}
+    more = asked.get("iterations", 0) > options["iterations"]
+    if more:
+        done = folder.checkpoint.num_iterations
+        expected = f"{options['iterations']}, as in the run to resume, before it goes on to more"
+        require(done == options["iterations"], "--iterations", expected, f"{asked['iterations']} after {done} iterations")
+        options["iterations"] = asked["iterations"]
     for name, value in asked.items():
         require(value == options.get(name), flag(name), f"{options.get(name)}, as in the run to resume", value)
-    return folder, folder.untrained, folder.data, options
+    untrained, dataset = folder.untrained, folder.data
+    if more and first:
+        folder.extend(options["iterations"])
+    return folder, untrained, dataset, options
 
 
 def _data_name(name: str) -> str:

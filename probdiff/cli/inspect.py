@@ -10,6 +10,7 @@ from probdiff.cli.common import draw_figures, usage
 from probdiff.diagnostics.datatree import inspect_terms
 from probdiff.diagnostics.gap import gap_decomposition
 from probdiff.diagnostics.tables import format_fit
+from probdiff.likelihoods import DiscretizedNormalLikelihood
 from probdiff.storage.run import Run, open_run
 
 LEDGER_ROWS = 2**20
@@ -19,9 +20,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what a run holds; returns the exit code. Computes and writes only what is asked for."""
     with usage():
         folder = open_run(arguments.run)
-        results, tree = folder.results, folder.datatree
-        elbo = results.get("test", {}).get("elbo", {})
-        found = inspect_terms(tree, results["dim"] if "bits_per_dim" in elbo else None)
+        results = {} if folder.has_terms_only else folder.results
+        tree = folder.datatree
+        found = inspect_terms(tree, _dim_of_a_grid(folder, results))
         if arguments.figures:
             draw_figures(folder.figures, folder.diffusion, folder.data, folder.losses, folder.validation, tree)
         if arguments.ledger:
@@ -35,11 +36,29 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if results.get("columns"):
         print(f"{results['columns']}\n")
-    print(f"{format_fit(results)}\n\n{found['text']}\n")
+    print(f"{format_fit(results) if results else _describe(folder)}\n\n{found['text']}\n")
     if ledger is not None:
         print(f"{ledger}\n")
     print("figures: " + (", ".join(figures) or "none"))
     return 0
+
+
+def _dim_of_a_grid(folder: Run, results: dict) -> int | None:
+    """Number of dimensions for figures in bits/dim, None for continuous data."""
+    if results:
+        return results["dim"] if "bits_per_dim" in results.get("test", {}).get("elbo", {}) else None
+    model = folder.config["model"]
+    return model["dim"] if model["likelihood"]["name"] == DiscretizedNormalLikelihood.__name__ else None
+
+
+def _describe(folder: Run) -> str:
+    """A run that was saved in Python, in words."""
+    model = folder.config["model"]
+    parts = ", ".join(model[part]["name"] for part in ("network", "likelihood"))
+    return (
+        f"{folder.path}: N = {model['num_steps']} steps in {model['dim']} dimensions, {parts}\n"
+        "There is no final table: it comes with probdiff fit. These are the terms that were saved, and nothing is computed."
+    )
 
 
 def _take_apart(folder: Run) -> None:

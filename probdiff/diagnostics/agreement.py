@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from probdiff._checks import Whole, require, require_count
+from probdiff._checks import Whole, require, require_count, require_key
 from probdiff._sharding import Devices
 from probdiff.diagnostics.common_paths import CommonPaths, compare_on_common_paths
 from probdiff.diffusion import Diffusion
@@ -83,6 +83,7 @@ def compute_both_ways(
     """
     require_count("num_draws", num_draws)
     require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
+    require_key(key)
     terms_key, path_key, common_key = jax.random.split(key, 3)
     options: Any = {"num_draws": num_draws, "devices": devices, "progress": progress}
     terms = elbo_terms(diffusion, x, key=terms_key, **options)

@@ -24,7 +24,7 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 
-from probdiff._checks import Whole, is_trainable, require, require_count, require_type
+from probdiff._checks import Whole, is_concrete, is_trainable, require, require_count, require_key, require_type
 from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.schedules import per_step
 from probdiff.diffusion import Diffusion
@@ -61,7 +61,7 @@ class StepObjective(ELBO):
         points: None, or the data whose mean bound is wanted (the whole training set, say), shape ``(point, dim)``: the
             noise in each step KL is then replaced by its mean and variance over all the points that z_n may come from.
             The estimate is right for the mean over ``points`` when ``x`` is drawn from them, not for a single datum.
-            ``"batch"``: the points are ``x`` itself.
+            ``"batch"``: the points are ``x`` itself, each counting as ``handlers.scale`` or ``handlers.mask`` has it.
         adapt_to: What is kept quiet by what is learned: ``"gradient"`` (for training) or ``"value"`` of the bound.
         schedule_loss: What the shape of a :class:`~probdiff.LearnedSchedule` is trained for: ``"bound"``, like everything else, or
             ``"variance"``: the least variance of the estimate between steps and draws (its ends still raise the bound). Costs a second
@@ -177,6 +177,8 @@ class StepObjective(ELBO):
         diffusion = SCHEDULE_LOSSES[self.schedule_loss](with_params).tabulated()
         x = jnp.asarray(x)
         x0 = diffusion.likelihood.encode(x)
+        alike = weight is None or jnp.ndim(weight) == 0 or self._points is None or isinstance(self._points, str)
+        require(alike, "points", "'batch' with a scale or mask by datum, or all data alike", "an array of points")
         weight = (
             jnp.ones(len(x), x0.dtype) if weight is None else jnp.broadcast_to(jnp.asarray(weight, x0.dtype), len(x))
         )
@@ -221,14 +223,13 @@ class StepObjective(ELBO):
             if self._steps.is_learned:
                 probability = self._learner.probability(learned, self.adapt_to, coefficient)
         n, inverse_probability = self._steps.draw(step_key, len(x), num_steps, probability)
-        points = x0 if isinstance(self._points, str) else self._points
         return SampledTerms(
             term=self.term,
             n=jnp.repeat(n, copies, 0),
             inverse_probability=jnp.repeat(inverse_probability.astype(x0.dtype) / copies, copies, 0),
             weight=weight,
             noise=self._noise.draw(noise_key, diffusion.schedule, x0),
-            conditional_noise=None if points is None else PosteriorNoise(points),
+            conditional_noise=self._known_noise(x0, weight),
             control=control,
             coefficient=coefficient,
             x=x,
@@ -236,6 +237,15 @@ class StepObjective(ELBO):
             network_key=diffusion.training_key(x),
             extra_key=extra_key,
         )
+
+    def _known_noise(self, x0: jax.Array, weight: jax.Array) -> PosteriorNoise | None:
+        """What is known of the noise, from the points; those of the batch count as their terms do."""
+        if self._points is None:
+            return None
+        if not isinstance(self._points, str):
+            return PosteriorNoise(self._points)
+        # (Where none counts, the sum is 0 whatever is known.)
+        return PosteriorNoise(x0, jnp.log(jnp.where(weight.any(), weight, 1)))
 
     def loss_with_mutable_state(
         self, rng_key: jax.Array, param_map: Mapping, model: Callable, guide: Callable, *args: Any, **kwargs: Any
@@ -300,6 +310,7 @@ class StepObjective(ELBO):
         self, rng_key: jax.Array, x: Any, learned: Learned | None = None
     ) -> tuple[jax.Array, Learned]:
         """:meth:`per_datum`, and what has been learned after it. Arguments are the same."""
+        require_key(rng_key)
         # Copies, because the program changes the state in place.
         given = {name: dict(value) for name, value in (learned or self.initial_state).items()}
         program = self.of(self.diffusion.evaluated()).program
@@ -355,7 +366,12 @@ def _empty_guide(*args: Any, **kwargs: Any) -> None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return a is b or (a is not None and b is not None and bool(np.all(np.asarray(a) == np.asarray(b))))
+    """Whether two factors are the same; the values of what JAX is tracing are not looked at."""
+    if a is None or b is None:
+        return a is b
+    if not (is_concrete(a) and is_concrete(b)):
+        return jnp.shape(a) == jnp.shape(b)
+    return bool(np.all(np.asarray(a) == np.asarray(b)))
 
 
 def _unwrapped(program: Callable, name: str) -> tuple[Callable, Any, jax.Array | None]:
@@ -373,6 +389,8 @@ def _unwrapped(program: Callable, name: str) -> tuple[Callable, Any, jax.Array |
         if jnp.ndim(factor) == 0 and isinstance(program, handlers.scale):
             scale = scale * factor
         else:
-            weight = jnp.asarray(factor, jnp.zeros(()).dtype) * (1.0 if weight is None else weight)
+            # In NumPy while that is possible: in a compiled function a product of JAX's has no values to compare.
+            array: Any = np.asarray(factor) if is_concrete(factor) else jnp.asarray(factor)
+            weight = array.astype(jnp.zeros(()).dtype) * (1 if weight is None else weight)
         program = program.fn
     return program, scale, weight

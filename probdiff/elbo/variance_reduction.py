@@ -135,9 +135,11 @@ class PosteriorNoise(eqx.Module):
 
     Args:
         points: Encoded data, shape ``(point, dim)``.
+        log_weight: Logarithm of what each counts, shape ``(point,)``, in any unit; 0 if they count alike.
     """
 
     points: jax.Array
+    log_weight: jax.Array | float = 0.0
 
     def __call__(
         self, schedule: AbstractSchedule, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"]
@@ -150,7 +152,7 @@ class PosteriorNoise(eqx.Module):
             z, signal, noise = row
             candidates = (z - signal * self.points) / noise
             squared = jnp.square(candidates).sum(-1)
-            probability = jax.nn.softmax(-squared / 2)
+            probability = jax.nn.softmax(self.log_weight - squared / 2)
             mean = probability @ candidates
             return mean, probability @ jnp.square(candidates - mean)
 

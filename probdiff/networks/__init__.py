@@ -4,6 +4,7 @@ A network is any callable ``network(z, n)``, or a module of :class:`AbstractNetw
 they know no schedule. Imports only the likelihoods and the checks.
 """
 
+from probdiff.networks.adapters import batched
 from probdiff.networks.base import AbstractNetwork
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.ensemble import Ensemble
@@ -21,4 +22,5 @@ __all__ = [
     "Ensemble",
     "VHead",
     "X0Head",
+    "batched",
 ]

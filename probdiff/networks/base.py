@@ -33,6 +33,10 @@ TIME_HARMONICS = 8
 EMBEDDING = 32
 MOST_BLOCKS = 1000
 Network = Callable[..., Array]  # of either kind
+ONE_EXAMPLE = (
+    "network: Expected network(z, n) with z of shape (*batch, dim) and n of shape batch, here {}; got one for a single example, "
+    "z of shape ({},): give probdiff.networks.batched(network)"
+)
 Prediction = Float[Array, "*batch dim"] | Float[Array, "*batch dim output"]
 
 
@@ -74,7 +78,7 @@ class AbstractWrapper(AbstractNetwork):
         *,
         n: Int[Array, "*batch"] | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "*batch dim"]:
+    ) -> Prediction:
         """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
 
 
@@ -123,7 +127,30 @@ def evaluate(
     if isinstance(network, AbstractNetwork):
         return call(z, log_snr, **options)
     require(n is not None, "network", "an AbstractNetwork, to be asked between steps", f"a {type(network).__name__}, which is told the step")
-    return call(z, n, **options)
+    return _call_at_step(call, z, n, **options)
+
+
+
+def _call_at_step(call: Network, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"] | None, **options: Any) -> Any:
+    """``call(z, n, **options)``; one that is written for a single example is told apart, and named with the remedy."""
+    try:
+        output = call(z, n, **options)
+    except Exception as error:
+        if _takes_one_example(call, z, **options):
+            raise ValueError(ONE_EXAMPLE.format(tuple(z.shape), z.shape[-1])) from error
+        raise
+    if getattr(output, "shape", ())[: z.ndim - 1] != z.shape[:-1] and _takes_one_example(call, z, **options):
+        raise ValueError(ONE_EXAMPLE.format(tuple(z.shape), z.shape[-1]))
+    return output
+
+
+def _takes_one_example(call: Network, z: Float[Array, "*batch dim"], **options: Any) -> bool:
+    """Whether a network takes z of shape ``(dim,)`` and one step, and gives something of that shape; it is traced, not run."""
+    try:
+        output = jax.eval_shape(call, z[(0,) * (z.ndim - 1)], jnp.ones((), jnp.int32), **options)
+    except Exception:
+        return False
+    return z.ndim > 1 and getattr(output, "shape", ())[:1] == z.shape[-1:]
 
 
 def predict_noise(
@@ -167,11 +194,11 @@ class LogSNREmbedding(eqx.Module):
         """The embedding, shape ``(*batch, EMBEDDING)``, of a log-SNR of shape ``batch``."""
         h = sinusoids(log_snr, np.geomspace(0.05, 5, TIME_HARMONICS))
         for layer in self.layers:
-            h = jax.nn.silu(batched(layer, h))
+            h = jax.nn.silu(along_last_axis(layer, h))
         return h
 
 
-def batched(layer: Callable[[Array], Array], x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+def along_last_axis(layer: Callable[[Array], Array], x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
     """Apply an equinox layer, which takes one vector, along the last axis of ``x``."""
     return jnp.vectorize(layer, signature="(i)->(o)")(x)
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from probdiff._checks import Whole, require, require_count
-from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, AbstractNetwork, LogSNREmbedding, Prediction, batched
+from probdiff._checks import Whole, require, require_count, require_key
+from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, AbstractNetwork, LogSNREmbedding, Prediction, along_last_axis
 
 AT_ONCE = 64  # images, on CPU: their hidden layers then stay in its cache
 
@@ -78,6 +78,7 @@ class ConvNet(AbstractNetwork):
             require_count(name, value)
         require(num_blocks <= MOST_BLOCKS, "num_blocks", f"at most {MOST_BLOCKS}", num_blocks)
         require(isinstance(dropout, float | int) and 0 <= dropout < 1, "dropout", "0 <= dropout < 1", repr(dropout))
+        require_key(key)
         keys = jax.random.split(key, 3 + num_blocks)
         height, width = shape
         self.shape = int(height), int(width)
@@ -121,7 +122,7 @@ class ConvNet(AbstractNetwork):
         keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
         for block, block_key in zip(self.blocks, keys):
             h = block(h, embedding, self.dropout, block_key)
-        output = (batched(self.write, jax.nn.silu(h)) + self.write_place).reshape(*z.shape, -1)
+        output = (along_last_axis(self.write, jax.nn.silu(h)) + self.write_place).reshape(*z.shape, -1)
         return output[..., 0] if self.outputs is None else output
 
 
@@ -147,8 +148,8 @@ class _Block(eqx.Module):
         dropout: float | int,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "*batch height width channels"]:
-        scale, shift = jnp.split(batched(self.modulate, embedding), 2, -1)
-        inner = self.up(batched(self.norm, h)) + self.place
+        scale, shift = jnp.split(along_last_axis(self.modulate, embedding), 2, -1)
+        inner = self.up(along_last_axis(self.norm, h)) + self.place
         inner = jax.nn.silu(inner * (1 + scale) + shift)
         inner = eqx.nn.Dropout(dropout)(inner, key=key, inference=key is None)
         return h + self.down(inner)

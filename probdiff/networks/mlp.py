@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from probdiff._checks import Whole, require, require_count
+from probdiff._checks import Whole, require, require_count, require_key
 from probdiff.networks.base import (
     EMBEDDING,
     MOST_BLOCKS,
     AbstractNetwork,
     LogSNREmbedding,
     Prediction,
-    batched,
+    along_last_axis,
     sinusoids,
 )
 
@@ -70,6 +70,7 @@ class MLP(AbstractNetwork):
         harmonics = isinstance(num_harmonics, int | np.integer) and 0 <= num_harmonics <= MOST_HARMONICS
         require(harmonics, "num_harmonics", f"an integer, 0 to {MOST_HARMONICS}", repr(num_harmonics))
         require(isinstance(dropout, float | int) and 0 <= dropout < 1, "dropout", "0 <= dropout < 1", repr(dropout))
+        require_key(key)
         keys = jax.random.split(key, 4 + num_blocks)
         dim, hidden, num_harmonics = int(dim), int(hidden), int(num_harmonics)
         outputs = None if outputs is None else int(outputs)
@@ -103,14 +104,14 @@ class MLP(AbstractNetwork):
         """Predict for ``z`` of shape ``(*batch, dim)`` and log-SNR ``log_snr``, shape ``batch``."""
         embedding = self.embed(log_snr)
         inputs = jnp.concatenate([z[..., None], sinusoids(z, np.pi * 2.0 ** np.arange(self.num_harmonics))], -1)
-        h = batched(self.read, inputs.reshape(*z.shape[:-1], -1))
+        h = along_last_axis(self.read, inputs.reshape(*z.shape[:-1], -1))
         keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
         for block, block_key in zip(self.blocks, keys):
             h = block(h, embedding, self.dropout, block_key)
-        output = batched(self.write, jax.nn.silu(h))
+        output = along_last_axis(self.write, jax.nn.silu(h))
         if self.skip is None:
             return output.reshape(*z.shape, self.outputs)
-        short_cut = jnp.sum(inputs * batched(self.skip, embedding).reshape(inputs.shape), -1)
+        short_cut = jnp.sum(inputs * along_last_axis(self.skip, embedding).reshape(inputs.shape), -1)
         return output + short_cut
 
 
@@ -134,6 +135,6 @@ class _Block(eqx.Module):
         dropout: float | int,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "*batch hidden"]:
-        scale, shift = jnp.split(batched(self.modulate, embedding), 2, -1)
-        inner = jax.nn.silu(batched(self.up, batched(self.norm, h)) * (1 + scale) + shift)
-        return h + batched(self.down, eqx.nn.Dropout(dropout)(inner, key=key, inference=key is None))
+        scale, shift = jnp.split(along_last_axis(self.modulate, embedding), 2, -1)
+        inner = jax.nn.silu(along_last_axis(self.up, along_last_axis(self.norm, h)) * (1 + scale) + shift)
+        return h + along_last_axis(self.down, eqx.nn.Dropout(dropout)(inner, key=key, inference=key is None))

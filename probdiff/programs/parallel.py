@@ -27,10 +27,11 @@ from probdiff._checks import AnyArray, require
 from probdiff._chunks import checkpointed, inputs_at_once
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step
 from probdiff.chain.schedules import AbstractSchedule, at_step, require_schedule
-from probdiff.programs.sites import AbstractDiffusion, Data, Size, minibatch
+from probdiff.programs.sites import AbstractDiffusion, Data, Size, minibatch, require_plates
 
 Path = Float[AnyArray, "*sample num_steps datum dim"]
 Factors = Float[Array, "*sample num_steps datum"]
+OUTER = -3  # the highest dim of a plate of the user's around the programs
 Affine = tuple[Float[Array, "..."], Float[Array, "..."]]
 
 
@@ -179,6 +180,8 @@ def _require_diffusion(value: object) -> None:
 class ParallelPrograms(eqx.Module):
     """The programs of a :class:`~probdiff.Diffusion` in this encoding: ``SVI(programs.model, programs.guide, …)``.
 
+    Inside of ``numpyro.plate(…, dim=-3)`` they are independent copies: ``z`` has the axes of such plates in front, and so has an ``x`` that is drawn.
+
     Args:
         diffusion: The model; ``diffusion.bind`` takes what was fitted.
     """
@@ -191,13 +194,16 @@ class ParallelPrograms(eqx.Module):
 
     def model(self, x: Data | None, num_data: Size | None = None) -> Data:
         """The reverse chain; arguments and sites as of :meth:`Diffusion.model`."""
+        require_plates(OUTER)
         size, dim = self.diffusion.data_shape(x, num_data)
         diffusion = self.diffusion.with_param_site()
         key = diffusion.training_key(x)
         with minibatch(x, num_data), numpyro.plate("data", size):
             with numpyro.plate("step", diffusion.schedule.num_steps, dim=-2):
                 z = numpyro.sample("z", ReverseChain(diffusion, (size, dim), key))
-            last = diffusion.reverse_kernel(z[-1], 1, key)
+            # (Inside of plates of the user's, the axis of the steps stays, so that theirs keep their places.)
+            z_1 = z[-1] if z.ndim == 3 else z[..., -1:, :, :]
+            last = diffusion.reverse_kernel(z_1, 1, key)
             return numpyro.sample("x", diffusion.kernel.observation(diffusion.likelihood, last), obs=x)
 
     def guide(self, x: Data | None, num_data: Size | None = None) -> None:
@@ -209,6 +215,7 @@ class ParallelPrograms(eqx.Module):
         self._forward(PosteriorChain, x, num_data)
 
     def _forward(self, chain: type[ForwardChain], x: Data | None, num_data: Size | None) -> None:
+        require_plates(OUTER)
         size, x0 = self.diffusion.encode(x)
         schedule = self.diffusion.guide_schedule()
         steps = numpyro.plate("step", schedule.num_steps, dim=-2)

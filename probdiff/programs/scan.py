@@ -17,7 +17,7 @@ from numpyro.contrib.control_flow import scan
 
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step
 from probdiff.chain.schedules import AbstractSchedule
-from probdiff.programs.sites import AbstractDiffusion, Data, ForwardStep, NoGivenPath, Size, minibatch
+from probdiff.programs.sites import AbstractDiffusion, Data, ForwardStep, NoGivenPath, Size, minibatch, require_plates
 
 
 def model(diffusion: AbstractDiffusion, x: Data | None, num_data: Size | None = None) -> Data:
@@ -29,6 +29,7 @@ def model(diffusion: AbstractDiffusion, x: Data | None, num_data: Size | None = 
         num_data: Size of the full data set, of which ``x`` is a minibatch: log densities are scaled by
             ``num_data / len(x)``. With ``x=None``, the number of data to draw.
     """
+    require_plates(None)
     size, dim = diffusion.data_shape(x, num_data)
     diffusion = diffusion.with_param_site()
 
@@ -48,6 +49,7 @@ def guide(diffusion: AbstractDiffusion, x: Data | None, num_data: Size | None = 
 
     Arguments as for :func:`model`; ``x`` is required.
     """
+    require_plates(None)
     size, x0 = diffusion.encode(x)
     schedule = diffusion.guide_schedule()
 
@@ -67,6 +69,7 @@ def posterior_guide(diffusion: AbstractDiffusion, x: Data | None, num_data: Size
 
     Arguments as for :func:`model`; ``x`` is required.
     """
+    require_plates(None)
     size, x0 = diffusion.encode(x)
     schedule = diffusion.guide_schedule()
 

@@ -57,6 +57,25 @@ class AbstractDiffusion(eqx.Module):
         """The distribution of z_{n-1} given z_n; at n = 1, the one that the likelihood reads."""
 
 
+def require_plates(highest: int | None) -> None:
+    """Refuse plates of the user's around a program.
+
+    Args:
+        highest: The highest ``dim`` of a plate that the program can be in; None if it can be in none.
+
+    Raises:
+        NotImplementedError: If there is one.
+    """
+    around = [each for each in numpyro.primitives._PYRO_STACK if isinstance(each, numpyro.plate)]
+    for plate in around if highest is None else [each for each in around if each.dim > highest]:
+        expected = "no plate around a program that scans" if highest is None else f"a plate with dim={highest} or less"
+        raise NotImplementedError(
+            f"numpyro.plate: Expected {expected}; got {plate.name!r} with dim={plate.dim}. The programs have plates of their own, of the "
+            "data (-1) and of the steps (-2). Several data sets are the rows of one x; the programs of ParallelPrograms(diffusion) also "
+            "work inside of numpyro.plate(…, dim=-3), as independent copies"
+        )
+
+
 def minibatch(x: Data | None, num_data: Size | None) -> numpyro.handlers.scale:
     """The handler that scales log densities of ``x``, a minibatch of ``num_data`` data."""
     if x is None or num_data is None:

@@ -131,6 +131,11 @@ class Checkpoint:
         """Whether there is anything to resume from."""
         return any(path.exists() for path in self._paths)
 
+    @property
+    def num_iterations(self) -> int:
+        """How many iterations the saved fit has made; 0 if there is none."""
+        return self._first(lambda path: len(read_leaves(path)[1][-2]), warn=False) or 0
+
     def require_intact(self) -> None:
         """Refuse to go on if there are checkpoints, and not one is intact: a ValueError that names them."""
         self._first(read_checked, warn=False)

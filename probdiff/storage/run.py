@@ -2,6 +2,7 @@
 
 config.json      what was asked for, and the description of the model
 schedule.npy     the variances beta_n, float64; not of a learned schedule, which is among the parameters
+data.eqx         the data, where they are not loaded by name
 checkpoint.eqx   the state of the fit, to resume from; checkpoint.previous.eqx, the one before it
 parameters.eqx   the trained parameters
 losses.csv       the loss of every iteration; validation.csv, the bound on the validation data
@@ -38,28 +39,15 @@ from probdiff.diagnostics.datatree import from_datatree, to_datatree
 from probdiff.diagnostics.gap import GapDecomposition
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.terms import ELBOTerms
-from probdiff.likelihoods import (
-    AbstractLikelihood,
-    CategoricalLikelihood,
-    ColumnLikelihood,
-    DiscretizedNormalLikelihood,
-    NormalLikelihood,
-)
-from probdiff.networks.convnet import ConvNet
-from probdiff.networks.heads import CategoricalHead, ColumnHead, DensityHead, VHead, X0Head
-from probdiff.networks.mlp import MLP
 from probdiff.programs.sites import PARAMS
 from probdiff.storage.checkpoint import Checkpoint, load_tree, save_tree
+from probdiff.storage.data import load_data, save_data
+from probdiff.storage.description import describe, make_likelihood, make_network
 from probdiff.training import Fit
 
 if TYPE_CHECKING:  # heavy, and imported where they are needed
     import xarray as xr
     from matplotlib.figure import Figure
-
-NETWORKS: dict[str, Callable] = {kind.__name__: kind for kind in (MLP, ConvNet, X0Head, VHead, DensityHead, CategoricalHead, ColumnHead)}
-LIKELIHOODS: dict[str, Callable] = {
-    kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood, CategoricalLikelihood, ColumnLikelihood)
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +67,12 @@ class Run:
         """The options of the fit, a dict; ``config["model"]`` describes the model."""
         return read_json(self.path / "config.json")
 
+    def extend(self, iterations: int) -> None:
+        """Record that the fit goes on in another leg, to so many iterations; ``config["legs"]`` has the end of each."""
+        config = self.config
+        legs = [*config.get("legs", [config["iterations"]]), iterations]
+        write_json(self.path / "config.json", config | {"iterations": iterations, "legs": legs})
+
     @property
     def checkpoint(self) -> Checkpoint:
         """The :class:`Checkpoint` of the fit."""
@@ -91,8 +85,11 @@ class Run:
         Raises:
             ValueError: If the run does not say which.
         """
-        config = self.config
-        require("data" in config, str(self.path), "a run that names its data", "a configuration without 'data'")
+        path, config = self.path / "data.eqx", self.config
+        if path.exists():
+            return load_data(path)
+        got = "a configuration without 'data': probdiff.storage.create_run(…, data=dataset) keeps them"
+        require("data" in config, str(self.path), "a run that has or names its data", got)
         return datasets.load(config["data"], config.get("seed", 0), config.get("index"))
 
     @property
@@ -120,13 +117,13 @@ class Run:
         if network is None:
 
             def make() -> Callable:
-                return _make_network(model["network"], jax.random.key(config.get("seed", 0)))
+                return make_network(model["network"], jax.random.key(config.get("seed", 0)))
 
             leaves = jax.tree.leaves(eqx.filter(eqx.filter_eval_shape(make), lambda leaf: hasattr(leaf, "dtype")))
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
             require(size <= MAX_BYTES, str(self.path), f"a network of at most {MAX_BYTES} bytes", size)
             network = make()
-        likelihood = _make_likelihood(model["likelihood"])
+        likelihood = make_likelihood(model["likelihood"])
         if "mixture_levels" in model:
             return Diffusion(schedule, network, likelihood, dim=model["dim"], kernel=MixtureKernel(model["mixture_levels"]))
         return Diffusion(schedule, network, likelihood, model["reverse_variance"], dim=model["dim"])
@@ -166,7 +163,8 @@ class Run:
         import h5py
         import xarray as xr
 
-        path = self.path / "elbo.nc"
+        path, got = self.path / "elbo.nc", "one without elbo.nc: run.save(terms=probdiff.elbo_terms(…)) writes it"
+        require(path.exists(), str(self.path), "a run with the terms of the bound", got, FileNotFoundError)
         try:
             h5py.File(path, "r").close()  # refuses what h5netcdf would complain about a second time, on being deleted
             with xr.open_datatree(path, engine="h5netcdf") as tree:
@@ -174,8 +172,6 @@ class Run:
                 require(size <= MAX_BYTES, "size", f"at most {MAX_BYTES} bytes of arrays", size)
                 tree = tree.load()
                 return tree if "per_step" in tree else to_datatree(from_datatree(tree))  # of before 0.2
-        except FileNotFoundError:
-            raise
         except Exception as error:  # HDF5 has many errors for a damaged file
             raise ValueError(f"{path}: Expected an intact netCDF file; got: {error}") from None
 
@@ -186,9 +182,14 @@ class Run:
         Raises:
             FileNotFoundError: If the fit has not ended.
         """
-        path, got = self.path / "results.json", "one without results.json; go on with probdiff fit --resume"
+        path, got = self.path / "results.json", "one without results.json; go on with probdiff fit --resume, or in Python: run.save(terms=probdiff.elbo_terms(…))"
         require(path.exists(), str(self.path), "a finished run", got, FileNotFoundError)
         return read_json(path)
+
+    @property
+    def has_terms_only(self) -> bool:
+        """Whether there are the terms of the bound and no final table, as in a run that was saved in Python."""
+        return (self.path / "elbo.nc").exists() and not (self.path / "results.json").exists()
 
     @property
     def ledger(self) -> GapDecomposition | None:
@@ -263,76 +264,26 @@ def _csv_writer(table: np.ndarray, header: str) -> Callable[[Path], None]:
     return lambda path: np.savetxt(path, table, ["%d", "%.9g"], ",", header=header, comments="")
 
 
-def describe(diffusion: Diffusion) -> dict:
-    """The model in words that JSON can hold; the schedule's variances and the parameters are kept apart."""
-    kernel, schedule = diffusion.kernel, diffusion.schedule
-    kept: dict[str, Any] = {"reverse_variance": kernel.name}
-    if isinstance(kernel, MixtureKernel):
-        kept = {"mixture_levels": kernel.levels}
-    if isinstance(schedule, LearnedSchedule):
-        kept["schedule"] = schedule.arguments
-    return kept | {
-        "network": _describe_network(diffusion.network),
-        "likelihood": _describe_likelihood(diffusion.likelihood),
-        "num_steps": diffusion.schedule.num_steps,
-        "dim": diffusion.dim,
-    }
-
-
-def _describe_network(network: Any) -> dict:
-    """The class of a network and its arguments, of which one may be a network; None for arguments that are not known."""
-    name = type(network).__name__
-    if NETWORKS.get(name) is not type(network):
-        return {"name": name, "arguments": None}
-    arguments = {k: v if k != "likelihood" else _describe_likelihood(v) for k, v in network.arguments.items()}
-    return {"name": name, "arguments": {k: _describe_network(v) if callable(v) else v for k, v in arguments.items()}}
-
-
-def _describe_likelihood(likelihood: AbstractLikelihood) -> dict:
-    """The class of a likelihood and its arguments; None for arguments that are not known."""
-    name = type(likelihood).__name__
-    if LIKELIHOODS.get(name) is not type(likelihood):
-        return {"name": name, "arguments": None}
-    assert isinstance(likelihood, NormalLikelihood | DiscretizedNormalLikelihood | CategoricalLikelihood | ColumnLikelihood)
-    arguments = likelihood.arguments
-    if isinstance(likelihood, ColumnLikelihood):
-        parts = [[keys, _describe_likelihood(part)] for keys, part in arguments["parts"].items()]
-        arguments = arguments | {"parts": parts}
-    return {"name": name, "arguments": arguments}
-
-
-def _make_likelihood(description: dict) -> AbstractLikelihood:
-    name, arguments = description["name"], description["arguments"]
-    known, got = name in LIKELIHOODS and arguments is not None, f"nothing, for a run with the custom likelihood {name}"
-    require(known, "like", "a Diffusion of the run's structure", got)
-    if "parts" in arguments:
-        arguments = arguments | {"parts": {tuple(keys): _make_likelihood(part) for keys, part in arguments["parts"]}}
-    return LIKELIHOODS[name](**arguments)
-
-
-def _make_network(description: dict, key: jax.Array) -> Callable:
-    name, arguments = description["name"], description["arguments"]
-    known, got = name in NETWORKS and arguments is not None, f"nothing, for a run with the custom network {name}"
-    require(known, "like", "a network or a Diffusion of the run's structure", got)
-    if "likelihood" in arguments:
-        arguments = arguments | {"likelihood": _make_likelihood(arguments["likelihood"])}
-    if "network" in arguments:
-        return NETWORKS[name](**arguments | {"network": _make_network(arguments["network"], key)})
-    return NETWORKS[name](**arguments, key=key)
-
-
-def create_run(path: str | Path, diffusion: Diffusion, config: dict | None = None) -> Run:
+def create_run(
+    path: str | Path, diffusion: Diffusion, config: dict | None = None, data: datasets.Dataset | None = None
+) -> Run:
     """Make a run folder for a model that is to be fitted.
 
     Args:
         path: Path of a folder that does not exist yet, or is empty.
         diffusion: The Diffusion.
-        config: What else to record, a dict for JSON; ``data`` and ``seed`` are what :attr:`Run.data` loads.
+        config: What else to record, a dict for JSON; ``data`` and ``seed`` are what :attr:`Run.data` loads by name.
+        data: A :class:`~probdiff.datasets.Dataset`, such as :func:`probdiff.datasets.split` makes, to keep in the run: the commands need
+            its test data. Of what is known about it, a density is kept for the sets of :data:`probdiff.datasets.PLANAR` only.
 
     Raises:
-        FileExistsError: If the folder exists and is not empty.
+        FileExistsError: If the folder exists and is not empty; ValueError or TypeError if the data are not those of a Dataset that suits the model.
     """
     require_type("diffusion", diffusion, Diffusion)
+    if data is not None:
+        require_type("data", data, datasets.Dataset)
+        for split in (data.train, data.validation, data.test):
+            diffusion.check_data(split)
     path = Path(path)
     check_free(path)
     # Made under another name, so that there is never half a run.
@@ -342,6 +293,8 @@ def create_run(path: str | Path, diffusion: Diffusion, config: dict | None = Non
     try:
         if isinstance(diffusion.schedule, NoiseSchedule):
             np.save(temporary / "schedule.npy", diffusion.schedule.beta)
+        if data is not None:
+            save_data(temporary / "data.eqx", data)
         write_json(temporary / "config.json", {**(config or {}), "model": describe(diffusion)})
         os.replace(temporary, path)
     except BaseException:

@@ -217,12 +217,40 @@ def test_the_fit_has_the_options(given):
 def test_resume(tmp_path, capsys):
     path, _, _ = small_run()
     before = (path / "parameters.eqx").read_bytes()
-    for option in (["--iterations", "30"], ["--data", "moons"], ["--seed", "1"]):
+    for option in (["--iterations", "10"], ["--data", "moons"], ["--seed", "1"]):
         assert cli.main(["fit", "--out", str(path), "--resume", *option]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and option[0] in error and f"got {option[1]}" in error
     assert cli.main(["fit", "--out", str(path), "--resume", *SMALL]) == 0
     assert (path / "parameters.eqx").read_bytes() == before
+
+
+def test_a_fit_that_has_ended_goes_on_to_more_iterations(tmp_path, capsys, patched):
+    """The run says so; what was there stays; it is resumed, also if nothing of the new leg was saved. Before its end it is refused."""
+    patched(fit_command.evaluate, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(50, 2)))
+    path, resume = tmp_path / "r", ["fit", "--out", str(tmp_path / "r"), "--resume"]
+    options = ["--num-steps", "2", "--iterations", "3", "--batch-size", "4"]
+    assert cli.main(["fit", "--data", str(tmp_path / "x.npy"), "--out", str(path), *options]) == 130
+    run, ended = probdiff.open_run(path), (path / "checkpoint.eqx").read_bytes()
+    first, first_parameters = run.losses, (path / "parameters.eqx").read_bytes()
+    assert "legs" not in run.config and run.checkpoint.num_iterations == 3
+    assert cli.main([*resume, "--iterations", "5"]) == 130
+    assert run.config["iterations"] == 5 and run.config["legs"] == [3, 5]
+    assert len(run.losses) == 5 and np.array_equal(run.losses[:3], first)
+    parameters = (path / "parameters.eqx").read_bytes()
+    assert parameters != first_parameters
+    for name in ("checkpoint.eqx", "checkpoint.previous.eqx"):
+        (path / name).write_bytes(ended)
+    assert cli.main(resume) == 130 and (path / "parameters.eqx").read_bytes() == parameters
+    capsys.readouterr()
+    assert cli.main([*resume, "--iterations", "4"]) == 2
+    assert "--iterations: Expected 5, as in the run to resume; got 4" in capsys.readouterr().err
+    for name in ("checkpoint.eqx", "checkpoint.previous.eqx"):
+        (path / name).unlink()
+    assert cli.main([*resume, "--iterations", "9"]) == 2 and run.config["iterations"] == 5
+    error = capsys.readouterr().err
+    assert "--iterations: Expected 5, as in the run to resume, before it goes on to more; got 9 after 0 iterations" in error
 
 
 BAD = {

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import long_but
+from conftest import assert_mean, long_but
 from numpyro import handlers
 from numpyro.infer import SVI
 
@@ -14,10 +14,10 @@ import probdiff
 from probdiff._chunks import inputs_at_once
 
 
-def make(num_steps=6, dim=2, **kwargs):
+def make(num_steps=6, dim=2, schedule=None, **kwargs):
     network = probdiff.MLP(dim, key=jax.random.key(0), hidden=16, num_blocks=1)
     network = eqx.tree_at(lambda m: m.write.weight, network, jnp.full((dim, 16), 0.05))
-    return probdiff.Diffusion(probdiff.log_snr_schedule(num_steps, 5.0, -4.0), network, **kwargs)
+    return probdiff.Diffusion(schedule or probdiff.log_snr_schedule(num_steps, 5.0, -4.0), network, **kwargs)
 
 
 X = jax.random.normal(jax.random.key(1), (7, 2))
@@ -141,7 +141,7 @@ def test_a_model_or_guide_of_another_diffusion_is_refused():
 WEIGHT = np.array([0.5, 2.0, 0.1, 1.0, 3.0, 0.2, 1.5])
 
 
-@pytest.mark.parametrize("name", long_but(["trace", "kl_combined"], ["trace", "kl_marginal", "kl_combined", "kl_path"]))
+@pytest.mark.parametrize("name", long_but(["trace", "kl_combined"], [name for name in probdiff.ESTIMATORS if name != "kl_posterior_target"]))
 def test_scale_and_mask_by_datum(name, float64):
     """Value and gradient, on the same noise: a mask leaves one datum, whatever the others are; a scale weighs them; as NumPyro's own ELBO does."""
     diffusion = make()
@@ -170,5 +170,28 @@ def test_scale_and_mask_by_datum(name, float64):
     np.testing.assert_allclose(WEIGHT @ alone, loss(scale(WEIGHT)), **close)
     np.testing.assert_allclose(0.3 * WEIGHT[:3] @ alone[:3], loss(mask(jnp.arange(7) < 3), scale(0.3), scale(WEIGHT)), **close)
     assert not loss(mask(False)).any()
-    if "combined" not in name:  # (its control variate is fitted to the batch)
+    if name not in ("kl_combined", "kl_controlled"):  # (its control variate is fitted to the batch)
         np.testing.assert_allclose(alone[2], loss(mask(jnp.arange(7) == 2), x=X.at[3:].add(1.0)), **close)
+
+
+def test_the_posterior_target_counts_its_points_as_their_terms(float64):
+    """The mean is the weighted sum of the bounds; data that do not count are as if they were not there; all alike is no weight."""
+    # (At an early loss of signal, many points may be what z_n was made of.)
+    diffusion, weight = make(schedule=probdiff.log_snr_schedule(6, 1.0, -4.0)), np.array([3.0, 0, 0, 0.2, 0, 0.1, 0])
+    guide, elbo = probdiff.ESTIMATORS["kl_posterior_target"](diffusion)
+
+    def loss(key, x, weight, elbo=elbo):
+        programs = [handlers.mask(handlers.scale(p, scale=np.where(weight, weight, 1)), mask=weight > 0) for p in (diffusion.model, guide)]
+        return elbo.loss(key, elbo.initial_state, *programs, x)
+
+    # On the same noise; with all points alike the difference would be 0.2.
+    known, drawn = (probdiff.AnalyticELBO(diffusion, points=points) for points in ("batch", None))
+    difference = jax.jit(jax.vmap(lambda key: loss(key, X, weight, known) - loss(key, X, weight, drawn)))
+    assert_mean(difference(jax.random.split(jax.random.key(3), 6000)), 0.0, power=0.2)
+    of_all = jax.jit(lambda x: [loss(jax.random.key(5), x, each) for each in (weight, np.zeros(7), np.full(7, 2.0), np.ones(7))])
+    (one, none, twice, once), (other, *_) = of_all(X), of_all(X + 10 * (weight == 0)[:, None])
+    assert none == 0
+    np.testing.assert_allclose([other, twice], [one, 2 * once], rtol=1e-10)
+    of_a_set = probdiff.AnalyticELBO(diffusion, "uniform", points=np.asarray(X))
+    with pytest.raises(ValueError, match="points: Expected 'batch' with a scale or mask by datum"):
+        loss(jax.random.key(5), X, weight, of_a_set)

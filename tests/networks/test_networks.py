@@ -1,5 +1,6 @@
 """ε-networks: shapes, the noise level or the step they are told, dropout, and what takes a key."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,3 +96,61 @@ def test_an_ensemble_is_the_mean_of_its_networks():
     for networks, got in (([], r"\[\]"), ([1], "1"), ([own[0], other], r"dimensions \[2, 3\]")):
         with pytest.raises(ValueError, match=f"networks: Expected .*{got}"):
             probdiff.networks.Ensemble(networks)
+
+
+class OfOneExample(eqx.Module):
+    """As equinox writes networks: z of shape (dim,), n of shape ()."""
+
+    layer: eqx.nn.Linear
+    dropout: eqx.nn.Dropout
+
+    def __call__(self, z, n, *, key=None):
+        return self.dropout(self.layer(jnp.concatenate([z, n[None] / 4.0])), key=key, inference=key is None)
+
+
+def of_one_example(inputs=3):
+    return OfOneExample(eqx.nn.Linear(inputs, 2, key=jax.random.key(0)), eqx.nn.Dropout(0.5))
+
+
+def test_a_network_of_one_example_is_named_with_the_remedy():
+    """Whether it fails on a batch or gives one result for all of it; inside of a head, too. It keeps its own error as the cause."""
+    schedule, z = probdiff.cosine_schedule(4), jnp.ones((5, 2))
+    message = r"network: Expected network\(z, n\) with z .* here \(5, 2\); got one for a single example, z of shape \(2,\): give probdiff.networks.batched"
+    for network in (of_one_example(), probdiff.networks.VHead(of_one_example())):
+        with pytest.raises(ValueError, match=message) as caught:
+            probdiff.Diffusion(schedule, network, dim=2).predict_noise(z, 2)
+        assert "oncatenat" in str(caught.value.__cause__)
+    with pytest.raises(ValueError, match=message):
+        probdiff.Diffusion(schedule, lambda z, n: jnp.stack([z.sum(), z.max()]), dim=2).predict_noise(z, 2)
+    with pytest.raises(ValueError, match=message):
+        probdiff.fit(probdiff.Diffusion(schedule, of_one_example(), dim=2), np.random.default_rng(0).normal(size=(20, 2)), batch_size=5, progress=False)
+
+
+def test_a_network_with_a_mistake_of_its_own_shows_that():
+    """It is not taken for one of a single example, and its error is not wrapped."""
+    schedule, z = probdiff.cosine_schedule(4), jnp.ones((5, 2))
+    with pytest.raises(TypeError, match="oncatenat"):
+        probdiff.Diffusion(schedule, of_one_example(4), dim=2).predict_noise(z, 2)
+    with pytest.raises(ZeroDivisionError):
+        probdiff.Diffusion(schedule, lambda z, n: z / (1 // 0), dim=2).predict_noise(z, 2)
+    with pytest.raises(ValueError, match=r"Expected shape \(5, 2\), the shape of z; got \(5, 3\)"):
+        probdiff.Diffusion(schedule, lambda z, n: jnp.zeros((*n.shape, 3)), dim=2).predict_noise(z, 2)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (3, 4)])
+def test_batched(batch):
+    """Example by example; told the step or the noise level as the network is, with its parameters, and dropout for each example."""
+    schedule, own = probdiff.cosine_schedule(4), of_one_example()
+    network = probdiff.networks.batched(own)
+    assert all(a is b for a, b in zip(jax.tree.leaves(network), jax.tree.leaves(own), strict=True))
+    z, n = jax.random.normal(jax.random.key(1), (*batch, 2)), jnp.full(batch, 3, jnp.int32)
+    model = probdiff.Diffusion(schedule, network, dim=2)
+    found = model.predict_noise(z, n)
+    assert found.shape == z.shape and model.is_told_step
+    for z_i, found_i in zip(z.reshape(-1, 2), found.reshape(-1, 2)):
+        np.testing.assert_allclose(found_i, own(z_i, jnp.asarray(3)), rtol=1e-5, atol=1e-6)
+    kept = np.asarray(model.predict(jnp.ones((40, 2)), jnp.full(40, 2), jax.random.key(0)) != 0)
+    assert 0.2 < kept.mean() < 0.8 and len(np.unique(kept, axis=0)) > 1
+    level = probdiff.networks.batched(Level())
+    assert level.dim == 2 and not level.is_told_step and network.dim is None
+    np.testing.assert_allclose(probdiff.Diffusion(schedule, level).predict_noise(z, n)[..., 0], np.full(batch, schedule.log_snr[2]), rtol=1e-5)

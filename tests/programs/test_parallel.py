@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import optax
 import pytest
 from conftest import assert_mean, long_but
@@ -183,3 +184,43 @@ def test_what_it_refuses():
         handlers.seed(programs.guide, 0)(None)
     with pytest.raises(ValueError, match="z: Expected shape"):
         probdiff.programs.ForwardChain(diffusion(3).schedule, jnp.zeros((2, 2))).log_prob(jnp.zeros((4, 2, 2)))
+
+
+def in_plate(program, dim):
+    """The program inside of a plate of two."""
+
+    def plated(*args, **kwargs):
+        with numpyro.plate("outer", 2, dim=dim):
+            return program(*args, **kwargs)
+
+    return plated
+
+
+@pytest.mark.parametrize("name", long_but(["three steps"], MODELS))
+def test_inside_of_a_plate_they_are_independent_copies(name, float64):
+    """The density of two paths is the sum of theirs; what is drawn is each from its own path."""
+    model, x = MODELS[name](), data_of(MODELS[name]())
+    programs = probdiff.programs.ParallelPrograms(model)
+    paths = jax.random.normal(jax.random.key(1), (2, model.schedule.num_steps, 3, 2))
+    for program in (programs.model, programs.guide, programs.posterior_guide):
+        apart = sum(joint(program, path, x, num_data=7) for path in paths)
+        np.testing.assert_allclose(joint(in_plate(program, -3), paths, x, num_data=7), apart, rtol=1e-11)
+    drawn = handlers.trace(handlers.seed(handlers.substitute(in_plate(programs.model, -3), {"z": paths}), 0)).get_trace(None, 3)["x"]
+    alone = [handlers.trace(handlers.seed(handlers.substitute(programs.model, {"z": path}), 0)).get_trace(None, 3)["x"] for path in paths]
+    assert drawn["value"].shape == (2, 1, 3, 2)
+    own = [np.asarray(site["fn"].log_prob(drawn["value"][k, 0])) for k, site in enumerate(alone)]
+    np.testing.assert_allclose(drawn["fn"].log_prob(drawn["value"])[:, 0], own, rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["model", "guide", "posterior_guide"])
+def test_a_plate_in_the_way_is_named(method):
+    """None can be around a program that scans; around the others, one that leaves the last two places to theirs."""
+    scanned, programs = diffusion(3), probdiff.programs.ParallelPrograms(diffusion(3))
+    for program, dim, expected in (
+        (scanned, None, "no plate around a program that scans; got 'outer' with dim=-1"),
+        (scanned, -3, "no plate around a program that scans; got 'outer' with dim=-3"),
+        (programs, None, "a plate with dim=-3 or less; got 'outer' with dim=-1"),
+        (programs, -2, "a plate with dim=-3 or less; got 'outer' with dim=-2"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"numpyro.plate: Expected {expected}.*ParallelPrograms.*dim=-3"):
+            handlers.seed(in_plate(getattr(program, method), dim), 0)(X)

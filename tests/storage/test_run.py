@@ -1,6 +1,7 @@
 """Run folders and exports: what was saved comes back bitwise; nothing is overwritten; damage is named."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from conftest import long_but
@@ -113,6 +115,50 @@ def test_a_custom_network_needs_like(tmp_path, like):
     assert_same(probdiff.open_run(tmp_path / "run", like=structure).diffusion.trainable(), fit.diffusion.trainable())
     with pytest.raises(ValueError, match="another configuration"):
         _ = probdiff.open_run(tmp_path / "run", like=Custom(jnp.zeros(3))).diffusion
+
+
+def same_data(a, b):
+    for field in dataclasses.fields(a):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(x, np.ndarray):
+            assert x.dtype == y.dtype and isinstance(y, np.ndarray)
+            np.testing.assert_array_equal(x, y)
+        elif field.name != "oracle":
+            assert x == y, field.name
+
+
+def test_the_data_of_a_run_come_back(tmp_path):
+    """In their precision, with the names and kinds of columns, and the density of the planar sets; a run without them names the remedy."""
+    frame = pd.DataFrame({"id": range(40), "size": np.random.default_rng(0).normal(size=40), "kind": pd.Categorical(list("abca") * 10)})
+    table = probdiff.datasets.split(frame, index="id", name="mine")
+    mixed = probdiff.Diffusion(probdiff.cosine_schedule(4), lambda z, n: z, table.likelihood(), dim=4)
+    run = probdiff.storage.create_run(tmp_path / "table", mixed, {"note": "mine"}, table)
+    found = probdiff.open_run(run.path).data
+    same_data(table, found)
+    assert table.discrete and run.config["note"] == "mine" and "data" not in run.config
+    grid = dataclasses.replace(probdiff.datasets.split(np.arange(160).reshape(40, 4) % 3), image_shape=(2, 2))
+    plain = probdiff.Diffusion(probdiff.cosine_schedule(4), lambda z, n: z, grid.likelihood(), dim=4)
+    same_data(grid, probdiff.storage.create_run(tmp_path / "grid", plain, data=grid).data)
+    double = dataclasses.replace(probdiff.datasets.split(X), test=X.astype(np.float64) / 3)
+    same_data(double, probdiff.storage.create_run(tmp_path / "double", make(), data=double).data)
+    moons = dataclasses.replace(probdiff.datasets.load("moons"), train=X)
+    assert probdiff.storage.create_run(tmp_path / "moons", make(), data=moons).data.log_prob(X[:2]) == pytest.approx(moons.log_prob(X[:2]))
+
+
+def test_data_that_are_not_whole_or_not_the_models_are_refused(tmp_path):
+    data = probdiff.datasets.split(X)
+    with pytest.raises(TypeError, match="data: Expected a Dataset; got ndarray"):
+        probdiff.storage.create_run(tmp_path / "run", make(), data=X)
+    with pytest.raises(ValueError, match=r"x: Expected shape \(datum, 2\); got shape"):
+        probdiff.storage.create_run(tmp_path / "run", make(), data=probdiff.datasets.split(np.hstack([X, X])))
+    run = probdiff.storage.create_run(tmp_path / "run", make(), data=data)
+    path = run.path / "data.eqx"
+    path.write_bytes(damaged(path.read_bytes(), "flipped"))
+    with pytest.raises(ValueError, match="data.eqx: Expected an intact file"):
+        _ = run.data
+    save_tree(path, [np.zeros(3)], name="mine")
+    with pytest.raises(ValueError, match="data.eqx: Expected the data of a run; got KeyError"):
+        _ = run.data
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -1,0 +1,56 @@
+"""Networks that are written in another way than :mod:`probdiff.networks.base` asks for."""
+
+import jax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from probdiff._checks import require
+from probdiff.networks.base import AbstractWrapper, Network, Prediction, evaluate, is_told_step
+
+
+class Batched(AbstractWrapper):
+    """What :func:`batched` gives: a network of one example, mapped over all batch axes."""
+
+    network: Network
+
+    @property
+    def dim(self) -> int | None:
+        """Dimension of the data, if the network knows it."""
+        return getattr(self.network, "dim", None)
+
+    @property
+    def is_told_step(self) -> bool:
+        """Whether the network is."""
+        return is_told_step(self.network)
+
+    def __call__(
+        self,
+        z: Float[Array, "*batch dim"],
+        log_snr: Float[Array, "*batch"],
+        *,
+        n: Int[Array, "*batch"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Prediction:
+        """Predict the noise in each ``z`` by itself; with ``key``, each has its own dropout."""
+        flat = z.reshape(-1, z.shape[-1])
+        keys = None if key is None else jax.random.split(key, len(flat))
+        steps = None if n is None else n.ravel()
+        one = jax.vmap(lambda z, log_snr, n, key: evaluate(self.network, z, log_snr, n, key))
+        output = one(flat, log_snr.ravel(), steps, keys)
+        return output.reshape(*z.shape[:-1], *output.shape[1:])
+
+
+def batched(network: Network) -> Batched:
+    """A network that is written for one example, as one that takes a batch.
+
+    Args:
+        network: A callable ``network(z, n) -> eps_hat`` with z of shape ``(dim,)``, n an int32 of shape ``()`` and the prediction shaped like
+            z, as equinox writes them; or an :class:`AbstractNetwork` of one example. Dropout, with ``key=``, is that of one example.
+
+    Returns:
+        The network, for z of shape ``(*batch, dim)``. Its parameters are those of ``network``.
+
+    Raises:
+        TypeError: If ``network`` is not callable.
+    """
+    require(callable(network), "network", "a callable network(z, n)", type(network).__name__, TypeError)
+    return Batched(network)

@@ -1,0 +1,37 @@
+"""The data of a run as a file: the three splits, and in JSON what is known about them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from probdiff.datasets import PLANAR, Dataset
+from probdiff.storage.checkpoint import read_leaves, save_tree
+from probdiff.storage.description import describe_likelihood, make_likelihood
+
+PLAIN = ("name", "levels", "image_shape", "columns", "index")
+
+
+def save_data(path: Path, data: Dataset) -> None:
+    """Write a data set, all or nothing."""
+    about = {name: getattr(data, name) for name in PLAIN}
+    discrete = [[position, describe_likelihood(part)] for position, part in data.discrete.items()]
+    known = data.oracle is not None and data.name in PLANAR
+    save_tree(path, [data.train, data.validation, data.test], **about, discrete=discrete, planar=known)
+
+
+def load_data(path: Path) -> Dataset:
+    """The data set that :func:`save_data` wrote.
+
+    Raises:
+        ValueError: If a single bit is not as it was written, or something else was.
+    """
+    about, arrays = read_leaves(path)
+    try:
+        plain: dict[str, Any] = {name: tuple(value) if isinstance(value := about[name], list) else value for name in PLAIN}
+        discrete = {position: make_likelihood(part) for position, part in about["discrete"]}
+        oracle = PLANAR[about["name"]].oracle() if about["planar"] else None
+        train, validation, test = map(np.asarray, arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: Expected the data of a run; got {type(error).__name__}: {error}") from None
+    return Dataset(train=train, validation=validation, test=test, oracle=oracle, discrete=discrete, **plain)

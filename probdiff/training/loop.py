@@ -1,0 +1,191 @@
+"""The compiled parts of a fit: updates by NumPyro's ``svi.update``, and validation. It knows no files."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+from numpyro import handlers
+from numpyro.infer import SVI
+from numpyro.infer.elbo import ELBO
+
+from probdiff._checks import require
+from probdiff._sharding import gather, replicate, shard
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.analytic import AnalyticELBO
+from probdiff.elbo.estimators import ESTIMATORS
+from probdiff.elbo.objective import StepObjective
+from probdiff.programs.sites import PARAMS, Data
+from probdiff.training.minibatches import Minibatches
+
+CHUNK = 100  # updates, between two looks at them
+VALIDATION_ROWS = 2**12  # network evaluations, with the same noise each time, which hardly counts in a comparison
+MOST_SKIPPED = 10  # updates in a row, before a fit is given up
+
+
+class FitState(NamedTuple):
+    """All that decides the future of a fit.
+
+    Attributes:
+        svi: NumPyro's ``SVIState``: parameters, optimiser, average, key, and what the objective has learned.
+        keys: Of the minibatches and of the noise of the validation.
+        best: The averaged parameters that did best in validation so far.
+        best_bound: Their bound on the validation data, nats per datum (−inf before the first validation).
+        losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update
+            was skipped. As the minibatch follows from its key and the iteration, this is the position in the data, too.
+        validation: Rows of (iteration, bound on the validation data in nats per datum).
+        settings: What was asked for, by name: a resumed fit must be asked for the same, or for more iterations when it has ended. ``begun`` is
+            the number of iterations before the present leg.
+    """
+
+    svi: Any
+    keys: tuple
+    best: dict
+    best_bound: jax.Array
+    losses: np.ndarray
+    validation: np.ndarray
+    settings: dict[str, Any] | None
+
+
+def _all_finite(*trees: Any) -> jax.Array:
+    """Whether all numbers are; as one array, because a reduction for each of many leaves takes seconds to compile."""
+    leaves = [leaf.ravel() for leaf in jax.tree.leaves(trees) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.isfinite(jnp.concatenate(leaves)).all()
+
+
+def _guide_and_elbo(diffusion: Diffusion, elbo: ELBO | str | tuple[Callable, ELBO] | None) -> tuple[Callable, ELBO]:
+    """The objective of a fit, and the guide that goes with it."""
+    if elbo is None:
+        points: Literal["batch"] | None = "batch" if diffusion.kernel.closed_form else None
+        elbo = AnalyticELBO(diffusion, steps="stratified_importance", points=points)
+    if isinstance(elbo, str):
+        require(elbo in ESTIMATORS, "elbo", f"a NumPyro ELBO or one of {', '.join(ESTIMATORS)}", repr(elbo))
+        return ESTIMATORS[elbo](diffusion)
+    if isinstance(elbo, tuple) and len(elbo) == 2 and callable(elbo[0]) and isinstance(elbo[1], ELBO):
+        return elbo
+    expected = "a NumPyro ELBO, the name of an estimator, or the pair that ESTIMATORS[name](diffusion) gives"
+    got = f"the class {elbo.__name__}" if isinstance(elbo, type) else type(elbo).__name__
+    require(isinstance(elbo, ELBO), "elbo", expected, got, TypeError)
+    assert isinstance(elbo, ELBO)
+    return elbo.guide if isinstance(elbo, StepObjective) else diffusion.posterior_guide, elbo
+
+
+class Loop:
+    """The compiled parts of a fit.
+
+    Args:
+        diffusion: The model, not bound.
+        data: Training data, checked, shape ``(datum, column)``.
+        minibatches: Which rows of them each update sees.
+        optimiser: As :func:`~probdiff.training.optimiser.build_optimiser` gives it.
+        elbo: The objective, as :func:`~probdiff.fit` takes it.
+        mesh: The devices that share each minibatch.
+    """
+
+    def __init__(
+        self,
+        diffusion: Diffusion,
+        data: Any,
+        minibatches: Minibatches,
+        optimiser: optax.GradientTransformation,
+        elbo: ELBO | str | tuple[Callable, ELBO] | None,
+        mesh: Mesh | None,
+    ) -> None:
+        self.diffusion, self.minibatches, self.mesh = diffusion, minibatches, mesh
+        self.data = replicate(jnp.asarray(data), mesh)
+        guide, self.elbo = _guide_and_elbo(diffusion, elbo)
+        model, guide = (handlers.scale(program, scale=1 / minibatches.size) for program in (diffusion.model, guide))
+        self.svi = SVI(model, guide, optimiser, self.elbo)
+        self._bound = jax.jit(self._validation_bound)
+        self._advance = jax.jit(self._updates, static_argnames="guarded")
+
+    def init(self, key: PRNGKeyArray, settings: dict[str, Any]) -> FitState:
+        """The state before the first update."""
+        init_key, *keys = jax.random.split(key, 3)
+        # Compiled, because it then computes no more than the state.
+        svi = jax.jit(self.svi.init)(init_key, self.data[: self.minibatches.size])
+        best_bound = jnp.full((), -jnp.inf, jnp.zeros(()).dtype)
+        histories = np.zeros(0, best_bound.dtype), np.zeros((0, 2))
+        return FitState(svi, tuple(keys), self.averaged(svi), best_bound, *histories, settings)
+
+    def averaged(self, svi_state: Any) -> dict[str, Any]:
+        """The averaged parameters, by site."""
+        return {PARAMS: optax.tree_utils.tree_get(svi_state.optim_state[1][1], "ema_params")[PARAMS]}
+
+    def result(self, state: FitState) -> dict[str, Any]:
+        """The parameters that are the result so far, by site: the averaged ones; with validation, the best of them."""
+        return state.best if len(state.validation) else self.averaged(state.svi)
+
+    def begin_anew(self, state: FitState) -> FitState:
+        """The state at the beginning of another leg: the optimiser starts from the result so far, everything else goes on."""
+        return state._replace(svi=state.svi._replace(optim_state=self.svi.optim.init(self.result(state))))
+
+    def _updates(
+        self, svi_state: Any, data: jax.Array, key: PRNGKeyArray, start: Any, count: Any, guarded: bool
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """``count`` updates: the state, the losses (and 0 up to ``CHUNK``) and whether all is finite; if ``guarded``, without those that
+        are not."""
+
+        def update(old: Any, iteration: Any) -> Any:
+            return self.svi.update(old, shard(data[self.minibatches.rows(key, iteration)], self.mesh))
+
+        def update_if_finite(old: Any, iteration: Any) -> Any:
+            new, loss = update(old, iteration)
+            good = _all_finite(loss, new.optim_state, new.mutable_state)
+            kept = jax.lax.cond(good, lambda: new._replace(rng_key=None), lambda: old._replace(rng_key=None))
+            return kept._replace(rng_key=new.rng_key), jnp.where(good, loss, jnp.nan)
+
+        def body(i: jax.Array, carry: Any) -> Any:
+            state, losses = carry
+            state, loss = (update_if_finite if guarded else update)(state, start + i)
+            return state, losses.at[i].set(loss)
+
+        # The number of updates is a value and not a shape, so that no other number is compiled again.
+        new, losses = jax.lax.fori_loop(0, count, body, (svi_state, jnp.zeros(CHUNK)))
+        good = guarded or _all_finite(losses, new.optim_state, new.mutable_state)
+        return gather((new, losses, jnp.asarray(good)), self.mesh)
+
+    def advance(self, state: FitState, count: Any) -> FitState:
+        """The state after ``count`` updates more.
+
+        What is not finite stays so: one look at the end says whether every update was good, and only if not, they are made again,
+        with a look at each.
+        """
+        start = len(state.losses)
+        given = state.svi, self.data, state.keys[0], start, count
+        svi_state, losses, good = self._advance(*given, guarded=False)
+        if not good:
+            svi_state, losses, _ = self._advance(*given, guarded=True)
+        losses = np.concatenate([state.losses, np.asarray(losses)[:count]])
+        self._refuse_many_skipped(losses, start, state.keys[0])
+        return state._replace(svi=svi_state, losses=losses)
+
+    def _refuse_many_skipped(self, losses: np.ndarray, start: Any, key: PRNGKeyArray) -> None:
+        run = 0
+        for iteration in range(max(0, start - MOST_SKIPPED), len(losses)):
+            run = run + 1 if np.isnan(losses[iteration]) else 0
+            if run == MOST_SKIPPED:
+                first = iteration - run + 1
+                rows = np.asarray(self.minibatches.rows(key, first))
+                raise FloatingPointError(
+                    f"The loss or its gradient was not finite in {run} iterations in a row, the first of them "
+                    f"iteration {first + 1}, on rows {rows[:8].tolist()}{' …' * (len(rows) > 8)} of the data"
+                )
+
+    def _validation_bound(self, params: Any, x: Data, key: PRNGKeyArray) -> jax.Array:
+        trained = self.diffusion.bind(params).evaluated()
+        particles = min(1024, -(-VALIDATION_ROWS // len(x)))
+        elbo = AnalyticELBO(trained, "stratified", num_particles=particles, vectorize_particles=False)
+        return -elbo.loss(key, {}, trained.model, trained.guide, x) / len(x)
+
+    def validate(self, state: FitState, x: Data) -> FitState:
+        """The state with the bound of the averaged parameters on held-out data, and these kept if they are the best so far."""
+        params = self.averaged(state.svi)
+        bound = self._bound(params, x, state.keys[1])
+        row = np.array([[len(state.losses), float(bound)]])
+        state = state._replace(validation=np.concatenate([state.validation, row]))
+        return state._replace(best=params, best_bound=bound) if bound > state.best_bound else state
