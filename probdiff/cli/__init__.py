@@ -242,7 +242,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
         help="steps of ddim, noise levels of langevin (default: all N); equal steps of ode (default: it chooses)",
     )
     sample.add_argument("--seed", type=_seed, default=0, metavar="S", help="seed (default 0)")
-    sample.add_argument("--out", metavar="FILE.npy", help="a new file (default: the next free RUN/samples/NAME-k.npy)")
+    sample.add_argument("--out", metavar="FILE", help="a new .npy or .csv file (default: the next free RUN/samples/NAME-k)")
     _add_devices(sample)
     _add_json(sample, "print what was written as one JSON document")
 

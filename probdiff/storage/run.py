@@ -236,13 +236,15 @@ class Run:
 
         Args:
             sampler: Name of the sampler, for the name of the file.
-            out: Path of the file, ending in ``.npy``; the next free one in the run if not given.
+            out: Path of the file, ending in ``.npy`` or, with the names and labels of the columns, in ``.csv``; the next free one in the run if
+                not given, ``.csv`` where columns have names.
 
         Raises:
-            ValueError: If ``out`` does not end in ``.npy``; FileExistsError if one of the two is there already.
+            ValueError: If ``out`` ends in something else; FileExistsError if one of the two is there already.
         """
-        path = next_free(sampler, self.path / "samples", ".npy") if out is None else Path(out)
-        require(path.suffix == ".npy", "out", "a file ending in .npy", str(path))
+        suffix = ".npy" if self.data.columns is None else ".csv"
+        path = next_free(sampler, self.path / "samples", ".png").with_suffix(suffix) if out is None else Path(out)
+        require(path.suffix in (".npy", ".csv"), "out", "a file ending in .npy or .csv", str(path))
         paths = path, path.with_suffix(".png")
         for each in paths:
             require(not each.exists(), "out", "a new file", f"{each}, which exists", FileExistsError)
@@ -251,9 +253,12 @@ class Run:
 
     def save_samples(self, paths: tuple[Path, Path], samples: np.ndarray, figure: "Figure") -> None:
         """Write samples and their figure to the paths from :meth:`new_samples`."""
-        buffer = io.BytesIO()
-        np.save(buffer, samples, allow_pickle=False)
-        write_bytes(paths[0], buffer.getvalue())
+        if paths[0].suffix == ".csv":
+            write_bytes(paths[0], self.data.to_frame(samples).to_csv(index=False).encode())
+        else:
+            buffer = io.BytesIO()
+            np.save(buffer, samples, allow_pickle=False)
+            write_bytes(paths[0], buffer.getvalue())
         figure.savefig(paths[1])
 
     def _table(self, name: str) -> np.ndarray:

@@ -41,7 +41,7 @@ SAMPLE_ERRORS = {
     "no steps": (["--sampler", "ddim", "--steps", "0"], "--steps: Expected an integer of at least 1; got 0"),
     "ancestral": (["--steps", "5"], "--steps: Expected none for ancestral, which takes all steps; got 5"),
     "too many": (["--sampler", "ddim", "--steps", "9"], "steps: Expected a number of steps, 1 to 4, or increasing"),
-    "suffix": (["--out", "samples.npz"], "out: Expected a file ending in .npy; got samples.npz"),
+    "suffix": (["--out", "samples.npz"], "out: Expected a file ending in .npy or .csv; got samples.npz"),
 }
 
 
