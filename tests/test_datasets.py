@@ -231,7 +231,7 @@ def test_a_class_column_of_an_array_is_no_density():
 
 
 @pytest.mark.parametrize("index, name, note", [
-    (np.arange(ROWS), "", "''"), (np.arange(1, ROWS + 1), "id", "'id'"), (RNG.permutation(ROWS), "", "''"), (RNG.permutation(ROWS), "id", None)
+    (np.arange(ROWS), "", "no name"), (np.arange(1, ROWS + 1), "id", "'id'"), (RNG.permutation(ROWS), "", "no name"), (RNG.permutation(ROWS), "id", None)
 ])  # fmt: skip
 def test_a_column_that_numbers_the_rows_is_left_out(index, name, note, tmp_path):
     """It is recognised; or it is named."""

@@ -82,7 +82,7 @@ PUBLIC = {
     "the posterior guide": lambda d: traced(d.posterior_guide, X),
     "the parallel guide": lambda d: traced(probdiff.programs.ParallelPrograms(d).guide, X),
     "optimal_variance": lambda d: jax.tree.leaves(probdiff.elbo.optimal_variance(d.with_kernel(OPTIMAL), X, key=KEY).kernel),
-    "ScoreMatching": lambda d: loss(d.evaluated(), lambda own: (own.guide, probdiff.elbo.ScoreMatching(own))),
+    "ScoreMatching": lambda d: loss(d.with_kernel(GaussianKernel("posterior")).evaluated(), lambda own: (own.guide, probdiff.elbo.ScoreMatching(own))),
     **{f"ESTIMATORS[{name!r}]": lambda d, estimator=estimator: loss(d, estimator) for name, estimator in probdiff.ESTIMATORS.items()},
     "AnalyticELBO": lambda d: probdiff.AnalyticELBO(d.evaluated(), "stratified").per_datum(KEY, X),
 }

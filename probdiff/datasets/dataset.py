@@ -82,7 +82,7 @@ class Dataset:
         rows = ", ".join(f"{len(getattr(self, split))} {split}" for split in ("train", "validation", "test"))
         lines = [f"{self.name}: {rows} rows of {self.dim} columns"]
         if self.index is not None:
-            lines.append(f"  left out, the number of the row: {self.index!r}")
+            lines.append(f"  left out, as it numbers the rows: {repr(self.index) if self.index else 'the first column, which has no name'}")
         if self.levels is not None:
             lines.append(f"  a grid of {self.levels} levels in every column")
             return "\n".join(lines)

@@ -269,7 +269,7 @@ class _Estimator:
         return jax.vmap(one)(jax.random.split(key, len(x)), x)
 
     def _gradients(
-        self, learned: Any, x: jax.Array, keys: PRNGKeyArray
+        self, learned: Any, x: jax.Array, keys: jax.Array
     ) -> tuple[Float[Array, "2 direction"], Float[Array, ""]]:
         """Two draws of the gradient of the mean bound: their projections, and half their squared distance."""
         guide, elbo = self.by_gradient
@@ -283,7 +283,7 @@ class _Estimator:
         both = jax.lax.map(gradient, keys)
         return both @ self.directions.T, jnp.square(both[0] - both[1]).sum() / 2
 
-    def _learn(self, state: Any, keys: PRNGKeyArray) -> Any:
+    def _learn(self, state: Any, keys: jax.Array) -> Any:
         updates, size = LEARNING
         many = jnp.tile(self.batch, (-(-size // len(self.batch)), 1))
 

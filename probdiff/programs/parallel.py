@@ -19,7 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpyro
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
@@ -192,7 +192,7 @@ class ParallelPrograms(eqx.Module):
         _require_diffusion(diffusion)
         self.diffusion = diffusion
 
-    def model(self, x: Data | None, num_data: Size | None = None) -> Data:
+    def model(self, x: Data | None, num_data: Size | None = None) -> Real[AnyArray, "*plates datum column"]:
         """The reverse chain; arguments and sites as of :meth:`Diffusion.model`."""
         require_plates(OUTER)
         size, dim = self.diffusion.data_shape(x, num_data)

@@ -14,7 +14,7 @@ import pytest
 from cli_runs import small_run
 from conftest import long_but
 
-from probdiff import cli, datasets
+from probdiff import cli
 from probdiff.cli import verify as verify_command
 from probdiff.storage.checkpoint import read_leaves
 
@@ -129,13 +129,13 @@ def test_an_interrupt_that_is_ignored_stays_so(patched):
 def test_standard_output_is_the_document_alone_whatever_a_library_prints(capfd, patched):
     """In Python, and past it by the file descriptor, as libraries in C do."""
 
-    def load(*arguments):
+    def reopened(*arguments):
         print("from Python")
         os.write(1, b"[Gloo] Rank 0 is connected to 1 peer ranks\n")
         return right(*arguments)
 
-    path, right = small_run()[0], datasets.load
-    patched(right, load)
+    path, right = small_run()[0], probdiff.open_run
+    patched(right, reopened)
     assert cli.main(["inspect", str(path), "--json"]) == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["data"] == "digits" and captured.out.count("\n") == 1

@@ -61,7 +61,7 @@ def test_a_table_is_fitted_and_inspected(tmp_path, capsys):
     assert cli.main([*fit, *given]) == 0
     text = capsys.readouterr().out
     columns = "continuous, with a density: size\n"
-    assert columns in text and "2 categories (0, 1): tree" in text and "left out, the number of the row: 'id'" in text
+    assert columns in text and "2 categories (0, 1): tree" in text and "left out, as it numbers the rows: 'id'" in text
     assert "log-likelihood of independent columns" in text and "N = 4 steps in 4 dimensions" in text and "they agree" in text
     assert cli.main(["inspect", out]) == 0
     assert columns in capsys.readouterr().out
