@@ -98,7 +98,7 @@ def from_datatree(tree: "xarray.DataTree") -> ELBOTerms:
     groups = ("per_step", "per_datum") if "per_step" in tree else ("posterior", "posterior")
     step_kl, reconstruction = (tree[group].dataset[name] for group, name in zip(groups, ("step_kl", "reconstruction")))
     prior_kl = jnp.asarray(tree["constant_data"].dataset["prior_kl"].values)
-    cut = [jnp.asarray(each.values.reshape(-1, *each.shape[2:])) for each in (step_kl, reconstruction)]
+    cut = [jnp.asarray(each.values.reshape(each.shape[0] * each.shape[1], *each.shape[2:])) for each in (step_kl, reconstruction)]
     return ELBOTerms(prior_kl, cut[0], cut[1], bool(step_kl.attrs.get("closed_form", 1)))
 
 

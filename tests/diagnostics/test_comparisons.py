@@ -450,7 +450,7 @@ def test_the_command(runs, capsys):
     assert cli.main([*arguments, "--json"]) == 0
     captured = capsys.readouterr()
     document = json.loads(captured.out)
-    assert list(document["estimators"]) == ["kl_uniform", "kl_combined", "trace"] and "3/3" in captured.err
+    assert list(document["estimators"]) == ["kl_uniform", "kl_combined", "trace"] and "6/6" in captured.err
     opened = probdiff.open_run(runs[0])
     assert (opened.figures / "estimators.png").exists() and (opened.path / "estimators.nc").exists()
     assert cli.main(arguments) == 0
