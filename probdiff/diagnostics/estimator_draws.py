@@ -55,7 +55,7 @@ TURNS = {
     (True, False): Turns(2, 2, 100),
     (True, True): Turns(2, 1, 50),
 }
-PATHS = Turns(4, 8, 50)  # of trace: the tail of their weights is looked at, too
+PATHS = Turns(16, 2, 12)  # of trace: the tail of their weights is looked at, too
 EACH_STEP = (8, 2)  # how often a step comes up, on average, in the fewest turns of values and of gradients at one random step
 GRADIENT_COST = 3  # of a gradient, in values
 
