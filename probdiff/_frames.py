@@ -48,7 +48,7 @@ def numbers(column: "narwhals.Series", name: str = "x") -> Real[np.ndarray, "row
         TypeError: If the cells are not numbers; ValueError for one that is missing or not finite, by column and row.
     """
     of_numbers = column.dtype.is_numeric() or is_boolean(column)
-    remedy = "; leave the column out, or make it categorical for a ColumnLikelihood, as probdiff.datasets.split does"
+    remedy = "; leave the column out, or make categories of it (in pandas, x.astype({column: 'category'})) for a ColumnLikelihood"
     require(of_numbers, name, "columns of numbers", f"{column.dtype} in column {column.name!r}{remedy}", TypeError)
     require_complete(column, name)
     values = column.to_numpy()

@@ -24,6 +24,7 @@ from probdiff.chain.schedules import AbstractSchedule, at_step, require_schedule
 from probdiff.chain.variances import AbstractReverseVariance
 from probdiff.likelihoods import AbstractLikelihood, NormalLikelihood
 from probdiff.networks.base import Network, Prediction, evaluate, is_told_step, predict_noise, takes_key
+from probdiff.networks.heads import AbstractHead
 from probdiff.programs import scan
 from probdiff.programs.sites import PARAMS, AbstractDiffusion, Data, Size
 
@@ -85,6 +86,8 @@ class Diffusion(AbstractDiffusion):
         self.kernel = GaussianKernel(reverse_variance, schedule, self.dim) if kernel is None else kernel
         require_type("kernel", self.kernel, AbstractKernel)
         self.kernel.check_parts(network, likelihood)
+        if isinstance(network, AbstractHead):
+            network.check_likelihood(likelihood)
         self.training = True
         self.frozen = False
 

@@ -270,7 +270,7 @@ class FlowLikelihood(NamedTuple):
     solver: np.ndarray
     num_evaluations: np.ndarray
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """A table of means, each with its standard error over the data."""
         rows = (
             ("log-likelihood by the flow (lower bound)", self.log_prob),

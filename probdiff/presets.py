@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from probdiff._checks import Whole
+from probdiff._checks import Whole, require_type
 from probdiff.chain.schedules import log_snr_schedule
 from probdiff.datasets import Dataset
 from probdiff.diffusion import Diffusion
@@ -47,6 +47,7 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
         num_steps: N.
         seed: Seed of the initial weights.
     """
+    require_type("dataset", dataset, Dataset)
     key = jax.random.key(seed)
     if dataset.levels is None:
         likelihood, schedule = dataset.likelihood(), log_snr_schedule(num_steps, 15.0, -6.0)

@@ -44,6 +44,8 @@ def test_the_probability_of_a_category_is_that_of_its_point(float64):
 
 def test_categories_may_be_numbers(float64):
     likelihood = CategoricalLikelihood([1, 2.5, 10])
+    assert CategoricalLikelihood(FRAME["color"].astype("category").cat.categories).labels == COLORS.labels
+    assert CategoricalLikelihood(np.array([1, 2.5, 10])).values == likelihood.values
     x = np.array([[1.0, 10.0], [2.5, 1.0]])
     x0 = likelihood.encode(x)
     assert x0.shape == (2, 6) and likelihood.encoded_dim(2) == 6
@@ -134,6 +136,7 @@ def test_cells_that_are_no_data_are_named(column, value, message):
     (lambda: CategoricalLikelihood("abc"), TypeError, "a number of categories, or a sequence"),
     (lambda: CategoricalLikelihood(["a", 2]), TypeError, "numbers, or labels"),
     (lambda: probdiff.Diffusion(SCHEDULE, lambda z, n: z, TABLE, dim=4).check_data(X), ValueError, "which the likelihood encodes in 6"),
+    (lambda: probdiff.Diffusion(SCHEDULE, ColumnHead(lambda z, n: z, TABLE), SMALL), ValueError, "likelihood: Expected that of the ColumnHead, ColumnLikelihood"),
     (lambda: TABLE.check_data(X[:, :3]), ValueError, r"shape \(row, 4\); got 3 columns"),
 ])  # fmt: skip
 def test_a_table_that_cannot_be_is_refused(build, error, message):

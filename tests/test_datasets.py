@@ -249,12 +249,42 @@ def test_a_column_that_numbers_the_rows_is_left_out(index, name, note, tmp_path)
     ("", "a number in every cell; got none in line 4, column 'b'"),
     ("NA", "a number in every cell; got none in line 4, column 'b'"),
     ("tall", "got 'tall' in line 4, column 'b'; leave the column out, or number its categories"),
+    ("-inf", "finite numbers; got infinity in line 4, column 'b'"),
 ])  # fmt: skip
 def test_a_cell_of_a_file_is_named_by_line_and_column(cell, message, tmp_path):
     rows = [f"{a:.3f},{b}" for a, b in zip(RNG.normal(size=20), ["1.5", "2.25", cell] + ["3.125"] * 17)]
     (tmp_path / "mine.csv").write_text("\n".join(["a,b", *rows]))
     with pytest.raises(ValueError, match=message):
         datasets.load(tmp_path / "mine.csv")
+
+
+@pytest.mark.parametrize("content, message", [
+    ("a;b\n1,5;2\n", "cells separated by commas, and points in numbers; got ';' in the first line"),
+    ("172,76;2,26;0\n" * 20, "got ';' in the first line"),
+    ("a\tb\n1\t2\n", r"got '\\t' in the first line"),
+    ("a,b\n", "rows of numbers; got the names of columns alone"),
+    ("a,b, a\n1,2,3\n", "columns of different names; got 'a' twice"),
+])  # fmt: skip
+def test_what_is_no_table_of_commas_is_refused(content, message, tmp_path):
+    (tmp_path / "mine.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        datasets.load(tmp_path / "mine.csv")
+
+
+def test_integers_with_names_are_columns_of_their_own_unless_alike():
+    """Pixels, of which there are many, and counts of one range are a grid; sex, age and score are not."""
+    frame = pd.DataFrame({"sex": RNG.integers(0, 2, ROWS), "age": RNG.integers(18, 90, ROWS), "score": RNG.integers(0, 200, ROWS)})
+    data = datasets.split(frame)
+    assert data.levels is None and data.discrete[0].values == (0, 1) and data.discrete[1].first == frame["age"].min()
+    pixels = pd.DataFrame({f"pixel {j}": RNG.integers(0, 17 if j else 2, ROWS) for j in range(16)})
+    assert datasets.split(pixels).levels == 17
+
+
+def test_each_row_says_which_it_was():
+    data = datasets.split(TABLE, seed=3)
+    for split in ("train", "validation", "test"):
+        np.testing.assert_allclose(getattr(data, split)[:, 0], TABLE["length"].to_numpy()[data.rows[split]], rtol=1e-6)
+    assert repr(data) == data.describe() and len(repr(data).splitlines()) < 10
 
 
 def test_ties_are_told():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Real
+from jaxtyping import Int, Real
 
 from probdiff._checks import AnyArray, require
 from probdiff.chain.schedules import AbstractSchedule
@@ -23,6 +23,8 @@ from probdiff.oracles.distributions import GaussianMixture, LogProb, Points, Uni
 if TYPE_CHECKING:
     import pandas
 
+MOST_NAMED = 30  # columns
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -37,6 +39,7 @@ class Dataset:
         columns: Names of the columns; None if they have none.
         discrete: The likelihoods of the columns that have no density, by position, where columns are of several kinds.
         index: Name of the column that was left out because it numbers the rows; None if there was none.
+        rows: Of data that were shuffled, by the name of each split, which row of the source each of its rows was, counted from 0.
     """
 
     name: str
@@ -49,6 +52,11 @@ class Dataset:
     columns: tuple[str, ...] | None = None
     discrete: Mapping[int, AbstractLikelihood] = dataclasses.field(default_factory=dict)
     index: str | None = None
+    rows: Mapping[str, Int[np.ndarray, "row"]] | None = None
+
+    def __repr__(self) -> str:
+        """The description, in words."""
+        return self.describe()
 
     @property
     def dim(self) -> int:
@@ -87,7 +95,9 @@ class Dataset:
             lines.append(f"  a grid of {self.levels} levels in every column")
             return "\n".join(lines)
         if self._continuous:
-            lines.append(f"  continuous, with a density: {', '.join(map(self.column_name, self._continuous))}")
+            names = [*map(self.column_name, self._continuous[:MOST_NAMED])]
+            more = len(self._continuous) - len(names)
+            lines.append(f"  continuous, with a density: {', '.join(names)}{f' and {more} more' if more else ''}")
         for j in self._continuous:
             if found := atom(self.train[:, j]):
                 lines.append(f"    though {found[1]:.0%} of the rows of {self.column_name(j)} are {found[0]:g}, so that its density can be as large as one likes")

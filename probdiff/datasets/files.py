@@ -50,12 +50,18 @@ def _read_csv(path: Path, index: str | None) -> Table:
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         first = next(csv.reader(file), [])
     require(any(cell.strip() for cell in first), str(path), "rows of numbers", "an empty file or an empty first line")
+    other = next((mark for mark in (";", "\t") if any(mark in cell for cell in first)), None)
+    require(other is None, str(path), "cells separated by commas, and points in numbers", f"{other!r} in the first line")
     header = not any(map(_is_number, first)) or not first[0].strip()
+    names = [name.strip() for name in first]
+    twice = next((name for name in names if names.count(name) > 1), None) if header else None
+    require(twice is None, str(path), "columns of different names", f"{twice!r} twice")
     try:
         options = {"index_col": False, "encoding": "utf-8-sig", "skipinitialspace": True}
         frame = pd.read_csv(path, header=0 if header else None, **options)
     except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path}: Expected a readable .csv file; got: {' '.join(str(error).split())}") from None
+    require(len(frame) > 0, str(path), "rows of numbers", "the names of columns alone")
     frame.columns = [str(name).strip() for name in frame.columns]
     if header and not first[0].strip():
         frame = frame.rename(columns={frame.columns[0]: ""})
@@ -73,6 +79,9 @@ def _check_cells(column: "pandas.Series", name: str, path: Path, first_line: int
     where = f"line {missing[0] + first_line}, column {name!r}" if missing.size else ""
     require(missing.size == 0, str(path), "a readable .csv file with a number in every cell", f"none in {where}")
     if column.dtype.kind in "iufb":
+        infinite = np.flatnonzero(np.isinf(column.to_numpy(float)))
+        where = f"infinity in line {infinite[0] + first_line}, column {name!r}" if infinite.size else ""
+        require(infinite.size == 0, str(path), "a readable .csv file of finite numbers", where)
         return
     text = next((k, cell) for k, cell in enumerate(column) if not _is_number(str(cell)))
     got = f"{text[1]!r} in line {text[0] + first_line}, column {name!r}"

@@ -18,6 +18,7 @@ from probdiff.likelihoods import AbstractLikelihood, CategoricalLikelihood, Disc
 from probdiff.likelihoods.density import has_few_values
 
 WIDEST_GRID = 2**8  # whole numbers in a wider range are as good as continuous
+FEWEST_PIXELS = 16  # columns of integers that may be an image
 LEAST_SPREAD = 1e3  # of a column, in units of what float32 resolves
 
 
@@ -92,14 +93,17 @@ def split_table(table: Table, name: str, seed: Whole, shown: str) -> Dataset:
     order = np.random.default_rng(seed).permutation(len(array))
     held_out = max(2, len(array) // 10)
     array = array[order].astype(np.int32 if grid else np.float32)
-    train, validation, test = np.split(array, [len(array) - 2 * held_out, len(array) - held_out])
-    return Dataset(name, train, validation, test, levels, columns=table.columns, discrete=discrete, index=table.index)
+    cuts = [len(array) - 2 * held_out, len(array) - held_out]
+    rows = dict(zip(("train", "validation", "test"), np.split(order, cuts)))
+    train, validation, test = np.split(array, cuts)
+    return Dataset(name, train, validation, test, levels, None, None, table.columns, discrete, table.index, rows)
 
 
 def _has_own_ranges(table: Table) -> bool:
-    """Whether the named columns of a table of integers have little to do with each other: unlike pixels, most are far from the largest."""
+    """Whether the named columns of a table of integers have little to do with each other: a few, unlike pixels, of different ranges."""
     highest = table.array.max(0)
-    return table.columns is not None and bool(table.array.min() < 0 or np.median(highest) < highest.max() / 4)
+    few = table.array.shape[1] < FEWEST_PIXELS
+    return table.columns is not None and bool(table.array.min() < 0 or (few and highest.min() < highest.max() / 2))
 
 
 def _kind(table: Table, position: int, shown: str) -> AbstractLikelihood | None:

@@ -134,7 +134,7 @@ class EstimatorComparison:
 
         return plot_estimators(self.table, self.draws.shape[2])
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """The verdict, what each estimator costs, and what it found."""
         return format_estimators(self)
 

@@ -64,7 +64,7 @@ class ModelComparison:
             "num_draws": self.num_draws,
         }
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """The table."""
         return format_models(self)
 

@@ -80,7 +80,7 @@ class GapDecomposition:
 
         return plot_gap(self, title)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """The account as a table."""
         return format_gap(self)
 

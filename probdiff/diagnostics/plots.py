@@ -189,7 +189,7 @@ def plot_pairs(samples: "pandas.DataFrame", data: "pandas.DataFrame", title: str
             else:
                 x, y = (_positions(frame[name], data[name], rng) for name in (column, row))
                 axes.scatter(x, y, s=_marker_size(len(frame)), alpha=0.5, lw=0, color="C0" if i > j else "C1")
-                axes.set(xlim=_limits(data[column]), ylim=_limits(data[row]))
+                axes.set(xlim=_limits(data[column], samples[column]), ylim=_limits(data[row], samples[row]))
                 for name, axis in ((column, axes.xaxis), (row, axes.yaxis)):
                     if (values := _few_values(data[name])) is not None:
                         axis.set_ticks(np.arange(len(values)), values)
@@ -214,8 +214,12 @@ def _draw_marginal(axes: "matplotlib.axes.Axes", samples: "pandas.Series", data:
             axes.bar(np.arange(len(values)) + 0.4 * side - 0.2, shares, width=0.4, **look)
         axes.set_xticks(np.arange(len(values)), values, rotation=30 * (len(values) > 3))
         return
-    low, high = _limits(data)
+    low, high = _limits(data, samples)
     edges = np.linspace(low, high, 26)
+    if data.dtype.kind in "iu":  # bins of as many whole numbers each
+        width = int(np.ceil((high - low) / 25))
+        edges = np.arange(np.floor(low), high + width, width) - 0.5
+        low, high = edges[0], edges[-1]
     for column, look, filled in zip((data, samples), looks, (True, False)):
         density, _ = np.histogram(np.clip(np.asarray(column, float), low, high), edges, density=True)
         axes.stairs(density, edges, fill=filled, **look)
@@ -236,12 +240,13 @@ def _positions(column: "pandas.Series", data: "pandas.Series", rng: np.random.Ge
     return np.array([place.get(value, np.nan) for value in column]) + rng.uniform(-0.2, 0.2, len(column))
 
 
-def _limits(data: "pandas.Series") -> tuple[float, float]:
-    """The range of a column of data, and a tenth of it on either side."""
+def _limits(data: "pandas.Series", samples: "pandas.Series") -> tuple[float, float]:
+    """The range of a column of data and of all but a hundredth of the samples, and a tenth of it on either side."""
     values = _few_values(data)
     if values is not None:
         return -0.6, len(values) - 0.4
-    low, high = float(data.min()), float(data.max())
+    ends = [data.min(), data.max(), *np.quantile(np.asarray(samples, float), [0.005, 0.995])]
+    low, high = float(min(ends)), float(max(ends))
     margin = 0.1 * (high - low or 1)
     return low - margin, high + margin
 

@@ -112,6 +112,8 @@ def _costs(table: "pandas.DataFrame", num_items: int) -> Iterator[str]:
 
 def _with_error(value: float, error: float) -> str:
     """A number and its standard error in 15 columns, to the first digit of the error."""
+    if np.isnan(value):
+        return f"{'–':>8}{'':7}"
     if value >= 1e6:
         return f"{value:8.1e} ±{error:5.0e}".replace("nan", "  –")
     decimals = int(np.clip(-np.floor(np.log10(error)), 0, 3)) if error > 0 else 2

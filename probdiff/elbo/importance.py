@@ -159,7 +159,7 @@ class Sandwich(NamedTuple):
     lower: dict
     upper: dict
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """The bounds from below to above, each with its error and its paired distance to the one before."""
         rows = [(f"lower, K = {k}", self.lower[k]) for k in sorted(self.lower)]
         rows += [(f"upper, K = {k}", self.upper[k]) for k in sorted(self.upper, reverse=True)]

@@ -42,6 +42,7 @@ class CategoricalLikelihood(AbstractLikelihood):
         if isinstance(categories, int | np.integer):
             require_count("categories", categories)
             categories = range(int(categories))
+        categories = categories.tolist() if hasattr(categories, "tolist") else categories  # of an array, or of an index of pandas
         listed = isinstance(categories, Sequence) and not isinstance(categories, str)
         require(listed, "categories", "a number of categories, or a sequence of them", repr(categories), TypeError)
         words = all(isinstance(each, str) for each in categories)

@@ -44,6 +44,9 @@ class AbstractHead(AbstractWrapper):
         """The shape that the network must return for ``z``."""
         return z.shape
 
+    def check_likelihood(self, likelihood: AbstractLikelihood) -> None:
+        """Refuse a likelihood that the head does not suit."""
+
     @property
     def dim(self) -> int | None:
         """Dimension of the data, if the network knows it."""
@@ -225,6 +228,11 @@ class ColumnHead(AbstractHead):
     def arguments(self) -> dict[str, Any]:
         """The arguments that this head was made with."""
         return {"network": self.network, "likelihood": self._likelihood.tree}
+
+    def check_likelihood(self, likelihood: AbstractLikelihood) -> None:
+        """Refuse any likelihood but the head's own."""
+        same = Static(likelihood) == self._likelihood
+        require(same, "likelihood", f"that of the ColumnHead, {self._likelihood.tree}", likelihood)
 
     def noise(
         self, prediction: Float[Array, "*batch dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]

@@ -36,6 +36,7 @@ def test_marginals_are_shares_of_the_values_and_densities():
     size, kind, age = figure.axes[:3]
     assert [axes.get_xlabel() for axes in (size, kind, age)] == ["size", "kind", "age"]
     data, samples = (patch.get_data() for patch in size.patches)
+    assert data.edges[0] < -1 and data.edges[-1] > 3
     for stairs, column in ((data, DATA["size"]), (samples, SAMPLES["size"])):
         expected, _ = np.histogram(column, stairs.edges, density=True)
         np.testing.assert_allclose(stairs.values, expected)
@@ -44,6 +45,15 @@ def test_marginals_are_shares_of_the_values_and_densities():
     np.testing.assert_allclose([bar.get_height() for bar in age.patches], [14 / 40, 13 / 40, 13 / 40, 0, 1, 0])
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert words == ["data (n = 40)", "samples from the model (n = 500)"]
+
+
+def test_whole_numbers_are_counted_in_bins_of_as_many_each_and_samples_beyond_the_data_are_seen():
+    ages = pd.DataFrame({"age": np.arange(20, 60)})
+    drawn = pd.DataFrame({"age": np.concatenate([np.arange(20, 60), np.full(10, 95)])})
+    (axes,) = probdiff.plots.plot_marginals(drawn, ages).axes
+    data, samples = (patch.get_data() for patch in axes.patches)
+    np.testing.assert_allclose(np.diff(data.edges), 4)
+    assert np.ptp(data.values[data.values > 0][1:-1]) == 0 and data.edges[-1] > 95 and samples.values[samples.edges[1:] > 95][0] > 0
 
 
 def test_pairs_have_data_below_the_diagonal_and_samples_above():
