@@ -56,7 +56,7 @@ TURNS = {
     (True, True): Turns(2, 1, 50),
 }
 PATHS = Turns(16, 2, 12)  # of trace: the tail of their weights is looked at, too
-EACH_STEP = (8, 2)  # how often a step comes up, on average, in the fewest turns of values and of gradients at one random step
+EACH_STEP = {"gradient": 2, "grid": 8, "density": 32}  # how often each comes up, on average, in the fewest turns at one random step
 GRADIENT_COST = 3  # of a gradient, in values
 
 
@@ -227,8 +227,10 @@ class _Estimator:
         if num_draws is None:
             turns = PATHS if self.name == "trace" and not is_gradient else TURNS[self.all_steps, is_gradient]
             if not self.all_steps:
-                # A step that is drawn rarely may cost much: in the fewest turns each of N must have come up a few times.
-                rows = EACH_STEP[is_gradient] * self.diffusion.schedule.num_steps // (turns.fewest * len(self.items))
+                # A step that is drawn rarely may cost much, as the first of data with a density does, half a nat for each dimension: in the
+                # fewest turns each of N must have come up several times, or the error of the mean says nothing.
+                often = EACH_STEP["gradient" if is_gradient else "grid" if self.diffusion.likelihood.levels else "density"]
+                rows = often * self.diffusion.schedule.num_steps // (turns.fewest * len(self.items))
                 turns = turns._replace(draws=max(turns.draws, 2 * (rows // 2)))
             # With items left out, the error is mostly that of the items; otherwise it takes two turns.
             return turns if len(self.items) < len(self.batch) else turns._replace(fewest=max(2, turns.fewest))

@@ -14,6 +14,7 @@ import pytest
 from cli_runs import small_run
 from conftest import long_but
 
+import probdiff
 from probdiff import cli
 from probdiff.cli import verify as verify_command
 from probdiff.storage.checkpoint import read_leaves

@@ -71,6 +71,16 @@ def test_gradients_of_estimators_of_all_steps_are_drawn_if_there_is_time(minutes
     assert (row["gradient_variance"] is not None) is all_of_them
 
 
+def test_every_step_comes_up_several_times_however_little_time_there_is():
+    """A step that is drawn once in a thousand rows may cost most: without it, the mean is wrong and its error too small."""
+    schedule = probdiff.log_snr_schedule(200, 4.0, -1.0)
+    diffusion = probdiff.Diffusion(schedule, ORACLE.network(schedule, 0.9), dim=2)
+    found = probdiff.compare_estimators(diffusion, X, key=jax.random.key(0), minutes=1e-9, estimators=["kl_uniform", "kl_stratified"])
+    assert np.all(found.table["draws"] * len(X) >= 32 * 200 - 50)
+    exact = exact_terms(diffusion, X)["elbo"].mean()
+    assert np.all(np.abs(found.table["elbo"] - exact) < 4.9 * found.table["se"])
+
+
 def test_costs_by_another_route(result):
     """Variance of the value and of the one gradient, drawn directly; cost relative to kl_uniform."""
     table, diffusion = result.table, make()
