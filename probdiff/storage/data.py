@@ -9,6 +9,7 @@ from probdiff.datasets import PLANAR, Dataset
 from probdiff.storage.checkpoint import read_leaves, save_tree
 from probdiff.storage.description import describe_likelihood, make_likelihood
 
+SPLITS = ("train", "validation", "test")
 PLAIN = ("name", "levels", "image_shape", "columns", "index")
 
 
@@ -17,7 +18,8 @@ def save_data(path: Path, data: Dataset) -> None:
     about = {name: getattr(data, name) for name in PLAIN}
     discrete = [[position, describe_likelihood(part)] for position, part in data.discrete.items()]
     known = data.oracle is not None and data.name in PLANAR
-    save_tree(path, [data.train, data.validation, data.test], **about, discrete=discrete, planar=known)
+    rows = [] if data.rows is None else [data.rows[split] for split in SPLITS]
+    save_tree(path, [data.train, data.validation, data.test, *rows], **about, discrete=discrete, planar=known)
 
 
 def load_data(path: Path) -> Dataset:
@@ -31,7 +33,8 @@ def load_data(path: Path) -> Dataset:
         plain: dict[str, Any] = {name: tuple(value) if isinstance(value := about[name], list) else value for name in PLAIN}
         discrete = {position: make_likelihood(part) for position, part in about["discrete"]}
         oracle = PLANAR[about["name"]].oracle() if about["planar"] else None
-        train, validation, test = map(np.asarray, arrays)
+        train, validation, test, *rows = map(np.asarray, arrays)
+        plain["rows"] = dict(zip(SPLITS, rows, strict=True)) if rows else None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: Expected the data of a run; got {type(error).__name__}: {error}") from None
     return Dataset(train=train, validation=validation, test=test, oracle=oracle, discrete=discrete, **plain)
