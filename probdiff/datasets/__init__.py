@@ -54,9 +54,9 @@ def split(x: Any, *, seed: Whole = 0, name: str = "data", index: str | None = No
     """Data of your own, shuffled and split: 80 % training, 10 % validation, 10 % test.
 
     Args:
-        x: An array of shape ``(datum, column)``, or a data frame of pandas, polars or pyarrow. Integers throughout are levels of one grid. In a
-            table of floats, categories and truth values, a column of at most ten distinct values is categorical, other whole numbers
-            are on a grid of their own if they span less than 256, and the rest is continuous (:meth:`Dataset.describe`).
+        x: An array of shape ``(datum, column)``, or a data frame of pandas, polars or pyarrow. Integers throughout are levels of one grid, but for
+            fewer than 16 named columns of unlike ranges. In these, and in a table of floats, categories and truth values, a column of at most
+            ten distinct values is categorical, other whole numbers are on a grid of their own if they span less than 256, and the rest is continuous (:meth:`Dataset.describe`).
         seed: Of the shuffle.
         name: Name of the data set.
         index: Name of a column of a data frame to leave out, because it numbers the rows.
