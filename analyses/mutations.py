@@ -194,7 +194,7 @@ FILES = [
          require(not each.exists(), "out", "a new file", f"{each}, which exists", FileExistsError)
      """, "sample"),
     ("the splits of the data of a run are interchanged", "load_data",
-     "train, validation, test = map(np.asarray, arrays)",
+     "train, validation, test, *rows = map(np.asarray, arrays)",
      "validation, train, test = map(np.asarray, arrays)", "run"),
     ("a fit goes on to more iterations before its end", "_reopen",
      "done == options['iterations']",
