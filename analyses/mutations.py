@@ -195,7 +195,7 @@ FILES = [
      """, "sample"),
     ("the splits of the data of a run are interchanged", "load_data",
      "train, validation, test, *rows = map(np.asarray, arrays)",
-     "validation, train, test = map(np.asarray, arrays)", "run"),
+     "validation, train, test, *rows = map(np.asarray, arrays)", "run"),
     ("a fit goes on to more iterations before its end", "_reopen",
      "done == options['iterations']",
      "True", "fit"),
