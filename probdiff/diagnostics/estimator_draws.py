@@ -336,7 +336,7 @@ class _Kind:
         self.spent += self.last
 
     def draws(self, name: str) -> list[Any]:
-        """What was drawn of each block of data of an estimator, float64."""
+        """The draws of each block of data of an estimator, float64."""
 
         def joined(*turns: np.ndarray) -> np.ndarray:
             return np.concatenate(turns).astype(np.float64)

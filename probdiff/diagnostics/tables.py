@@ -200,7 +200,7 @@ def format_models(comparison: "probdiff.diagnostics.compare_models.ModelComparis
 
 
 def format_terms(table: "pandas.DataFrame", found: Mapping[str, Any], dim: Whole | None = None) -> str:
-    """What :func:`~probdiff.diagnostics.inspect_terms` found, as text.
+    """The findings of :func:`~probdiff.diagnostics.inspect_terms` as text.
 
     Args:
         table: Its table.

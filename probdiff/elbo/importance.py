@@ -131,7 +131,7 @@ def pareto_khat(log_weights: Any) -> Float[np.ndarray, "datum"]:
 
 
 def khat_limit(num_draws: Whole) -> float:
-    """What k̂ must not exceed for an estimate from so many draws to be trusted: min(1 − 1/log₁₀ S, 0.7); 0.7 from 2155 draws on.
+    """The limit that k̂ must not exceed for an estimate from so many draws to be trusted: min(1 − 1/log₁₀ S, 0.7); 0.7 from 2155 draws on.
 
     Source: Vehtari et al. (2024), arXiv:1507.02646, section 3.2.4.
     """

@@ -40,7 +40,7 @@ class AbstractLikelihood(eqx.Module):
 
     @property
     def words(self) -> str:
-        """What this likelihood takes its data for, in a few words."""
+        """The kind of data that this likelihood is for, in a few words."""
         return type(self).__name__
 
     @property
@@ -53,7 +53,7 @@ class AbstractLikelihood(eqx.Module):
         return columns
 
     def pieces(self, dim: int) -> list[tuple[int, Float[np.ndarray, "point dim"] | None]]:
-        """What the ``dim`` dimensions of the chain are made of: numbers of dimensions of one kind, each with its :attr:`points`."""
+        """The pieces that the ``dim`` dimensions of the chain are made of: numbers of dimensions of one kind, each with its :attr:`points`."""
         return [(dim, self.points)]
 
     def discrete(self, columns: int) -> tuple[bool, ...]:

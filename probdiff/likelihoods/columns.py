@@ -145,7 +145,7 @@ class ColumnLikelihood(AbstractLikelihood):
         return _together([part.decode(piece) for part, piece in zip(self.parts, self._split(x0))], self.positions)
 
     def log_jacobian(self, dim: int) -> float:
-        """Those of the parts, in nats."""
+        """The sum of the log-Jacobians of the parts, in nats."""
         return sum(part.log_jacobian(size) for part, size in zip(self.parts, self._sizes))
 
     def __call__(self, loc: Float[Array, "*batch dim"], scale: Scale) -> dist.Distribution:
