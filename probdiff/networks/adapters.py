@@ -4,7 +4,7 @@ import jax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from probdiff._checks import require
-from probdiff.networks.base import AbstractWrapper, Network, Prediction, evaluate, is_told_step
+from probdiff.networks.base import AbstractWrapper, Network, Prediction, evaluate
 
 
 class Batched(AbstractWrapper):
@@ -13,14 +13,9 @@ class Batched(AbstractWrapper):
     network: Network
 
     @property
-    def dim(self) -> int | None:
-        """Dimension of the data, if the network knows it."""
-        return getattr(self.network, "dim", None)
-
-    @property
-    def is_told_step(self) -> bool:
-        """Whether the network is."""
-        return is_told_step(self.network)
+    def inside(self) -> tuple[Network]:
+        """The network of one example."""
+        return (self.network,)
 
     def __call__(
         self,

@@ -18,7 +18,7 @@ module are trained; NumPy arrays in it are constants, which no optimiser and no 
 
 import abc
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -69,6 +69,21 @@ class AbstractNetwork(eqx.Module):
 
 class AbstractWrapper(AbstractNetwork):
     """A network around others, of either kind: the step is passed on to those that are told it."""
+
+    @property
+    @abc.abstractmethod
+    def inside(self) -> Sequence[Network]:
+        """The networks that this one is around."""
+
+    @property
+    def dim(self) -> int | None:
+        """Dimension of the data, if a network inside knows it."""
+        return next((dim for network in self.inside if (dim := getattr(network, "dim", None)) is not None), None)
+
+    @property
+    def is_told_step(self) -> bool:
+        """Whether one of the networks inside is."""
+        return any(map(is_told_step, self.inside))
 
     @abc.abstractmethod
     def __call__(

@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from probdiff._checks import require
-from probdiff.networks.base import AbstractWrapper, Network, is_told_step, predict_noise
+from probdiff.networks.base import AbstractWrapper, Network, predict_noise
 
 
 class Ensemble(AbstractWrapper):
@@ -31,14 +31,9 @@ class Ensemble(AbstractWrapper):
         require(len(dims) <= 1, "networks", "networks of one dimension", f"dimensions {sorted(dims)}")
 
     @property
-    def dim(self) -> int | None:
-        """Dimension of the data, if a network knows it."""
-        return next((dim for network in self.networks if (dim := getattr(network, "dim", None)) is not None), None)
-
-    @property
-    def is_told_step(self) -> bool:
-        """Whether one of the networks is."""
-        return any(map(is_told_step, self.networks))
+    def inside(self) -> list[Network]:
+        """The networks."""
+        return self.networks
 
     def __call__(
         self,

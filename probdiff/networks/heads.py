@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from probdiff._checks import Whole, require, require_count, require_type
 from probdiff._static import Static
 from probdiff.likelihoods import AbstractLikelihood
-from probdiff.networks.base import AbstractWrapper, Network, evaluate, is_told_step, require_shape, signal_and_noise
+from probdiff.networks.base import AbstractWrapper, Network, evaluate, require_shape, signal_and_noise
 
 
 class AbstractHead(AbstractWrapper):
@@ -48,14 +48,9 @@ class AbstractHead(AbstractWrapper):
         """Refuse a likelihood that the head does not suit."""
 
     @property
-    def dim(self) -> int | None:
-        """Dimension of the data, if the network knows it."""
-        return getattr(self.network, "dim", None)
-
-    @property
-    def is_told_step(self) -> bool:
-        """Whether the network is."""
-        return is_told_step(self.network)
+    def inside(self) -> tuple[Network]:
+        """The network."""
+        return (self.network,)
 
     @property
     def arguments(self) -> dict[str, Any]:
