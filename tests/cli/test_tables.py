@@ -68,3 +68,17 @@ def test_a_table_is_fitted_and_inspected(tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "run" / "figures").iterdir()) == ["loss.png", "pairs.png", "samples.png", "step_kl.png"]
     assert cli.main([*fit, "--resume", "--index", "size"]) == 2
     assert "--index: Expected id, as in the run to resume; got size" in capsys.readouterr().err
+
+
+def test_a_small_table_is_validated_often_enough_to_stop_early(tmp_path, patched):
+    """Twenty times in a fit that is short already: the best in validation is what is kept."""
+    seen = {}
+
+    def stop(diffusion, data, **options):
+        seen.update(options)
+        raise KeyboardInterrupt
+
+    patched(training.fit, stop)
+    FRAME.drop(columns="tree").to_csv(tmp_path / "trees.csv", index=False)
+    assert cli.main(["fit", "--data", str(tmp_path / "trees.csv"), "--out", str(tmp_path / "run")]) == 130
+    assert seen["iterations"] == 500 and seen["validate_every"] == 25
