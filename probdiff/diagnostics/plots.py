@@ -80,7 +80,7 @@ def plot_step_kl(tree: "xarray.DataTree", schedule: AbstractSchedule, title: str
     num_draws = step_kl.sizes["chain"] * step_kl.sizes["draw"]
     for mass, alpha in ((0.9, 0.2), (0.5, 0.35)):
         low, high = np.quantile(per_datum, [(1 - mass) / 2, (1 + mass) / 2], axis=1)
-        axes.fill_between(step, low, high, color="C0", alpha=alpha, lw=0, label=f"{mass:.0%} of test data")
+        axes.fill_between(step, low, high, color="C0", alpha=alpha, lw=0, label=f"{mass:.0%} of {per_datum.shape[1]} items")
     axes.plot(step, per_datum.mean(1), color="C0", lw=1.5, label="mean")
     axes.set(xlabel="step n", ylabel=f"KL of step n, nats (mean of {num_draws} draws)", title=title, ylim=(0, None))
     axes.set_xlim(1, schedule.num_steps)

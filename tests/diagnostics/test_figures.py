@@ -24,6 +24,7 @@ def test_the_kl_of_each_step_is_a_mean_over_all_draws_and_data():
     step, mean = figure.axes[0].lines[0].get_data()
     assert list(step) == [2, 3, 4, 5, 6] and "mean of 100 draws" in figure.axes[0].get_ylabel()
     np.testing.assert_allclose(mean, step_kl.mean((0, 2)), rtol=1e-5)
+    assert "90% of 3 items" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
 
 
 DATA = pd.DataFrame({"size": np.linspace(-1, 3, 40), "kind": pd.Categorical(["oak"] * 30 + ["elm"] * 10), "age": np.arange(40) % 3})
