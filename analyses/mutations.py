@@ -128,7 +128,7 @@ MODEL = [
      "trained.evaluated()", "diffusion"),
     ("DDIM reads the schedule before it is evaluated", "ddim",
      """
-     diffusion = _evaluated(diffusion)
+     diffusion = _evaluated(diffusion, context)
      taken = _subsequence(diffusion, steps)
      require(0 <= eta <= 1, "eta", "0 <= eta <= 1", eta)
      coefficients = _ddim_coefficients(diffusion.schedule, taken, eta)
@@ -157,8 +157,40 @@ PARALLEL = [
      "self.steps[:-1, 0]",
      "self.steps[1:, 0]", "parallel"),
     ("the whole batch on each device", "Loop._updates",
-     "shard(data[self.minibatches.rows(key, iteration)], self.mesh)",
-     "data[self.minibatches.rows(key, iteration)]", "sharding"),
+     "shard(take(data, rows), self.mesh)",
+     "take(data, rows)", "sharding"),
+]  # fmt: skip
+
+# %%
+CONTEXT = [
+    ("the context of another row", "of_batch",
+     "jnp.broadcast_to(rows, (*batch, *leaf.shape[1:]))",
+     "jnp.broadcast_to(jnp.roll(rows, 1, 0), (*batch, *leaf.shape[1:]))", "conditional"),
+    ("the context is not minibatched", "Loop._updates",
+     "x, context = shard(take(data, rows), self.mesh)",
+     "x, context = shard((data[0][rows], take(data[1], slice(len(rows)))), self.mesh)", "conditional"),
+    ("the context dropped at n = 1", "Diffusion.predict",
+     "self._context(jnp.shape(z)[:-1])",
+     "jax.tree.map(lambda c: jnp.where(jnp.asarray(n == 1).reshape(*jnp.shape(n), *(1,) * (c.ndim - jnp.ndim(n))), 0 * c, c), self._context(jnp.shape(z)[:-1]))",
+     "conditional closed_form"),
+    ("a piece of the data with the context of the first", "data_set_elbo",
+     "diffusion.take(rows)",
+     "diffusion.take(slice(len(rows)))", "conditional"),
+    ("paths of a datum with the context of the first", "path_elbo",
+     "take(data, rows % len(x))",
+     "(x[rows % len(x)], take(diffusion.context, 0 * rows))", "conditional"),
+    ("the flow of a piece with the context of the first", "_flow",
+     "diffusion.take(rows)",
+     "diffusion.take(slice(len(rows)))", "conditional"),
+    ("samples of a batch with the context of the first", "_draw_batch",
+     "take(diffusion.context, numbers)",
+     "take(diffusion.context, numbers - numbers[0])", "samplers conditional"),
+    ("the noise of points of any context", "StepObjective._known_noise",
+     "jnp.where(same_rows(context), of_same, -jnp.inf)",
+     "of_same", "conditional"),
+    ("the context is trained", "Diffusion.trainable",
+     "eqx.filter(self.with_context(None), is_trainable)",
+     "eqx.filter(self, is_trainable)", "conditional"),
 ]  # fmt: skip
 
 # %%
@@ -414,7 +446,7 @@ FIGURES = [
      "density()", "flow"),
 ]  # fmt: skip
 
-BUGS = [Bug(*bug) for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *FILES, *FIT, *TABLES, *FIGURES)]
+BUGS = [Bug(*bug) for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *FILES, *FIT, *TABLES, *FIGURES)]
 
 
 # %%

@@ -9,14 +9,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 from tqdm import tqdm
 
-from probdiff._checks import is_trainable
+from probdiff._checks import Whole, is_trainable
 
 HIDDEN_VALUES = 2**19  # of one layer, in the cache of a processor
 FEWEST_INPUTS, MOST_INPUTS = 2**8, 2**12  # of a network at a time, on a processor,
 ACCELERATOR_INPUTS = 2**16  # and on an accelerator, which wants as many as there are
 EVALUATIONS = 2**20  # of a network between two looks at Ctrl-C: a second or so
+EACH = (slice(None), None)  # :func:`take` of this: each row as an array of one row, to be mapped over
 MOST_NUMBERS = 2**24  # side by side: gradients, paths, distances to points
 
 
@@ -30,6 +32,16 @@ def inputs_at_once(network: Any) -> int:
     weights = [leaf.shape for leaf in jax.tree.leaves(network) if is_trainable(leaf) and leaf.ndim >= 2]
     widest = max((max(shape) for shape in weights), default=1)
     return min(MOST_INPUTS, max(FEWEST_INPUTS, HIDDEN_VALUES // widest))
+
+
+def take(tree: PyTree, rows: Any) -> PyTree:
+    """Some rows of the arrays of a tree, such as data and their context: ``leaf[rows]``."""
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+
+def repeat(tree: PyTree, count: Whole) -> PyTree:
+    """The rows of the arrays of a tree, all of them ``count`` times over."""
+    return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * int(count)), tree)
 
 
 def even_chunk(size: int, largest: int) -> int:

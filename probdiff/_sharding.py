@@ -85,9 +85,9 @@ def _to_default_device(array: Shaped[AnyArray, "*shape"]) -> Shaped[AnyArray, "*
     return jnp.asarray(np.asarray(own))
 
 
-def shard(array: Shaped[Array, "datum *shape"], mesh: Mesh | None) -> Shaped[Array, "datum *shape"]:
-    """In a compiled function: an array cut along its first axis, a part for each device."""
-    return array if mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(AXIS)))
+def shard[T](tree: T, mesh: Mesh | None) -> T:
+    """In a compiled function: the arrays of a tree cut along their first axis, a part for each device."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
 def gather[T](tree: T, mesh: Mesh | None) -> T:

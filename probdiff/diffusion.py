@@ -4,7 +4,6 @@ Its programs, its bounds and its samplers are ways to read it.
 """
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,17 +12,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray, PyTree
 from numpyro import distributions as dist
 
 from probdiff._checks import AnyArray, Number, Step, Whole, is_concrete, is_trainable, require, require_type
-from probdiff._frames import is_frame
+from probdiff._chunks import take
+from probdiff._context import num_rows, of_batch, read_context
 from probdiff._static import Static
 from probdiff.chain.reverse import AbstractKernel, GaussianKernel, NoiseMoments, SampledStep
 from probdiff.chain.schedules import AbstractSchedule, at_step, require_schedule
 from probdiff.chain.variances import AbstractReverseVariance
 from probdiff.likelihoods import AbstractLikelihood, NormalLikelihood
-from probdiff.networks.base import Network, Prediction, evaluate, is_told_step, predict_noise, takes_key
+from probdiff.networks.base import (
+    Network,
+    Prediction,
+    check_context,
+    evaluate,
+    is_conditional,
+    is_told_step,
+    predict_noise,
+    takes,
+)
 from probdiff.networks.heads import AbstractHead
 from probdiff.programs import scan
 from probdiff.programs.sites import PARAMS, AbstractDiffusion, Data, Size
@@ -49,6 +58,9 @@ class Diffusion(AbstractDiffusion):
     Until it is bound (:meth:`bind`), its programs have the parameters as a NumPyro ``param`` site, and a model that is given
     data is taken to be training: its network gets ``key=``, also in ``svi.evaluate``, which NumPyro does not tell apart.
     A bound model is frozen: inside of another program nothing trains it. :meth:`unbind` goes back.
+
+    A network that takes ``context=`` makes it a conditional model, p(x | c): its programs, and all that takes data, take ``context=`` with a row
+    for each datum. Or it is :meth:`given` one for all of them.
     """
 
     schedule: AbstractSchedule
@@ -59,6 +71,7 @@ class Diffusion(AbstractDiffusion):
     dim: int | None = eqx.field(static=True)
     training: bool = eqx.field(static=True)
     frozen: bool = eqx.field(static=True)
+    context: PyTree  # of each datum, where the model was given one; otherwise None
 
     def __init__(
         self,
@@ -90,15 +103,17 @@ class Diffusion(AbstractDiffusion):
             network.check_likelihood(likelihood)
         self.training = True
         self.frozen = False
+        self.context = None
 
     def __repr__(self) -> str:
         """The parts by name, and the number of parameters."""
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self.trainable()))
         parts = ", ".join(type(part).__name__ for part in (self.schedule, self.network, self.likelihood))
         bound = "bound" if self.frozen else "not bound"
+        given = "" if not self.is_conditional else ", conditional" if self.context is None else f", given {num_rows(self.context)} contexts"
         return (
             f"Diffusion(N = {self.schedule.num_steps} steps, dim = {self.dim}: {parts}, reverse kernel {self.kernel.name}; "
-            f"{parameters} parameters, {bound})"
+            f"{parameters} parameters, {bound}{given})"
         )
 
     def with_kernel(self, kernel: AbstractKernel) -> "Diffusion":
@@ -115,26 +130,60 @@ class Diffusion(AbstractDiffusion):
         arrays, constants = eqx.partition(network, lambda leaf: isinstance(leaf, jax.Array))
         return self._replaced(_arrays=arrays, _constants=Static(constants))
 
-    def model(self, x: Data | None, num_data: Size | None = None) -> Data:
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the network takes ``context=``."""
+        return is_conditional(self.network)
+
+    def given(self, context: Any) -> "Diffusion":
+        """This model given a context, p(x | c) for each row c of it: a Diffusion of as many data, in their order.
+
+        Args:
+            context: Covariates or labels, an array or a tree of arrays (or data frames of numbers) whose leading axis is the datum, as the
+                network takes them; None for this model as it is.
+
+        Raises:
+            ValueError: If the model takes no context or has been given one, or the context is empty, not finite or of the wrong shape.
+            TypeError: If there is something in it but numbers.
+        """
+        if context is None:
+            return self
+        unconditional = "None, for a network that takes no context="
+        require(self.is_conditional, "context", unconditional, f"a {type(context).__name__}")
+        require(self.context is None, "context", "None, for a model that was given one", f"a {type(context).__name__}")
+        context = read_context(context)
+        check_context(self.network, context)
+        return self._replaced(context=context)
+
+    def take(self, rows: Any) -> "Diffusion":
+        """This model at some rows of its context, where it was given one; as ``x[rows]`` of the data."""
+        return self.with_context(take(self.context, rows))
+
+    def with_context(self, context: PyTree) -> "Diffusion":
+        """This model with a context in the place of that which it has; it is not checked."""
+        return self._replaced(context=context)
+
+    def model(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> Data:
         """The reverse chain, a NumPyro program: :func:`probdiff.programs.scan.model`.
 
         Args:
             x: Data as the user has it, shape ``(datum, dim)``, or None to generate.
             num_data: Size of the full data set, of which ``x`` is a minibatch: log densities are scaled by
-                ``num_data / len(x)``. With ``x=None``, the number of data to draw.
+                ``num_data / len(x)``. With ``x=None``, the number of data to draw: with a context, one for each row.
+            context: Of a conditional model, as for :meth:`given`.
         """
-        return scan.model(self, x, num_data)
+        return scan.model(self.given(context), x, num_data)
 
-    def guide(self, x: Data | None, num_data: Size | None = None) -> None:
+    def guide(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> None:
         """The forward chain, z_1 first: :func:`probdiff.programs.scan.guide`. Arguments as for :meth:`model`; ``x`` is required."""
-        scan.guide(self, x, num_data)
+        scan.guide(self.given(context), x, num_data)
 
-    def posterior_guide(self, x: Data | None, num_data: Size | None = None) -> None:
+    def posterior_guide(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> None:
         """The forward chain after Bayes' rule, in the model's order: :func:`probdiff.programs.scan.posterior_guide`.
 
         The guide for ``TraceMeanField_ELBO``. Arguments as for :meth:`model`; ``x`` is required.
         """
-        scan.posterior_guide(self, x, num_data)
+        scan.posterior_guide(self.given(context), x, num_data)
 
     def reverse_kernel(self, z: Float[AnyArray, "*batch dim"], n: Step, key: PRNGKeyArray | None = None) -> dist.Distribution:
         r"""The distribution :math:`p_\theta(z_{n-1} | z_n)`; at n = 1, the Gaussian that the likelihood reads.
@@ -151,12 +200,12 @@ class Diffusion(AbstractDiffusion):
 
         Arguments as for :meth:`reverse_kernel`.
         """
-        asked = self._network(key), *self._noise_level(z, n), key
+        asked = self._network(key), *self._noise_level(z, n), key, self._context(jnp.shape(z)[:-1])
         return predict_noise(*asked) if self.kernel.prediction == "noise" else evaluate(*asked, method=self.kernel.prediction)
 
     def predict_noise(self, z: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
         """The noise that the network predicts in ``z``, same shape; arguments as for :meth:`reverse_kernel`."""
-        return predict_noise(self._network(), *self._noise_level(z, n))
+        return predict_noise(self._network(), *self._noise_level(z, n), context=self._context(jnp.shape(z)[:-1]))
 
     def predict_noise_at(
         self, z: Float[AnyArray, "*batch dim"], log_snr: Number | Float[AnyArray, "*#batch"]
@@ -167,7 +216,8 @@ class Diffusion(AbstractDiffusion):
             ValueError: If the network is told the step (:attr:`is_told_step`).
         """
         z = jnp.asarray(z)
-        return predict_noise(self._network(), z, jnp.broadcast_to(jnp.asarray(log_snr, z.dtype), z.shape[:-1]))
+        log_snr = jnp.broadcast_to(jnp.asarray(log_snr, z.dtype), z.shape[:-1])
+        return predict_noise(self._network(), z, log_snr, context=self._context(z.shape[:-1]))
 
     @property
     def is_told_step(self) -> bool:
@@ -177,6 +227,12 @@ class Diffusion(AbstractDiffusion):
     def _network(self, key: PRNGKeyArray | None = None) -> Network:
         """The network, without dropout unless there is a key for it."""
         return eqx.nn.inference_mode(self.network) if key is None else self.network
+
+    def _context(self, batch: tuple[int, ...]) -> PyTree:
+        """The context for latents with these batch axes, the last of which is the datum."""
+        of_one = self.context is not None and num_rows(self.context) == 1
+        self.require_context(batch[-1] if batch and not of_one else 1)
+        return of_batch(self.context, batch)
 
     def _noise_level(
         self, z: Float[AnyArray, "*batch dim"], n: Step
@@ -256,8 +312,8 @@ class Diffusion(AbstractDiffusion):
 
     def is_like(self, other: "Diffusion") -> bool:
         """Whether another model differs by its parameters only, and by being bound or not."""
-        own: object = jax.tree.structure(self.unbind())
-        return own == jax.tree.structure(other.unbind())
+        own: object = jax.tree.structure(self.unbind().with_context(None))
+        return own == jax.tree.structure(other.unbind().with_context(None))
 
     def trainable_without_dropout(self) -> "Diffusion":
         """The model with its ``param`` site, whose network gets no ``key=``: for gradients of what :meth:`evaluated` gives."""
@@ -274,7 +330,7 @@ class Diffusion(AbstractDiffusion):
 
     def trainable(self) -> "Diffusion":
         """This model with everything but its parameters replaced by None: the value of its ``param`` site."""
-        return eqx.filter(self, is_trainable)
+        return eqx.filter(self.with_context(None), is_trainable)
 
     def with_param_site(self) -> "Diffusion":
         """This model with its parameters taken from the NumPyro ``param`` site (if it has any), for a program to run."""
@@ -299,58 +355,10 @@ class Diffusion(AbstractDiffusion):
         own, given = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (self.trainable(), params))
         shapes, got = ({jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves} for leaves in (own, given))
         require(shapes == got, "params", "the parameters of this model", "another structure or other shapes")
-        structure = jax.tree.structure(self.trainable())
-        return eqx.combine(jax.tree.unflatten(structure, [leaf for _, leaf in given]), self)
+        filled = jax.tree.unflatten(jax.tree.structure(self.trainable()), [leaf for _, leaf in given])
+        return eqx.combine(filled, self.with_context(None)).with_context(self.context)
 
     def training_key(self, x: Data | None) -> PRNGKeyArray | None:
         """A key for the network's ``key=``, drawn from the ``seed`` handler; None when not training on data."""
-        wanted = self.training and x is not None and takes_key(self.network)
+        wanted = self.training and x is not None and takes(self.network, "key")
         return numpyro.prng_key() if wanted else None
-
-    def read_data(self, x: Data) -> Data:
-        """Data as an array, checked: arrays as they are, data frames (pandas, polars, pyarrow) by their columns, as the likelihood reads them.
-
-        Raises:
-            ValueError, TypeError: As of :meth:`check_data`, and of the likelihood's ``read``.
-        """
-        x = self.likelihood.read(x)
-        self.check_data(x)
-        return x
-
-    def check_data(self, x: Data) -> None:
-        """Refuse data of the wrong shape or kind.
-
-        Raises:
-            ValueError: If the data are not ``(datum, column)``, with as many columns as the model has, empty, not finite or off the grid.
-            TypeError: If they are no array, or the likelihood does not take data of this dtype.
-        """
-        remedy = "; probdiff.datasets.split makes arrays of a data frame" if is_frame(x) else ""
-        require(hasattr(x, "shape") and hasattr(x, "dtype"), "x", "an array", f"{type(x).__name__}{remedy}", TypeError)
-        require(len(x.shape) == 2, "x", f"shape (datum, {self.dim or 'dim'})", f"shape {tuple(x.shape)}")
-        require(x.shape[0] > 0, "x", "at least one datum", f"shape {tuple(x.shape)}")
-        dim = self.likelihood.encoded_dim(x.shape[1])
-        encoded = "" if dim == x.shape[1] else f", which the likelihood encodes in {dim} dimensions"
-        require(self.dim in (None, dim), "x", f"shape (datum, {self.dim})", f"shape {tuple(x.shape)}{encoded}")
-        self.likelihood.check_data(x)
-
-    def encode(self, x: Data | None) -> tuple[int, Float[Array, "datum dim"]]:
-        """The number of data, and the data as the chain sees them, shape ``(datum, dim)``; they are checked first."""
-        require(x is not None, "x", "data: the guide needs x", "None")
-        assert x is not None
-        self.check_data(x)
-        return len(x), self.likelihood.encode(x)
-
-    def data_shape(self, x: Data | None, num_data: Size | None) -> tuple[int, int]:
-        """The shape ``(datum, dim)`` of the data, or of what is to be drawn."""
-        if x is not None:
-            self.check_data(x)
-            return x.shape[0], self.likelihood.encoded_dim(x.shape[1])
-        require(num_data is not None, "num_data", "the number of data to draw, since x is None", "None")
-        require(
-            self.dim is not None,
-            "dim",
-            "Diffusion(…, dim=…) or a network with .dim, to know the dimension to generate",
-            "neither",
-        )
-        assert num_data is not None and self.dim is not None
-        return operator.index(num_data), self.dim

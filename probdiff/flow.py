@@ -22,11 +22,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from numpy.typing import ArrayLike
 
 from probdiff._checks import Number, Whole, require, require_count, require_finite, require_key, require_type
-from probdiff._chunks import blocks, inputs_at_once, joined
+from probdiff._chunks import EACH, blocks, inputs_at_once, joined, repeat, take
 from probdiff.chain.forward import forward_marginal, prior_kl
 from probdiff.diffusion import Diffusion
 from probdiff.programs.sites import Data
@@ -118,7 +118,8 @@ def solve(
 
 @eqx.filter_jit
 def _to_base(
-    eps: Eps,
+    diffusion: Diffusion,
+    every: int,
     z: Float[Array, "datum dim"],
     ends: tuple[float, float],
     directions: Float[Array, "datum direction dim"],
@@ -126,14 +127,16 @@ def _to_base(
     rtol: Number | jax.Array,
     atol: Number | jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """z_N, the integral of the divergence and the number of evaluations of ``eps``, for each z_1.
+    """z_N, the integral of the divergence and the number of evaluations of ε̂, for each z_1.
 
     The divergence is ``scale`` × Σ v·Jv over the ``directions`` v, shape ``(datum, direction, dim)``.
     """
 
     def one(
-        z: Float[Array, "dim"], directions: Float[Array, "direction dim"]
+        z: Float[Array, "dim"], directions: Float[Array, "direction dim"], context: PyTree
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        eps = in_continuous_time(diffusion.with_context(context), every)
+
         def field(time: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
             value, jvp = jax.linearize(lambda z: velocity(eps, z, time), state[0])
             return value, scale * jnp.sum(directions * jax.vmap(jvp)(directions))
@@ -141,13 +144,14 @@ def _to_base(
         (end, change), count = solve(field, (z, jnp.zeros((), z.dtype)), *ends, rtol=rtol, atol=atol)
         return end, change, count
 
-    return jax.vmap(one)(z, directions)
+    return jax.vmap(one)(z, directions, take(diffusion.context, EACH))
 
 
 def flow_log_prob(
     diffusion: Diffusion,
     z: Data,
     *,
+    context: PyTree = None,
     key: PRNGKeyArray | None = None,
     num_probes: Whole | None = None,
     base: Callable[[np.ndarray], ArrayLike] | None = None,
@@ -160,6 +164,7 @@ def flow_log_prob(
     Args:
         diffusion: The model.
         z: :math:`z_1`, shape ``(datum, dim)``.
+        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key of the probes; not used without them.
         num_probes: None for the exact divergence, ``dim`` Jacobian-vector products for each evaluation of the network; or
             the number of random directions of Hutchinson's estimator, for large ``dim``: unbiased for the log-density.
@@ -175,7 +180,7 @@ def flow_log_prob(
         ValueError, TypeError: If an argument does not fit the model.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.evaluated()
+    diffusion = diffusion.evaluated().given(context)
     z = jnp.asarray(z)
     require(
         z.ndim == 2 and len(z) > 0 and diffusion.dim in (None, z.shape[1]),
@@ -187,7 +192,8 @@ def flow_log_prob(
     require_finite("z", z)
     _check_probes(key, num_probes)
     require_tolerances(rtol, atol)
-    return _flow(diffusion, in_continuous_time(diffusion), base, z, key, num_probes, rtol, atol, progress)[0]
+    diffusion.require_context(len(z))
+    return _flow(diffusion, 1, base, z, key, num_probes, rtol, atol, progress)[0]
 
 
 def _check_probes(key: PRNGKeyArray | None, num_probes: Whole | None) -> None:
@@ -204,7 +210,7 @@ def require_tolerances(rtol: Number | jax.Array, atol: Number | jax.Array) -> No
 
 def _flow(
     diffusion: Diffusion,
-    eps: Eps,
+    every: int,
     base: Callable[[np.ndarray], ArrayLike] | None,
     z: Float[Array, "datum dim"],
     key: PRNGKeyArray | None,
@@ -213,7 +219,7 @@ def _flow(
     atol: Number | jax.Array,
     progress: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-densities of z_1, and the number of evaluations of ``eps`` for each."""
+    """Log-densities of z_1, and the number of evaluations of ε̂ for each."""
     size, dim = z.shape
     if num_probes is None:
         directions, scale = jnp.broadcast_to(jnp.eye(dim, dtype=z.dtype), (size, dim, dim)), 1.0
@@ -231,7 +237,8 @@ def _flow(
     for rows in blocks(
         size, inputs_at_once(diffusion.network) // directions.shape[1], unit="datum", desc="flow", progress=progress
     ):
-        z_end, change, count = _to_base(eps, z[rows], ends, directions[rows], scale, rtol, atol)
+        some = diffusion.take(rows)
+        z_end, change, count = _to_base(some, every, z[rows], ends, directions[rows], scale, rtol, atol)
         end = np.asarray(z_end)
         log_prob = (_standard_normal(end) if base is None else np.asarray(base(end))) + np.asarray(change, np.float64)
         found.append((log_prob, count))
@@ -295,6 +302,7 @@ def flow_likelihood(
     diffusion: Diffusion,
     x: Data,
     *,
+    context: PyTree = None,
     key: PRNGKeyArray,
     num_draws: Whole = 1,
     num_probes: Whole | None = None,
@@ -311,6 +319,7 @@ def flow_likelihood(
     Args:
         diffusion: The model.
         x: Data as the user has it, shape ``(datum, dim)``.
+        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key of :math:`z_1` and of the probes.
         num_draws: Number of :math:`z_1` for each datum.
         num_probes, rtol, atol, progress: As for :func:`flow_log_prob`.
@@ -319,7 +328,7 @@ def flow_likelihood(
         A :class:`FlowLikelihood`. The reverse chain is another model: differences from its ELBO are not errors of either.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.evaluated()
+    diffusion = diffusion.evaluated().given(context)
     x = diffusion.read_data(x)
     require_count("num_draws", num_draws)
     require_key(key)
@@ -334,9 +343,9 @@ def flow_likelihood(
     z = step.z
 
     def density(every: int = 1, looser: Number = 1) -> list[np.ndarray]:
-        network = in_continuous_time(diffusion, every)
         flat = z.reshape(-1, z.shape[-1])
-        found = _flow(diffusion, network, None, flat, probe_key, num_probes, looser * rtol, looser * atol, progress)
+        of_draws = diffusion.with_context(repeat(diffusion.context, num_draws))
+        found = _flow(of_draws, every, None, flat, probe_key, num_probes, looser * rtol, looser * atol, progress)
         return [each.reshape(first.shape) for each in found]
 
     log_q, count = density()

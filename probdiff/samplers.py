@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
 from numpyro import handlers
 
 from probdiff._checks import AnyArray, Number, Whole, require, require_count, require_key, require_type
-from probdiff._chunks import EVALUATIONS, blocks, joined
+from probdiff._chunks import EACH, EVALUATIONS, blocks, joined, take
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
 from probdiff.chain.schedules import AbstractSchedule, at_step
 from probdiff.chain.score import score, vp_from_ve
@@ -39,21 +39,28 @@ Samples = Shaped[np.ndarray, "num_samples dim"]
 
 
 def ancestral(
-    diffusion: Diffusion, *, key: PRNGKeyArray, num_samples: Whole, devices: Devices = None, progress: bool = False
+    diffusion: Diffusion,
+    *,
+    context: PyTree = None,
+    key: PRNGKeyArray,
+    num_samples: Whole | None = None,
+    devices: Devices = None,
+    progress: bool = False,
 ) -> Samples:
     """Draw from the model: ``diffusion.model`` as it stands.
 
     Args:
         diffusion: The model; it must know its dimension.
+        context: Of a conditional model, as for :meth:`Diffusion.given`: one sample is drawn for each row.
         key: JAX key.
-        num_samples: Number of samples.
+        num_samples: Number of samples; not needed with a context.
         devices: Number of devices (or a list of them) that share the samples.
         progress: Show a progress bar.
 
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
-    diffusion = _evaluated(diffusion)
+    diffusion = _evaluated(diffusion, context)
     evaluations = diffusion.schedule.num_steps
     return _draw(_ancestral, diffusion, (), key, num_samples, evaluations, devices, progress)
 
@@ -65,8 +72,9 @@ def _ancestral(diffusion: Diffusion, key: PRNGKeyArray) -> jax.Array:
 def ddim(
     diffusion: Diffusion,
     *,
+    context: PyTree = None,
     key: PRNGKeyArray,
-    num_samples: Whole,
+    num_samples: Whole | None = None,
     steps: int | Sequence[int] | np.ndarray | None = None,
     eta: Number = 0.0,
     devices: Devices = None,
@@ -83,8 +91,9 @@ def ddim(
 
     Args:
         diffusion: The model; it must know its dimension.
+        context: Of a conditional model, as for :meth:`Diffusion.given`: one sample is drawn for each row.
         key: JAX key.
-        num_samples: Number of samples.
+        num_samples: Number of samples; not needed with a context.
         steps: How many steps, spread evenly over 1 … N; or the steps themselves, increasing; all N if not given. Each is one
             evaluation of the network.
         eta: η, 0 to 1: none of the noise (then z_N decides the sample), or that of the reverse chain with
@@ -95,7 +104,7 @@ def ddim(
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
-    diffusion = _evaluated(diffusion)
+    diffusion = _evaluated(diffusion, context)
     taken = _subsequence(diffusion, steps)
     require(0 <= eta <= 1, "eta", "0 <= eta <= 1", eta)
     coefficients = _ddim_coefficients(diffusion.schedule, taken, eta)
@@ -133,8 +142,9 @@ def _ddim(
 def annealed_langevin(
     diffusion: Diffusion,
     *,
+    context: PyTree = None,
     key: PRNGKeyArray,
-    num_samples: Whole,
+    num_samples: Whole | None = None,
     steps: int | Sequence[int] | np.ndarray | None = None,
     num_updates: Whole = 10,
     step_size: Number = 0.5,
@@ -150,8 +160,9 @@ def annealed_langevin(
 
     Args:
         diffusion: The model; it must know its dimension.
+        context: Of a conditional model, as for :meth:`Diffusion.given`: one sample is drawn for each row.
         key: JAX key.
-        num_samples: Number of samples.
+        num_samples: Number of samples; not needed with a context.
         steps: How many noise levels, spread evenly over 1 … N; or the levels themselves, increasing; all N if not given.
         num_updates: Evaluations of the network at each level; one more follows the last. The samples lag behind the level where there
             are too few: of the moons, 50 levels of 10 were enough, and 10 of 10 far from it.
@@ -162,7 +173,7 @@ def annealed_langevin(
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
-    diffusion = _evaluated(diffusion)
+    diffusion = _evaluated(diffusion, context)
     taken = _subsequence(diffusion, steps)
     require_count("num_updates", num_updates)
     require(0 < step_size < np.inf, "step_size", "a positive number", step_size)
@@ -191,8 +202,9 @@ def _annealed_langevin(diffusion: Diffusion, key: PRNGKeyArray, levels: jax.Arra
 def probability_flow(
     diffusion: Diffusion,
     *,
+    context: PyTree = None,
     key: PRNGKeyArray,
-    num_samples: Whole,
+    num_samples: Whole | None = None,
     steps: int | None = None,
     rtol: Number = 1e-4,
     atol: Number = 1e-4,
@@ -203,8 +215,9 @@ def probability_flow(
 
     Args:
         diffusion: The model; it must know its dimension.
+        context: Of a conditional model, as for :meth:`Diffusion.given`: one sample is drawn for each row.
         key: JAX key.
-        num_samples: Number of samples.
+        num_samples: Number of samples; not needed with a context.
         steps: Number of steps of Heun's method, of equal length in log-SNR, two evaluations of the network each (four of one that is
             told the step); if not given, a solver that chooses its steps, within ``rtol`` and ``atol``. One evaluation more follows.
         rtol, atol: Tolerances of that solver for each step.
@@ -214,7 +227,7 @@ def probability_flow(
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
     """
-    diffusion = _evaluated(diffusion)
+    diffusion = _evaluated(diffusion, context)
     require_tolerances(rtol, atol)
     if steps is not None:
         require_count("steps", steps)
@@ -243,13 +256,13 @@ def _denoised(diffusion: Diffusion, z: Float[Array, "*batch dim"], n: Any) -> ja
     return diffusion.likelihood.decode((z - noise * diffusion.predict_noise(z, n)) / signal)
 
 
-def _evaluated(diffusion: Diffusion) -> Diffusion:
-    """The model as it is evaluated, before any table of it is read."""
+def _evaluated(diffusion: Diffusion, context: PyTree) -> Diffusion:
+    """The model as it is evaluated, given a context, before any table of it is read."""
     require_type("diffusion", diffusion, Diffusion)
     require(
         diffusion.dim is not None, "diffusion", "one that knows its dimension: Diffusion(…, dim=…) or network.dim", None
     )
-    return diffusion.evaluated()
+    return diffusion.evaluated().given(context)
 
 
 def _dim(diffusion: Diffusion) -> int:
@@ -280,21 +293,23 @@ def _draw(
     diffusion: Diffusion,
     arguments: tuple,
     key: PRNGKeyArray,
-    num_samples: Whole,
+    num_samples: Whole | None,
     evaluations: int,
     devices: Devices,
     progress: bool,
 ) -> Samples:
     """``one(diffusion, key, *arguments)`` for the key of each sample, a batch at a time."""
-    require_count("num_samples", num_samples)
+    if num_samples is not None or diffusion.context is None:
+        require_count("num_samples", num_samples)
+    num_samples = diffusion.data_shape(None, num_samples)[0]
     require_key(key)
     mesh = data_mesh(devices)
     diffusion, arguments, key = replicate((diffusion, arguments, key), mesh)
     cut = blocks(
-        int(num_samples), max(64, EVALUATIONS // evaluations), unit="sample", desc=one.__name__.strip("_"), progress=progress
+        num_samples, max(64, EVALUATIONS // evaluations), unit="sample", desc=one.__name__.strip("_"), progress=progress
     )
     samples = [np.asarray(_draw_batch(one, diffusion, arguments, key, numbers, mesh)) for numbers in cut]
-    return joined(samples, int(num_samples))
+    return joined(samples, num_samples)
 
 
 @eqx.filter_jit
@@ -307,4 +322,6 @@ def _draw_batch(
     mesh: Mesh | None,
 ) -> jax.Array:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, shard(jnp.asarray(numbers), mesh))
-    return gather(jax.vmap(lambda key: one(diffusion, key, *arguments))(keys), mesh)
+    # Each sample has its own row of the context, as that of one datum.
+    context = take(shard(take(diffusion.context, numbers), mesh), EACH)
+    return gather(jax.vmap(lambda key, context: one(diffusion.with_context(context), key, *arguments))(keys, context), mesh)

@@ -83,7 +83,7 @@ def test_the_work_is_shared():
         model, x = probdiff.Diffusion(probdiff.log_snr_schedule(5), network), jnp.ones((256, 8))
         def flops(devices):
             mesh = data_mesh(devices)
-            loop = Loop(model, x, Minibatches(len(x), 256, None), build_optimiser(1e-3, 10, 0.9), None, mesh)
+            loop = Loop(model, x, None, Minibatches(len(x), 256, None), build_optimiser(1e-3, 10, 0.9), None, mesh)
             state = replicate(loop.init(jax.random.key(0), {}), mesh)
             update = loop._advance.lower(state.svi, loop.data, state.keys[0], 0, 10, False).compile()
             given = replicate((model.bind({}), x, jax.random.key(0), jnp.arange(2)), mesh)

@@ -168,7 +168,7 @@ def test_a_fit_that_was_begun_with_adam_goes_on():
     with pytest.raises(KeyboardInterrupt):
         probdiff.fit(make(5), X, checkpoint=checkpoint, learning_rate=plain, **arguments)
     then = checkpoint.state
-    template = training.loop.Loop(make(5), X, Minibatches(len(X), 16, None), training.optimiser.build_optimiser(1e-3, 40, 0.999), None, None).init(jax.random.key(0), {})
+    template = training.loop.Loop(make(5), X, None, Minibatches(len(X), 16, None), training.optimiser.build_optimiser(1e-3, 40, 0.999), None, None).init(jax.random.key(0), {})
     leaves = jax.tree.leaves(then.svi)
     assert [leaf.shape for leaf in leaves] == [leaf.shape for leaf in jax.tree.leaves(template.svi)]
     svi = jax.tree.unflatten(jax.tree.structure(template.svi), leaves)

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 from numpyro import distributions as dist
 
 from probdiff._checks import AnyArray, Step, require, require_step
@@ -39,6 +39,8 @@ class _Model(Protocol):
     schedule: AbstractSchedule
 
     def evaluated(self) -> "_Model": ...
+
+    def given(self, context: PyTree) -> "_Model": ...
 
     def predict_noise(self, z: Float[Array, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]: ...
 
@@ -135,20 +137,23 @@ def ve_from_vp(schedule: AbstractSchedule, z: Float[AnyArray, "*batch dim"], n: 
     return z / _at(schedule, _signal, n, z)
 
 
-def score(diffusion: _Model, x_n: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
+def score(
+    diffusion: _Model, x_n: Float[AnyArray, "*batch dim"], n: Step, *, context: PyTree = None
+) -> Float[Array, "*batch dim"]:
     r"""The fitted model's score of the noisy data, :math:`\nabla \log p(x_n) \approx -\epsilon_\theta(z_n, n) / \sigma_n`.
 
     Args:
         diffusion: The model.
         x_n: Noisy encoded data in VE coordinates, shape ``(*batch, dim)``.
         n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
+        context: Of a conditional model, as for :meth:`Diffusion.given`: a row for each datum, the last axis of ``batch``.
 
     Returns:
         Shape ``(*batch, dim)``. In VP coordinates the score is this divided by :math:`\sqrt{\bar\alpha_n}`.
     """
     known = hasattr(diffusion, "evaluated")  # (the class of a Diffusion is not known to the chain)
     require(known, "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
-    diffusion = diffusion.evaluated()
+    diffusion = diffusion.evaluated().given(context)
     eps_hat = diffusion.predict_noise(vp_from_ve(diffusion.schedule, x_n, n), n)
     return score_from_eps(diffusion.schedule, eps_hat, n)
 

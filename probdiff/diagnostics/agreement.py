@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTree
 
-from probdiff._checks import Whole, require, require_count, require_key
+from probdiff._checks import Whole, require, require_count, require_key, require_type
 from probdiff._sharding import Devices
 from probdiff.diagnostics.common_paths import CommonPaths, compare_on_common_paths
 from probdiff.diffusion import Diffusion
@@ -67,13 +67,21 @@ class TwoWays(NamedTuple):
 
 
 def compute_both_ways(
-    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: Whole, devices: Devices = None, progress: bool = False
+    diffusion: Diffusion,
+    x: Data,
+    *,
+    context: PyTree = None,
+    key: PRNGKeyArray,
+    num_draws: Whole,
+    devices: Devices = None,
+    progress: bool = False,
 ) -> TwoWays:
     """The bound on ``x`` by the analytic terms and by ``Trace_ELBO``, and their terms on common paths: a :class:`TwoWays`.
 
     Args:
         diffusion: A trained Diffusion.
         x: Data, shape ``(datum, dim)``.
+        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
         num_draws: Draws per datum, at least 2, of each of the two.
         progress: Show progress bars.
@@ -84,8 +92,11 @@ def compute_both_ways(
     require_count("num_draws", num_draws)
     require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
     require_key(key)
+    require_type("diffusion", diffusion, Diffusion)
+    diffusion = diffusion.given(context)
     terms_key, path_key, common_key = jax.random.split(key, 3)
     options: Any = {"num_draws": num_draws, "devices": devices, "progress": progress}
     terms = elbo_terms(diffusion, x, key=terms_key, **options)
     path = path_elbo(diffusion, x, key=path_key, **options)
-    return TwoWays(terms, path, compare_on_common_paths(diffusion, x[:COMMON], key=common_key))
+    few = diffusion.take(slice(COMMON))
+    return TwoWays(terms, path, compare_on_common_paths(few, x[:COMMON], key=common_key))

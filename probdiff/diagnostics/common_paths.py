@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from numpyro import distributions as dist
 from numpyro import handlers
 
@@ -67,19 +67,22 @@ class CommonPaths(NamedTuple):
         return not self.wrong
 
 
-def compare_on_common_paths(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray) -> CommonPaths | None:
+def compare_on_common_paths(
+    diffusion: Diffusion, x: Data, *, context: PyTree = None, key: PRNGKeyArray
+) -> CommonPaths | None:
     """Each term of the bound by the analytic decomposition and by the programs' log densities, on one path for each datum.
 
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``; a few are enough, as nothing is left to chance.
+        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
 
     Returns:
         :class:`CommonPaths`; None if the model's steps are not normal, or their KLs sampled.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.evaluated()
+    diffusion = diffusion.evaluated().given(context)
     x = diffusion.read_data(x)
     require_key(key)
     if not diffusion.kernel.closed_form:

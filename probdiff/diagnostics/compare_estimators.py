@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTree
 from scipy import special
 
 from probdiff._checks import Number, Whole, require, require_count, require_key, require_type
@@ -147,6 +147,7 @@ def compare_estimators(
     diffusion: Diffusion,
     x: Data,
     *,
+    context: PyTree = None,
     key: PRNGKeyArray,
     num_draws: Whole | None = None,
     minutes: Number = 1,
@@ -166,6 +167,7 @@ def compare_estimators(
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``: as many as in the batches of a fit, for the variances of a fit.
+        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
         num_draws: Draws of the estimators with N network evaluations a datum, at least 2. The others vary more and cost
             less: they are drawn up to 64 times as often. Gradients are drawn as often as about 2¹⁵ network
@@ -173,7 +175,7 @@ def compare_estimators(
         minutes: The time that there is, compilation included, if ``num_draws`` is not given. The fewest draws that tell the errors are
             made even if they take longer, but for gradients of estimators that evaluate all steps, which need time of their own; several
             processes, whose clocks differ, make the fewest of all and no more.
-        estimators: Names out of :data:`~probdiff.ESTIMATORS`; all if not given.
+        estimators: Names out of :data:`~probdiff.ESTIMATORS`; all that there are of the model if not given.
         devices: Number of devices (or a list of them) that share the draws.
         progress: Show progress bars.
 
@@ -185,6 +187,7 @@ def compare_estimators(
             not positive.
     """
     require_type("diffusion", diffusion, Diffusion)
+    diffusion = diffusion.given(context)
     x = diffusion.read_data(x)
     if num_draws is not None:
         require_count("num_draws", num_draws)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from probdiff._checks import Whole, require, require_count, require_type
 from probdiff.diagnostics.tables import format_models
@@ -70,7 +70,13 @@ class ModelComparison:
 
 
 def compare_models(
-    models: Mapping[str, Diffusion], x: Data, *, key: PRNGKeyArray, num_draws: Whole = 4, progress: bool = False
+    models: Mapping[str, Diffusion],
+    x: Data,
+    *,
+    context: PyTree = None,
+    key: PRNGKeyArray,
+    num_draws: Whole = 4,
+    progress: bool = False,
 ) -> ModelComparison:
     """Rank models by their bound on the same data.
 
@@ -80,6 +86,7 @@ def compare_models(
     Args:
         models: A dict from name to trained Diffusion, at least two.
         x: Data that none was fitted to, shape ``(datum, dim)``.
+        context: Of the conditional models among them: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
         num_draws: Draws per datum.
         progress: Show a progress bar for each model.
@@ -99,6 +106,10 @@ def compare_models(
     require(len(x) >= 2, "x", "at least two data", len(x))
     for name, diffusion in models.items():
         require_type(str(name), diffusion, Diffusion)
+    conditional = [name for name, diffusion in models.items() if diffusion.is_conditional]
+    require(context is None or conditional, "context", "None, for models without", f"a {type(context).__name__}")
+    models = {name: diffusion.given(context) if name in conditional else diffusion for name, diffusion in models.items()}
+    for diffusion in models.values():
         diffusion.read_data(x)
     of = {name: diffusion.likelihood.discrete(x.shape[1]) for name, diffusion in models.items()}
     different = [str(name) for name, kinds in of.items() if kinds != next(iter(of.values()))]

@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from probdiff._checks import Whole, require_type
 from probdiff.diagnostics.tables import format_terms
@@ -40,7 +41,8 @@ def to_datatree(terms: ELBOTerms) -> "xarray.DataTree":
 
     Group ``per_datum`` has every draw of noise: ``reconstruction`` and ``elbo`` with (chain, draw, datum), ``step_kl`` with
     (chain, draw, steps, datum). Group ``per_step`` has ``step_kl`` with (chain, draw, step, datum), n = 2 … N; group ``constant_data``
-    has ``prior_kl``, which is exact, with (datum,). Everything is in nats.
+    has ``prior_kl``, which is exact, with (datum,), and of a conditional model the ``context``, or one variable for each of its arrays,
+    ``context[age]`` and so on. Everything but the context is in nats.
 
     What is independent may be cut into chains at will: there are four, three or two, where that comes out even and leaves at
     least 25, 25 or 4 draws in each. Otherwise there is one, and ArviZ's ``r_hat`` is NaN.
@@ -69,6 +71,7 @@ def to_datatree(terms: ELBOTerms) -> "xarray.DataTree":
         "per_step": _sample(full, {"step": np.arange(2, num_kls + 2), "datum": datum}),
         "constant_data": xr.Dataset({"prior_kl": ("datum", prior_kl)}, {"datum": datum}),
     }
+    context = _context_variables(terms.context)
     sizes = groups["posterior"].sizes
     groups["posterior"].coords["datum"] = ("chain", "draw"), datum.reshape(sizes["chain"], sizes["draw"])
     for group in groups.values():
@@ -76,7 +79,22 @@ def to_datatree(terms: ELBOTerms) -> "xarray.DataTree":
             sampled = "" if terms.closed_form or name != "step_kl" else " (sampled log-ratio)"
             variable.attrs.update(units="nats", long_name=LONG_NAMES[str(name)] + sampled)
     groups["per_step"]["step_kl"].attrs["closed_form"] = int(terms.closed_form)
+    groups["constant_data"] = groups["constant_data"].assign(context)
     return xr.DataTree.from_dict(groups)
+
+
+def _context_variables(context: PyTree) -> Variables:
+    """The arrays of a context by name, each with the names of its axes."""
+    found: Variables = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(context)[0]:
+        name = "context" + "".join(f"[{_key(each)}]" for each in path)
+        found[name] = (("datum", *(f"{name}_dim_{axis}" for axis in range(leaf.ndim - 1))), np.asarray(leaf))
+    return found
+
+
+def _key(entry: Any) -> str:
+    """One step of a path into a tree, in words."""
+    return str(next(getattr(entry, name) for name in ("key", "idx", "name") if hasattr(entry, name)))
 
 
 def _sample(variables: Variables, coords: dict[str, Any]) -> "xarray.Dataset":
@@ -94,12 +112,18 @@ def _sample(variables: Variables, coords: dict[str, Any]) -> "xarray.Dataset":
 
 
 def from_datatree(tree: "xarray.DataTree") -> ELBOTerms:
-    """The :class:`~probdiff.elbo.ELBOTerms` that :func:`to_datatree` was given; also of a tree of before 0.2, all in one group."""
+    """The :class:`~probdiff.elbo.ELBOTerms` that :func:`to_datatree` was given; also of a tree of before 0.2, all in one group.
+
+    A context that was a tree of arrays comes back as a dict of them, by the names of the variables.
+    """
     groups = ("per_step", "per_datum") if "per_step" in tree else ("posterior", "posterior")
     step_kl, reconstruction = (tree[group].dataset[name] for group, name in zip(groups, ("step_kl", "reconstruction")))
     prior_kl = jnp.asarray(tree["constant_data"].dataset["prior_kl"].values)
     cut = [jnp.asarray(each.values.reshape(each.shape[0] * each.shape[1], *each.shape[2:])) for each in (step_kl, reconstruction)]
-    return ELBOTerms(prior_kl, cut[0], cut[1], bool(step_kl.attrs.get("closed_form", 1)))
+    constants = tree["constant_data"].dataset
+    context: Any = {str(name): jnp.asarray(constants[name].values) for name in constants if name != "prior_kl"}
+    context = context.get("context", context or None)
+    return ELBOTerms(prior_kl, cut[0], cut[1], bool(step_kl.attrs.get("closed_form", 1)), context)
 
 
 def arviz_dims(diffusion: Diffusion) -> dict[str, dict[str, Any]]:

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 from probdiff._checks import Number, Whole
-from probdiff._chunks import MOST_NUMBERS, inputs_at_once
+from probdiff._chunks import MOST_NUMBERS, inputs_at_once, repeat, take
 from probdiff._sharding import gather, replicate, shard
 from probdiff.diagnostics.cost_ratios import Variance
 from probdiff.diffusion import Diffusion
@@ -55,6 +55,7 @@ TURNS = {
     (True, False): Turns(2, 2, 100),
     (True, True): Turns(2, 1, 50),
 }
+Rows = tuple[jax.Array, PyTree]  # data, and the context of each
 PATHS = Turns(16, 2, 12)  # of trace: the tail of their weights is looked at, too
 EACH_STEP = {"gradient": 2, "grid": 8, "density": 32}  # how often each comes up, on average, in the fewest turns at one random step
 GRADIENT_COST = 3  # of a gradient, in values
@@ -100,7 +101,7 @@ def draw_estimators(
 
     Args:
         names: Names out of :data:`~probdiff.ESTIMATORS`.
-        diffusion: The model.
+        diffusion: The model, given a context if it is conditional.
         x: Data, shape ``(item, dim)``. An estimator that evaluates all N steps is drawn for the first few.
         key: JAX key.
         num_draws, minutes: As in :func:`~probdiff.compare_estimators`.
@@ -161,7 +162,7 @@ class _Program(NamedTuple):
 
     turns: Turns
     compiled: Future
-    blocks: list[jax.Array]
+    blocks: list[Rows]
 
 
 class _Estimator:
@@ -169,6 +170,7 @@ class _Estimator:
 
     def __init__(self, name: str, diffusion: Diffusion, x: jax.Array, directions: jax.Array, mesh: Mesh | None) -> None:
         # Values are those of the bound model; a gradient needs its ``param`` site.
+        rows, diffusion = (x, diffusion.context), diffusion.with_context(None)
         self.trainable, self.diffusion = diffusion.trainable_without_dropout(), diffusion.evaluated()
         self.name, self.directions, self.mesh = name, directions, mesh
         self.guide, self.elbo = _adapted(name, self.diffusion, "value")
@@ -178,7 +180,7 @@ class _Estimator:
         num_steps = self.diffusion.schedule.num_steps
         self.evaluations = num_steps if self.objective is None else self.objective.evaluations
         few = max(FEWEST_ITEMS, ALL_STEPS_ROWS // num_steps)
-        self.batch, self.items = x, x[:few] if self.all_steps else x
+        self.batch, self.items = rows, take(rows, slice(few)) if self.all_steps else rows
         self.state = {} if self.objective is None else replicate(self.objective.initial_state, mesh)
         self.learning: tuple[Future, jax.Array] | None = None
 
@@ -198,8 +200,9 @@ class _Estimator:
     def lowered(self, pool: ThreadPoolExecutor, is_gradient: bool, draw_key: PRNGKeyArray, num_draws: Whole | None) -> _Program:
         """Trace a program, and have it compiled."""
         # The data of a gradient that is the sum of independent ones are drawn one by one.
-        blocks = list(self.items[:, None]) if is_gradient and self.all_steps else [self.items]
-        rows = self.evaluations * len(blocks[0])
+        size = _size(self.items)
+        blocks = [take(self.items, slice(k, k + 1)) for k in range(size)] if is_gradient and self.all_steps else [self.items]
+        rows = self.evaluations * _size(blocks[0])
         turns = self._turns(is_gradient, num_draws)
         program = functools.partial(self._draws, is_gradient, self._together(is_gradient, rows))
         lowered = jax.jit(program).lower(self.state, _keys(draw_key, 0, turns.draws), blocks[0])
@@ -209,7 +212,7 @@ class _Estimator:
         """The draws, and what they say of the variance and of the time."""
         (drawn,) = values.draws(self.name)
         each = self.objective is None or self.objective.is_of_each_datum
-        size = len(self.batch)
+        size = _size(self.batch)
         variance = Variance.of_values(drawn, size) if self.all_steps else Variance.of_means(drawn)
         result = EstimatorDraws(drawn, variance, size * np.array(values.seconds[self.name]), self.evaluations, each)
         if gradients is None:
@@ -219,7 +222,7 @@ class _Estimator:
         parts = np.stack([block[1] for block in blocks], 1) / (size if self.all_steps else 1)
         return result._replace(
             projections=projections.reshape(-1, projections.shape[-1]),
-            gradient_variance=Variance(parts, len(self.items) / size),
+            gradient_variance=Variance(parts, _size(self.items) / size),
             gradient_seconds=size * np.array(gradients.seconds[self.name]),
         )
 
@@ -230,11 +233,11 @@ class _Estimator:
                 # A step that is drawn rarely may cost much, as the first of data with a density does, half a nat for each dimension: in the
                 # fewest turns each of N must have come up several times, or the error of the mean says nothing.
                 often = EACH_STEP["gradient" if is_gradient else "grid" if self.diffusion.likelihood.levels else "density"]
-                rows = often * self.diffusion.schedule.num_steps // (turns.fewest * len(self.items))
+                rows = often * self.diffusion.schedule.num_steps // (turns.fewest * _size(self.items))
                 turns = turns._replace(draws=max(turns.draws, 2 * (rows // 2)))
             # With items left out, the error is mostly that of the items; otherwise it takes two turns.
-            return turns if len(self.items) < len(self.batch) else turns._replace(fewest=max(2, turns.fewest))
-        rows, draws = self.evaluations * len(self.items), int(num_draws)
+            return turns if _size(self.items) < _size(self.batch) else turns._replace(fewest=max(2, turns.fewest))
+        rows, draws = self.evaluations * _size(self.items), int(num_draws)
         if is_gradient:
             draws = 2 * (int(np.clip(GRADIENT_ROWS // rows, *GRADIENT_DRAWS)) // 2)
         elif not self.all_steps:
@@ -252,32 +255,34 @@ class _Estimator:
             together = min(together, GRADIENT_ROWS // rows, MOST_NUMBERS // self.directions.shape[1]) // 2
         return max(1, together)
 
-    def _draws(self, is_gradient: bool, together: int, learned: Any, keys: jax.Array, x: jax.Array) -> Any:
+    def _draws(self, is_gradient: bool, together: int, learned: Any, keys: jax.Array, rows: Rows) -> Any:
         """Draws from some keys, some side by side: values of each datum, or for each pair of gradients what :meth:`_gradients` gives."""
         keys = keys.reshape(-1, 2) if is_gradient else keys
         keys = keys.reshape(-1, _divisor(len(keys), together), *keys.shape[1:])
-        function = functools.partial(self._gradients if is_gradient else self._value, learned, x)
+        function = functools.partial(self._gradients if is_gradient else self._value, learned, rows)
         drawn = jax.lax.map(lambda keys: jax.vmap(function)(shard(keys, self.mesh)), keys)
         return gather(jax.tree.map(lambda each: each.reshape(-1, *each.shape[2:]), drawn), self.mesh)
 
-    def _value(self, learned: Any, x: jax.Array, key: PRNGKeyArray) -> Float[Array, "datum"]:
+    def _value(self, learned: Any, rows: Rows, key: PRNGKeyArray) -> Float[Array, "datum"]:
         """One draw of each datum's bound, shape ``(datum,)``."""
         if self.objective is not None:
-            return self.objective.per_datum(key, x, learned)
+            return self.objective.of(self.diffusion.with_context(rows[1])).per_datum(key, rows[0], learned)
 
-        def one(key: PRNGKeyArray, x: jax.Array) -> jax.Array:
-            return -self.elbo.loss(key, {}, self.diffusion.model, self.guide, x[None])
+        def one(key: PRNGKeyArray, row: Rows) -> jax.Array:
+            x, context = take(row, None)
+            return -self.elbo.loss(key, {}, self.diffusion.model, self.guide, x, **_options(context))
 
-        return jax.vmap(one)(jax.random.split(key, len(x)), x)
+        return jax.vmap(one)(jax.random.split(key, _size(rows)), rows)
 
     def _gradients(
-        self, learned: Any, x: jax.Array, keys: jax.Array
+        self, learned: Any, rows: Rows, keys: jax.Array
     ) -> tuple[Float[Array, "2 direction"], Float[Array, ""]]:
         """Two draws of the gradient of the mean bound: their projections, and half their squared distance."""
         guide, elbo = self.by_gradient
+        x, context = rows
 
         def mean_bound(params: Any, key: PRNGKeyArray) -> jax.Array:
-            return -elbo.loss(key, {PARAMS: params, **learned}, self.trainable.model, guide, x) / len(x)
+            return -elbo.loss(key, {PARAMS: params, **learned}, self.trainable.model, guide, x, **_options(context)) / len(x)
 
         def gradient(key: PRNGKeyArray) -> jax.Array:
             return ravel_pytree(jax.grad(mean_bound)(self.trainable.trainable(), key))[0]
@@ -287,10 +292,11 @@ class _Estimator:
 
     def _learn(self, state: Any, keys: jax.Array) -> Any:
         updates, size = LEARNING
-        many = jnp.tile(self.batch, (-(-size // len(self.batch)), 1))
+        times = -(-size // _size(self.batch))
+        many, context = repeat(self.batch, times)
 
         def update(state: Any, key: PRNGKeyArray) -> tuple[Any, None]:
-            result = self.elbo.loss_with_mutable_state(key, state, self.diffusion.model, self.guide, many)
+            result = self.elbo.loss_with_mutable_state(key, state, self.diffusion.model, self.guide, many, **_options(context))
             return result["mutable_state"], None
 
         return gather(jax.lax.scan(update, state, keys)[0], self.mesh)
@@ -301,19 +307,19 @@ class _Kind:
 
     def __init__(self, key: PRNGKeyArray, turns: Turns) -> None:
         self.key, self.turns = key, turns
-        self.functions: dict[str, tuple[Callable, list[jax.Array]]] = {}
+        self.functions: dict[str, tuple[Callable, list[Rows]]] = {}
         self.found: dict[str, list[list[Any]]] = {}
         self.seconds: dict[str, list[float]] = {}
         self.made, self.spent, self.last = 0, 0.0, 0.0
 
-    def add(self, name: str, function: Callable, blocks: list[jax.Array]) -> None:
+    def add(self, name: str, function: Callable, blocks: list[Rows]) -> None:
         """Draw from this estimator, too: from a function of keys and data, for each block of data."""
         self.functions[name], self.found[name], self.seconds[name] = (function, blocks), [], []
 
     def seconds_of_a_draw(self, name: str) -> float:
         """Seconds that one draw of all data of an estimator took."""
         _, blocks = self.functions[name]
-        return float(np.mean(self.seconds[name])) * sum(map(len, blocks))
+        return float(np.mean(self.seconds[name])) * sum(map(_size, blocks))
 
     def is_open(self, deadline: float) -> bool:
         """Whether there is another turn to take."""
@@ -329,7 +335,7 @@ class _Kind:
                 keys = _keys(jax.random.fold_in(self.key, k) if len(blocks) > 1 else self.key, self.made * count, count)
                 before = time.perf_counter()
                 drawn.append(jax.device_get(function(keys, block)))
-                self.seconds[name].append((time.perf_counter() - before) / count / len(block))
+                self.seconds[name].append((time.perf_counter() - before) / count / _size(block))
             self.found[name].append(drawn)
         self.made += 1
         self.last = time.monotonic() - start
@@ -350,6 +356,15 @@ def _adapted(name: str, diffusion: Diffusion, purpose: str) -> tuple[Callable, A
         return guide, elbo
     adapted = elbo.adapted_to(purpose)
     return adapted.guide, adapted
+
+
+def _size(rows: Rows) -> int:
+    return len(rows[0])
+
+
+def _options(context: PyTree) -> dict[str, PyTree]:
+    """What the programs are called with beside the data."""
+    return {} if context is None else {"context": context}
 
 
 def _keys(key: PRNGKeyArray, first: int, count: int) -> jax.Array:

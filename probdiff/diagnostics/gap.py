@@ -15,10 +15,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from probdiff._checks import require, require_key, require_type
-from probdiff._chunks import EVALUATIONS, blocks, joined, over_steps
+from probdiff._chunks import EVALUATIONS, blocks, joined, over_steps, take
 from probdiff.chain.schedules import at_dims
 from probdiff.diagnostics.tables import format_gap
 from probdiff.diffusion import Diffusion
@@ -86,7 +86,7 @@ class GapDecomposition:
 
 
 def gap_decomposition(
-    diffusion: Diffusion, oracle: Any, x: Data, *, key: PRNGKeyArray, progress: bool = False
+    diffusion: Diffusion, oracle: Any, x: Data, *, context: PyTree = None, key: PRNGKeyArray, progress: bool = False
 ) -> GapDecomposition:
     """Account for the bound of a model on data whose distribution is known.
 
@@ -94,6 +94,7 @@ def gap_decomposition(
         diffusion: The model, with a NormalLikelihood.
         oracle: The true distribution of the data (see :mod:`probdiff.oracles.distributions`); ``dataset.oracle`` of a data set.
         x: Data drawn from it, shape ``(datum, dim)``, at least two.
+        context: Of a conditional model and oracle: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key. Model and exact network are evaluated on the same noise.
         progress: Show progress bars.
 
@@ -110,12 +111,12 @@ def gap_decomposition(
     require(isinstance(likelihood, NormalLikelihood), "diffusion.likelihood", "a NormalLikelihood", kind, TypeError)
     known = all(hasattr(oracle, name) for name in ("log_prob", "entropy", "standardized"))
     require(known, "oracle", "a distribution out of probdiff.oracles", type(oracle).__name__, TypeError)
-    diffusion = diffusion.evaluated()
+    diffusion = diffusion.evaluated().given(context)
     x = diffusion.read_data(x)
     require(len(x) >= 2, "x", "at least two data", len(x))
     require_key(key)
     require(oracle.dim == x.shape[1], "oracle", f"{x.shape[1]} dimensions, as the data have", oracle.dim)
-    log_p = oracle.log_prob(np.asarray(x))
+    log_p = oracle.log_prob(np.asarray(x), *(() if context is None else (context,)))
     require(np.isfinite(log_p).all(), "x", "data that the oracle may have drawn", "data where its density is 0")
     schedule = diffusion.schedule
     network = oracle.standardized(likelihood.loc, likelihood.scale).network(schedule)
@@ -144,9 +145,12 @@ def gap_decomposition(
 def _bound(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray, progress: bool) -> Float[np.ndarray, "datum"]:
     """All steps of every datum's bound, minus a control variate: the gap is small, and so must its noise be."""
     objective = AnalyticELBO(diffusion, "all", control="linear")
-    evaluate = jax.jit(lambda key, x: objective.per_datum(key, x))
+    evaluate = jax.jit(lambda key, x, context: objective.of(diffusion.with_context(context)).per_datum(key, x))
     cut = blocks(len(x), EVALUATIONS // diffusion.schedule.num_steps, unit="datum", desc="bound", progress=progress)
-    bounds = [np.asarray(evaluate(jax.random.fold_in(key, i), x[rows]), np.float64) for i, rows in enumerate(cut)]
+    bounds = [
+        np.asarray(evaluate(jax.random.fold_in(key, i), *take((x, diffusion.context), rows)), np.float64)
+        for i, rows in enumerate(cut)
+    ]
     return joined(bounds, len(x))
 
 

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray, PyTree
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from scipy.special import logsumexp
 
 from probdiff._checks import Number, Whole, require, require_count, require_key, require_type
-from probdiff._chunks import MOST_NUMBERS, blocks, joined
+from probdiff._chunks import EACH, MOST_NUMBERS, blocks, joined, take
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
 from probdiff.diffusion import Diffusion
 from probdiff.programs.sites import Data
@@ -31,13 +31,21 @@ FEWEST_DRAWS = 25
 
 
 def path_elbo(
-    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: Whole, devices: Devices = None, progress: bool = False
+    diffusion: Diffusion,
+    x: Data,
+    *,
+    context: PyTree = None,
+    key: PRNGKeyArray,
+    num_draws: Whole,
+    devices: Devices = None,
+    progress: bool = False,
 ) -> Float[np.ndarray, "draw datum"]:
     r"""NumPyro's ``Trace_ELBO`` of every datum by itself, with the forward guide: :math:`\log p - \log q` of paths.
 
     Args:
         diffusion: A trained Diffusion.
         x: Data, shape ``(datum, dim)``.
+        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
         num_draws: Number of sampled paths per datum.
         devices: Number of devices (or a list of them) that share the data.
@@ -48,30 +56,41 @@ def path_elbo(
     """
 
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.evaluated()
+    diffusion = diffusion.evaluated().given(context)
     x = diffusion.read_data(x)
     require_count("num_draws", num_draws)
     require_key(key)
     mesh = data_mesh(devices)
     diffusion, x, key = replicate((diffusion, jnp.asarray(x), key), mesh)
 
-    def one(key: PRNGKeyArray, x: jax.Array) -> jax.Array:
-        return -Trace_ELBO().loss(key, {}, diffusion.model, diffusion.guide, x[None])
+    def one(key: PRNGKeyArray, datum: Any) -> jax.Array:
+        x, context = take(datum, None)
+        given = diffusion.with_context(context)
+        return -Trace_ELBO().loss(key, {}, given.model, given.guide, x)
 
     @jax.jit
-    def evaluate(keys: jax.Array, x: jax.Array) -> jax.Array:
-        return gather(jax.vmap(one)(shard(keys, mesh), shard(x, mesh)), mesh)
+    def evaluate(keys: jax.Array, data: Any) -> jax.Array:
+        return gather(jax.vmap(one)(shard(keys, mesh), shard(data, mesh)), mesh)
 
     # A row is a path of one datum; the values of its latents are all kept at once.
     keys = jax.vmap(lambda key: jax.random.split(key, len(x)))(jax.random.split(key, int(num_draws)))
     size, largest = num_draws * len(x), MOST_NUMBERS // (diffusion.schedule.num_steps * diffusion.likelihood.encoded_dim(x.shape[1]))
     cut = blocks(size, largest, unit="path", desc="Trace_ELBO on sampled paths", progress=progress)
     keys = keys.reshape(size, *keys.shape[2:])
-    return joined([np.asarray(evaluate(keys[rows], x[rows % len(x)])) for rows in cut], size).reshape(num_draws, len(x))
+    data = x, diffusion.context
+    found = [np.asarray(evaluate(keys[rows], take(data, rows % len(x)))) for rows in cut]
+    return joined(found, size).reshape(num_draws, len(x))
 
 
 def iwae(
-    diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_particles: Whole, num_draws: Whole = 1, progress: bool = False
+    diffusion: Diffusion,
+    x: Data,
+    *,
+    context: PyTree = None,
+    key: PRNGKeyArray,
+    num_particles: Whole,
+    num_draws: Whole = 1,
+    progress: bool = False,
 ) -> Float[np.ndarray, "draw datum"]:
     """The importance-weighted bound of every datum; it rises to log p(x) with the number of particles.
 
@@ -80,6 +99,7 @@ def iwae(
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``.
+        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
         num_particles: Paths K in each bound: N K network evaluations for each datum and draw.
         num_draws: Number of independent bounds per datum.
@@ -91,7 +111,7 @@ def iwae(
     require_type("diffusion", diffusion, Diffusion)
     require_count("num_particles", num_particles)
     require_count("num_draws", num_draws)
-    log_weights = path_elbo(diffusion, x, key=key, num_draws=num_particles * num_draws, progress=progress)
+    log_weights = path_elbo(diffusion, x, context=context, key=key, num_draws=num_particles * num_draws, progress=progress)
     return log_mean_exp(log_weights.reshape(num_draws, num_particles, -1), 1)
 
 
@@ -176,8 +196,9 @@ class Sandwich(NamedTuple):
 def sandwich(
     diffusion: Diffusion,
     *,
+    context: PyTree = None,
     key: PRNGKeyArray,
-    num_data: Whole,
+    num_data: Whole | None = None,
     num_particles: Whole | Sequence[int] = (1, 10, 100),
     progress: bool = False,
 ) -> Sandwich:
@@ -188,8 +209,9 @@ def sandwich(
 
     Args:
         diffusion: The model.
+        context: Of a conditional model, as for :meth:`Diffusion.given`: one datum is drawn for each row.
         key: JAX key.
-        num_data: Number of data to draw, at least 2.
+        num_data: Number of data to draw, at least 2; not needed with a context.
         num_particles: Numbers of paths K, or one number.
         progress: Show a progress bar.
 
@@ -197,14 +219,16 @@ def sandwich(
         A :class:`Sandwich`.
     """
     require_type("diffusion", diffusion, Diffusion)
-    require_count("num_data", num_data)
+    diffusion = diffusion.evaluated().given(context)
+    if num_data is not None:
+        require_count("num_data", num_data)
+    num_data = diffusion.data_shape(None, num_data)[0]
     require_key(key)
     counts = np.atleast_1d(num_particles).tolist()
     require(counts, "num_particles", "at least one number", "none")
     for count in counts:
         require_count("num_particles", count)
     require(num_data >= 2, "num_data", "at least 2, for an error", num_data)
-    diffusion = diffusion.evaluated()
     model_key, path_key = jax.random.split(key)
     x, own = _generate(diffusion, model_key, num_data)
     below = path_elbo(diffusion, x, key=path_key, num_draws=max(counts), progress=progress)
@@ -216,14 +240,16 @@ def sandwich(
 def _generate(diffusion: Diffusion, key: PRNGKeyArray, num_data: Whole) -> tuple[jax.Array, np.ndarray]:
     """Data from the model, and log p(x, z) − log q(z | x) of the path that each came from."""
 
-    def one(key: PRNGKeyArray) -> tuple[jax.Array, jax.Array]:
+    def one(key: PRNGKeyArray, context: PyTree) -> tuple[jax.Array, jax.Array]:
+        given = diffusion.with_context(context)
         with handlers.seed(rng_seed=key):
-            model = handlers.trace(diffusion.model).get_trace(None, num_data=1)
+            model = handlers.trace(given.model).get_trace(None, num_data=1)
             x = model["x"]["value"]
-            given = handlers.substitute(diffusion.posterior_guide, {"z": model["z"]["value"]})
-            guide = handlers.trace(given).get_trace(x)
+            on_path = handlers.substitute(given.posterior_guide, {"z": model["z"]["value"]})
+            guide = handlers.trace(on_path).get_trace(x)
         log_p = sum(model[name]["fn"].log_prob(model[name]["value"]).sum() for name in ("z", "x"))
         return x[0], log_p - guide["z"]["fn"].log_prob(guide["z"]["value"]).sum()
 
-    x, log_weight = jax.jit(jax.vmap(one))(jax.random.split(key, int(num_data)))
+    of_one = take(diffusion.context, EACH)
+    x, log_weight = jax.jit(jax.vmap(one))(jax.random.split(key, int(num_data)), of_one)
     return x, np.asarray(log_weight, np.float64)

@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from jaxtyping import PyTree
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 
 from probdiff._checks import Whole, is_concrete, is_trainable, require, require_count, require_key, require_type
+from probdiff._context import same_rows
 from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.schedules import per_step
 from probdiff.diffusion import Diffusion
@@ -61,7 +63,8 @@ class StepObjective(ELBO):
         points: None, or the data whose mean bound is wanted (the whole training set, say), shape ``(point, dim)``: the
             noise in each step KL is then replaced by its mean and variance over all the points that z_n may come from.
             The estimate is right for the mean over ``points`` when ``x`` is drawn from them, not for a single datum.
-            ``"batch"``: the points are ``x`` itself, each counting as ``handlers.scale`` or ``handlers.mask`` has it.
+            ``"batch"``: the points are ``x`` itself, each counting as ``handlers.scale`` or ``handlers.mask`` has it. Of a
+            conditional model, ``"batch"`` only: z_n comes from the points of the same context, such as a label.
         adapt_to: What is kept quiet by what is learned: ``"gradient"`` (for training) or ``"value"`` of the bound.
         schedule_loss: What the shape of a :class:`~probdiff.LearnedSchedule` is trained for: ``"bound"``, like everything else, or
             ``"variance"``: the least variance of the estimate between steps and draws (its ends still raise the bound). Costs a second
@@ -155,13 +158,13 @@ class StepObjective(ELBO):
         """Whether the bound of each datum is estimated; otherwise only their mean means something (``points``)."""
         return self._points is None
 
-    def guide(self, x: Any, num_data: Any = None) -> None:
+    def guide(self, x: Any, num_data: Any = None, *, context: Any = None) -> None:
         """``diffusion.guide``, with the site that holds what this objective has learned (if it learns anything)."""
         if self._learner is not None:
             mutable(LEARNED, self._learner.initial())
-        self.diffusion.guide(x, num_data)
+        self.diffusion.guide(x, num_data, context=context)
 
-    def program(self, x: Any, num_data: Any = None, *, weight: jax.Array | None = None) -> None:
+    def program(self, x: Any, num_data: Any = None, *, context: Any = None, weight: jax.Array | None = None) -> None:
         """The bound on ``x`` as a NumPyro program; arguments as for :meth:`Diffusion.model`.
 
         Sites: ``param`` of the model; ``deterministic`` ``noise_free_bound`` and ``excess``, shape ``(datum,)``, whose difference
@@ -170,10 +173,12 @@ class StepObjective(ELBO):
         Args:
             x: Data, shape ``(datum, dim)``.
             num_data: Size of the full data set.
+            context: Of a conditional model, a row for each datum.
             weight: What each datum's bound is multiplied by in the factor, shape ``(datum,)``; 1 if not given.
         """
-        self.diffusion.check_data(x)
-        with_params = self.diffusion.from_param_site()
+        given = self.diffusion.given(context)
+        given.check_data(x)
+        with_params = given.from_param_site()
         diffusion = SCHEDULE_LOSSES[self.schedule_loss](with_params).tabulated()
         x = jnp.asarray(x)
         x0 = diffusion.likelihood.encode(x)
@@ -229,7 +234,7 @@ class StepObjective(ELBO):
             inverse_probability=jnp.repeat(inverse_probability.astype(x0.dtype) / copies, copies, 0),
             weight=weight,
             noise=self._noise.draw(noise_key, diffusion.schedule, x0),
-            conditional_noise=self._known_noise(x0, weight),
+            conditional_noise=self._known_noise(x0, weight, diffusion.context),
             control=control,
             coefficient=coefficient,
             x=x,
@@ -238,14 +243,17 @@ class StepObjective(ELBO):
             extra_key=extra_key,
         )
 
-    def _known_noise(self, x0: jax.Array, weight: jax.Array) -> PosteriorNoise | None:
+    def _known_noise(self, x0: jax.Array, weight: jax.Array, context: PyTree) -> PosteriorNoise | None:
         """What is known of the noise, from the points; those of the batch count as their terms do."""
         if self._points is None:
             return None
         if not isinstance(self._points, str):
             return PosteriorNoise(self._points)
-        # (Where none counts, the sum is 0 whatever is known.)
-        return PosteriorNoise(x0, jnp.log(jnp.where(weight.any(), weight, 1)))
+        if context is None:
+            # (Where none counts, the sum is 0 whatever is known.)
+            return PosteriorNoise(x0, jnp.log(jnp.where(weight.any(), weight, 1)))
+        of_same = jnp.log(jnp.where(weight[:, None] > 0, weight, 1))
+        return PosteriorNoise(x0, jnp.where(same_rows(context), of_same, -jnp.inf))
 
     def loss_with_mutable_state(
         self, rng_key: jax.Array, param_map: Mapping, model: Callable, guide: Callable, *args: Any, **kwargs: Any
@@ -334,6 +342,8 @@ def named(name: str, value: Any, known: Mapping, is_part: Callable[[Any], bool])
 def _encoded_points(diffusion: Diffusion, points: Any) -> Any:
     kernel = diffusion.kernel.name
     require(points is None or diffusion.kernel.closed_form, "points", f"None with a {kernel}", f"{points!r:.40}")
+    of_context = points is None or isinstance(points, str) or not diffusion.is_conditional
+    require(of_context, "points", "'batch' or None of a conditional model", f"{points!r:.40}")
     if points is None or isinstance(points, str):
         require(points in (None, "batch"), "points", "an array, 'batch' or None", repr(points))
         return points

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from probdiff._checks import Number, Whole, require, require_key, require_type
-from probdiff._chunks import blocks, joined
+from probdiff._chunks import blocks, joined, repeat
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import SampledStep
@@ -115,6 +115,7 @@ def data_set_elbo(
     diffusion: Diffusion,
     x: Data,
     *,
+    context: PyTree = None,
     key: PRNGKeyArray,
     noise_share: Number = 0.2,
     devices: Devices = None,
@@ -128,6 +129,7 @@ def data_set_elbo(
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``, at least two.
+        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
         noise_share: The Monte Carlo error in units of the standard error over the data.
         devices: Number of devices (or a list of them) that share the data.
@@ -140,7 +142,7 @@ def data_set_elbo(
         ValueError, TypeError: If the data do not suit the model.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.evaluated()
+    diffusion = diffusion.evaluated().given(context)
     x = diffusion.read_data(x)
     require_key(key)
     require(len(x) >= 2, "x", "at least two data", len(x))
@@ -152,13 +154,14 @@ def data_set_elbo(
     state: list[Learned] = replicate([objective.initial_state for objective in _objectives(diffusion, terms)], mesh)
     rounds, found = 0, []
     for rows in blocks(len(x), DATA_AT_ONCE, unit="datum", desc="bound of the data, at random steps", progress=progress):
+        some = diffusion.take(rows)
         if not rounds:
             for each in jax.random.split(pilot_key):
-                state, pilot = _round(diffusion, terms, x[rows], each, state, mesh)
+                state, pilot = _round(some, terms, x[rows], each, state, mesh)
             rounds = _rounds_needed(_to_host(pilot, mesh), diffusion.schedule.num_steps, float(noise_share))
         parts = []
         for each in jax.random.split(jax.random.fold_in(key, rows[0]), rounds):
-            state, part = _round(diffusion, terms, x[rows], each, state, mesh)
+            state, part = _round(some, terms, x[rows], each, state, mesh)
             parts.append(_to_host(part, mesh))
         found.append([np.concatenate(draws).T for draws in zip(*parts)])  # the data first
     prior, step_kls, reconstructions = (each.T for each in joined(found, len(x)))
@@ -198,11 +201,13 @@ def _round(
     objectives = _objectives(diffusion, terms)
     prior = prior_kl(diffusion.schedule, diffusion.likelihood.encode(x))
     # Copies of a datum are far apart in the batch: its own steps are then spread evenly.
-    copies = [shard(jnp.tile(x, (count, 1)), mesh) for count in _evaluations(diffusion)]
+    copies = [shard(repeat((x, diffusion.context), count), mesh) for count in _evaluations(diffusion)]
 
     def draw(state: list[Learned], key: PRNGKeyArray) -> tuple[list[Learned], Parts]:
-        each = zip(objectives, jax.random.split(key), copies, state)
-        drawn = [objective.per_datum_and_learned(own_key, data, learned) for objective, own_key, data, learned in each]
+        drawn = [
+            objective.of(diffusion.with_context(context)).per_datum_and_learned(own_key, data, learned)
+            for objective, own_key, (data, context), learned in zip(objectives, jax.random.split(key), copies, state)
+        ]
         minus_kl, reconstruction = (values.reshape(-1, len(x)).mean(0) for values, _ in drawn)
         return [learned for _, learned in drawn], (prior, -minus_kl, reconstruction)
 

@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from probdiff._checks import Whole, require, require_count, require_key, require_type
 from probdiff._chunks import over_steps
@@ -11,13 +11,16 @@ from probdiff.diffusion import Diffusion
 from probdiff.programs.sites import Data
 
 
-def optimal_variance(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_draws: Whole = 1) -> Diffusion:
+def optimal_variance(
+    diffusion: Diffusion, x: Data, *, context: PyTree = None, key: PRNGKeyArray, num_draws: Whole = 1
+) -> Diffusion:
     r"""Set the reverse variances of a model with ``reverse_variance="optimal"`` to the best for its network.
 
     Args:
         diffusion: The model.
         x: Data to estimate :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` from, of every step; those that the network was trained on, or
             held-out data. Shape ``(datum, dim)``.
+        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
         num_draws: Draws of the noise for each step and datum.
 
@@ -29,10 +32,11 @@ def optimal_variance(diffusion: Diffusion, x: Data, *, key: PRNGKeyArray, num_dr
     """
     require_type("diffusion", diffusion, Diffusion)
     require(diffusion.kernel.is_estimated, "diffusion", "reverse_variance='optimal'", diffusion.kernel.name)
-    x = diffusion.read_data(x)
+    given = diffusion.evaluated().given(context)
+    x = given.read_data(x)
     require_key(key)
     require_count("num_draws", num_draws)
-    found = _squared_error(diffusion.evaluated(), jnp.asarray(x), key, int(num_draws))
+    found = _squared_error(given, jnp.asarray(x), key, int(num_draws))
     return diffusion.with_kernel(diffusion.kernel.with_squared_error(found))
 
 

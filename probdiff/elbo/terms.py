@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from probdiff._checks import AnyArray, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import EVALUATIONS, blocks, filled, inputs_at_once, parts
@@ -43,12 +43,14 @@ class ELBOTerms(eqx.Module):
         step_kl: KL of step n, shape ``(draw, step, datum)``, steps n = 2 … N ascending (N = 1: no steps).
         reconstruction: log p(x | z_1), shape ``(draw, datum)``.
         closed_form: Whether the KLs are computed in closed form given z_n; otherwise each is a sampled log-ratio, unbiased.
+        context: Of a conditional model, the context of each datum, a tree of arrays of shape ``(datum, …)``.
     """
 
     prior_kl: jax.Array
     step_kl: jax.Array
     reconstruction: jax.Array
     closed_form: bool = eqx.field(static=True, default=True)
+    context: PyTree = None
 
     @property
     def elbo(self) -> Float[Array, "draw datum"]:
@@ -143,7 +145,7 @@ def _evaluate(
     mesh: Mesh | None,
 ) -> ELBOTerms:
     """ELBOTerms of the draws numbered ``draws``; ``noise`` is None or shape ``(len(draws), num_steps, datum, dim)``."""
-    x = shard(x, mesh)
+    x, diffusion = shard(x, mesh), diffusion.with_context(shard(diffusion.context, mesh))
     terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
     chunk, later, dtype = inputs_at_once(diffusion.network) // len(x), diffusion.schedule.num_steps - 1, terms.x0.dtype
 
@@ -153,7 +155,7 @@ def _evaluate(
     kls = filled(step_kl, len(draws) * later, chunk, jnp.zeros((len(draws) * later, len(x)), dtype))
     log_lik = filled(terms.reconstruction, len(draws), chunk, jnp.zeros((len(draws), len(x)), dtype))
     kls = kls.reshape(len(draws), later, len(x))
-    return gather(ELBOTerms(prior_kl(diffusion.schedule, terms.x0), kls, log_lik, diffusion.kernel.closed_form), mesh)
+    return gather(ELBOTerms(prior_kl(diffusion.schedule, terms.x0), kls, log_lik, diffusion.kernel.closed_form, diffusion.context), mesh)
 
 
 @eqx.filter_jit
@@ -167,7 +169,7 @@ def _accumulate(
     mesh: Mesh | None,
 ) -> Any:
     """Welford's update of (count, means, sums of squares) by the draws, one at a time, in place and a part of the steps at a time."""
-    x = shard(x, mesh)
+    x, diffusion = shard(x, mesh), diffusion.with_context(shard(diffusion.context, mesh))
     terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
     later = diffusion.schedule.num_steps - 1
     count, rows = parts(later, inputs_at_once(diffusion.network) // len(x))
@@ -208,6 +210,7 @@ def elbo_terms(
     diffusion: Diffusion,
     x: Data,
     *,
+    context: PyTree = None,
     key: PRNGKeyArray | None = None,
     num_draws: Whole | None = None,
     noise: Noise | None = None,
@@ -222,6 +225,7 @@ def elbo_terms(
     diffusion: Diffusion,
     x: Data,
     *,
+    context: PyTree = None,
     key: PRNGKeyArray | None = None,
     num_draws: Whole | None = None,
     noise: Noise | None = None,
@@ -235,6 +239,7 @@ def elbo_terms(
     diffusion: Diffusion,
     x: Data,
     *,
+    context: PyTree = None,
     key: PRNGKeyArray | None = None,
     num_draws: Whole | None = None,
     noise: Noise | None = None,
@@ -250,6 +255,7 @@ def elbo_terms(
     Args:
         diffusion: The model.
         x: Data as the user has it, shape ``(datum, dim)``.
+        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key of the noise.
         num_draws: Number of draws; 1 if not given.
         noise: The noise itself, instead of ``key``: shape ``(draw, num_steps, datum, dim)``, step n at
@@ -265,7 +271,7 @@ def elbo_terms(
         ValueError, TypeError: If the data, ``noise`` or ``num_draws`` do not fit the model.
     """
     require_type("diffusion", diffusion, Diffusion)
-    diffusion = diffusion.evaluated()
+    diffusion = diffusion.evaluated().given(context)
     x = diffusion.read_data(x)
     require(
         (key is None) != (noise is None), "key, noise", "exactly one of the two", "neither" if key is None else "both"
@@ -320,8 +326,8 @@ def _in_blocks(
         return ELBOMoments(prior, step_kl, reconstruction, elbo, num_draws)
     if len(found) == 1:
         return found[0]
-    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
-    return eqx.tree_at(lambda terms: terms.prior_kl, joined, found[0].prior_kl)
+    drawn = [jnp.concatenate(parts) for parts in zip(*((each.step_kl, each.reconstruction) for each in found))]
+    return eqx.tree_at(lambda terms: (terms.step_kl, terms.reconstruction), found[0], tuple(drawn))
 
 
 def _no_draws(diffusion: Diffusion, x: jax.Array) -> Any:

@@ -135,11 +135,12 @@ class PosteriorNoise(eqx.Module):
 
     Args:
         points: Encoded data, shape ``(point, dim)``.
-        log_weight: Logarithm of what each counts, shape ``(point,)``, in any unit; 0 if they count alike.
+        log_weight: Logarithm of what each counts, in any unit, shape ``(point,)``, or ``(datum, point)`` where that depends on the datum of
+            a batch ``(…, datum)``; 0 if they count alike.
     """
 
     points: jax.Array
-    log_weight: jax.Array | float = 0.0
+    log_weight: Any = 0.0
 
     def __call__(
         self, schedule: AbstractSchedule, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"]
@@ -148,15 +149,18 @@ class PosteriorNoise(eqx.Module):
         signal = at_step(schedule.signal_scale, n, z.dtype)
         noise = at_step(schedule.noise_scale, n, z.dtype)
 
-        def moments(row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            z, signal, noise = row
+        by_datum = jnp.ndim(self.log_weight) == 2
+
+        def moments(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            z, signal, noise, datum = row
             candidates = (z - signal * self.points) / noise
             squared = jnp.square(candidates).sum(-1)
-            probability = jax.nn.softmax(self.log_weight - squared / 2)
+            log_weight = self.log_weight[datum] if by_datum else self.log_weight
+            probability = jax.nn.softmax(log_weight - squared / 2)
             mean = probability @ candidates
             return mean, probability @ jnp.square(candidates - mean)
 
-        rows = z.reshape(-1, z.shape[-1]), signal.ravel(), noise.ravel()
+        rows = z.reshape(-1, z.shape[-1]), signal.ravel(), noise.ravel(), jnp.arange(n.size) % z.shape[-2]
         batch_size = max(1, MOST_NUMBERS // self.points.size)
         mean, variance = jax.lax.map(jax.checkpoint(moments), rows, batch_size=batch_size)
         return NoiseMoments(mean.reshape(z.shape), variance.reshape(z.shape))

@@ -1,10 +1,10 @@
 """Networks that are written in another way than :mod:`probdiff.networks.base` asks for."""
 
 import jax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from probdiff._checks import require
-from probdiff.networks.base import AbstractWrapper, Network, Prediction, evaluate
+from probdiff.networks.base import AbstractWrapper, Network, Prediction, evaluate, flattened
 
 
 class Batched(AbstractWrapper):
@@ -24,13 +24,13 @@ class Batched(AbstractWrapper):
         *,
         n: Int[Array, "*batch"] | None = None,
         key: PRNGKeyArray | None = None,
+        context: PyTree = None,
     ) -> Prediction:
         """Predict the noise in each ``z`` by itself; with ``key``, each has its own dropout."""
-        flat = z.reshape(-1, z.shape[-1])
+        flat, log_snr, n, context = flattened(z.ndim - 1, (z, log_snr, n, context))
         keys = None if key is None else jax.random.split(key, len(flat))
-        steps = None if n is None else n.ravel()
-        one = jax.vmap(lambda z, log_snr, n, key: evaluate(self.network, z, log_snr, n, key))
-        output = one(flat, log_snr.ravel(), steps, keys)
+        one = jax.vmap(lambda z, log_snr, n, key, context: evaluate(self.network, z, log_snr, n, key, context))
+        output = one(flat, log_snr, n, keys, context)
         return output.reshape(*z.shape[:-1], *output.shape[1:])
 
 
@@ -39,7 +39,8 @@ def batched(network: Network) -> Batched:
 
     Args:
         network: A callable ``network(z, n) -> eps_hat`` with z of shape ``(dim,)``, n an int32 of shape ``()`` and the prediction shaped like
-            z, as equinox writes them; or an :class:`AbstractNetwork` of one example. Dropout, with ``key=``, is that of one example.
+            z, as equinox writes them; or an :class:`AbstractNetwork` of one example. Dropout, with ``key=``, and ``context=`` are those of
+            one example.
 
     Returns:
         The network, for z of shape ``(*batch, dim)``. Its parameters are those of ``network``.

@@ -7,10 +7,12 @@ A network is told how noisy z is in one of two ways:
 * any other callable is told the step: ``network(z, n) -> eps_hat``, with ``n`` int32.
 
 ``z`` has shape ``(*batch, dim)``, the other shape ``batch``, and the result is shaped like ``z``. Floating-point JAX arrays of an equinox
-module are trained; NumPy arrays in it are constants, which no optimiser and no weight decay moves. Two things are optional:
+module are trained; NumPy arrays in it are constants, which no optimiser and no weight decay moves. Three things are optional:
 
 * ``key=``: a network that takes it by name is given one while training (dropout), never in evaluation;
   one key for the whole batch, so ``jax.vmap`` inside the network, not around it;
+* ``context=``: a network that takes it by name is that of a conditional model, p(x | c). It is given the covariates or labels c of each
+  datum, an array or a tree of arrays, with the batch axes of ``z`` in front: ``(*batch, …)``;
 * ``network.dim``: the dimension of the data, needed to generate.
 
 :func:`evaluate` is the one place that knows the two ways apart.
@@ -25,12 +27,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
 
 from probdiff._checks import require
 
 TIME_HARMONICS = 8
 EMBEDDING = 32
+CONTEXT_HIDDEN = 64
 MOST_BLOCKS = 1000
 Network = Callable[..., Array]  # of either kind
 ONE_EXAMPLE = (
@@ -43,7 +46,7 @@ Prediction = Float[Array, "*batch dim"] | Float[Array, "*batch dim output"]
 class AbstractNetwork(eqx.Module):
     """A network that is told the noise level.
 
-    To write your own, give ``dim`` and :meth:`__call__`, with or without ``key``.
+    To write your own, give ``dim`` and :meth:`__call__`, with or without ``key`` and ``context``.
 
     Attributes:
         dim: Dimension of the data; None if the network takes any.
@@ -66,6 +69,14 @@ class AbstractNetwork(eqx.Module):
         """Whether there is a network inside that must be told the step."""
         return False
 
+    @property
+    def is_conditional(self) -> bool:
+        """Whether it must be given a context: by default, whether it takes one by name."""
+        return takes(self, "context")
+
+    def check_context(self, context: PyTree) -> None:
+        """Refuse a context that does not suit the network, ``(datum, …)``; only its shapes and types may be looked at. By default, none."""
+
 
 class AbstractWrapper(AbstractNetwork):
     """A network around others, of either kind: the step is passed on to those that are told it."""
@@ -85,6 +96,16 @@ class AbstractWrapper(AbstractNetwork):
         """Whether one of the networks inside is."""
         return any(map(is_told_step, self.inside))
 
+    @property
+    def is_conditional(self) -> bool:
+        """Whether one of the networks inside is."""
+        return any(map(is_conditional, self.inside))
+
+    def check_context(self, context: PyTree) -> None:
+        """Refuse a context that does not suit a network inside."""
+        for network in self.inside:
+            check_context(network, context)
+
     @abc.abstractmethod
     def __call__(
         self,
@@ -93,8 +114,9 @@ class AbstractWrapper(AbstractNetwork):
         *,
         n: Int[Array, "*batch"] | None = None,
         key: PRNGKeyArray | None = None,
+        context: PyTree = None,
     ) -> Prediction:
-        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
+        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``, given ``context``."""
 
 
 def is_told_step(network: Network) -> bool:
@@ -102,13 +124,23 @@ def is_told_step(network: Network) -> bool:
     return network.is_told_step if isinstance(network, AbstractNetwork) else True
 
 
-def takes_key(network: Network) -> bool:
-    """Whether the network accepts ``key=``, by name or through ``**kwargs``."""
+def is_conditional(network: Network) -> bool:
+    """Whether a network must be given a context."""
+    return network.is_conditional if isinstance(network, AbstractNetwork) else takes(network, "context")
+
+
+def check_context(network: Network, context: PyTree) -> None:
+    """Refuse a context that does not suit a network; one of the user's own takes what it likes."""
+    if isinstance(network, AbstractNetwork):
+        network.check_context(context)
+
+
+def takes(network: Callable, name: str) -> bool:
+    """Whether the network accepts ``key=`` or ``context=`` by name; ``**kwargs`` does not say so."""
     try:
-        parameters = inspect.signature(network).parameters.values()
+        return name in inspect.signature(network).parameters
     except (TypeError, ValueError):
         return False
-    return any(p.name == "key" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def evaluate(
@@ -117,6 +149,7 @@ def evaluate(
     log_snr: Float[Array, "*batch"],
     n: Int[Array, "*batch"] | None = None,
     key: PRNGKeyArray | None = None,
+    context: PyTree = None,
     *,
     method: str | None = None,
 ) -> Any:
@@ -128,6 +161,7 @@ def evaluate(
         log_snr: Their log-SNR, shape ``batch``.
         n: Their step, shape ``batch``; None between steps.
         key: Passed on if the network takes one; give one only while training.
+        context: Passed on if the network takes one, a tree of arrays of shape ``(*batch, …)``.
         method: Name of the method to call in the place of the network itself.
 
     Returns:
@@ -136,14 +170,14 @@ def evaluate(
         ValueError: If the network must be told the step, and there is none.
     """
     call = network if method is None else getattr(network, method)
-    options = {} if key is None or not takes_key(call) else {"key": key}
+    given = {"key": key, "context": context}
+    options = {name: value for name, value in given.items() if value is not None and takes(call, name)}
     if isinstance(network, AbstractWrapper):
         return call(z, log_snr, n=n, **options)
     if isinstance(network, AbstractNetwork):
         return call(z, log_snr, **options)
     require(n is not None, "network", "an AbstractNetwork, to be asked between steps", f"a {type(network).__name__}, which is told the step")
     return _call_at_step(call, z, n, **options)
-
 
 
 def _call_at_step(call: Network, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"] | None, **options: Any) -> Any:
@@ -161,8 +195,10 @@ def _call_at_step(call: Network, z: Float[Array, "*batch dim"], n: Int[Array, "*
 
 def _takes_one_example(call: Network, z: Float[Array, "*batch dim"], **options: Any) -> bool:
     """Whether a network takes z of shape ``(dim,)`` and one step, and gives something of that shape; it is traced, not run."""
+    first = (0,) * (z.ndim - 1)
+    options |= jax.tree.map(lambda leaf: leaf[first], {name: value for name, value in options.items() if name == "context"})
     try:
-        output = jax.eval_shape(call, z[(0,) * (z.ndim - 1)], jnp.ones((), jnp.int32), **options)
+        output = jax.eval_shape(call, z[first], jnp.ones((), jnp.int32), **options)
     except Exception:
         return False
     return z.ndim > 1 and getattr(output, "shape", ())[:1] == z.shape[-1:]
@@ -174,13 +210,14 @@ def predict_noise(
     log_snr: Float[Array, "*batch"],
     n: Int[Array, "*batch"] | None = None,
     key: PRNGKeyArray | None = None,
+    context: PyTree = None,
 ) -> Float[Array, "*batch dim"]:
     """:func:`evaluate` an ε-network, and check what comes back.
 
     Raises:
         ValueError: If the result is not shaped like ``z``.
     """
-    return require_shape(evaluate(network, z, log_snr, n, key), z.shape, "the shape of z").astype(z.dtype)
+    return require_shape(evaluate(network, z, log_snr, n, key, context), z.shape, "the shape of z").astype(z.dtype)
 
 
 def require_shape(output: Any, shape: tuple[int, ...], words: str) -> Array:
@@ -211,6 +248,56 @@ class LogSNREmbedding(eqx.Module):
         for layer in self.layers:
             h = jax.nn.silu(along_last_axis(layer, h))
         return h
+
+
+class ContextEmbedding(eqx.Module):
+    """The embedding of a vector of covariates: a small perceptron."""
+
+    layers: list[eqx.nn.Linear]
+
+    def __init__(self, context_dim: int, key: PRNGKeyArray) -> None:
+        keys = jax.random.split(key, 2)
+        sizes = ((context_dim, CONTEXT_HIDDEN), (CONTEXT_HIDDEN, EMBEDDING))
+        self.layers = [eqx.nn.Linear(*size, key=k) for size, k in zip(sizes, keys)]
+
+    def __call__(self, context: Float[Array, "*batch context_dim"]) -> Float[Array, "*batch embedding"]:
+        """The embedding, shape ``(*batch, EMBEDDING)``, of covariates of shape ``(*batch, context_dim)``."""
+        return along_last_axis(self.layers[1], jax.nn.silu(along_last_axis(self.layers[0], context)))
+
+
+class AbstractEmbeddedNetwork(AbstractNetwork):
+    """A network whose noise level and covariates, if it has any, are embedded together."""
+
+    embed: eqx.AbstractVar[LogSNREmbedding]
+    embed_context: eqx.AbstractVar[ContextEmbedding | None]
+    context_dim: eqx.AbstractVar[int | None]
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether there is a ``context_dim``."""
+        return self.context_dim is not None
+
+    def check_context(self, context: PyTree) -> None:
+        """Refuse anything but an array of shape ``(datum, context_dim)``."""
+        if self.context_dim is not None:
+            expected = f"an array of shape (datum, {self.context_dim}), as the network has context_dim={self.context_dim}"
+            got = f"shape {context.shape}" if eqx.is_array(context) else type(context).__name__
+            require(eqx.is_array(context) and context.shape[1:] == (self.context_dim,), "context", expected, got)
+
+    def embedding(
+        self, log_snr: Float[Array, "*batch"], context: Real[Array, "*batch context_dim"] | None
+    ) -> Float[Array, "*batch embedding"]:
+        """The embedding of both, shape ``(*batch, EMBEDDING)``."""
+        embedding = self.embed(log_snr)
+        if self.embed_context is None:
+            return embedding
+        assert context is not None  # the Diffusion says so
+        return embedding + self.embed_context(context.astype(embedding.dtype))
+
+
+def flattened(num_axes: int, tree: PyTree) -> PyTree:
+    """The arrays of a tree with their first ``num_axes`` axes, those of a batch, as one."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[num_axes:]), tree)
 
 
 def along_last_axis(layer: Callable[[Array], Array], x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:

@@ -7,10 +7,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from probdiff._checks import Whole, require, require_count, require_key
-from probdiff.networks.base import EMBEDDING, MOST_BLOCKS, AbstractNetwork, LogSNREmbedding, Prediction, along_last_axis
+from probdiff.networks.base import (
+    EMBEDDING,
+    MOST_BLOCKS,
+    AbstractEmbeddedNetwork,
+    ContextEmbedding,
+    LogSNREmbedding,
+    Prediction,
+    along_last_axis,
+    flattened,
+)
 
 AT_ONCE = 64  # images, on CPU: their hidden layers then stay in its cache
 
@@ -37,7 +46,7 @@ class _Convolution(eqx.Module):
         return jnp.concatenate(shifted, -1) @ self.weight.reshape(9 * inputs, -1) + self.bias
 
 
-class ConvNet(AbstractNetwork):
+class ConvNet(AbstractEmbeddedNetwork):
     """Residual convolutional network on images of one channel, told the noise level by an embedding of its log-SNR.
 
     It keeps the resolution: in an image of 8×8 every pixel sees every other after four convolutions. In each block the
@@ -50,10 +59,13 @@ class ConvNet(AbstractNetwork):
         num_blocks: Number of residual blocks of two convolutions.
         dropout: Probability of dropping a hidden channel of a pixel while training.
         outputs: Outputs for each pixel, on a new last axis; None for one, shaped like the input.
+        context_dim: For a conditional model, the number of covariates: ``context`` of shape ``(datum, context_dim)``, of about mean 0 and
+            standard deviation 1, embedded along with the noise level. None for a model without.
     """
 
     shape: tuple[int, int] = eqx.field(static=True)
     embed: LogSNREmbedding
+    embed_context: ContextEmbedding | None
     read: _Convolution
     place: Float[Array, "height width channels"]
     blocks: list["_Block"]
@@ -61,6 +73,7 @@ class ConvNet(AbstractNetwork):
     write_place: Float[Array, "height width output"]
     dropout: float = eqx.field(static=True)
     outputs: int | None = eqx.field(static=True)
+    context_dim: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -71,19 +84,23 @@ class ConvNet(AbstractNetwork):
         num_blocks: Whole = 3,
         dropout: float | int = 0.0,
         outputs: Whole | None = None,
+        context_dim: Whole | None = None,
     ) -> None:
         require(np.shape(shape) == (2,), "shape", "(height, width)", repr(shape))
-        counts = (("shape", shape[0]), ("shape", shape[1]), ("channels", channels), ("num_blocks", num_blocks))
-        for name, value in counts + ((("outputs", outputs),) if outputs is not None else ()):
+        for name, value in (("shape", shape[0]), ("shape", shape[1]), ("channels", channels), ("num_blocks", num_blocks)):
             require_count(name, value)
+        for name, size in (("outputs", outputs), ("context_dim", context_dim)):
+            require_count(name, 1 if size is None else size)
         require(num_blocks <= MOST_BLOCKS, "num_blocks", f"at most {MOST_BLOCKS}", num_blocks)
         require(isinstance(dropout, float | int) and 0 <= dropout < 1, "dropout", "0 <= dropout < 1", repr(dropout))
         require_key(key)
         keys = jax.random.split(key, 3 + num_blocks)
         height, width = shape
         self.shape = int(height), int(width)
-        channels, num_blocks, outputs = int(channels), int(num_blocks), None if outputs is None else int(outputs)
+        channels, num_blocks = int(channels), int(num_blocks)
+        outputs, context_dim = (None if size is None else int(size) for size in (outputs, context_dim))
         self.embed = LogSNREmbedding(keys[0])
+        self.embed_context = None if context_dim is None else ContextEmbedding(context_dim, jax.random.fold_in(key, 1))
         self.read = _Convolution(1, channels, keys[1])
         self.place = jnp.zeros((*self.shape, channels))
         self.blocks = [_Block(self.shape, channels, key) for key in keys[3:]]
@@ -91,6 +108,7 @@ class ConvNet(AbstractNetwork):
         self.write_place = jnp.zeros((*self.shape, outputs or 1))
         self.dropout = dropout
         self.outputs = outputs
+        self.context_dim = context_dim
 
     @property
     def dim(self) -> int:
@@ -106,17 +124,23 @@ class ConvNet(AbstractNetwork):
             "num_blocks": len(self.blocks),
             "dropout": self.dropout,
             "outputs": self.outputs,
+            "context_dim": self.context_dim,
         }
 
     def __call__(
-        self, z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"], *, key: PRNGKeyArray | None = None
+        self,
+        z: Float[Array, "*batch dim"],
+        log_snr: Float[Array, "*batch"],
+        *,
+        key: PRNGKeyArray | None = None,
+        context: Real[Array, "*batch context_dim"] | None = None,
     ) -> Prediction:
-        """Predict for ``z`` of shape ``(*batch, dim)`` and log-SNR ``log_snr``, shape ``batch``."""
+        """Predict for ``z`` of shape ``(*batch, dim)``, log-SNR ``log_snr``, shape ``batch``, and covariates, ``(*batch, context_dim)``."""
         if key is None and log_snr.size > AT_ONCE and jax.default_backend() == "cpu":
-            rows = z.reshape(-1, self.dim), log_snr.reshape(-1)
-            output = jax.lax.map(lambda row: self(*row), rows, batch_size=AT_ONCE)
+            rows = flattened(z.ndim - 1, (z, log_snr, context))
+            output = jax.lax.map(lambda row: self(*row[:2], context=row[2]), rows, batch_size=AT_ONCE)
             return output.reshape(*z.shape, *output.shape[2:])
-        embedding = self.embed(log_snr)[..., None, None, :]
+        embedding = self.embedding(log_snr, context)[..., None, None, :]
         image = z.reshape(*z.shape[:-1], *self.shape, 1)
         h = self.read(image) + self.place
         keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))

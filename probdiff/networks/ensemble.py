@@ -5,7 +5,7 @@ import operator
 from collections.abc import Iterable
 
 import jax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from probdiff._checks import require
 from probdiff.networks.base import AbstractWrapper, Network, predict_noise
@@ -42,8 +42,9 @@ class Ensemble(AbstractWrapper):
         *,
         n: Int[Array, "*batch"] | None = None,
         key: PRNGKeyArray | None = None,
+        context: PyTree = None,
     ) -> Float[Array, "*batch dim"]:
-        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
+        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``, given ``context``."""
         keys = [None] * len(self.networks) if key is None else jax.random.split(key, len(self.networks))
-        predicted = (predict_noise(network, z, log_snr, n, k) for network, k in zip(self.networks, keys))
+        predicted = (predict_noise(network, z, log_snr, n, k, context) for network, k in zip(self.networks, keys))
         return functools.reduce(operator.add, predicted) / len(self.networks)

@@ -11,7 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from probdiff._checks import Whole, require, require_count, require_type
 from probdiff._static import Static
@@ -63,9 +63,10 @@ class AbstractHead(AbstractWrapper):
         log_snr: Float[Array, "*batch"],
         n: Int[Array, "*batch"] | None = None,
         key: PRNGKeyArray | None = None,
+        context: PyTree = None,
     ) -> Float[Array, "*output"]:
         """The network's prediction, whose shape is checked."""
-        output = evaluate(self.network, z, log_snr, n, key)
+        output = evaluate(self.network, z, log_snr, n, key, context)
         return require_shape(output, self.output_shape(z), f"for a {type(self).__name__}").astype(z.dtype)
 
     def __call__(
@@ -75,9 +76,10 @@ class AbstractHead(AbstractWrapper):
         *,
         n: Int[Array, "*batch"] | None = None,
         key: PRNGKeyArray | None = None,
+        context: PyTree = None,
     ) -> Float[Array, "*batch dim"]:
-        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
-        return self.noise(self.output(z, log_snr, n, key), z, log_snr)
+        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``, given ``context``."""
+        return self.noise(self.output(z, log_snr, n, key, context), z, log_snr)
 
 
 class X0Head(AbstractHead):
@@ -176,9 +178,10 @@ class CategoricalHead(AbstractHead):
         *,
         n: Int[Array, "*batch"] | None = None,
         key: PRNGKeyArray | None = None,
+        context: PyTree = None,
     ) -> Float[Array, "*batch dim level"]:
         """log p(v | z_n) of every level, normalised, shape ``(*z.shape, levels)``; arguments as of the head itself."""
-        return self._normalised(self.output(z, log_snr, n, key), z, log_snr)
+        return self._normalised(self.output(z, log_snr, n, key, context), z, log_snr)
 
     def noise(
         self, prediction: Float[Array, "*batch dim level"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]

@@ -6,13 +6,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from probdiff._checks import Whole, require, require_count, require_key
 from probdiff.networks.base import (
     EMBEDDING,
     MOST_BLOCKS,
-    AbstractNetwork,
+    AbstractEmbeddedNetwork,
+    ContextEmbedding,
     LogSNREmbedding,
     Prediction,
     along_last_axis,
@@ -22,7 +23,7 @@ from probdiff.networks.base import (
 MOST_HARMONICS = 24  # the last then turns as fast as float32 resolves
 
 
-class MLP(AbstractNetwork):
+class MLP(AbstractEmbeddedNetwork):
     r"""Residual multilayer perceptron, told the noise level by a sinusoidal embedding of its log-SNR.
 
     In each block the embedding shifts and scales the hidden layer. Beside the blocks there is a short cut: the output
@@ -39,10 +40,13 @@ class MLP(AbstractNetwork):
             angular frequency :math:`\pi 2^k`. Source: Kingma et al. (2021), arXiv:2107.00630, appendix C.
         outputs: Outputs for each dimension, on a new last axis (for a :class:`~probdiff.networks.CategoricalHead`, the number of
             levels), without the short cut; None for one, shaped like the input.
+        context_dim: For a conditional model, the number of covariates: ``context`` of shape ``(datum, context_dim)``, of about mean 0 and
+            standard deviation 1. They are inputs beside z, and are embedded along with the noise level. None for a model without.
     """
 
     dim: int = eqx.field(static=True)
     embed: LogSNREmbedding
+    embed_context: ContextEmbedding | None
     read: eqx.nn.Linear
     blocks: list["_Block"]
     write: eqx.nn.Linear
@@ -51,6 +55,7 @@ class MLP(AbstractNetwork):
     hidden: int = eqx.field(static=True)
     num_harmonics: int = eqx.field(static=True)
     outputs: int | None = eqx.field(static=True)
+    context_dim: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -62,10 +67,12 @@ class MLP(AbstractNetwork):
         dropout: float | int = 0.0,
         num_harmonics: Whole = 0,
         outputs: Whole | None = None,
+        context_dim: Whole | None = None,
     ) -> None:
-        counts = (("dim", dim), ("hidden", hidden), ("num_blocks", num_blocks))
-        for name, value in counts + ((("outputs", outputs),) if outputs is not None else ()):
+        for name, value in (("dim", dim), ("hidden", hidden), ("num_blocks", num_blocks)):
             require_count(name, value)
+        for name, size in (("outputs", outputs), ("context_dim", context_dim)):
+            require_count(name, 1 if size is None else size)
         require(num_blocks <= MOST_BLOCKS, "num_blocks", f"at most {MOST_BLOCKS}", num_blocks)
         harmonics = isinstance(num_harmonics, int | np.integer) and 0 <= num_harmonics <= MOST_HARMONICS
         require(harmonics, "num_harmonics", f"an integer, 0 to {MOST_HARMONICS}", repr(num_harmonics))
@@ -73,13 +80,15 @@ class MLP(AbstractNetwork):
         require_key(key)
         keys = jax.random.split(key, 4 + num_blocks)
         dim, hidden, num_harmonics = int(dim), int(hidden), int(num_harmonics)
-        outputs = None if outputs is None else int(outputs)
+        outputs, context_dim = (None if size is None else int(size) for size in (outputs, context_dim))
         self.dim = dim
         self.hidden = hidden
         self.num_harmonics = num_harmonics
         self.outputs = outputs
+        self.context_dim = context_dim
         self.embed = LogSNREmbedding(keys[0])
-        self.read = eqx.nn.Linear(dim * (1 + 2 * num_harmonics), hidden, key=keys[1])
+        self.embed_context = None if context_dim is None else ContextEmbedding(context_dim, jax.random.fold_in(key, 1))
+        self.read = eqx.nn.Linear(dim * (1 + 2 * num_harmonics) + (context_dim or 0), hidden, key=keys[1])
         self.blocks = [_Block(hidden, key) for key in keys[4:]]
         self.write = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(hidden, dim * (outputs or 1), key=keys[2]))
         skip = eqx.nn.Linear(EMBEDDING, dim * (1 + 2 * num_harmonics), key=keys[3])
@@ -96,15 +105,24 @@ class MLP(AbstractNetwork):
             "dropout": self.dropout,
             "num_harmonics": self.num_harmonics,
             "outputs": self.outputs,
+            "context_dim": self.context_dim,
         }
 
     def __call__(
-        self, z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"], *, key: PRNGKeyArray | None = None
+        self,
+        z: Float[Array, "*batch dim"],
+        log_snr: Float[Array, "*batch"],
+        *,
+        key: PRNGKeyArray | None = None,
+        context: Real[Array, "*batch context_dim"] | None = None,
     ) -> Prediction:
-        """Predict for ``z`` of shape ``(*batch, dim)`` and log-SNR ``log_snr``, shape ``batch``."""
-        embedding = self.embed(log_snr)
+        """Predict for ``z`` of shape ``(*batch, dim)``, log-SNR ``log_snr``, shape ``batch``, and covariates, ``(*batch, context_dim)``."""
+        embedding = self.embedding(log_snr, context)
         inputs = jnp.concatenate([z[..., None], sinusoids(z, np.pi * 2.0 ** np.arange(self.num_harmonics))], -1)
-        h = along_last_axis(self.read, inputs.reshape(*z.shape[:-1], -1))
+        read = inputs.reshape(*z.shape[:-1], -1)
+        if context is not None:
+            read = jnp.concatenate([read, context.astype(z.dtype)], -1)
+        h = along_last_axis(self.read, read)
         keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
         for block, block_key in zip(self.blocks, keys):
             h = block(h, embedding, self.dropout, block_key)

@@ -5,12 +5,13 @@ What the programs and the estimators are held against. Imports the chain and the
 
 from probdiff.oracles.closed_form import exact_log_prob, exact_terms
 from probdiff.oracles.distributions import GaussianMixture, GaussianOracle, UniformBoxes
-from probdiff.oracles.networks import BoxesNetwork, LinearNetwork, MixtureNetwork
+from probdiff.oracles.networks import BoxesNetwork, ConditionalLinearNetwork, LinearNetwork, MixtureNetwork
 
 __all__ = [
     "BoxesNetwork",
     "GaussianMixture",
     "GaussianOracle",
+    "ConditionalLinearNetwork",
     "LinearNetwork",
     "MixtureNetwork",
     "UniformBoxes",

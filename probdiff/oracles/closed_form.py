@@ -4,10 +4,10 @@ With a :class:`~probdiff.oracles.LinearNetwork` and a normal likelihood every te
 computed here in float64 NumPy, from means and covariances: no sampling, and no code shared with the programs.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Real
+from jaxtyping import Float, PyTree, Real
 
 from probdiff._checks import AnyArray, require
 from probdiff.chain.reverse import AbstractKernel
@@ -15,7 +15,7 @@ from probdiff.chain.schedules import AbstractSchedule
 from probdiff.likelihoods import AbstractLikelihood, NormalLikelihood
 from probdiff.networks.base import Network
 from probdiff.oracles.distributions import log_normal
-from probdiff.oracles.networks import LinearNetwork
+from probdiff.oracles.networks import ConditionalLinearNetwork, LinearNetwork
 
 
 @runtime_checkable
@@ -25,22 +25,29 @@ class _Model(Protocol):
     schedule: AbstractSchedule
     kernel: AbstractKernel
     likelihood: AbstractLikelihood
+    context: Any
+
+    def given(self, context: Any) -> "_Model": ...
+
+    def with_context(self, context: Any) -> "_Model": ...
 
     @property
     def network(self) -> Network: ...
 
 
-def exact_terms(diffusion: _Model, x: Real[AnyArray, "datum dim"]) -> dict[str, Float[np.ndarray, "..."]]:
+def exact_terms(diffusion: _Model, x: Real[AnyArray, "datum dim"], *, context: PyTree = None) -> dict[str, Float[np.ndarray, "..."]]:
     """Every term of the bound of a diffusion with a :class:`LinearNetwork`, in closed form.
 
     Args:
         diffusion: A Diffusion with a LinearNetwork and a NormalLikelihood.
         x: Data, shape ``(datum, dim)``.
+        context: Of a conditional model, shape ``(datum, context_dim)``.
 
     Returns:
         A dict of float64 arrays, in nats: ``prior_kl`` and ``reconstruction`` and ``elbo``, shape ``(datum,)``, and
         ``step_kl``, shape ``(step, datum)``, n = 2 … N.
     """
+    diffusion = _given(diffusion, context)
     schedule, x0, log_jacobian = _encoded(diffusion, x)
     dim = x0.shape[1]
     identity = np.eye(dim)
@@ -68,26 +75,32 @@ def exact_terms(diffusion: _Model, x: Real[AnyArray, "datum dim"]) -> dict[str, 
     return {"prior_kl": prior_kl, "step_kl": step_kl, "reconstruction": reconstruction, "elbo": elbo}
 
 
-def exact_log_prob(diffusion: _Model, x: Real[AnyArray, "datum dim"]) -> Float[np.ndarray, "datum"]:
+def exact_log_prob(diffusion: _Model, x: Real[AnyArray, "datum dim"], *, context: PyTree = None) -> Float[np.ndarray, "datum"]:
     r""":math:`\log p_\theta(x)` of a diffusion with a :class:`LinearNetwork`, in nats, shape ``(datum,)``.
 
     The reverse chain is propagated as a Gaussian from z_N to x.
     """
+    diffusion = _given(diffusion, context)
     schedule, x0, log_jacobian = _encoded(diffusion, x)
     dim = x0.shape[1]
     mean, covariance = np.zeros(dim), np.eye(dim)
     for n in range(schedule.num_steps, 0, -1):
         gain, offset = _reverse_mean(diffusion, n)
-        mean = gain @ mean + offset
+        mean = mean @ gain.T + offset
         covariance = gain @ covariance @ gain.T + _reverse_variance(diffusion, n) * np.eye(dim)
-    return np.asarray(log_normal(x0, mean, covariance)) - log_jacobian
+    return np.asarray(log_normal(x0 - mean, np.zeros(dim), covariance)) - log_jacobian
+
+
+def _given(diffusion: _Model, context: PyTree) -> _Model:
+    """The model given a context, of which nothing is rounded."""
+    return diffusion if context is None else diffusion.given(context).with_context(np.asarray(context, np.float64))
 
 
 def _encoded(
     diffusion: _Model, x: Real[AnyArray, "datum dim"]
 ) -> tuple[AbstractSchedule, Float[np.ndarray, "datum dim"], np.float64]:
     require(
-        isinstance(diffusion.network, LinearNetwork),
+        isinstance(diffusion.network, LinearNetwork | ConditionalLinearNetwork),
         "diffusion.network",
         "a LinearNetwork",
         type(diffusion.network).__name__,
@@ -108,13 +121,16 @@ def _encoded(
     return diffusion.schedule, (x - np.asarray(diffusion.likelihood.loc)) / scale, np.log(scale).sum()
 
 
-def _reverse_mean(diffusion: _Model, n: int) -> tuple[Float[np.ndarray, "dim dim"], Float[np.ndarray, "dim"]]:
-    """Gain and offset of the reverse mean at step n: gain @ z_n + offset."""
+def _reverse_mean(diffusion: _Model, n: int) -> tuple[Float[np.ndarray, "dim dim"], Float[np.ndarray, "*datum dim"]]:
+    """Gain and offset of the reverse mean at step n: gain @ z_n + offset, which given a context is that of each datum."""
     schedule, network = diffusion.schedule, diffusion.network
-    assert isinstance(network, LinearNetwork)
+    assert isinstance(network, LinearNetwork | ConditionalLinearNetwork)
     per_eps = schedule.beta[n - 1] / np.sqrt(1 - schedule.alpha_bar[n - 1])
     gain = (np.eye(network.dim) - per_eps * network.weight[n - 1]) / np.sqrt(schedule.alpha[n - 1])
-    return gain, -per_eps * network.bias[n - 1] / np.sqrt(schedule.alpha[n - 1])
+    bias = network.bias[n - 1]
+    if isinstance(network, ConditionalLinearNetwork):
+        bias = bias + np.asarray(diffusion.context, np.float64) @ network.context_weight[n - 1].T
+    return gain, -per_eps * bias / np.sqrt(schedule.alpha[n - 1])
 
 
 def _reverse_variance(diffusion: _Model, n: int) -> np.float64:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Real
 from probdiff._checks import AnyArray, Number, Numbers, require, require_finite
 from probdiff.chain.schedules import AbstractSchedule
 from probdiff.likelihoods import NormalLikelihood
-from probdiff.oracles.networks import BoxesNetwork, LinearNetwork, MixtureNetwork
+from probdiff.oracles.networks import BoxesNetwork, ConditionalLinearNetwork, LinearNetwork, MixtureNetwork
 
 GRID_POINTS = 1_000_000
 Points = Real[AnyArray, "*batch dim"] | Sequence[Any]
@@ -29,16 +29,18 @@ LogProb = Float[np.ndarray, "*batch"] | np.float64
 
 
 class GaussianOracle:
-    """Gaussian data :math:`x_0 ~ N(m, S)`.
+    """Gaussian data :math:`x_0 ~ N(m, S)`; of a conditional model, :math:`x_0 | c ~ N(m + B c, S)`.
 
     Args:
         mean: m, shape ``(dim,)``.
         covariance: S, shape ``(dim, dim)``, positive definite.
+        slope: B, shape ``(dim, context_dim)``, for data given a context c of shape ``(datum, context_dim)``; None for data without.
     """
 
-    def __init__(self, mean: Numbers, covariance: Numbers) -> None:
+    def __init__(self, mean: Numbers, covariance: Numbers, slope: Numbers | None = None) -> None:
         self.mean = np.asarray(mean, np.float64)
         self.covariance = np.asarray(covariance, np.float64)
+        self.slope = None if slope is None else np.asarray(slope, np.float64)
         require_finite("mean", self.mean)
         require(self.mean.ndim == 1, "mean", "shape (dim,)", f"shape {self.mean.shape}")
         require(
@@ -48,27 +50,43 @@ class GaussianOracle:
             f"shape {self.covariance.shape}",
         )
         _require_positive_definite("covariance", self.covariance)
+        if self.slope is not None:
+            require_finite("slope", self.slope)
+            good = self.slope.ndim == 2 and len(self.slope) == self.dim
+            require(good, "slope", f"shape ({self.dim}, context_dim)", f"shape {self.slope.shape}")
 
     @property
     def dim(self) -> int:
         """Dimension of the data."""
         return len(self.mean)
 
-    def network(self, schedule: AbstractSchedule, scale: Number = 1.0) -> LinearNetwork:
+    def mean_given(self, context: Numbers | None) -> Float[np.ndarray, "..."]:
+        """The mean given a context of shape ``(*batch, context_dim)``, shape ``(*batch, dim)``; without, shape ``(dim,)``."""
+        if context is None or self.slope is None:
+            require(context is self.slope is None, "context", "None" if self.slope is None else "an array", type(context).__name__)
+            return self.mean
+        c = np.asarray(context, np.float64)
+        require(c.shape[-1:] == self.slope.shape[1:], "context", f"shape (datum, {self.slope.shape[1]})", f"shape {c.shape}")
+        return self.mean + c @ self.slope.T
+
+    def network(self, schedule: AbstractSchedule, scale: Number = 1.0) -> LinearNetwork | ConditionalLinearNetwork:
         r"""The network with the smallest expected error, :math:`E[\epsilon | z_n]`, times ``scale``."""
         alpha_bar = schedule.alpha_bar[:, None, None]
         noise = schedule.one_minus_alpha_bar[:, None, None]
         weight = np.sqrt(noise) * np.linalg.inv(alpha_bar * self.covariance + noise * np.eye(self.dim))
         bias = -weight @ self.mean * np.sqrt(schedule.alpha_bar)[:, None]
-        return LinearNetwork(scale * weight, scale * bias)
+        if self.slope is None:
+            return LinearNetwork(scale * weight, scale * bias)
+        context_weight = -weight @ self.slope * np.sqrt(alpha_bar)
+        return ConditionalLinearNetwork(scale * weight, scale * bias, scale * context_weight)
 
-    def sample(self, rng: np.random.Generator, size: int) -> Float[np.ndarray, "size dim"]:
-        """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``."""
-        return rng.multivariate_normal(self.mean, self.covariance, size)
+    def sample(self, rng: np.random.Generator, size: int, context: Numbers | None = None) -> Float[np.ndarray, "size dim"]:
+        """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``, given a context of as many rows."""
+        return rng.multivariate_normal(np.zeros(self.dim), self.covariance, size) + self.mean_given(context)
 
-    def log_prob(self, x: Points) -> LogProb:
-        """Log-density in nats of ``x`` of shape ``(*batch, dim)``, shape ``batch``."""
-        return log_normal(np.asarray(x, np.float64), self.mean, self.covariance)
+    def log_prob(self, x: Points, context: Numbers | None = None) -> LogProb:
+        """Log-density in nats of ``x`` of shape ``(*batch, dim)``, given a context of shape ``(*batch, context_dim)``; shape ``batch``."""
+        return log_normal(np.asarray(x, np.float64) - self.mean_given(context), np.zeros(self.dim), self.covariance)
 
     def entropy(self) -> tuple[float, float]:
         """Differential entropy in nats, and its error, 0: it has a closed form."""
@@ -77,7 +95,8 @@ class GaussianOracle:
     def standardized(self, loc: Numbers, scale: Numbers) -> "GaussianOracle":
         """The oracle of (x − loc) / scale; each is a number or one per dimension, ``scale`` positive."""
         loc, scale = _loc_and_scale(loc, scale, self.dim)
-        return GaussianOracle((self.mean - loc) / scale, self.covariance / np.outer(scale, scale))
+        slope = None if self.slope is None else self.slope / scale[:, None]
+        return GaussianOracle((self.mean - loc) / scale, self.covariance / np.outer(scale, scale), slope)
 
 
 class GaussianMixture:

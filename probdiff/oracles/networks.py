@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from probdiff._checks import Number, Whole
 from probdiff.networks.base import AbstractNetwork
@@ -21,14 +21,7 @@ REACH = 8.5  # which leaves out what is below exp(-REACH²/2) of its largest den
 _einsum = functools.partial(jnp.einsum, precision="highest")
 
 
-class LinearNetwork(eqx.Module):
-    r"""The ε-network :math:`\hat\epsilon = A_n z + b_n`; constant, nothing in it is trained.
-
-    Args:
-        weight: :math:`A_n`, shape ``(num_steps, dim, dim)``.
-        bias: :math:`b_n`, shape ``(num_steps, dim)``.
-    """
-
+class _Linear(eqx.Module):
     weight: Float[np.ndarray, "num_steps dim dim"]
     bias: Float[np.ndarray, "num_steps dim"]
 
@@ -37,10 +30,41 @@ class LinearNetwork(eqx.Module):
         """Dimension of the data."""
         return self.bias.shape[-1]
 
-    def __call__(self, z: Float[Array, "*batch dim"], n: Whole | Int[Array, "*#batch"]) -> Float[Array, "*batch dim"]:
-        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+    def without_context(self, z: Float[Array, "*batch dim"], n: Whole | Int[Array, "*#batch"]) -> Float[Array, "*batch dim"]:
+        """:math:`A_n z + b_n`, shaped like ``z``."""
         weight, bias = jnp.asarray(self.weight, z.dtype)[n - 1], jnp.asarray(self.bias, z.dtype)[n - 1]
         return _einsum("...ij,...j->...i", weight, z) + bias
+
+
+class LinearNetwork(_Linear):
+    r"""The ε-network :math:`\hat\epsilon = A_n z + b_n`; constant, nothing in it is trained.
+
+    Args:
+        weight: :math:`A_n`, shape ``(num_steps, dim, dim)``.
+        bias: :math:`b_n`, shape ``(num_steps, dim)``.
+    """
+
+    def __call__(self, z: Float[Array, "*batch dim"], n: Whole | Int[Array, "*#batch"]) -> Float[Array, "*batch dim"]:
+        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``."""
+        return self.without_context(z, n)
+
+
+class ConditionalLinearNetwork(_Linear):
+    r"""The ε-network :math:`\hat\epsilon = A_n z + b_n + C_n c` of a conditional model; constant, nothing in it is trained.
+
+    Args:
+        weight, bias: As of a :class:`LinearNetwork`.
+        context_weight: :math:`C_n`, shape ``(num_steps, dim, context_dim)``.
+    """
+
+    context_weight: Float[np.ndarray, "num_steps dim context_dim"]
+
+    def __call__(
+        self, z: Float[Array, "*batch dim"], n: Whole | Int[Array, "*#batch"], *, context: Real[Array, "*batch context_dim"]
+    ) -> Float[Array, "*batch dim"]:
+        """Predict the noise in ``z`` of shape ``(*batch, dim)`` after ``n`` steps, shape ``batch``, given c of shape ``(*batch, context_dim)``."""
+        weight = jnp.asarray(self.context_weight, z.dtype)[n - 1]
+        return self.without_context(z, n) + _einsum("...ij,...j->...i", weight, context.astype(z.dtype))
 
 
 class MixtureNetwork(AbstractNetwork):

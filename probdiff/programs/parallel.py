@@ -192,11 +192,12 @@ class ParallelPrograms(eqx.Module):
         _require_diffusion(diffusion)
         self.diffusion = diffusion
 
-    def model(self, x: Data | None, num_data: Size | None = None) -> Real[AnyArray, "*plates datum column"]:
+    def model(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> Real[AnyArray, "*plates datum column"]:
         """The reverse chain; arguments and sites as of :meth:`Diffusion.model`."""
         require_plates(OUTER)
-        size, dim = self.diffusion.data_shape(x, num_data)
-        diffusion = self.diffusion.with_param_site()
+        diffusion = self.diffusion.given(context)
+        size, dim = diffusion.data_shape(x, num_data)
+        diffusion = diffusion.with_param_site()
         key = diffusion.training_key(x)
         with minibatch(x, num_data), numpyro.plate("data", size):
             with numpyro.plate("step", diffusion.schedule.num_steps, dim=-2):
@@ -206,17 +207,17 @@ class ParallelPrograms(eqx.Module):
             last = diffusion.reverse_kernel(z_1, 1, key)
             return numpyro.sample("x", diffusion.kernel.observation(diffusion.likelihood, last), obs=x)
 
-    def guide(self, x: Data | None, num_data: Size | None = None) -> None:
+    def guide(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> None:
         """The forward chain, whose factors are its steps; arguments as for :meth:`Diffusion.guide`."""
-        self._forward(ForwardChain, x, num_data)
+        self._forward(ForwardChain, x, num_data, context)
 
-    def posterior_guide(self, x: Data | None, num_data: Size | None = None) -> None:
+    def posterior_guide(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> None:
         """The forward chain, whose factors are in the model's order; arguments as for :meth:`Diffusion.guide`."""
-        self._forward(PosteriorChain, x, num_data)
+        self._forward(PosteriorChain, x, num_data, context)
 
-    def _forward(self, chain: type[ForwardChain], x: Data | None, num_data: Size | None) -> None:
+    def _forward(self, chain: type[ForwardChain], x: Data | None, num_data: Size | None, context: Any) -> None:
         require_plates(OUTER)
-        size, x0 = self.diffusion.encode(x)
+        size, x0 = self.diffusion.given(context).encode(x)
         schedule = self.diffusion.guide_schedule()
         steps = numpyro.plate("step", schedule.num_steps, dim=-2)
         with minibatch(x, num_data), numpyro.plate("data", size), steps:

@@ -5,16 +5,19 @@ z_1. The model also has the site ``x``. Both sit in the plate ``data``. The ``pa
 """
 
 import abc
+import operator
 from typing import Any, NoReturn
 
 import equinox as eqx
 import numpyro
-from jaxtyping import Array, Float, Integer, PRNGKeyArray, Real
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree, Real
 from numpyro import distributions as dist
 from numpyro.distributions.kl import kl_divergence
 from numpyro.primitives import Messenger
 
 from probdiff._checks import AnyArray, Step, Whole, is_concrete, require
+from probdiff._context import EXPECTED, num_rows
+from probdiff._frames import is_frame
 from probdiff.chain.reverse import AbstractKernel
 from probdiff.chain.schedules import AbstractSchedule
 from probdiff.likelihoods import AbstractLikelihood
@@ -31,6 +34,17 @@ class AbstractDiffusion(eqx.Module):
     schedule: eqx.AbstractVar[AbstractSchedule]
     kernel: eqx.AbstractVar[AbstractKernel]
     likelihood: eqx.AbstractVar[AbstractLikelihood]
+    dim: eqx.AbstractVar[int | None]
+    context: eqx.AbstractVar[PyTree]
+
+    @property
+    @abc.abstractmethod
+    def is_conditional(self) -> bool:
+        """Whether it needs a context."""
+
+    @abc.abstractmethod
+    def given(self, context: Any) -> "AbstractDiffusion":
+        """The model given a context; the same for None."""
 
     @abc.abstractmethod
     def with_param_site(self) -> "AbstractDiffusion":
@@ -41,20 +55,74 @@ class AbstractDiffusion(eqx.Module):
         """The schedule for a guide, with its parameters from the ``param`` site, if it has any."""
 
     @abc.abstractmethod
-    def encode(self, x: Data | None) -> tuple[int, Float[Array, "datum dim"]]:
-        """The number of data, and the data as the chain sees them, shape ``(datum, dim)``."""
-
-    @abc.abstractmethod
-    def data_shape(self, x: Data | None, num_data: Size | None) -> tuple[int, int]:
-        """The shape ``(datum, dim)`` of the data, or of what is to be drawn."""
-
-    @abc.abstractmethod
     def training_key(self, x: Data | None) -> PRNGKeyArray | None:
         """A key for the network while it is trained on ``x``; otherwise None."""
 
     @abc.abstractmethod
     def reverse_kernel(self, z: Float[AnyArray, "*batch dim"], n: Step, key: PRNGKeyArray | None = None) -> dist.Distribution:
         """The distribution of z_{n-1} given z_n; at n = 1, the one that the likelihood reads."""
+
+    def read_data(self, x: Data) -> Data:
+        """Data as an array, checked: arrays as they are, data frames (pandas, polars, pyarrow) by their columns, as the likelihood reads them.
+
+        Raises:
+            ValueError, TypeError: As of :meth:`check_data`, and of the likelihood's ``read``.
+        """
+        x = self.likelihood.read(x)
+        self.check_data(x)
+        return x
+
+    def check_data(self, x: Data) -> None:
+        """Refuse data of the wrong shape or kind.
+
+        Raises:
+            ValueError: If the data are not ``(datum, column)``, with as many columns as the model has, empty, not finite or off the grid.
+            TypeError: If they are no array, or the likelihood does not take data of this dtype.
+        """
+        remedy = "; probdiff.datasets.split makes arrays of a data frame" if is_frame(x) else ""
+        require(hasattr(x, "shape") and hasattr(x, "dtype"), "x", "an array", f"{type(x).__name__}{remedy}", TypeError)
+        require(len(x.shape) == 2, "x", f"shape (datum, {self.dim or 'dim'})", f"shape {tuple(x.shape)}")
+        require(x.shape[0] > 0, "x", "at least one datum", f"shape {tuple(x.shape)}")
+        dim = self.likelihood.encoded_dim(x.shape[1])
+        encoded = "" if dim == x.shape[1] else f", which the likelihood encodes in {dim} dimensions"
+        require(self.dim in (None, dim), "x", f"shape (datum, {self.dim})", f"shape {tuple(x.shape)}{encoded}")
+        self.likelihood.check_data(x)
+        self.require_context(len(x))
+
+    def encode(self, x: Data | None) -> tuple[int, Float[Array, "datum dim"]]:
+        """The number of data, and the data as the chain sees them, shape ``(datum, dim)``; they are checked first."""
+        require(x is not None, "x", "data: the guide needs x", "None")
+        assert x is not None
+        self.check_data(x)
+        return len(x), self.likelihood.encode(x)
+
+    def data_shape(self, x: Data | None, num_data: Size | None) -> tuple[int, int]:
+        """The shape ``(datum, dim)`` of the data, or of what is to be drawn."""
+        if x is not None:
+            self.check_data(x)
+            return x.shape[0], self.likelihood.encoded_dim(x.shape[1])
+        if self.context is not None:
+            rows = num_rows(self.context)
+            require(num_data in (None, rows), "num_data", f"None, or {rows} as the context has rows", num_data)
+            num_data = rows
+        require(num_data is not None, "num_data", "the number of data to draw, since x is None", "None")
+        require(
+            self.dim is not None,
+            "dim",
+            "Diffusion(…, dim=…) or a network with .dim, to know the dimension to generate",
+            "neither",
+        )
+        assert num_data is not None and self.dim is not None
+        self.require_context(operator.index(num_data))
+        return operator.index(num_data), self.dim
+
+    def require_context(self, num_data: int) -> None:
+        """Refuse that there is no context, or one of another number of rows, if the model is conditional."""
+        if self.context is not None:
+            rows = num_rows(self.context)
+            require(rows == num_data, "context", f"as many rows as there are data, {num_data}", f"{rows} rows")
+        else:
+            require(not self.is_conditional, "context", f"{EXPECTED}: the network takes context=", "None")
 
 
 def require_plates(highest: int | None) -> None:

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import PRNGKeyArray, Real
+from jaxtyping import PRNGKeyArray, PyTree, Real
 from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
 from probdiff._checks import AnyArray, Number, Numbers, Whole, require, require_count, require_key, require_type
+from probdiff._chunks import take
 from probdiff._frames import column_names
 from probdiff._sharding import Devices, data_mesh, replicate, to_default_device
 from probdiff.diffusion import Diffusion
@@ -80,12 +81,14 @@ def fit(
     diffusion: Diffusion,
     data: Data,
     *,
+    context: PyTree = None,
     iterations: Whole = 10_000,
     batch_size: Whole = 128,
     weights: Numbers | None = None,
     learning_rate: Number | optax.Schedule | optax.GradientTransformation = 1e-3,
     key: PRNGKeyArray | None = None,
     validation: Real[AnyArray, "held_out dim"] | None = None,
+    validation_context: PyTree = None,
     validate_every: Whole = 500,
     elbo: ELBO | str | tuple[Callable, ELBO] | None = None,
     ema_decay: Number = 0.999,
@@ -98,6 +101,7 @@ def fit(
     Args:
         diffusion: The model, bound or not; it is not changed. A bound one is fitted further, from the parameters that it has.
         data: Training data as the user has it, an array of shape ``(datum, column)`` or a data frame.
+        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         iterations: Number of SVI updates in all, those of a resumed fit included. A fit that has ended goes on to more of them in another
             leg: the optimiser starts anew from the result so far, and the learning rate rises and falls once more; with a
             schedule or an optimiser of your own (see ``learning_rate``), as if it had not ended. An update whose loss or gradient is not finite
@@ -112,6 +116,7 @@ def fit(
         key: JAX key; ``jax.random.key(0)`` if not given.
         validation: Held-out data. If given, the averaged parameters that do best on it, by an estimate on noise
             that stays the same, are the result.
+        validation_context: Theirs, of a conditional model.
         validate_every: Iterations between validations.
         elbo: A NumPyro ELBO, the name of one of :data:`~probdiff.ESTIMATORS`, or the pair (guide, ELBO) that it gives; if not given, ``AnalyticELBO(diffusion, steps="stratified_importance", points="batch")``, or without the
             ``points`` for a reverse kernel whose KL has no closed form.
@@ -137,8 +142,11 @@ def fit(
         require_count(name, value)
     require(0 <= ema_decay < 1, "ema_decay", "0 <= ema_decay < 1", ema_decay)
     names = column_names(data)
-    data = diffusion.read_data(data)
-    validation = None if validation is None else diffusion.read_data(validation)
+    data, context = _read("context", diffusion, data, context)
+    if validation is None:
+        require(validation_context is None, "validation_context", "None without validation data", type(validation_context).__name__)
+    else:
+        validation, validation_context = _read("validation_context", diffusion, validation, validation_context)
     require(
         jax.tree.leaves(diffusion.trainable()),
         "diffusion",
@@ -154,7 +162,7 @@ def fit(
     minibatches = Minibatches(len(data), int(batch_size), weights)
 
     def loop_of(updates: Whole) -> Loop:
-        return Loop(diffusion, data, minibatches, build_optimiser(learning_rate, updates, ema_decay), elbo, mesh)
+        return Loop(diffusion, data, context, minibatches, build_optimiser(learning_rate, updates, ema_decay), elbo, mesh)
 
     loop = loop_of(iterations)
     own_optimiser, own_schedule = isinstance(learning_rate, optax.GradientTransformation), callable(learning_rate)
@@ -169,6 +177,8 @@ def fit(
         "data": _fingerprint(data),
         "validation": _fingerprint(validation),
         "weights": _fingerprint(weights),
+        "context": _fingerprints(context),
+        "validation_context": _fingerprints(validation_context),
     }
     quiet = not (progress and first_process)
     # The bar comes first: what follows is compiled.
@@ -176,7 +186,8 @@ def fit(
         state = loop.init(key, settings)
         state = (checkpoint and checkpoint.load(state)) or state
         save = checkpoint.save if checkpoint is not None and first_process else _save_nothing
-        saved = {"begun": 0, "weights": None} | (state.settings or {})  # (without those in checkpoints of 0.1)
+        # (Without these in checkpoints of 0.1.)
+        saved = {"begun": 0, "weights": None, "context": None, "validation_context": None} | (state.settings or {})
         anew = saved["iterations"] == len(state.losses) < iterations
         settings["begun"] = len(state.losses) if anew else saved["begun"]
         _require_same(settings, saved | {name: settings[name] for name in ("iterations", "begun") if anew})
@@ -184,7 +195,7 @@ def fit(
             loop = loop_of(iterations - settings["begun"])
             loop.init(key, settings)
         state = replicate((loop.begin_anew(state) if anew else state)._replace(settings=settings), mesh)
-        validation = None if validation is None else replicate(jnp.asarray(validation), mesh)
+        held_out = None if validation is None else replicate((jnp.asarray(validation), validation_context), mesh)
         kept: Whole = len(state.losses)
         bar.initial = bar.n = kept
         try:
@@ -192,7 +203,7 @@ def fit(
                 stop = min(iterations, done + CHUNK, (done // validate_every + 1) * validate_every)
                 new = loop.advance(state, stop - done)
                 due = stop % validate_every == 0 or stop == iterations
-                state = loop.validate(new, validation) if due and validation is not None else new
+                state = loop.validate(new, *held_out) if due and held_out is not None else new
                 if due:
                     save(to_default_device(state, mesh))
                     kept = stop
@@ -209,7 +220,8 @@ def fit(
         size = min(minibatches.num_counted, max(2, VARIANCE_ROWS // diffusion.schedule.num_steps))
         row_key, noise_key = jax.random.split(state.keys[1])
         rows = np.asarray(minibatches.sample(row_key, size))
-        fitted = optimal_variance(fitted, jnp.asarray(np.asarray(data)[rows]), key=noise_key)
+        some, context = jax.tree.map(jnp.asarray, take(jax.tree.map(np.asarray, (data, context)), rows))
+        fitted = optimal_variance(fitted, some, context=context, key=noise_key)
     return Fit(fitted, state.losses, state.validation, state)
 
 
@@ -220,8 +232,23 @@ def _require_same(settings: dict[str, Any], saved: dict[str, Any]) -> None:
         require(saved[name] == value, name, f"{saved[name]}, as in the fit that the checkpoint is of{more}", value)
 
 
+def _read(name: str, diffusion: Diffusion, data: Data, context: PyTree) -> tuple[Data, PyTree]:
+    """Data and their context, checked; ``name`` is that of the context."""
+    try:
+        given = diffusion.given(context)
+        return given.read_data(data), given.context
+    except (ValueError, TypeError) as error:
+        raise type(error)(str(error).replace("context: ", f"{name}: ", 1)) from None
+
+
 def _save_nothing(state: FitState) -> None:
     pass
+
+
+def _fingerprints(context: PyTree) -> str | None:
+    """The fingerprints of the arrays of a context, by their places."""
+    leaves = jax.tree_util.tree_flatten_with_path(context)[0]
+    return "; ".join(f"{jax.tree_util.keystr(path)} {_fingerprint(leaf)}".strip() for path, leaf in leaves) or None
 
 
 def _fingerprint(data: Any) -> str | None:

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTree
 from numpyro import handlers
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 
 from probdiff._checks import require
+from probdiff._chunks import take
 from probdiff._sharding import gather, replicate, shard
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
@@ -74,12 +75,18 @@ def _guide_and_elbo(diffusion: Diffusion, elbo: ELBO | str | tuple[Callable, ELB
     return elbo.guide if isinstance(elbo, StepObjective) else diffusion.posterior_guide, elbo
 
 
+def _given(context: PyTree) -> dict[str, PyTree]:
+    """What the programs are called with beside the data."""
+    return {} if context is None else {"context": context}
+
+
 class Loop:
     """The compiled parts of a fit.
 
     Args:
         diffusion: The model, not bound.
         data: Training data, checked, shape ``(datum, column)``.
+        context: Of each datum; None for a model without.
         minibatches: Which rows of them each update sees.
         optimiser: As :func:`~probdiff.training.optimiser.build_optimiser` gives it.
         elbo: The objective, as :func:`~probdiff.fit` takes it.
@@ -90,13 +97,14 @@ class Loop:
         self,
         diffusion: Diffusion,
         data: Any,
+        context: PyTree,
         minibatches: Minibatches,
         optimiser: optax.GradientTransformation,
         elbo: ELBO | str | tuple[Callable, ELBO] | None,
         mesh: Mesh | None,
     ) -> None:
         self.diffusion, self.minibatches, self.mesh = diffusion, minibatches, mesh
-        self.data = replicate(jnp.asarray(data), mesh)
+        self.data = replicate((jnp.asarray(data), context), mesh)
         guide, self.elbo = _guide_and_elbo(diffusion, elbo)
         model, guide = (handlers.scale(program, scale=1 / minibatches.size) for program in (diffusion.model, guide))
         self.svi = SVI(model, guide, optimiser, self.elbo)
@@ -107,7 +115,8 @@ class Loop:
         """The state before the first update."""
         init_key, *keys = jax.random.split(key, 3)
         # Compiled, because it then computes no more than the state.
-        svi = jax.jit(self.svi.init)(init_key, self.data[: self.minibatches.size])
+        x, context = take(self.data, slice(self.minibatches.size))
+        svi = jax.jit(self.svi.init)(init_key, x, **_given(context))
         best_bound = jnp.full((), -jnp.inf, jnp.zeros(()).dtype)
         histories = np.zeros(0, best_bound.dtype), np.zeros((0, 2))
         return FitState(svi, tuple(keys), self.averaged(svi), best_bound, *histories, settings)
@@ -125,13 +134,15 @@ class Loop:
         return state._replace(svi=state.svi._replace(optim_state=self.svi.optim.init(self.result(state))))
 
     def _updates(
-        self, svi_state: Any, data: jax.Array, key: PRNGKeyArray, start: Any, count: Any, guarded: bool
+        self, svi_state: Any, data: PyTree, key: PRNGKeyArray, start: Any, count: Any, guarded: bool
     ) -> tuple[Any, jax.Array, jax.Array]:
         """``count`` updates: the state, the losses (and 0 up to ``CHUNK``) and whether all is finite; if ``guarded``, without those that
         are not."""
 
         def update(old: Any, iteration: Any) -> Any:
-            return self.svi.update(old, shard(data[self.minibatches.rows(key, iteration)], self.mesh))
+            rows = self.minibatches.rows(key, iteration)
+            x, context = shard(take(data, rows), self.mesh)
+            return self.svi.update(old, x, **_given(context))
 
         def update_if_finite(old: Any, iteration: Any) -> Any:
             new, loss = update(old, iteration)
@@ -176,16 +187,16 @@ class Loop:
                     f"iteration {first + 1}, on rows {rows[:8].tolist()}{' …' * (len(rows) > 8)} of the data"
                 )
 
-    def _validation_bound(self, params: Any, x: Data, key: PRNGKeyArray) -> jax.Array:
-        trained = self.diffusion.bind(params).evaluated()
+    def _validation_bound(self, params: Any, x: Data, context: PyTree, key: PRNGKeyArray) -> jax.Array:
+        trained = self.diffusion.bind(params).evaluated().with_context(context)
         particles = min(1024, -(-VALIDATION_ROWS // len(x)))
         elbo = AnalyticELBO(trained, "stratified", num_particles=particles, vectorize_particles=False)
         return -elbo.loss(key, {}, trained.model, trained.guide, x) / len(x)
 
-    def validate(self, state: FitState, x: Data) -> FitState:
+    def validate(self, state: FitState, x: Data, context: PyTree) -> FitState:
         """The state with the bound of the averaged parameters on held-out data, and these kept if they are the best so far."""
         params = self.averaged(state.svi)
-        bound = self._bound(params, x, state.keys[1])
+        bound = self._bound(params, x, context, state.keys[1])
         row = np.array([[len(state.losses), float(bound)]])
         state = state._replace(validation=np.concatenate([state.validation, row]))
         return state._replace(best=params, best_bound=bound) if bound > state.best_bound else state

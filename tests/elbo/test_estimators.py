@@ -23,7 +23,7 @@ from probdiff.elbo import variance_reduction as noise_module
 from probdiff.elbo.objective import LEARNED
 from probdiff.elbo.variance_reduction import LinearControl, RowNoise
 from probdiff.networks.base import predict_noise
-from probdiff.oracles import GaussianMixture, GaussianOracle, LinearNetwork, exact_terms
+from probdiff.oracles import GaussianMixture, GaussianOracle, exact_terms
 
 pytestmark = pytest.mark.xdist_group("estimators")  # its tests share what is costly to make
 
@@ -31,7 +31,9 @@ N = 10
 SCHEDULE = probdiff.log_snr_schedule(N, 4.0, -1.0)
 GAUSSIAN = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
 MIXTURE = GaussianMixture([0.3, 0.7], [[-1.0, 0.5], [0.8, -0.4]], [[[0.2, 0.1], [0.1, 0.3]], [[0.4, 0.0], [0.0, 0.1]]])
+GIVEN = GaussianOracle(GAUSSIAN.mean, GAUSSIAN.covariance, [[0.9, -0.2, 0.0], [0.3, 0.5, -0.8]])
 X = np.array([[0.1, -0.2], [1.5, 0.4], [-0.7, -1.0]])
+CONTEXT = np.array([[1.0, 0.0, -1.0], [-0.5, 2.0, 0.3], [0.2, -1.1, 1.5]])
 NAMES = sorted(probdiff.ESTIMATORS)
 DRAWS = {"one": 150_000, "all": 30_000}
 
@@ -47,10 +49,22 @@ class Tilted(eqx.Module):
         return self.scale * self.network(z, n) + self.shift * n.astype(z.dtype)[..., None] / N
 
 
+class TiltedGiven(Tilted):
+    """The same of a conditional model."""
+
+    def __call__(self, z, n, *, context):
+        return self.scale * self.network(z, n, context=context) + self.shift * n.astype(z.dtype)[..., None] / N
+
+
 def make(oracle=GAUSSIAN, **kwargs):
-    exact = probdiff.Diffusion(SCHEDULE, oracle.network(SCHEDULE)).predict_noise  # by the step
-    network = Tilted(jnp.array(0.8), jnp.array(0.1), exact)
+    exact = oracle.network(SCHEDULE) if oracle is GIVEN else probdiff.Diffusion(SCHEDULE, oracle.network(SCHEDULE)).predict_noise  # by the step
+    network = (TiltedGiven if oracle is GIVEN else Tilted)(jnp.array(0.8), jnp.array(0.1), exact)
     return probdiff.Diffusion(SCHEDULE, network, **kwargs)
+
+
+def beside_data(diffusion, times=1):
+    """What is given beside X, so many times over."""
+    return {"context": jnp.tile(jnp.asarray(CONTEXT), (times, 1))} if diffusion.is_conditional else {}
 
 
 def learn(diffusion, elbo, updates=200):
@@ -60,7 +74,8 @@ def learn(diffusion, elbo, updates=200):
         many = jnp.tile(jnp.asarray(X), (20, 1))
 
         def update(state, key):
-            return elbo.loss_with_mutable_state(key, state, diffusion.model, elbo.guide, many)["mutable_state"], None
+            given = beside_data(diffusion, 20)
+            return elbo.loss_with_mutable_state(key, state, diffusion.model, elbo.guide, many, **given)["mutable_state"], None
 
         state = jax.jit(lambda s: jax.lax.scan(update, s, jax.random.split(jax.random.key(11), updates))[0])(state)
     return state
@@ -75,7 +90,8 @@ def draw(name, diffusion, **options):
     def one(key):
         def bound(scale, shift):
             params = eqx.tree_at(lambda d: (d.network.scale, d.network.shift), own, (scale, shift))
-            return -elbo.loss(key, {"diffusion$params": params, **learned}, diffusion.model, guide, jnp.asarray(X))
+            given = beside_data(diffusion)
+            return -elbo.loss(key, {"diffusion$params": params, **learned}, diffusion.model, guide, jnp.asarray(X), **given)
 
         value, gradient = jax.value_and_grad(bound, (0, 1))(own.network.scale, own.network.shift)
         return jnp.stack([value, *gradient])
@@ -89,14 +105,14 @@ def drawn(name, oracle, reverse_variance):
     return draw(name, make(oracle, reverse_variance=reverse_variance))
 
 
-def exact(reverse_variance):
+def exact(reverse_variance, oracle=GAUSSIAN):
     """Bound of X and its gradient by the closed form of the linear-Gaussian chain and central differences."""
 
     def bound(scale, shift):
-        linear = GAUSSIAN.network(SCHEDULE, scale)
-        network = LinearNetwork(linear.weight, linear.bias + shift * np.arange(1, N + 1)[:, None] / N)
+        linear = oracle.network(SCHEDULE, scale)
+        network = eqx.tree_at(lambda net: net.bias, linear, linear.bias + shift * np.arange(1, N + 1)[:, None] / N)
         diffusion = probdiff.Diffusion(SCHEDULE, network, reverse_variance=reverse_variance)
-        return exact_terms(diffusion, X)["elbo"].sum()
+        return exact_terms(diffusion, X, context=CONTEXT if oracle is GIVEN else None)["elbo"].sum()
 
     s, b, h = 0.8, 0.1, 1e-5
     slopes = [bound(s + h, b) - bound(s - h, b), bound(s, b + h) - bound(s, b - h)]
@@ -107,12 +123,14 @@ def exact(reverse_variance):
 POWER = np.array([0.5, 3.0, 3.0])
 
 
-CASES = [(name, "posterior") for name in NAMES] + [(name, "forward") for name in ("trace", "kl_path", "kl_combined")]
+CASES = [(name, "posterior", GAUSSIAN) for name in NAMES] + [(name, "forward", GAUSSIAN) for name in ("trace", "kl_path", "kl_combined")]
+CONDITIONAL = [(name, "posterior", GIVEN) for name in NAMES]
+QUICK = [case for case in CASES + CONDITIONAL if case[2] is GAUSSIAN or case[0] in ("trace", "kl_combined")]
 
 
-@pytest.mark.parametrize("name, reverse_variance", CASES)
-def test_value_and_gradient_against_the_closed_form(name, reverse_variance, float64):
-    assert_mean(drawn(name, GAUSSIAN, reverse_variance), exact(reverse_variance), power=POWER)
+@pytest.mark.parametrize("name, reverse_variance, oracle", long_but(QUICK, CASES + CONDITIONAL))
+def test_value_and_gradient_against_the_closed_form(name, reverse_variance, oracle, float64):
+    assert_mean(drawn(name, oracle, reverse_variance), exact(reverse_variance, oracle), power=POWER)
 
 
 @pytest.mark.long
@@ -136,7 +154,7 @@ def _swapped(self, schedule):
     return np.concatenate([[0.0], (ratio - 1 - np.log(ratio)) / 2])
 
 
-def _index_off_by_one(network, z, log_snr, n, key=None):
+def _index_off_by_one(network, z, log_snr, n, key=None, context=None):
     return network(z, jnp.maximum(n - 1, 1))
 
 

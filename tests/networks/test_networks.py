@@ -8,7 +8,7 @@ import pytest
 
 import probdiff
 from probdiff._checks import is_trainable
-from probdiff.networks.base import takes_key
+from probdiff.networks.base import takes
 
 
 def awake(network):
@@ -76,9 +76,9 @@ def test_everything_in_the_mlp_is_a_weight_or_a_constant_that_stays():
 
 
 def test_takes_key():
-    assert takes_key(probdiff.MLP(2, key=jax.random.key(0)))
-    assert takes_key(lambda z, n, *, key=None: z) and takes_key(lambda z, n, **kwargs: z)
-    assert not takes_key(lambda z, n: z)
+    assert takes(probdiff.MLP(2, key=jax.random.key(0)), "key")
+    assert takes(lambda z, n, *, key=None: z, "key")
+    assert not takes(lambda z, n: z, "key") and not takes(lambda z, n, **kwargs: z, "key")
 
 
 def test_an_ensemble_is_the_mean_of_its_networks():

@@ -20,12 +20,21 @@ pytestmark = pytest.mark.xdist_group("oracle")  # its tests share what is costly
 ORACLE = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
 X = np.array([[0.1, -0.2], [1.5, 0.4], [-0.7, -1.0]])
 CASES = [(variance, scale) for variance in ("posterior", "forward") for scale in (1.0, 0.9, 0.0)]
-DRAWN = [("posterior", 0.9), ("forward", 1.0)]  # where draws decide: each variance, and a network that is not the best
+# Where draws decide: each variance, a network that is not the best, and a conditional model.
+DRAWN = [("posterior", 0.9, None), ("forward", 1.0, None), ("posterior", 0.9, "given")]
+SLOPE = np.array([[0.9, -0.2, 0.0], [0.3, 0.5, -0.8]])
+GIVEN = GaussianOracle(ORACLE.mean, ORACLE.covariance, SLOPE)
+CONTEXT = np.array([[1.0, 0.0, -1.0], [-0.5, 2.0, 0.3], [0.2, -1.1, 1.5]])
 
 
-def make(reverse_variance, scale, schedule=None, **kwargs):
+def make(reverse_variance, scale, schedule=None, oracle=ORACLE, **kwargs):
     schedule = schedule or probdiff.log_snr_schedule(8, 4.0, -1.0)
-    return probdiff.Diffusion(schedule, ORACLE.network(schedule, scale), reverse_variance=reverse_variance, **kwargs)
+    return probdiff.Diffusion(schedule, oracle.network(schedule, scale), reverse_variance=reverse_variance, **kwargs)
+
+
+def make_drawn(reverse_variance, scale, given):
+    """A model out of DRAWN, and what is given beside the data."""
+    return (make(reverse_variance, scale), {}) if given is None else (make(reverse_variance, scale, oracle=GIVEN), {"context": CONTEXT})
 
 
 def test_best_network_is_the_conditional_mean(float64):
@@ -54,6 +63,18 @@ def test_exact_log_prob_by_quadrature(float64):
     np.testing.assert_allclose(exact_log_prob(diffusion, x), np.log(p_x), rtol=1e-8)
 
 
+def test_closed_forms_of_a_conditional_model_are_those_of_each_row_by_itself():
+    """Data given c are Gaussian data of the mean m + B c."""
+    diffusion = make("forward", 0.9, oracle=GIVEN)
+    terms, log_prob = exact_terms(diffusion, X, context=CONTEXT), exact_log_prob(diffusion, X, context=CONTEXT)
+    for k, c in enumerate(CONTEXT):
+        own = make("forward", 0.9, oracle=GaussianOracle(ORACLE.mean + SLOPE @ c, ORACLE.covariance))
+        for name, expected in exact_terms(own, X[k : k + 1]).items():
+            np.testing.assert_allclose(terms[name][..., k], expected[..., 0], rtol=1e-10, err_msg=name)
+        np.testing.assert_allclose(log_prob[k], exact_log_prob(own, X[k : k + 1])[0], rtol=1e-10)
+        np.testing.assert_allclose(GIVEN.log_prob(X[k], c), dist.MultivariateNormal(ORACLE.mean + SLOPE @ c, ORACLE.covariance).log_prob(X[k]), rtol=1e-5)
+
+
 @pytest.mark.parametrize("reverse_variance, scale", CASES)
 def test_elbo_is_below_the_log_likelihood(reverse_variance, scale):
     diffusion = make(reverse_variance, scale)
@@ -67,46 +88,48 @@ def test_expected_bound_is_largest_at_the_best_network(reverse_variance):
     assert bounds[1] > max(bounds[0], bounds[2])
 
 
-def path_estimates(diffusion, guide, num_draws):
+def path_estimates(diffusion, guide, num_draws, given):
     """Trace_ELBO of each datum by itself, shape (draw, datum)."""
 
-    def one(key, x):
-        return -Trace_ELBO().loss(key, {}, diffusion.model, getattr(diffusion, guide), x[None])
+    def one(key, x, given):
+        return -Trace_ELBO().loss(key, {}, diffusion.model, getattr(diffusion, guide), x[None], **jax.tree.map(lambda c: c[None], given))
 
     keys = jax.random.split(jax.random.key(7), (num_draws, len(X)))
-    return jax.jit(jax.vmap(jax.vmap(one), (0, None)))(keys, jnp.asarray(X))
+    return jax.jit(jax.vmap(jax.vmap(one), (0, None, None)))(keys, jnp.asarray(X), given)
 
 
-@pytest.mark.parametrize("reverse_variance, scale", DRAWN)
+@pytest.mark.parametrize("case", DRAWN)
 @pytest.mark.parametrize("guide", ["guide", "posterior_guide"])
-def test_trace_elbo(guide, reverse_variance, scale, float64):
-    diffusion = make(reverse_variance, scale)
-    exact = exact_terms(diffusion, X)["elbo"]
+def test_trace_elbo(guide, case, float64):
+    diffusion, given = make_drawn(*case)
+    exact = exact_terms(diffusion, X, **given)["elbo"]
     # Dropping any one KL, or shifting the network by a step, moves the bound of a datum by more than this.
-    assert_mean(path_estimates(diffusion, guide, 60_000), exact, power=0.15)
+    assert_mean(path_estimates(diffusion, guide, 60_000, given), exact, power=0.15)
 
 
-@pytest.mark.parametrize("reverse_variance, scale", DRAWN)
-def test_trace_mean_field_elbo(reverse_variance, scale, float64):
-    diffusion = make(reverse_variance, scale)
+@pytest.mark.parametrize("case", DRAWN)
+def test_trace_mean_field_elbo(case, float64):
+    diffusion, given = make_drawn(*case)
 
     def one(key):
-        loss = TraceMeanField_ELBO().loss(key, {}, diffusion.model, diffusion.posterior_guide, jnp.asarray(X))
+        loss = TraceMeanField_ELBO().loss(key, {}, diffusion.model, diffusion.posterior_guide, jnp.asarray(X), **given)
         return -loss
 
     draws = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(8), 40_000))
-    assert_mean(draws, exact_terms(diffusion, X)["elbo"].sum(), power=0.5)
+    assert_mean(draws, exact_terms(diffusion, X, **given)["elbo"].sum(), power=0.5)
 
 
 @functools.cache
-def drawn_terms(reverse_variance, scale):
-    return probdiff.elbo_terms(make(reverse_variance, scale), X, key=jax.random.key(9), num_draws=50_000)
+def drawn_terms(*case):
+    diffusion, given = make_drawn(*case)
+    return probdiff.elbo_terms(diffusion, X, **given, key=jax.random.key(9), num_draws=50_000)
 
 
-@pytest.mark.parametrize("reverse_variance, scale", DRAWN)
-def test_elbo_terms(reverse_variance, scale, float64):
-    terms = drawn_terms(reverse_variance, scale)
-    exact = exact_terms(make(reverse_variance, scale), X)
+@pytest.mark.parametrize("case", DRAWN)
+def test_elbo_terms(case, float64):
+    diffusion, given = make_drawn(*case)
+    terms = drawn_terms(*case)
+    exact = exact_terms(diffusion, X, **given)
     np.testing.assert_allclose(terms.prior_kl, exact["prior_kl"], rtol=1e-10)
     assert terms.step_kl.shape == (50_000, 7, 3)
     assert_mean(terms.step_kl, exact["step_kl"])
@@ -114,12 +137,13 @@ def test_elbo_terms(reverse_variance, scale, float64):
     assert_mean(terms.elbo, exact["elbo"], power=0.15)
 
 
-@pytest.mark.parametrize("reverse_variance, scale", DRAWN)
-def test_each_step_kl_is_seen_by_the_test_above(reverse_variance, scale, float64):
+@pytest.mark.parametrize("case", DRAWN)
+def test_each_step_kl_is_seen_by_the_test_above(case, float64):
     """Power: 9.7 standard errors of every step's KL are below a tenth of it, or below 0.005 nats."""
-    terms = drawn_terms(reverse_variance, scale)
+    diffusion, given = make_drawn(*case)
+    terms = drawn_terms(*case)
     error = np.asarray(terms.step_kl).std(0) / np.sqrt(len(terms.step_kl))
-    exact = exact_terms(make(reverse_variance, scale), X)["step_kl"]
+    exact = exact_terms(diffusion, X, **given)["step_kl"]
     assert np.all(9.7 * error < np.maximum(0.1 * exact, 0.005))
 
 

@@ -1,0 +1,60 @@
+"""The context of a conditional model p(x | c): covariates or labels, an array or a tree of arrays with a row for each datum."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, PyTree
+
+from probdiff._checks import require, require_finite
+from probdiff._frames import as_array, is_frame
+
+EXPECTED = "an array, or a tree of arrays, with a row for each datum"
+
+
+def read_context(context: Any) -> PyTree:
+    """A context as JAX arrays, checked; data frames in it by their columns, which must be numbers.
+
+    Raises:
+        ValueError: If it is empty, the numbers of rows differ, or a value is not finite.
+        TypeError: If a leaf is no array of numbers.
+    """
+    tree = jax.tree.map(lambda leaf: as_array(leaf, "context"), context, is_leaf=is_frame)
+    leaves = jax.tree.leaves(tree)
+    require(leaves, "context", EXPECTED, "no array")
+    for leaf in leaves:
+        kind = getattr(getattr(leaf, "dtype", None), "kind", None)
+        is_number = kind in ("b", "i", "u", "f") or (kind is not None and jnp.issubdtype(leaf.dtype, jnp.floating))
+        require(hasattr(leaf, "shape") and kind is not None, "context", EXPECTED, type(leaf).__name__, TypeError)
+        require(is_number, "context", "numbers", f"dtype {leaf.dtype}", TypeError)
+        require(np.ndim(leaf) >= 1, "context", EXPECTED, "shape ()")
+        require_finite("context", leaf)
+    sizes = sorted({len(leaf) for leaf in leaves})
+    require(len(sizes) == 1, "context", "arrays of equally many rows", f"{sizes} rows")
+    require(sizes[0] > 0, "context", "at least one row", "none")
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def num_rows(context: PyTree) -> int:
+    """The number of rows of a context."""
+    return len(jax.tree.leaves(context)[0])
+
+
+def of_batch(context: PyTree, batch: tuple[int, ...]) -> PyTree:
+    """A context of shape ``(datum, …)`` with the axes of a batch, the last of which is the datum, in front: ``(*batch, …)``.
+
+    The context of one datum is that of any batch.
+    """
+
+    def leaf_of_batch(leaf: jax.Array) -> jax.Array:
+        rows = leaf if batch else leaf[0]
+        return jnp.broadcast_to(rows, (*batch, *leaf.shape[1:]))
+
+    return jax.tree.map(leaf_of_batch, context)
+
+
+def same_rows(context: PyTree) -> Bool[Array, "datum datum"]:
+    """Which data have the same context: shape ``(datum, datum)``."""
+    of_leaves = [(leaf[:, None] == leaf).reshape(len(leaf), len(leaf), -1).all(-1) for leaf in jax.tree.leaves(context)]
+    return jnp.stack(of_leaves).all(0)
