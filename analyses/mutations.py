@@ -188,6 +188,21 @@ CONTEXT = [
     ("the noise of points of any context", "StepObjective._known_noise",
      "jnp.where(same_rows(context), of_same, -jnp.inf)",
      "of_same", "conditional"),
+    ("the sum of the weights of the paths for their mean", "ConditionalEstimate._log_prob",
+     "jax.nn.logsumexp(log_weights, 0) - jnp.log(self.count)",
+     "jax.nn.logsumexp(log_weights, 0)", "likelihood"),
+    ("the mean of the log weights for the log of their mean", "ConditionalEstimate._log_prob",
+     "jax.nn.logsumexp(log_weights, 0) - jnp.log(self.count)",
+     "log_weights.mean(0)", "likelihood"),
+    ("a proposal on the random numbers of the first state", "PseudoMarginal.sample",
+     "self._potential(noise_key, *model_args, **(model_kwargs or {}))",
+     "self._potential(jax.random.key(0), *model_args, **(model_kwargs or {}))", "likelihood"),
+    ("the program of a likelihood tells its sites to the one around it", "_ConditionalLikelihood.sample",
+     """
+     with handlers.block():
+         return handlers.seed(self.diffusion.model, key)(None)
+     """,
+     "return handlers.seed(self.diffusion.model, key)(None)", "likelihood"),
     ("the context is trained", "Diffusion.trainable",
      "eqx.filter(self.with_context(None), is_trainable)",
      "eqx.filter(self, is_trainable)", "conditional"),

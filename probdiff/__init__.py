@@ -41,6 +41,7 @@ _NAMESPACES = {
     "diagnostics": "diagnostics",
     "elbo": "elbo",
     "flow": "flow",
+    "inference": "inference",
     "likelihoods": "likelihoods",
     "networks": "networks",
     "oracles": "oracles",

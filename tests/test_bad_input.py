@@ -60,7 +60,29 @@ def test_data(case, use, monkeypatch):
             SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), elbo).init(jax.random.key(0), x)
 
 
+GIVEN = probdiff.Diffusion(SCHEDULE, probdiff.MLP(2, key=KEY, hidden=8, num_blocks=1, context_dim=2))
 CALLS = {
+    "the likelihood of no context": (lambda: probdiff.inference.ConditionalBound(GIVEN, None, key=KEY), ValueError, "context: Expected a context"),
+    "a likelihood with a number for a key": (
+        lambda: probdiff.inference.ConditionalEstimate(GIVEN, X, key=0), TypeError, "key: Expected a JAX key"
+    ),
+    "a bound of no draws": (
+        lambda: probdiff.inference.ConditionalBound(GIVEN, X, key=KEY, num_draws=0), ValueError, "num_draws: Expected a positive integer; got 0"
+    ),
+    "an estimate of no paths": (
+        lambda: probdiff.inference.ConditionalEstimate(GIVEN, X, key=KEY, num_particles=0), ValueError, "num_particles: Expected a positive integer; got 0"
+    ),
+    "the likelihood of a word": (lambda: probdiff.inference.ConditionalEstimate("fit", X, key=KEY), TypeError, "diffusion: Expected a Diffusion; got str"),
+    "the likelihood of a model without context": (
+        lambda: probdiff.inference.ConditionalBound(NORMAL, X, key=KEY), ValueError, "context: Expected None, for a network that takes no context="
+    ),
+    "a bound of other data": (
+        lambda: probdiff.inference.ConditionalBound(GIVEN, X, key=KEY).log_prob(X[:3]), ValueError, "as many rows as there are data, 3; got 6 rows"
+    ),
+    "an estimate of other data": (
+        lambda: probdiff.inference.ConditionalEstimate(GIVEN, X, key=KEY).log_prob(X[:3]), ValueError, "as many rows as there are data, 3; got 6 rows"
+    ),
+    "a kernel of no program": (lambda: probdiff.inference.PseudoMarginal(None), TypeError, "model: Expected a program .*; got NoneType"),
     "beta of 0": (lambda: probdiff.NoiseSchedule.from_betas([0.1, 0.0]), ValueError, "got 0.0 at step n = 2"),
     "beta of 1": (
         lambda: probdiff.NoiseSchedule.from_betas([1.0]),

@@ -26,8 +26,8 @@ FIGURES = {
 }
 
 
-def wrong_noise(*arguments):
-    return predict_noise(*arguments) / 2
+def wrong_noise(*arguments, **options):
+    return predict_noise(*arguments, **options) / 2
 
 
 @pytest.mark.parametrize("name", long_but(["_evaluate", "_draw_batch"], FIGURES))

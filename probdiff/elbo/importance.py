@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from scipy.special import logsumexp
@@ -63,14 +63,10 @@ def path_elbo(
     mesh = data_mesh(devices)
     diffusion, x, key = replicate((diffusion, jnp.asarray(x), key), mesh)
 
-    def one(key: PRNGKeyArray, datum: Any) -> jax.Array:
-        x, context = take(datum, None)
-        given = diffusion.with_context(context)
-        return -Trace_ELBO().loss(key, {}, given.model, given.guide, x)
-
     @jax.jit
     def evaluate(keys: jax.Array, data: Any) -> jax.Array:
-        return gather(jax.vmap(one)(shard(keys, mesh), shard(data, mesh)), mesh)
+        keys, (x, context) = shard((keys, data), mesh)
+        return gather(path_log_weight(diffusion.with_context(context), x, keys), mesh)
 
     # A row is a path of one datum; the values of its latents are all kept at once.
     keys = jax.vmap(lambda key: jax.random.split(key, len(x)))(jax.random.split(key, int(num_draws)))
@@ -80,6 +76,27 @@ def path_elbo(
     data = x, diffusion.context
     found = [np.asarray(evaluate(keys[rows], take(data, rows % len(x)))) for rows in cut]
     return joined(found, size).reshape(num_draws, len(x))
+
+
+def path_log_weight(diffusion: Diffusion, x: Data, keys: jax.Array) -> Float[Array, "datum"]:
+    r""":math:`\log p_\theta(x, z | c) - \log q(z | x)` of one path z of each datum; it can be differentiated with respect to parameters and context.
+
+    Args:
+        diffusion: The model, given a context if it is conditional.
+        x: Data, shape ``(datum, dim)``; not checked.
+        keys: A JAX key for each datum, shape ``(datum,)``.
+
+    Returns:
+        Nats, shape ``(datum,)``.
+    """
+
+    def one(key: PRNGKeyArray, datum: Any) -> jax.Array:
+        x, context = take(datum, None)
+        given = diffusion.with_context(context)
+        with handlers.block():  # whatever program this is called in
+            return -Trace_ELBO().loss(key, {}, given.model, given.guide, x)
+
+    return jax.vmap(one)(keys, (x, diffusion.context))
 
 
 def iwae(

@@ -129,12 +129,18 @@ def require_plates(highest: int | None) -> None:
     """Refuse plates of the user's around a program.
 
     Args:
-        highest: The highest ``dim`` of a plate that the program can be in; None if it can be in none.
+        highest: The highest ``dim`` of a plate that the program can be in; None if it can be in none. Those that ``handlers.block`` hides do not
+            count.
 
     Raises:
         NotImplementedError: If there is one.
     """
-    around = [each for each in numpyro.primitives._PYRO_STACK if isinstance(each, numpyro.plate)]
+    around: list[numpyro.plate] = []
+    for each in numpyro.primitives._PYRO_STACK:
+        if isinstance(each, numpyro.plate):
+            around.append(each)
+        elif isinstance(each, numpyro.handlers.block):
+            around = [plate for plate in around if not each.hide_fn({"type": "plate", "name": plate.name})]
     for plate in around if highest is None else [each for each in around if each.dim > highest]:
         expected = "no plate around a program that scans" if highest is None else f"a plate with dim={highest} or less"
         raise NotImplementedError(

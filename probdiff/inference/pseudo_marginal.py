@@ -1,0 +1,134 @@
+r"""Metropolis–Hastings on an unbiased estimate of the likelihood: the posterior is exact, whatever the variance of the estimate.
+
+The estimate of the present state is kept and never made anew; a proposal has an estimate on random numbers of its own. That is a Markov chain on the state
+together with the random numbers, whose marginal is the posterior. A large variance costs acceptance: the chain stays long where an estimate was too high. The
+standard deviation of the log of the estimate should be about 1 (Doucet et al. 2015, arXiv:1210.1871): take as many particles.
+
+Source: Andrieu and Roberts (2009), Annals of Statistics 37, 697, doi:10.1214/07-AOS574.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import PyTree
+from numpyro.infer.hmc_util import warmup_adapter
+from numpyro.infer.initialization import init_to_uniform
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.infer.util import initialize_model
+
+from probdiff._checks import require
+
+SCALING = 2.56  # of the steps of the walk, over the root of the dimension: Sherlock et al. (2015), arXiv:1309.7209, section 3.2
+
+
+class PseudoMarginalState(NamedTuple):
+    """The state of :class:`PseudoMarginal`.
+
+    Attributes:
+        i: Iteration.
+        z: The unconstrained values of the latent sites, by name.
+        potential_energy: Minus the log joint density of them and the data, with the estimate that was made when they were proposed.
+        accept_prob, mean_accept_prob: Acceptance probability of the last proposal, and its mean.
+        adapt_state: NumPyro's adaptation of the covariance of the steps to that of the samples, while the chain warms up.
+        rng_key: JAX key.
+    """
+
+    i: jax.Array
+    z: PyTree
+    potential_energy: jax.Array
+    accept_prob: jax.Array
+    mean_accept_prob: jax.Array
+    adapt_state: Any
+    rng_key: jax.Array
+
+
+class PseudoMarginal(MCMCKernel):
+    """A kernel for ``numpyro.infer.MCMC``: a random walk, on estimates of the likelihood with random numbers of their own.
+
+    The program takes a key first, which it gives to the :class:`~probdiff.inference.ConditionalEstimate` of what is observed::
+
+        def program(key, x):
+            c = numpyro.sample("c", dist.Normal(0, 1).expand([len(x), 2]).to_event(1))
+            numpyro.sample("x", ConditionalEstimate(fitted, c, key=key, num_particles=16), obs=x)
+
+        mcmc = MCMC(PseudoMarginal(program), num_warmup=1_000, num_samples=10_000)
+        mcmc.run(jax.random.key(0), x)
+
+    Args:
+        model: The program. Its log density must be that of its sites, plus the log of an unbiased estimate on the random numbers of the key.
+        init_strategy: As of NumPyro's kernels.
+    """
+
+    def __init__(self, model: Callable, *, init_strategy: Callable = init_to_uniform) -> None:
+        require(callable(model), "model", "a program of a key and what else it needs", type(model).__name__, TypeError)
+        self._model, self._init_strategy = model, init_strategy
+
+    @property
+    def model(self) -> Callable:
+        """The program."""
+        return self._model
+
+    @property
+    def sample_field(self) -> str:
+        """The field of the state that is a sample."""
+        return "z"
+
+    @property
+    def default_fields(self) -> tuple[str, ...]:
+        """The fields that are collected, and the acceptance probability."""
+        return ("z", "accept_prob")
+
+    def get_diagnostics_str(self, state: PseudoMarginalState) -> str:
+        """For the progress bar."""
+        return f"acc. prob={state.mean_accept_prob:.2f}"
+
+    def init(self, rng_key: jax.Array, num_warmup: int, init_params: Any, model_args: tuple, model_kwargs: dict | None) -> PseudoMarginalState:
+        """NumPyro's call before the first iteration."""
+        model_kwargs, self._num_warmup = model_kwargs or {}, num_warmup
+        rng_key, init_key, adapt_key, noise_key = jax.random.split(rng_key, 4)
+        start, self._potential, self._postprocess, _ = initialize_model(
+            init_key,
+            self._model,
+            dynamic_args=True,
+            init_strategy=self._init_strategy,
+            model_args=(noise_key, *model_args),
+            model_kwargs=model_kwargs,
+        )
+        z = start.z if init_params is None else init_params
+        energy = self._potential(noise_key, *model_args, **model_kwargs)(z)
+        start_adapting, self._adapt = warmup_adapter(
+            num_warmup, adapt_step_size=False, adapt_mass_matrix=True, dense_mass=True
+        )
+        size = len(ravel_pytree(z)[0])
+        adapt_state = start_adapting((z,), adapt_key, SCALING / size**0.5, mass_matrix_size=size)
+        zero = jnp.zeros((), energy.dtype)
+        return PseudoMarginalState(jnp.array(0), z, energy, zero, zero, adapt_state._replace(rng_key=None), rng_key)
+
+    def postprocess_fn(self, args: tuple, kwargs: dict | None) -> Callable:
+        """NumPyro's call for the function from unconstrained values to those of the sites."""
+        return self._postprocess(jax.random.key(0), *args, **(kwargs or {}))
+
+    def sample(self, state: PseudoMarginalState, model_args: tuple, model_kwargs: dict | None) -> PseudoMarginalState:
+        """One iteration."""
+        rng_key, walk_key, noise_key, accept_key = jax.random.split(state.rng_key, 4)
+        flat, unravel = ravel_pytree(state.z)
+        step = state.adapt_state.step_size * (state.adapt_state.mass_matrix_sqrt_inv.T @ jax.random.normal(walk_key, flat.shape, flat.dtype))
+        proposal = unravel(flat + step)
+        energy = self._potential(noise_key, *model_args, **(model_kwargs or {}))(proposal)
+        log_ratio = state.potential_energy - energy
+        accept_prob = jnp.where(jnp.isnan(log_ratio), 0, jnp.exp(jnp.minimum(log_ratio, 0)))
+        accepted = jax.random.uniform(accept_key) < accept_prob
+        z, energy = jax.tree.map(
+            lambda new, old: jnp.where(accepted, new, old), (proposal, energy), (state.z, state.potential_energy)
+        )
+        warming = state.i < self._num_warmup
+        adapt_state = jax.lax.cond(
+            warming, lambda adapt: self._adapt(state.i, accept_prob, (z,), adapt), lambda adapt: adapt, state.adapt_state
+        )
+        i = state.i + 1
+        count = jnp.where(warming, i, i - self._num_warmup)
+        mean = state.mean_accept_prob + (accept_prob - state.mean_accept_prob) / count
+        return PseudoMarginalState(i, z, energy, accept_prob, mean, adapt_state, rng_key)
