@@ -209,6 +209,40 @@ CONTEXT = [
 ]  # fmt: skip
 
 # %%
+PARTICLES = [
+    ("an incremental weight dropped", "_steps",
+     "log_ratio + particles.twisted.log_prob - before.particles.twisted.log_prob",
+     "log_ratio + particles.twisted.log_prob", "particles"),
+    ("the proposal's density left out", "_steps",
+     "p.log_prob(z) - q.log_prob(z)",
+     "p.log_prob(z)", "particles"),
+    ("resampled without resetting the weights", "_resampled",
+     "jnp.where(few, 0, state.log_weights)",
+     "state.log_weights", "particles"),
+    ("resampled without counting the evidence so far", "_resampled",
+     "state.log_evidence + jnp.where(few, _log_mean(state.log_weights), 0)",
+     "state.log_evidence", "particles"),
+    ("the final likelihood forgotten", "_look",
+     "jnp.where(n == 1, log_last, twisted.log_prob)",
+     "twisted.log_prob", "particles"),
+    ("the first weights forgotten", "_begin",
+     "_State(particles, particles.twisted.log_prob, jnp.zeros((), z.dtype))",
+     "_State(particles, 0 * particles.twisted.log_prob, jnp.zeros((), z.dtype))", "particles"),
+    ("the sum of the weights for their mean", "_log_mean",
+     "jax.nn.logsumexp(log_weights) - jnp.log(len(log_weights))",
+     "jax.nn.logsumexp(log_weights)", "particles"),
+    ("x is not moved to the y that was observed", "LinearGaussian.last_step",
+     "x + gain.T @ jax.scipy.linalg.cho_solve((of_y.scale_tril, True), self.y - y)",
+     "x", "particles"),
+    ("the runs of a posterior weighed alike", "Posterior.of_runs",
+     "run.log_weights - logsumexp(run.log_weights) + run.log_evidence",
+     "run.log_weights - logsumexp(run.log_weights)", "particles"),
+    ("hidden values are looked at", "Inpainting.last_step",
+     "jnp.where(self.mask, of_each.log_prob(values), 0).sum()",
+     "of_each.log_prob(values).sum()", "particles"),
+]  # fmt: skip
+
+# %%
 FILES = [
     ("a checksum that is not looked at", "read_checked",
      "hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]",
@@ -461,7 +495,7 @@ FIGURES = [
      "density()", "flow"),
 ]  # fmt: skip
 
-BUGS = [Bug(*bug) for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *FILES, *FIT, *TABLES, *FIGURES)]
+BUGS = [Bug(*bug) for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *PARTICLES, *FILES, *FIT, *TABLES, *FIGURES)]
 
 
 # %%

@@ -207,6 +207,13 @@ class Diffusion(AbstractDiffusion):
         """The noise that the network predicts in ``z``, same shape; arguments as for :meth:`reverse_kernel`."""
         return predict_noise(self._network(), *self._noise_level(z, n), context=self._context(jnp.shape(z)[:-1]))
 
+    def log_probabilities(self, z: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim level"] | None:
+        """log p(v | z_n) of every level, if the network is one that predicts probabilities of levels; otherwise None."""
+        if not hasattr(self.network, "log_probabilities"):
+            return None
+        asked = *self._noise_level(z, n), None, self._context(jnp.shape(z)[:-1])
+        return evaluate(self._network(), *asked, method="log_probabilities")
+
     def predict_noise_at(
         self, z: Float[AnyArray, "*batch dim"], log_snr: Number | Float[AnyArray, "*#batch"]
     ) -> Float[Array, "*batch dim"]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import optax
 import pytest
 from numpyro.infer import SVI, Trace_ELBO
@@ -61,6 +62,7 @@ def test_data(case, use, monkeypatch):
 
 
 GIVEN = probdiff.Diffusion(SCHEDULE, probdiff.MLP(2, key=KEY, hidden=8, num_blocks=1, context_dim=2))
+HALF = probdiff.inference.Inpainting(np.array([True, False]), X[0])
 CALLS = {
     "the likelihood of no context": (lambda: probdiff.inference.ConditionalBound(GIVEN, None, key=KEY), ValueError, "context: Expected a context"),
     "a likelihood with a number for a key": (
@@ -82,6 +84,65 @@ CALLS = {
     "an estimate of other data": (
         lambda: probdiff.inference.ConditionalEstimate(GIVEN, X, key=KEY).log_prob(X[:3]), ValueError, "as many rows as there are data, 3; got 6 rows"
     ),
+    "an observation with no noise": (lambda: probdiff.inference.LinearGaussian(np.ones((1, 2)), [0.0], 0.0), ValueError, "scale: Expected positive numbers; got 0.0"),
+    "an observation with NaN": (lambda: probdiff.inference.LinearGaussian(np.ones((1, 2)), [np.nan], 1.0), ValueError, r"y: Expected finite values; got nan at index \[0\]"),
+    "a matrix of another number of rows": (
+        lambda: probdiff.inference.LinearGaussian(np.ones((3, 2)), [0.0], 1.0), ValueError, r"matrix: Expected shape \(1, dim\); got shape \(3, 2\)"
+    ),
+    "a matrix of another dimension": (
+        lambda: probdiff.inference.smc(NORMAL, probdiff.inference.LinearGaussian(np.ones((1, 3)), [0.0], 1.0), key=KEY, num_particles=2),
+        ValueError,
+        r"matrix: Expected shape \(1, 2\); got shape \(1, 3\)",
+    ),
+    "a function that is not linear": (
+        lambda: probdiff.inference.smc(NORMAL, probdiff.inference.LinearGaussian(lambda x: x**2, [0.0, 0.0], 1.0), key=KEY, num_particles=2),
+        ValueError,
+        "matrix: Expected a linear function; got one that is not",
+    ),
+    "a singular covariance": (
+        lambda: probdiff.inference.LinearGaussian(np.ones((2, 2)), [0.0, 0.0], covariance=np.ones((2, 2))), ValueError, "covariance: Expected a positive definite matrix"
+    ),
+    "scale and covariance": (
+        lambda: probdiff.inference.LinearGaussian(np.ones((1, 2)), [0.0], 1.0, covariance=[[1.0]]), ValueError, "scale, covariance: Expected exactly one of the two; got both"
+    ),
+    "a mask of numbers": (lambda: probdiff.inference.Inpainting(np.array([1, 0]), X[0]), TypeError, "mask: Expected truth values"),
+    "a mask of the wrong shape": (
+        lambda: probdiff.inference.smc(NORMAL, probdiff.inference.Inpainting(np.array([True, False, True]), np.ones(3)), key=KEY, num_particles=2),
+        ValueError,
+        r"mask: Expected shape \(2,\); got shape \(3,\)",
+    ),
+    "nothing observed": (lambda: probdiff.inference.Inpainting(np.array([False, False]), X[0]), ValueError, "mask: Expected at least one observed"),
+    "nothing hidden": (lambda: probdiff.inference.Inpainting(np.array([True, True]), X[0]), ValueError, "mask: Expected at least one hidden"),
+    "an observed NaN": (lambda: probdiff.inference.Inpainting(np.array([True, False]), [np.nan, 1.0]), ValueError, "values: Expected finite values; got nan"),
+    "inpainting off the grid": (
+        lambda: probdiff.inference.smc(GRID, probdiff.inference.Inpainting(np.array([True, False]), np.array([7, 0])), key=KEY, num_particles=2),
+        ValueError,
+        "x: Expected levels 0 … 4; got 7",
+    ),
+    "a program without observed sites": (
+        lambda: probdiff.inference.smc(NORMAL, probdiff.inference.Program(lambda x: None), key=KEY, num_particles=2),
+        ValueError,
+        "function: Expected a program with observed sites; got none",
+    ),
+    "a program with a latent": (
+        lambda: probdiff.inference.smc(NORMAL, probdiff.inference.Program(lambda x: numpyro.sample("a", numpyro.distributions.Normal(x[0], 1.0))), key=KEY, num_particles=2),
+        ValueError,
+        "function: Expected a program whose sites are all observed.*; got latent a",
+    ),
+    "a posterior of no particles": (lambda: probdiff.inference.smc(NORMAL, HALF, key=KEY, num_particles=0), ValueError, "num_particles: Expected a positive integer; got 0"),
+    "no runs": (lambda: probdiff.inference.smc(NORMAL, HALF, key=KEY, num_particles=2, num_runs=0), ValueError, "num_runs: Expected a positive integer; got 0"),
+    "a twist by another name": (
+        lambda: probdiff.inference.smc(NORMAL, HALF, key=KEY, num_particles=2, twist="tweedy"), ValueError, "twist: Expected one of .* or an AbstractTwist; got 'tweedy'"
+    ),
+    "an observation that is none": (lambda: probdiff.inference.log_evidence(NORMAL, X, key=KEY, num_particles=2), TypeError, "observation: Expected an AbstractObservation"),
+    "particles of a network": (lambda: probdiff.inference.smc(NETWORK, HALF, key=KEY, num_particles=2), TypeError, "diffusion: Expected a Diffusion"),
+    "particles without a context": (
+        lambda: probdiff.inference.smc(GIVEN, HALF, key=KEY, num_particles=2), ValueError, "context: Expected .*: the network takes context=; got None"
+    ),
+    "particles with two contexts": (
+        lambda: probdiff.inference.smc(GIVEN, HALF, key=KEY, num_particles=2, context=X[:2]), ValueError, "context: Expected as many rows as there are data, 1; got 2 rows"
+    ),
+    "resampled to none": (lambda: probdiff.inference.smc(NORMAL, HALF, key=KEY, num_particles=2).resample(KEY, 0), ValueError, "num_samples: Expected a positive"),
     "a kernel of no program": (lambda: probdiff.inference.PseudoMarginal(None), TypeError, "model: Expected a program .*; got NoneType"),
     "beta of 0": (lambda: probdiff.NoiseSchedule.from_betas([0.1, 0.0]), ValueError, "got 0.0 at step n = 2"),
     "beta of 1": (
@@ -567,12 +628,12 @@ def test_a_seed_in_the_place_of_a_key_is_refused_with_the_remedy(name, monkeypat
 
 SCORES = {"vp_conditional_score", "vp_from_ve", "ve_from_vp", "vp_score_from_eps", "eps_from_score", "eps_from_vp_score"}
 RESULTS = {"ELBOTerms", "ELBOMoments", "Moments", "Estimate", "Sandwich", "TwoWays", "bits_per_dim", "EstimatorComparison"}
-RESULTS |= {"Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO", "CommonPaths", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
+RESULTS |= {"Posterior", "Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO", "CommonPaths", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
 # What takes a result, or encoded data; what an optimiser is made of.
-INNER = {"Categories", "Columns", "DiscretizedNormal", "prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema"}
+INNER = {"NoTwist", "PointTwist", "TweedieTwist", "Categories", "Columns", "DiscretizedNormal", "prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema"}
 # What a user makes a part of, in tests/test_own_parts.py.
 ABSTRACT = {"AbstractHead", "AbstractKernel", "AbstractLikelihood", "AbstractNetwork", "AbstractReverseVariance", "AbstractSchedule"}
-ABSTRACT |= {"CheckpointLike", "AbstractControl", "AbstractNoise", "AbstractSteps", "AbstractTerm"}
+ABSTRACT |= {"AbstractObservation", "AbstractTwist", "CheckpointLike", "AbstractControl", "AbstractNoise", "AbstractSteps", "AbstractTerm"}
 
 
 def test_every_public_function_has_joined_the_table():

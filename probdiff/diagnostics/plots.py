@@ -256,6 +256,37 @@ def _marker_size(count: int) -> float:
     return float(np.clip(4000 / count, 2, 12))
 
 
+def plot_posterior(
+    samples: Real[np.ndarray, "particle dim"],
+    weights: Float[np.ndarray, "particle"],
+    ess: Float[np.ndarray, "step"],
+    title: str = "",
+) -> "matplotlib.figure.Figure":
+    """Weighted particles, of the first two dimensions, and the effective sample size of their weights at each step.
+
+    Args:
+        samples: Particles, shape ``(particle, dim)``.
+        weights: Their weights, which add up to 1.
+        ess: Effective sample size of the weights at z_n, n = 1 … N, of as many particles as a run has.
+        title: Title of the figure.
+    """
+    figure, (left, right) = _figure(2, width=9.0)
+    if samples.shape[1] == 1:
+        left.hist(samples[:, 0], 50, weights=weights, density=True, color="C0")
+        left.set(xlabel="x", ylabel="density")
+    else:
+        size = 20 * weights / weights.max()
+        left.scatter(samples[:, 0], samples[:, 1], size, color="C0", alpha=0.5, lw=0)
+        more = f" (of {samples.shape[1]})" if samples.shape[1] > 2 else ""
+        left.set(xlabel=f"first dimension{more}", ylabel=f"second dimension{more}")
+    left.set_title(f"{len(samples)} particles, area by weight" if samples.shape[1] > 1 else f"{len(samples)} weighted particles", fontsize="medium")
+    right.plot(np.arange(1, len(ess) + 1), ess, color="C1")
+    right.set(xlabel="step n (from N to 1)", ylabel="effective sample size, of one run", ylim=(0, None))
+    right.invert_xaxis()
+    figure.suptitle(title)
+    return figure
+
+
 def plot_estimators(table: "pandas.DataFrame", num_items: int, title: str = "") -> "matplotlib.figure.Figure":
     """Every estimator's bound with its error, and what its variance costs.
 

@@ -1,9 +1,28 @@
-"""Fitted diffusions in programs of one's own: as the likelihood of a context.
+"""Fitted diffusions in programs of one's own: as the likelihood of a context, and as a prior.
 
 Imports the bound and what it stands on.
 """
 
 from probdiff.inference.likelihood import ConditionalBound, ConditionalEstimate
+from probdiff.inference.observations import AbstractObservation, Inpainting, LinearGaussian, Program
+from probdiff.inference.particles import log_evidence, smc
+from probdiff.inference.posterior import Posterior
 from probdiff.inference.pseudo_marginal import PseudoMarginal
+from probdiff.inference.twists import AbstractTwist, NoTwist, PointTwist, TweedieTwist
 
-__all__ = ["ConditionalBound", "ConditionalEstimate", "PseudoMarginal"]
+__all__ = [
+    "AbstractObservation",
+    "AbstractTwist",
+    "ConditionalBound",
+    "ConditionalEstimate",
+    "Inpainting",
+    "LinearGaussian",
+    "NoTwist",
+    "PointTwist",
+    "Posterior",
+    "Program",
+    "PseudoMarginal",
+    "TweedieTwist",
+    "log_evidence",
+    "smc",
+]

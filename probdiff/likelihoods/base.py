@@ -85,6 +85,10 @@ class AbstractLikelihood(eqx.Module):
     def decode(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch dim"]:
         """From the chain to the user's units; the inverse of :meth:`encode`."""
 
+    def unrounded(self, x0: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        """The same without rounding to what the data can be, an affine map: :meth:`decode`, unless said otherwise."""
+        return self.decode(x0)
+
     @abc.abstractmethod
     def log_jacobian(self, dim: int) -> float:
         r"""The log of :math:`|dx_0/dx|`, summed over the dimensions, in nats."""

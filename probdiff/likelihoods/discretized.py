@@ -81,6 +81,10 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
         """The levels as the chain sees them, from −1 to 1, shape ``(levels, 1)``."""
         return np.linspace(-1.0, 1.0, self.levels)[:, None]
 
+    def unrounded(self, x0: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        """The same without rounding, an affine map."""
+        return (x0 + 1) * ((self.levels - 1) / 2) + self.first
+
     def log_jacobian(self, dim: int) -> float:
         r"""The log of :math:`|dx_0/dx|`, summed over the dimensions, in nats; bins have width 1 in x."""
         return dim * float(np.log(2 / (self.levels - 1)))

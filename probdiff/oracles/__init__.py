@@ -3,7 +3,7 @@
 What the programs and the estimators are held against. Imports the chain and the likelihoods, and nothing that it is to judge.
 """
 
-from probdiff.oracles.closed_form import exact_log_prob, exact_terms
+from probdiff.oracles.closed_form import exact_log_prob, exact_moments, exact_terms
 from probdiff.oracles.distributions import GaussianMixture, GaussianOracle, UniformBoxes
 from probdiff.oracles.networks import BoxesNetwork, ConditionalLinearNetwork, LinearNetwork, MixtureNetwork
 
@@ -16,5 +16,6 @@ __all__ = [
     "MixtureNetwork",
     "UniformBoxes",
     "exact_log_prob",
+    "exact_moments",
     "exact_terms",
 ]

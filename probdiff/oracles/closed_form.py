@@ -75,20 +75,26 @@ def exact_terms(diffusion: _Model, x: Real[AnyArray, "datum dim"], *, context: P
     return {"prior_kl": prior_kl, "step_kl": step_kl, "reconstruction": reconstruction, "elbo": elbo}
 
 
-def exact_log_prob(diffusion: _Model, x: Real[AnyArray, "datum dim"], *, context: PyTree = None) -> Float[np.ndarray, "datum"]:
-    r""":math:`\log p_\theta(x)` of a diffusion with a :class:`LinearNetwork`, in nats, shape ``(datum,)``.
+def exact_moments(diffusion: _Model, *, context: PyTree = None) -> tuple[Float[np.ndarray, "*datum dim"], Float[np.ndarray, "dim dim"]]:
+    r"""Mean and covariance of :math:`p_\theta(x)`, which is normal, of a diffusion with a :class:`LinearNetwork`; in the user's units.
 
-    The reverse chain is propagated as a Gaussian from z_N to x.
+    The reverse chain is propagated as a Gaussian from z_N to x. Given a context of shape ``(datum, context_dim)``, the mean has shape ``(datum, dim)``.
     """
     diffusion = _given(diffusion, context)
-    schedule, x0, log_jacobian = _encoded(diffusion, x)
-    dim = x0.shape[1]
+    likelihood, dim = _parts(diffusion)
     mean, covariance = np.zeros(dim), np.eye(dim)
-    for n in range(schedule.num_steps, 0, -1):
+    for n in range(diffusion.schedule.num_steps, 0, -1):
         gain, offset = _reverse_mean(diffusion, n)
         mean = mean @ gain.T + offset
         covariance = gain @ covariance @ gain.T + _reverse_variance(diffusion, n) * np.eye(dim)
-    return np.asarray(log_normal(x0 - mean, np.zeros(dim), covariance)) - log_jacobian
+    scale = np.broadcast_to(likelihood.scale, dim)
+    return np.asarray(likelihood.loc) + scale * mean, covariance * np.outer(scale, scale)
+
+
+def exact_log_prob(diffusion: _Model, x: Real[AnyArray, "datum dim"], *, context: PyTree = None) -> Float[np.ndarray, "datum"]:
+    r""":math:`\log p_\theta(x)` of a diffusion with a :class:`LinearNetwork`, in nats, shape ``(datum,)``: by :func:`exact_moments`."""
+    mean, covariance = exact_moments(diffusion, context=context)
+    return np.asarray(log_normal(np.asarray(x, np.float64) - mean, np.zeros(len(covariance)), covariance))
 
 
 def _given(diffusion: _Model, context: PyTree) -> _Model:
@@ -99,26 +105,22 @@ def _given(diffusion: _Model, context: PyTree) -> _Model:
 def _encoded(
     diffusion: _Model, x: Real[AnyArray, "datum dim"]
 ) -> tuple[AbstractSchedule, Float[np.ndarray, "datum dim"], np.float64]:
-    require(
-        isinstance(diffusion.network, LinearNetwork | ConditionalLinearNetwork),
-        "diffusion.network",
-        "a LinearNetwork",
-        type(diffusion.network).__name__,
-        TypeError,
-    )
-    require(
-        isinstance(diffusion.likelihood, NormalLikelihood),
-        "diffusion.likelihood",
-        "a NormalLikelihood",
-        type(diffusion.likelihood).__name__,
-        TypeError,
-    )
-    variance = diffusion.kernel.name
-    require(variance in ("posterior", "forward"), "diffusion", "reverse_variance 'posterior' or 'forward'", repr(variance))
-    assert isinstance(diffusion.likelihood, NormalLikelihood)
+    likelihood, _ = _parts(diffusion)
     x = np.asarray(x, np.float64)
-    scale = np.broadcast_to(diffusion.likelihood.scale, x.shape[1:])
-    return diffusion.schedule, (x - np.asarray(diffusion.likelihood.loc)) / scale, np.log(scale).sum()
+    scale = np.broadcast_to(likelihood.scale, x.shape[1:])
+    return diffusion.schedule, (x - np.asarray(likelihood.loc)) / scale, np.log(scale).sum()
+
+
+def _parts(diffusion: _Model) -> tuple[NormalLikelihood, int]:
+    """The likelihood and the dimension of a diffusion that has closed forms."""
+    network, likelihood, variance = diffusion.network, diffusion.likelihood, diffusion.kernel.name
+    linear = isinstance(network, LinearNetwork | ConditionalLinearNetwork)
+    require(linear, "diffusion.network", "a LinearNetwork", type(network).__name__, TypeError)
+    normal = isinstance(likelihood, NormalLikelihood)
+    require(normal, "diffusion.likelihood", "a NormalLikelihood", type(likelihood).__name__, TypeError)
+    require(variance in ("posterior", "forward"), "diffusion", "reverse_variance 'posterior' or 'forward'", repr(variance))
+    assert isinstance(network, LinearNetwork | ConditionalLinearNetwork) and isinstance(likelihood, NormalLikelihood)
+    return likelihood, network.dim
 
 
 def _reverse_mean(diffusion: _Model, n: int) -> tuple[Float[np.ndarray, "dim dim"], Float[np.ndarray, "*datum dim"]]:

@@ -1,0 +1,299 @@
+r"""Observations y of a datum x: what a fitted diffusion is conditioned on.
+
+An observation knows its density p(y | x). For the twists (:mod:`probdiff.inference.twists`) it also knows what y is like for a given x, a mean and a covariance; and some
+know the last reverse step given y in closed form, so that the last step costs no particles.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Real
+from numpyro import distributions as dist
+from numpyro import handlers
+
+from probdiff._checks import AnyArray, Numbers, require, require_finite
+from probdiff.likelihoods import AbstractLikelihood
+
+
+class LastStep(NamedTuple):
+    """The last reverse step of one particle, given y.
+
+    Attributes:
+        log_prob: :math:`\\log p_\\theta(y | z_1)`, nats.
+        sample: A function from a key to a draw of :math:`p_\\theta(x | z_1, y)`, shape ``(dim,)``.
+    """
+
+    log_prob: Float[Array, ""]
+    sample: Callable[[PRNGKeyArray], Real[Array, "dim"]]
+
+
+class AbstractObservation(eqx.Module):
+    """An observation of a datum x, shape ``(dim,)``, in the user's units.
+
+    To write your own, give :meth:`log_prob`, :meth:`observed`, :meth:`mean` and :meth:`covariance`; and :meth:`last_step` where it is known.
+    """
+
+    @abc.abstractmethod
+    def log_prob(self, x: Real[Array, "*batch dim"]) -> Float[Array, "*batch"]:
+        """log p(y | x), nats, of data of shape ``(*batch, dim)``; shape ``batch``."""
+
+    @abc.abstractmethod
+    def observed(self, x: Float[Array, "dim"]) -> Real[Array, "observed"]:
+        """What was observed, y, shape ``(observed,)``; it does not depend on ``x``."""
+
+    @abc.abstractmethod
+    def mean(self, x: Float[Array, "dim"]) -> Float[Array, "observed"]:
+        """The mean of y given x, a function that can be differentiated."""
+
+    @abc.abstractmethod
+    def covariance(self, x: Float[Array, "dim"]) -> Float[Array, "observed observed"]:
+        """The covariance of y given x."""
+
+    def last_step(self, of_x: dist.Distribution) -> LastStep | None:
+        """The last reverse step given y, if it is known; ``of_x`` is the distribution of x given z_1."""
+        return None
+
+    def simulated(self, x: Real[Array, "dim"], key: PRNGKeyArray) -> "AbstractObservation":
+        """An observation of the same kind, of ``x``, with y drawn: for bounds on both sides of the evidence."""
+        raise NotImplementedError(f"observation: Expected one that can be simulated, LinearGaussian or Inpainting; got {type(self).__name__}")
+
+    def check(self, dim: int, likelihood: AbstractLikelihood, of_x: dist.Distribution) -> None:
+        """Refuse a model that this is no observation of: of other dimension or of other data; ``of_x`` is like the distribution of x given z_1."""
+
+
+class LinearGaussian(AbstractObservation):
+    r"""y = A x + noise, Gaussian.
+
+    Args:
+        matrix: A, shape ``(observed, dim)``; or a linear function of x of shape ``(dim,)``.
+        y: What was observed, shape ``(observed,)``.
+        scale: Standard deviation of the noise, a number or one for each entry of y.
+        covariance: Covariance of the noise, shape ``(observed, observed)``, in the place of ``scale``.
+
+    Raises:
+        ValueError: If shapes do not fit, a number is not finite, ``scale`` is not positive or ``covariance`` is not positive definite.
+    """
+
+    matrix: Float[Array, "observed dim"] | None
+    function: Callable | None = eqx.field(static=True)
+    y: Float[Array, "observed"]
+    noise: Float[Array, "observed observed"]
+
+    def __init__(
+        self, matrix: Numbers | Callable, y: Numbers, scale: Numbers | None = None, *, covariance: Numbers | None = None
+    ) -> None:
+        y = np.asarray(y, float)
+        require(y.ndim == 1 and y.size > 0, "y", "shape (observed,)", f"shape {y.shape}")
+        require_finite("y", y)
+        require((scale is None) != (covariance is None), "scale, covariance", "exactly one of the two", "neither" if scale is None else "both")
+        if covariance is None:
+            sd = np.asarray(scale, float)
+            require(sd.shape in ((), y.shape), "scale", f"a number or shape {y.shape}", f"shape {sd.shape}")
+            require(bool(np.all(np.isfinite(sd) & (sd > 0))), "scale", "positive numbers", sd)
+            noise = np.diag(np.broadcast_to(sd**2, y.shape))
+        else:
+            noise = np.asarray(covariance, float)
+            require(noise.shape == 2 * y.shape, "covariance", f"shape {2 * y.shape}", f"shape {noise.shape}")
+            require_finite("covariance", noise)
+            definite = np.allclose(noise, noise.T) and np.linalg.eigvalsh(noise).min() > 0
+            require(definite, "covariance", "a positive definite matrix", noise.tolist())
+        dtype = jnp.zeros(()).dtype
+        self.function = matrix if callable(matrix) else None
+        self.matrix = None
+        if not callable(matrix):
+            a = np.asarray(matrix, float)
+            require(a.ndim == 2 and len(a) == len(y), "matrix", f"shape ({len(y)}, dim)", f"shape {a.shape}")
+            require_finite("matrix", a)
+            self.matrix = jnp.asarray(a, dtype)
+        self.y, self.noise = jnp.asarray(y, dtype), jnp.asarray(noise, dtype)
+
+    def check(self, dim: int, likelihood: AbstractLikelihood, of_x: dist.Distribution) -> None:
+        """Refuse a model of another dimension, or a function that is not linear or gives another number of values."""
+        if self.matrix is not None:
+            require(self.matrix.shape[1] == dim, "matrix", f"shape ({len(self.y)}, {dim})", f"shape {self.matrix.shape}")
+        else:
+            rows = jax.random.normal(jax.random.key(0), (2, dim))
+            found = [np.asarray(self.mean(row)) for row in (*rows, 2 * rows[0] - 3 * rows[1])]
+            require(found[0].shape == self.y.shape, "matrix", f"a function that gives shape {self.y.shape}", f"shape {found[0].shape}")
+            linear = np.allclose(found[2], 2 * found[0] - 3 * found[1], rtol=1e-3, atol=1e-4 * np.abs(found[2]).max())
+            require(linear, "matrix", "a linear function", "one that is not")
+
+    def observed(self, x: Float[Array, "dim"]) -> Float[Array, "observed"]:
+        """y."""
+        return self.y
+
+    def mean(self, x: Float[Array, "dim"]) -> Float[Array, "observed"]:
+        """A x."""
+        if self.matrix is not None:
+            return jnp.matmul(self.matrix.astype(x.dtype), x, precision="highest")
+        assert self.function is not None
+        return self.function(x)
+
+    def covariance(self, x: Float[Array, "dim"]) -> Float[Array, "observed observed"]:
+        """That of the noise."""
+        return self.noise
+
+    def log_prob(self, x: Real[Array, "*batch dim"]) -> Float[Array, "*batch"]:
+        """log p(y | x), nats, shape ``batch``."""
+        mean = jnp.vectorize(self.mean, signature="(d)->(y)")(x.astype(self.noise.dtype))
+        return dist.MultivariateNormal(mean, self.noise).log_prob(self.y)
+
+    def last_step(self, of_x: dist.Distribution) -> LastStep | None:
+        """Where x is normal, x and y are jointly normal given z_1."""
+        of_each = _by_coordinate(of_x)
+        if not isinstance(of_each, dist.Normal):
+            return None
+        loc, scale = jnp.broadcast_arrays(of_each.loc, of_each.scale)
+        slope = jax.jacrev(self.mean)(loc)
+        gain = slope * jnp.square(scale)
+        of_y = dist.MultivariateNormal(self.mean(loc), jnp.matmul(gain, slope.T, precision="highest") + self.noise)
+
+        def sample(key: PRNGKeyArray) -> Float[Array, "dim"]:
+            """A draw of both, moved to the y that was observed: Matheron's rule."""
+            x_key, y_key = jax.random.split(key)
+            x = loc + scale * jax.random.normal(x_key, loc.shape, loc.dtype)
+            y = dist.MultivariateNormal(self.mean(x), self.noise).sample(y_key)
+            return x + gain.T @ jax.scipy.linalg.cho_solve((of_y.scale_tril, True), self.y - y)
+
+        return LastStep(of_y.log_prob(self.y), sample)
+
+    def simulated(self, x: Real[Array, "dim"], key: PRNGKeyArray) -> "LinearGaussian":
+        """An observation of ``x``, with y drawn."""
+        y = dist.MultivariateNormal(self.mean(x.astype(self.y.dtype)), self.noise).sample(key)
+        return eqx.tree_at(lambda observation: observation.y, self, y)
+
+
+class Inpainting(AbstractObservation):
+    """Some coordinates of x themselves, without noise; the others are hidden.
+
+    The evidence is the marginal density of the observed coordinates in the user's units; on a grid, their probability. The likelihood of the model must be
+    independent over the coordinates.
+
+    Args:
+        mask: True where a coordinate is observed, shape ``(dim,)``.
+        values: Every coordinate, shape ``(dim,)``; those that are hidden are not looked at, and may be NaN.
+
+    Raises:
+        ValueError: If the shapes differ, nothing or everything is observed, or an observed value is not finite. TypeError if ``mask`` holds no truth values.
+    """
+
+    mask: Bool[Array, "dim"]
+    index: Array
+    y: Real[Array, "observed"]
+
+    def __init__(self, mask: Bool[AnyArray, "dim"], values: Numbers) -> None:
+        mask, x = np.asarray(mask), np.asarray(values)
+        require(mask.dtype == bool, "mask", "truth values, True where a coordinate is observed", f"dtype {mask.dtype}", TypeError)
+        require(mask.ndim == 1, "mask", "shape (dim,)", f"shape {mask.shape}")
+        require(x.shape == mask.shape, "values", f"shape {mask.shape}, that of the mask", f"shape {x.shape}")
+        require(mask.any(), "mask", "at least one observed coordinate", "none")
+        require(not mask.all(), "mask", "at least one hidden coordinate", "none: then the evidence is p(x), see probdiff.iwae")
+        require_finite("values", np.where(mask, x, 0))
+        self.mask, self.index = jnp.asarray(mask), jnp.asarray(np.flatnonzero(mask))
+        self.y = jnp.asarray(x[mask])
+
+    @property
+    def values(self) -> Real[Array, "dim"]:
+        """Every coordinate, 0 where it is hidden."""
+        return jnp.zeros(self.mask.shape, self.y.dtype).at[self.index].set(self.y)
+
+    def check(self, dim: int, likelihood: AbstractLikelihood, of_x: dist.Distribution) -> None:
+        """Refuse a model of another dimension, a likelihood that is not independent over the coordinates, and values that it does not take."""
+        require(self.mask.shape == (dim,), "mask", f"shape ({dim},)", f"shape {self.mask.shape}")
+        require(_by_coordinate(of_x) is not None, "observation", "a likelihood that is independent over the coordinates", type(likelihood).__name__)
+        likelihood.check_data(self.values[None])
+
+    def log_prob(self, x: Real[Array, "*batch dim"]) -> Float[Array, "*batch"]:
+        """None: there is no density of coordinates that are known exactly."""
+        raise TypeError("Inpainting: Expected to be conditioned on through the last step; got a call of log_prob: p(y | x) has no density")
+
+    def observed(self, x: Float[Array, "dim"]) -> Real[Array, "observed"]:
+        """Their values."""
+        return self.y
+
+    def mean(self, x: Float[Array, "dim"]) -> Float[Array, "observed"]:
+        """The coordinates that are observed."""
+        return x[self.index]
+
+    def covariance(self, x: Float[Array, "dim"]) -> Float[Array, "observed observed"]:
+        """Zeros."""
+        return jnp.zeros(2 * self.y.shape, x.dtype)
+
+    def last_step(self, of_x: dist.Distribution) -> LastStep | None:
+        """The coordinates are independent given z_1."""
+        of_each = _by_coordinate(of_x)
+        assert of_each is not None
+        values = self.values
+
+        def sample(key: PRNGKeyArray) -> Real[Array, "dim"]:
+            return jnp.where(self.mask, values, of_each.sample(key))
+
+        return LastStep(jnp.where(self.mask, of_each.log_prob(values), 0).sum(), sample)
+
+    def simulated(self, x: Real[Array, "dim"], key: PRNGKeyArray) -> "Inpainting":
+        """An observation of the same coordinates of ``x``."""
+        return eqx.tree_at(lambda observation: observation.y, self, x[self.index].astype(self.y.dtype))
+
+
+def _by_coordinate(of_x: dist.Distribution) -> dist.Distribution | None:
+    """The distribution of the single coordinates, if they are independent."""
+    independent = isinstance(of_x, dist.Independent) and of_x.base_dist.event_dim == 0 and of_x.event_dim == 1
+    return of_x.base_dist if independent else None
+
+
+class Program(AbstractObservation):
+    """The observed sites of a NumPyro program of x.
+
+    For the twists, y given x is taken for normal, with the mean and the variance of each site.
+
+    Args:
+        function: A program ``f(x)``, x of shape ``(dim,)``, whose ``sample`` sites are all observed and have mean and variance.
+    """
+
+    function: Callable = eqx.field(static=True)
+
+    def __init__(self, function: Callable) -> None:
+        require(callable(function), "function", "a NumPyro program f(x)", type(function).__name__, TypeError)
+        self.function = function
+
+    def _sites(self, x: Real[Array, "dim"]) -> list[dict[str, Any]]:
+        with handlers.block():
+            trace = handlers.trace(handlers.seed(self.function, 0)).get_trace(x)
+        return [site for site in trace.values() if site["type"] == "sample"]
+
+    def check(self, dim: int, likelihood: AbstractLikelihood, of_x: dist.Distribution) -> None:
+        """Refuse a program without observed sites, and one with others."""
+        sites = self._sites(jnp.zeros(dim))
+        require(sites, "function", "a program with observed sites", "none")
+        latent = [site["name"] for site in sites if not site["is_observed"]]
+        remedy = "; give what is not known a prior around log_evidence, under PseudoMarginal"
+        require(not latent, "function", f"a program whose sites are all observed{remedy}", f"latent {', '.join(latent)}")
+
+    def log_prob(self, x: Real[Array, "*batch dim"]) -> Float[Array, "*batch"]:
+        """The sum over the sites, nats, shape ``batch``."""
+
+        def one(x: Real[Array, "dim"]) -> Float[Array, ""]:
+            return sum((site["fn"].log_prob(site["value"]).sum() for site in self._sites(x)), jnp.zeros(()))
+
+        return jnp.vectorize(one, signature="(d)->()")(x)
+
+    def observed(self, x: Float[Array, "dim"]) -> Float[Array, "observed"]:
+        """The values of the sites, one after the other."""
+        return jnp.concatenate([jnp.ravel(jnp.asarray(site["value"], x.dtype)) for site in self._sites(x)])
+
+    def mean(self, x: Float[Array, "dim"]) -> Float[Array, "observed"]:
+        """The means of the sites, one after the other."""
+        return self._of_sites(x, lambda fn: fn.mean)
+
+    def covariance(self, x: Float[Array, "dim"]) -> Float[Array, "observed observed"]:
+        """The variances of the sites, on the diagonal."""
+        return jnp.diag(self._of_sites(x, lambda fn: fn.variance))
+
+    def _of_sites(self, x: Float[Array, "dim"], moment: Callable) -> Float[Array, "observed"]:
+        each = [jnp.broadcast_to(moment(site["fn"]), jnp.shape(site["value"])).ravel() for site in self._sites(x)]
+        return jnp.concatenate(each).astype(x.dtype)

@@ -1,0 +1,351 @@
+r"""Sequential Monte Carlo along the reverse chain: the posterior of x given y as weighted particles, and an unbiased estimate of :math:`p_\theta(y)`.
+
+Particles go from z_N to x. Step n moves the mean of the reverse kernel along the gradient of a twist :math:`\tilde p(y | z_n)`, and weighs each particle by
+
+    p_θ(z_{n−1} | z_n) p̃(y | z_{n−1}) / (q(z_{n−1} | z_n) p̃(y | z_n)),
+
+with p̃(y | z_N) at the start and p_θ(y | z_1), or p(y | x), at the end: the product telescopes to the posterior whatever the twist. Where the effective sample size falls
+below half of the particles they are resampled. The product of the mean weights between resamplings is an unbiased estimate of :math:`p_\theta(y)`,
+for every number of particles. This is the evidence of the *model*, the chain with its N steps, and not of the distribution that it was fitted to.
+
+Sources: Del Moral (2004), Feynman-Kac Formulae, theorem 7.4.2, for the unbiasedness; Wu et al. (2023), arXiv:2306.17775, algorithm 1, for the form.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
+from numpyro import distributions as dist
+from numpyro import handlers
+from tqdm import tqdm
+
+from probdiff._checks import Whole, require, require_count, require_key, require_type
+from probdiff._chunks import EVALUATIONS, even_chunk, inputs_at_once
+from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
+from probdiff.diffusion import Diffusion
+from probdiff.inference.observations import AbstractObservation
+from probdiff.inference.posterior import Posterior
+from probdiff.inference.twists import AbstractTwist, Twisted, named_twist
+
+RESAMPLED_BELOW = 0.5  # of the particles, in effective sample size
+
+
+class _Particles(NamedTuple):
+    """Particles at step n, and what is known of them there: the reverse kernel from them, and the twist."""
+
+    z: Float[Array, "particle dim"]
+    kernel: dist.Distribution
+    twisted: Twisted
+
+
+class _State(NamedTuple):
+    particles: _Particles
+    log_weights: Float[Array, "particle"]
+    log_evidence: Float[Array, ""]
+
+
+class Problem(eqx.Module):
+    """A model given y: what the particles go through.
+
+    Args:
+        diffusion: The model, evaluated, given one row of a context if it is conditional.
+        observation: The observation.
+        twist: The twist.
+    """
+
+    diffusion: Diffusion
+    observation: AbstractObservation
+    twist: AbstractTwist
+
+    def look(self, z: Float[Array, "dim"], n: Int[Array, ""]) -> tuple[dist.Distribution, Twisted]:
+        """The reverse kernel from a particle, and the twist there; that of the last step is the likelihood of z_1, where it is known."""
+        kernel = self.diffusion.reverse_kernel(z, n)
+        twisted = self.twist(self.diffusion, self.observation, z, n)
+        return kernel, twisted
+
+    def log_last(self, kernel: dist.Distribution) -> Float[Array, ""] | None:
+        """log p_θ(y | z_1) by the kernel from z_1, if it is known."""
+        last = self.observation.last_step(self._of_x(kernel))
+        return None if last is None else last.log_prob
+
+    def draw(self, kernel: dist.Distribution, twisted: Twisted, key: PRNGKeyArray) -> tuple[Real[Array, "dim"], Float[Array, ""]]:
+        """x given z_1, and the log of its weight."""
+        last = self.observation.last_step(self._of_x(kernel))
+        if last is not None:
+            return last.sample(key), jnp.zeros(())
+        x = self._of_x(kernel).sample(key)
+        return x, self.observation.log_prob(x) - twisted.log_prob
+
+    def _of_x(self, kernel: dist.Distribution) -> dist.Distribution:
+        return self.diffusion.kernel.observation(self.diffusion.likelihood, kernel)
+
+    def proposal(self, kernel: dist.Distribution, twisted: Twisted) -> dist.Distribution:
+        """What z_{n−1} is drawn from: a Gaussian kernel moved along the gradient of the twist, by its variance; any other kernel as it is."""
+        if not (isinstance(kernel, dist.Independent) and isinstance(kernel.base_dist, dist.Normal)):
+            return kernel
+        normal = kernel.base_dist
+        return dist.Normal(normal.loc + jnp.square(normal.scale) * twisted.gradient, normal.scale).to_event(1)
+
+    def at_once(self, dim: int) -> int:
+        """How many particles to look at at a time."""
+        return max(1, inputs_at_once(self.diffusion.network) // self.twist.evaluations(self.observation, dim))
+
+
+def _look(problem: Problem, z: Float[Array, "particle dim"], n: Int[Array, ""]) -> _Particles:
+    """What is known of particles at step n, a piece of them at a time."""
+
+    def one(z: Float[Array, "dim"]) -> tuple[dist.Distribution, Twisted]:
+        return problem.look(z, n)
+
+    kernel, twisted = jax.lax.map(one, z, batch_size=min(len(z), problem.at_once(z.shape[-1])))
+    log_last = jax.vmap(problem.log_last)(kernel)
+    if log_last is not None:
+        twisted = twisted._replace(log_prob=jnp.where(n == 1, log_last, twisted.log_prob))
+    return _Particles(z, kernel, twisted)
+
+
+def _ess(log_weights: Float[Array, "particle"]) -> Float[Array, ""]:
+    return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
+
+
+def _log_mean(log_weights: Float[Array, "particle"]) -> Float[Array, ""]:
+    return jax.nn.logsumexp(log_weights) - jnp.log(len(log_weights))
+
+
+def _systematic(key: PRNGKeyArray, log_weights: Float[Array, "particle"]) -> Int[Array, "particle"]:
+    """The parents of new particles, by one uniform number for all."""
+    size = len(log_weights)
+    upper = jnp.cumsum(jax.nn.softmax(log_weights))
+    place = (jax.random.uniform(key, dtype=upper.dtype) + jnp.arange(size)) / size
+    return jnp.minimum(jnp.searchsorted(upper / upper[-1], place, side="right"), size - 1)
+
+
+def _multinomial(key: PRNGKeyArray, log_weights: Float[Array, "particle"]) -> Int[Array, "particle"]:
+    """The parents of new particles, drawn independently; the first is its own."""
+    return jax.random.categorical(key, log_weights, shape=log_weights.shape).at[0].set(0)
+
+
+def _begin(problem: Problem, size: int, key: PRNGKeyArray, path: Float[Array, "num_steps dim"] | None, mesh: Mesh | None) -> _State:
+    """Particles at z_N; the first of them is that of a path, if there is one."""
+    diffusion = problem.diffusion
+    assert diffusion.dim is not None
+    z = jax.vmap(diffusion.kernel.prior((diffusion.dim,)).sample)(jax.random.split(key, size))
+    z = z if path is None else z.at[0].set(path[-1])
+    particles = _look(problem, shard(z, mesh), jnp.asarray(diffusion.schedule.num_steps, jnp.int32))
+    return _State(particles, particles.twisted.log_prob, jnp.zeros((), z.dtype))
+
+
+def _resampled(state: _State, key: PRNGKeyArray, conditional: bool) -> _State:
+    """The particles as they are, or resampled, where their weights have become too unequal."""
+    parents = (_multinomial if conditional else _systematic)(key, state.log_weights)
+    few = _ess(state.log_weights) < RESAMPLED_BELOW * len(parents)
+    particles = jax.tree.map(lambda leaf: jnp.where(few.reshape((1,) * leaf.ndim), leaf[parents], leaf), state.particles)
+    log_evidence = state.log_evidence + jnp.where(few, _log_mean(state.log_weights), 0)
+    return _State(particles, jnp.where(few, 0, state.log_weights), log_evidence)
+
+
+@eqx.filter_jit
+def _steps(
+    problem: Problem,
+    state: _State | None,
+    steps: Int[Array, "step"],
+    size: int,
+    key: PRNGKeyArray,
+    path: Float[Array, "num_steps dim"] | None,
+    mesh: Mesh | None,
+) -> tuple[_State, Float[Array, "step"]]:
+    """The state after some steps n, from z_n to z_{n−1} each (0 for none), and the effective sample size before each; from the beginning, if there is no state."""
+    state = _begin(problem, size, jax.random.fold_in(key, 2**31 - 1), path, mesh) if state is None else state
+
+    def step(state: _State, n: Int[Array, ""]) -> tuple[_State, Float[Array, ""]]:
+        resample_key, propose_key = jax.random.split(jax.random.fold_in(key, n))
+        ess = _ess(state.log_weights)
+        before = _resampled(state, resample_key, path is not None)
+        kernel = before.particles.kernel
+        proposal = jax.vmap(problem.proposal)(kernel, before.particles.twisted)
+        z = jax.vmap(lambda q, key: q.sample(key))(proposal, jax.random.split(propose_key, size))
+        z = z if path is None else z.at[0].set(path[n - 2])
+        log_ratio = jax.vmap(lambda p, q, z: p.log_prob(z) - q.log_prob(z))(kernel, proposal, z)
+        particles = _look(problem, shard(z, mesh), n - 1)
+        change = log_ratio + particles.twisted.log_prob - before.particles.twisted.log_prob
+        return _State(particles, before.log_weights + change, before.log_evidence), ess
+
+    def step_or_none(state: _State, n: Int[Array, ""]) -> tuple[_State, Float[Array, ""]]:
+        return jax.lax.cond(n > 0, step, lambda state, n: (state, _ess(state.log_weights)), state, n)
+
+    return jax.lax.scan(step_or_none, state, steps)
+
+
+@eqx.filter_jit
+def _end(
+    problem: Problem, state: _State, key: PRNGKeyArray, x: Real[Array, "dim"] | None, mesh: Mesh | None
+) -> tuple[Real[Array, "particle dim"], Float[Array, "particle"], Float[Array, ""]]:
+    """The particles x with their log weights, and the log of the estimate of the evidence."""
+    particles = state.particles
+    keys = jax.random.split(jax.random.fold_in(key, 2**31 - 2), len(particles.z))
+    drawn, change = jax.vmap(problem.draw)(particles.kernel, particles.twisted, keys)
+    if x is not None:
+        # (Where the last step is known in closed form its weight is that of z_1, whatever x is.)
+        known = jax.vmap(problem.log_last)(particles.kernel) is not None
+        own = 0.0 if known else problem.observation.log_prob(x) - particles.twisted.log_prob[0]
+        drawn, change = drawn.at[0].set(x.astype(drawn.dtype)), change.at[0].set(own)
+    log_weights = state.log_weights + change
+    return gather((drawn, log_weights, state.log_evidence + _log_mean(log_weights)), mesh)
+
+
+class Run(NamedTuple):
+    """One run of the particles: ``samples`` (particle, dim), ``log_weights`` (particle,), ``log_evidence``, and the ``ess`` at each step n, shape ``(num_steps,)``."""
+
+    samples: np.ndarray
+    log_weights: np.ndarray
+    log_evidence: float
+    ess: np.ndarray
+
+
+def run_particles(
+    problem: Problem,
+    size: int,
+    key: PRNGKeyArray,
+    *,
+    path: tuple[Float[Array, "num_steps dim"], Real[Array, "dim"]] | None = None,
+    mesh: Mesh | None = None,
+    bar: tqdm | None = None,
+) -> Run:
+    """Particles from z_N to x, some steps at a time, so that a progress bar can move and Ctrl-C is heard.
+
+    Args:
+        problem: The model given y.
+        size: Number of particles.
+        key: JAX key.
+        path: Latents z_1 … z_N and a datum, the particle that is kept throughout (conditional sequential Monte Carlo); None for none.
+        mesh: The devices that share the particles.
+        bar: A bar to move, a unit a step.
+    """
+    num_steps = problem.diffusion.schedule.num_steps
+    latents, x = (None, None) if path is None else path
+    assert problem.diffusion.dim is not None
+    cost = size * problem.twist.evaluations(problem.observation, problem.diffusion.dim)
+    length = even_chunk(max(1, num_steps - 1), EVALUATIONS // cost)
+    state, ess = None, []
+    for first in range(num_steps, 1, -length) if num_steps > 1 else (1,):
+        steps = first - np.arange(length)
+        state, found = _steps(problem, state, jnp.asarray(np.where(steps >= 2, steps, 0)), size, key, latents, mesh)
+        ess.append(np.asarray(found)[steps >= 2])
+        if bar is not None:
+            bar.update(len(ess[-1]))
+    assert state is not None
+    samples, log_weights, log_evidence = jax.device_get(to_default_device(_end(problem, state, key, x, mesh), mesh))
+    last = np.exp(2 * np.logaddexp.reduce(log_weights) - np.logaddexp.reduce(2 * log_weights)) if np.isfinite(log_weights).any() else 0.0
+    return Run(samples, log_weights.astype(np.float64), float(log_evidence), np.concatenate([[last], *(each[::-1] for each in ess[::-1])]))
+
+
+def make_problem(diffusion: Diffusion, observation: AbstractObservation, twist: AbstractTwist | str, context: PyTree) -> Problem:
+    """A model given y, checked.
+
+    Raises:
+        ValueError, TypeError: If the observation does not suit the model, or an argument is not one of those.
+    """
+    require_type("diffusion", diffusion, Diffusion)
+    require_type("observation", observation, AbstractObservation)
+    expected = "one that knows its dimension: Diffusion(…, dim=…) or network.dim"
+    require(diffusion.dim is not None, "diffusion", expected, None)
+    dim, diffusion = diffusion.dim, diffusion.evaluated().given(context)
+    assert dim is not None
+    diffusion.require_context(1)
+    of_x = jax.eval_shape(lambda z: diffusion.kernel.observation(diffusion.likelihood, diffusion.reverse_kernel(z, 1)), jnp.zeros(dim))
+    observation.check(dim, diffusion.likelihood, of_x)
+    return Problem(diffusion, observation, named_twist(twist))
+
+
+def smc(
+    diffusion: Diffusion,
+    observation: AbstractObservation,
+    *,
+    key: PRNGKeyArray,
+    num_particles: Whole,
+    twist: AbstractTwist | str = "tweedie",
+    context: PyTree = None,
+    num_runs: Whole = 1,
+    devices: Devices = None,
+    progress: bool = False,
+) -> Posterior:
+    r"""The posterior of x given an observation y, under a fitted diffusion as the prior, and its evidence.
+
+    Args:
+        diffusion: The model.
+        observation: :class:`~probdiff.inference.LinearGaussian`, :class:`~probdiff.inference.Inpainting`, :class:`~probdiff.inference.Program`, or one of
+            your own.
+        key: JAX key.
+        num_particles: Number of particles, at least 1; of each run.
+        twist: ``"tweedie"``, ``"point"``, ``"none"`` or an object: :mod:`probdiff.inference.twists`.
+        context: Of a conditional model: one row.
+        num_runs: Independent runs: more than one, for an error of the evidence. Their particles are put together, weighed by the evidence of each.
+        devices: Number of devices (or a list of them) that share the particles.
+        progress: Show a progress bar.
+
+    Returns:
+        A :class:`~probdiff.inference.Posterior`. Called again with equal shapes, nothing is compiled anew.
+
+    Raises:
+        ValueError, TypeError: If the observation does not suit the model, or an argument is out of range.
+    """
+    problem = make_problem(diffusion, observation, twist, context)
+    require_count("num_particles", num_particles)
+    require_count("num_runs", num_runs)
+    require_key(key)
+    mesh = data_mesh(devices)
+    problem, key = replicate((problem, key), mesh)
+    steps = (problem.diffusion.schedule.num_steps - 1) * int(num_runs)
+    with tqdm(total=steps, unit="step", desc="particles", disable=not progress) as bar:
+        keys = [key] if num_runs == 1 else list(jax.random.split(key, int(num_runs)))
+        runs = [run_particles(problem, int(num_particles), each, mesh=mesh, bar=bar) for each in keys]
+    return Posterior.of_runs(runs)
+
+
+def log_evidence(
+    diffusion: Diffusion,
+    observation: AbstractObservation,
+    *,
+    key: PRNGKeyArray,
+    num_particles: Whole,
+    twist: AbstractTwist | str = "tweedie",
+    context: PyTree = None,
+) -> Float[Array, ""]:
+    r"""The log of an unbiased estimate of :math:`p_\theta(y)`, nats, as a function that JAX can trace: for a ``factor`` in a program of one's own.
+
+    Under :class:`~probdiff.inference.PseudoMarginal` what is not known of the observation is then sampled exactly (particle marginal Metropolis–Hastings)::
+
+        def program(key, y):
+            scale = numpyro.sample("scale", dist.HalfNormal(1))
+            observed = Program(lambda x: numpyro.sample("y", dist.Normal(x[:2], scale).to_event(1), obs=y))
+            numpyro.factor("evidence", log_evidence(fitted, observed, key=key, num_particles=128))
+
+    Source: Andrieu, Doucet and Holenstein (2010), doi:10.1111/j.1467-9868.2009.00736.x, section 2.4.2.
+
+    Args:
+        diffusion, observation, twist, context: As for :func:`smc`.
+        key: JAX key.
+        num_particles: Number of particles.
+    """
+    problem = make_problem(diffusion, observation, twist, context)
+    require_count("num_particles", num_particles)
+    require_key(key)
+    with handlers.block():  # whatever program this is called in
+        return evidence(problem, int(num_particles), key)
+
+
+def evidence(
+    problem: Problem,
+    size: int,
+    key: PRNGKeyArray,
+    path: tuple[Float[Array, "num_steps dim"], Real[Array, "dim"]] | None = None,
+) -> Float[Array, ""]:
+    """The log of the estimate of one run, all steps at once; arguments as of :func:`run_particles`."""
+    latents, x = (None, None) if path is None else path
+    steps = jnp.arange(problem.diffusion.schedule.num_steps, 1, -1)
+    state, _ = _steps(problem, None, steps, size, key, latents, None)
+    return _end(problem, state, key, x, None)[2]

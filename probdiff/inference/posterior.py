@@ -1,0 +1,111 @@
+"""Weighted particles of a posterior, and their evidence."""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, PRNGKeyArray, Real
+from scipy.special import logsumexp, softmax
+
+from probdiff._checks import Whole, require_count, require_key
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.figure import Figure
+
+COLLAPSED = 0.01  # of the particles, in effective sample size
+
+
+class Posterior(NamedTuple):
+    r"""The posterior of x given y, as :func:`~probdiff.inference.smc` gives it.
+
+    Attributes:
+        samples: Particles in the user's units, shape ``(particle, dim)``; those of several runs one after the other.
+        log_weights: The log of their weights, up to a constant, shape ``(particle,)``.
+        log_evidence: The log of an unbiased estimate of :math:`p_\theta(y)`, nats (the log itself is too small on average); that of several runs, of their mean.
+        log_evidence_error: Its standard error, from independent runs; NaN of one.
+        ess: Effective sample size of the weights at each step, that of z_n at ``[n - 1]``, shape ``(num_steps,)``; of several runs, the mean. The first is that
+            of the particles themselves.
+        num_runs: Number of independent runs.
+    """
+
+    samples: Real[np.ndarray, "particle dim"]
+    log_weights: Float[np.ndarray, "particle"]
+    log_evidence: float
+    log_evidence_error: float
+    ess: Float[np.ndarray, "step"]
+    num_runs: int
+
+    @classmethod
+    def of_runs(cls, runs: Sequence[Any]) -> "Posterior":
+        """Put independent runs together; a warning if their particles have collapsed."""
+        evidences = np.array([run.log_evidence for run in runs])
+        total = logsumexp(evidences) - np.log(len(runs))
+        ratio = np.exp(evidences - total)
+        error = float(ratio.std(ddof=1) / np.sqrt(len(runs))) if len(runs) > 1 else float("nan")
+        # Within a run the weights add up to its evidence.
+        log_weights = np.concatenate([run.log_weights - logsumexp(run.log_weights) + run.log_evidence for run in runs])
+        samples, ess = np.concatenate([run.samples for run in runs]), np.mean([run.ess for run in runs], 0)
+        size = len(samples) // len(runs)
+        if size > 1 and not ess.min() >= COLLAPSED * size:
+            step = int(np.argmin(ess)) + 1
+            warnings.warn(
+                f"smc: the particles have collapsed: at step n = {step} their effective sample size is {ess.min():.1f} of {size}. The samples are few, and the "
+                "evidence is uncertain; take more particles, or twist='tweedie'",
+                stacklevel=3,
+            )
+        return cls(samples, log_weights, float(total), error, ess, len(runs))
+
+    @property
+    def weights(self) -> Float[np.ndarray, "particle"]:
+        """The weights, which add up to 1."""
+        return softmax(self.log_weights)
+
+    @property
+    def mean(self) -> Float[np.ndarray, "dim"]:
+        """The weighted mean of the particles, shape ``(dim,)``."""
+        return self.weights @ self.samples
+
+    def resample(self, key: PRNGKeyArray, num_samples: Whole) -> Real[np.ndarray, "num_samples dim"]:
+        """Particles drawn by their weights, with replacement: shape ``(num_samples, dim)``."""
+        require_key(key)
+        require_count("num_samples", num_samples)
+        return self.samples[np.asarray(jax.random.categorical(key, jnp.asarray(self.log_weights), shape=(int(num_samples),)))]
+
+    def to_datatree(self) -> "xr.DataTree":
+        """For ArviZ: ``posterior`` has ``x`` with dimensions (chain, draw, dim), resampled to equal weights, a run for each chain.
+
+        Group ``sample_stats`` has ``ess`` by step; ``particles`` has the particles with their log weights as they are; the attributes of ``posterior``,
+        ``log_evidence`` and its error.
+        """
+        import xarray as xr
+
+        size = len(self.samples) // self.num_runs
+        parts = [self._replace(samples=x, log_weights=w) for x, w in zip(self.samples.reshape(self.num_runs, size, -1), self.log_weights.reshape(self.num_runs, size))]
+        drawn = np.stack([part.resample(jax.random.key(k), size) for k, part in enumerate(parts)])
+        groups = {
+            "posterior": xr.Dataset({"x": (("chain", "draw", "dim"), drawn)}, {"chain": np.arange(self.num_runs), "draw": np.arange(size)}),
+            "sample_stats": xr.Dataset({"ess": ("step", self.ess)}, {"step": np.arange(1, len(self.ess) + 1)}),
+            "particles": xr.Dataset({"x": (("particle", "dim"), self.samples), "log_weight": ("particle", self.log_weights)}),
+        }
+        groups["posterior"].attrs.update(log_evidence=self.log_evidence, log_evidence_error=self.log_evidence_error)
+        groups["sample_stats"]["ess"].attrs.update(long_name="effective sample size of the weights at z_n")
+        return xr.DataTree.from_dict(groups)
+
+    def plot(self, title: str = "") -> "Figure":
+        """A figure: the weighted particles, of the first two dimensions, and the effective sample size by step."""
+        from probdiff.diagnostics.plots import plot_posterior
+
+        return plot_posterior(self.samples, self.weights, self.ess, title)
+
+    def __repr__(self) -> str:
+        """A few lines: evidence, particles, effective sample sizes."""
+        error = "" if np.isnan(self.log_evidence_error) else f" ± {self.log_evidence_error:.4f}"
+        return (
+            f"Posterior of {len(self.samples)} particles in {self.num_runs} run{'s' * (self.num_runs > 1)}, {self.samples.shape[1]} dimensions\n"
+            f"log p(y) of the model: {self.log_evidence:.4f}{error} nats\n"
+            f"effective sample size {self.ess[0]:.0f} at the end, {self.ess.min():.0f} at the least (step n = {int(np.argmin(self.ess)) + 1})"
+        )
