@@ -142,6 +142,12 @@ CALLS = {
     "particles with two contexts": (
         lambda: probdiff.inference.smc(GIVEN, HALF, key=KEY, num_particles=2, context=X[:2]), ValueError, "context: Expected as many rows as there are data, 1; got 2 rows"
     ),
+    "bounds of the evidence of one datum": (
+        lambda: probdiff.inference.evidence_bounds(NORMAL, HALF, key=KEY, num_data=1, num_particles=2), ValueError, "num_data: Expected at least 2; got 1"
+    ),
+    "bounds of the evidence by one particle": (
+        lambda: probdiff.inference.evidence_bounds(NORMAL, HALF, key=KEY, num_data=2, num_particles=1), ValueError, "num_particles: Expected at least 2; got 1"
+    ),
     "resampled to none": (lambda: probdiff.inference.smc(NORMAL, HALF, key=KEY, num_particles=2).resample(KEY, 0), ValueError, "num_samples: Expected a positive"),
     "a kernel of no program": (lambda: probdiff.inference.PseudoMarginal(None), TypeError, "model: Expected a program .*; got NoneType"),
     "beta of 0": (lambda: probdiff.NoiseSchedule.from_betas([0.1, 0.0]), ValueError, "got 0.0 at step n = 2"),
@@ -628,7 +634,7 @@ def test_a_seed_in_the_place_of_a_key_is_refused_with_the_remedy(name, monkeypat
 
 SCORES = {"vp_conditional_score", "vp_from_ve", "ve_from_vp", "vp_score_from_eps", "eps_from_score", "eps_from_vp_score"}
 RESULTS = {"ELBOTerms", "ELBOMoments", "Moments", "Estimate", "Sandwich", "TwoWays", "bits_per_dim", "EstimatorComparison"}
-RESULTS |= {"Posterior", "Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO", "CommonPaths", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
+RESULTS |= {"EvidenceBounds", "Posterior", "Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO", "CommonPaths", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
 # What takes a result, or encoded data; what an optimiser is made of.
 INNER = {"NoTwist", "PointTwist", "TweedieTwist", "Categories", "Columns", "DiscretizedNormal", "prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema"}
 # What a user makes a part of, in tests/test_own_parts.py.

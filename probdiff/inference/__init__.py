@@ -9,12 +9,14 @@ from probdiff.inference.particles import log_evidence, smc
 from probdiff.inference.posterior import Posterior
 from probdiff.inference.pseudo_marginal import PseudoMarginal
 from probdiff.inference.twists import AbstractTwist, NoTwist, PointTwist, TweedieTwist
+from probdiff.inference.two_sided import EvidenceBounds, evidence_bounds
 
 __all__ = [
     "AbstractObservation",
     "AbstractTwist",
     "ConditionalBound",
     "ConditionalEstimate",
+    "EvidenceBounds",
     "Inpainting",
     "LinearGaussian",
     "NoTwist",
@@ -23,6 +25,7 @@ __all__ = [
     "Program",
     "PseudoMarginal",
     "TweedieTwist",
+    "evidence_bounds",
     "log_evidence",
     "smc",
 ]

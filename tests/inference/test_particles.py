@@ -12,7 +12,7 @@ from numpyro import distributions as dist
 from scipy import stats
 
 import probdiff
-from probdiff.inference import Inpainting, LinearGaussian, NoTwist, Program, log_evidence, smc
+from probdiff.inference import Inpainting, LinearGaussian, NoTwist, Program, evidence_bounds, log_evidence, smc
 from probdiff.inference.particles import evidence, make_problem
 from probdiff.oracles import GaussianOracle, exact_moments
 
@@ -169,3 +169,23 @@ def test_the_posterior_as_a_result():
     np.testing.assert_array_equal(right.lines[0].get_ydata(), found.ess)
     with pytest.warns(UserWarning, match="smc: the particles have collapsed: at step n = "):
         smc(make(), LinearGaussian(MATRIX, Y + 30, 0.01), key=KEY, num_particles=512, twist=NoTwist())
+
+
+@pytest.mark.parametrize("name", long_but(["inpainting"], ["linear", "inpainting"]))
+def test_the_evidence_of_simulated_observations_is_between_two_bounds(name, float64):
+    """The mean of the exact log evidence of the same y is above the one and below the other, and both are near with enough particles."""
+    mean, covariance = exact_moments(make())
+    found = {k: evidence_bounds(make(), OBSERVATIONS[name](), key=KEY, num_data=40, num_particles=k) for k in (2, 64)}
+    if name == "inpainting":
+        exact_values = stats.multivariate_normal(mean[MASK], covariance[np.ix_(MASK, MASK)]).logpdf(found[2].x[:, MASK])
+        for each in found.values():
+            assert_above(exact_values - each.lower)
+            assert_above(each.upper - exact_values)
+    gaps = {k: (each.upper - each.lower).mean() for k, each in found.items()}
+    assert 0 < gaps[64] < 0.1 and gaps[2] > 3 * gaps[64], gaps
+    assert "distance" in repr(found[2])
+
+
+def assert_above(differences):
+    """Their mean is not below 0, but for its error."""
+    assert differences.mean() > -Z_MAX * differences.std(ddof=1) / np.sqrt(len(differences))
