@@ -148,6 +148,12 @@ CALLS = {
     "bounds of the evidence by one particle": (
         lambda: probdiff.inference.evidence_bounds(NORMAL, HALF, key=KEY, num_data=2, num_particles=1), ValueError, "num_particles: Expected at least 2; got 1"
     ),
+    "the flow of a grid as a prior": (lambda: probdiff.inference.FlowPrior(GRID), TypeError, "diffusion: Expected a NormalLikelihood, for a density"),
+    "a flow of no steps": (lambda: probdiff.inference.FlowPrior(NORMAL, steps=0), ValueError, "steps: Expected a positive integer; got 0"),
+    "a prior without its context": (lambda: probdiff.inference.ChainPrior(GIVEN), ValueError, "context: Expected .*; got None"),
+    "a prior of no dimension": (
+        lambda: probdiff.inference.ChainPrior(probdiff.Diffusion(SCHEDULE, lambda z, n: z)), ValueError, "diffusion: Expected one that knows its dimension"
+    ),
     "resampled to none": (lambda: probdiff.inference.smc(NORMAL, HALF, key=KEY, num_particles=2).resample(KEY, 0), ValueError, "num_samples: Expected a positive"),
     "a kernel of no program": (lambda: probdiff.inference.PseudoMarginal(None), TypeError, "model: Expected a program .*; got NoneType"),
     "beta of 0": (lambda: probdiff.NoiseSchedule.from_betas([0.1, 0.0]), ValueError, "got 0.0 at step n = 2"),

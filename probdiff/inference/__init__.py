@@ -7,6 +7,7 @@ from probdiff.inference.likelihood import ConditionalBound, ConditionalEstimate
 from probdiff.inference.observations import AbstractObservation, Inpainting, LinearGaussian, Program
 from probdiff.inference.particles import log_evidence, smc
 from probdiff.inference.posterior import Posterior
+from probdiff.inference.priors import ChainPrior, FlowPrior
 from probdiff.inference.pseudo_marginal import PseudoMarginal
 from probdiff.inference.twists import AbstractTwist, NoTwist, PointTwist, TweedieTwist
 from probdiff.inference.two_sided import EvidenceBounds, evidence_bounds
@@ -14,9 +15,11 @@ from probdiff.inference.two_sided import EvidenceBounds, evidence_bounds
 __all__ = [
     "AbstractObservation",
     "AbstractTwist",
+    "ChainPrior",
     "ConditionalBound",
     "ConditionalEstimate",
     "EvidenceBounds",
+    "FlowPrior",
     "Inpainting",
     "LinearGaussian",
     "NoTwist",

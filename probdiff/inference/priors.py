@@ -1,0 +1,168 @@
+r"""A fitted diffusion as the prior of a latent x in a NumPyro program of one's own.
+
+    FlowPrior    a distribution with a density: that of the probability flow, for NUTS, SVI and every handler
+    ChainPrior   the reverse chain itself, as a program whose sites are its noise: exact samples of p_θ(x) before anything is observed, N + 1 times as many latents
+
+The two are different models made of the same network. The flow's is the law of x at the noise of the first step, pushed there from N(0, I) by an ordinary
+differential equation; it differs from :math:`p_\theta` by what :func:`probdiff.flow_likelihood` reports. With either, NUTS
+targets the posterior under that prior exactly, but for the error of the solver of the flow.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from jaxtyping import Array, Float, PyTree
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform
+
+from probdiff._checks import Whole, require, require_count, require_type
+from probdiff.chain.schedules import at_step
+from probdiff.diffusion import Diffusion
+from probdiff.flow import in_continuous_time, solve, velocity
+from probdiff.likelihoods import NormalLikelihood
+
+
+class FlowTransform(Transform):
+    """From z_N to x along the probability flow, and back.
+
+    Args:
+        diffusion: The model, evaluated.
+        steps: Number of steps of the solver, of equal length in log-SNR.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+
+    def __init__(self, diffusion: Diffusion, steps: int) -> None:
+        self.diffusion, self.steps = diffusion, steps
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """The model is data, the number of steps is not."""
+        return (self.diffusion,), (("diffusion",), {"steps": self.steps})
+
+    def __eq__(self, other: object) -> Any:
+        """Whether another transform is of the same model and steps."""
+        return isinstance(other, FlowTransform) and self.diffusion is other.diffusion and self.steps == other.steps
+
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        """x in the user's units, of z_N of shape ``(*batch, dim)``."""
+        return self._along(x, up=False)[0]
+
+    def _inverse(self, y: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        return self._along(y, up=True)[0]
+
+    def log_abs_det_jacobian(
+        self, x: Float[Array, "*batch dim"], y: Float[Array, "*batch dim"], intermediates: Any = None
+    ) -> Float[Array, "*batch"]:
+        """log |dx/dz_N|, shape ``batch``."""
+        return -self._along(y, up=True)[1]
+
+    def inverse_and_log_det(self, y: Float[Array, "*batch dim"]) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
+        """z_N and log |dz_N/dx| by one solution."""
+        return self._along(y, up=True)
+
+    def _along(self, start: Float[Array, "*batch dim"], up: bool) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
+        """The other end of the flow, and the log of the Jacobian of the way there."""
+        schedule, likelihood = self.diffusion.schedule, self.diffusion.likelihood
+        first, last = schedule.log_snr[[0, -1]].tolist()
+        signal = at_step(schedule.signal_scale, jnp.ones((), jnp.int32), start.dtype)
+        dim = start.shape[-1]
+        scaling = likelihood.log_jacobian(dim) + dim * jnp.log(signal)
+        eps = in_continuous_time(self.diffusion)
+        directions = jnp.eye(dim, dtype=start.dtype)
+
+        def field(time: Array, state: Any) -> tuple[Array, Array]:
+            value, jvp = jax.linearize(lambda z: velocity(eps, z, time), state[0])
+            return value, jnp.trace(jax.vmap(jvp)(directions))
+
+        def one(start: Float[Array, "dim"]) -> tuple[Float[Array, "dim"], Float[Array, ""]]:
+            zero = jnp.zeros((), start.dtype)
+            ends = (first, last) if up else (last, first)
+            begin = signal * likelihood.encode(start) if up else start
+            (end, change), _ = solve(field, (begin, zero), *ends, rtol=1e-5, atol=1e-5, steps=self.steps)
+            return (end, change + scaling) if up else (likelihood.decode(end / signal), change - scaling)
+
+        return jnp.vectorize(one, signature="(d)->(d),()")(start)
+
+
+class FlowPrior(dist.TransformedDistribution):
+    r"""The density of the probability flow as a NumPyro distribution of x, shape ``(dim,)``, in the user's units.
+
+    ``x = numpyro.sample("x", FlowPrior(fitted))`` in any program: under ``NUTS``, ``SVI`` with an AutoGuide, ``plate``, ``expand`` and ``Predictive``. It is a transform of
+    N(0, I), so that ``numpyro.infer.reparam.TransformReparam`` samples in the space of z_N, where the posterior is better conditioned.
+
+    The density is that of :math:`z_1/\sqrt{\bar\alpha_1}`, data with the noise :math:`\sigma_1` of the first step, from N(0, I) at z_N in the place of
+    :math:`q(z_N)`; its errors are those that :func:`probdiff.flow_likelihood` reports. The divergence is exact, ``dim`` Jacobian-vector products for each
+    evaluation of the network: for small dimensions.
+
+    Args:
+        diffusion: A fitted model, with a :class:`~probdiff.NormalLikelihood`.
+        steps: Number of steps of the solver (Heun's), of equal length in log-SNR; twice as many should change nothing.
+        context: Of a conditional model: one row.
+
+    Raises:
+        ValueError, TypeError: If the model has no density, does not know its dimension, or an argument is out of range.
+    """
+
+    pytree_data_fields = ("base_dist", "transforms")
+
+    def __init__(self, diffusion: Diffusion, *, steps: Whole = 50, context: PyTree = None, validate_args: bool | None = None) -> None:
+        diffusion, dim = _with_density(diffusion, context)
+        require_count("steps", steps)
+        base = dist.Normal(jnp.zeros(dim), 1.0).to_event(1)
+        super().__init__(base, [FlowTransform(diffusion, int(steps))], validate_args=validate_args)
+
+    def log_prob(self, value: Float[Array, "*batch dim"], intermediates: Any = None) -> Float[Array, "*batch"]:
+        """The log density, nats, shape ``batch``; it can be differentiated."""
+        z, log_det = self.transforms[0].inverse_and_log_det(jnp.asarray(value))
+        return self.base_dist.log_prob(z) + log_det
+
+
+class ChainPrior:
+    r"""The reverse chain as part of a program: its noise are the sites, and x a function of them (non-centred).
+
+    ``with numpyro.handlers.scope(prefix="prior"): x = ChainPrior(fitted)()`` in any program. Sites: ``noise``, standard normal, shape ``(num_steps + 1, dim)``, step n of the chain
+    at ``[n]``; ``deterministic`` ``x``, shape ``(dim,)``, in the user's units. The law of x is :math:`p_\theta(x)` itself. There are (N + 1) · dim latents: for short chains.
+
+    Args:
+        diffusion: A fitted model, with a :class:`~probdiff.NormalLikelihood` and Gaussian reverse steps.
+        context: Of a conditional model: one row.
+
+    Raises:
+        ValueError, TypeError: If the model has no density or does not know its dimension, or its steps are not Gaussian.
+    """
+
+    def __init__(self, diffusion: Diffusion, *, context: PyTree = None) -> None:
+        self.diffusion, self.dim = _with_density(diffusion, context)
+        kernel = self.diffusion.kernel
+        require(kernel.prediction == "noise", "diffusion", "Gaussian reverse steps", kernel.name)
+
+    def __call__(self) -> Float[Array, "dim"]:
+        """Sample x, shape ``(dim,)``, in the program that this is called in."""
+        diffusion, num_steps = self.diffusion, self.diffusion.schedule.num_steps
+        noise = numpyro.sample("noise", dist.Normal(0, 1).expand([num_steps + 1, self.dim]).to_event(2))
+
+        def step(z: Float[Array, "dim"], each: tuple[Array, Array]) -> tuple[Float[Array, "dim"], None]:
+            n, xi = each
+            normal: Any = diffusion.reverse_kernel(z, n)
+            return normal.base_dist.loc + normal.base_dist.scale * xi, None
+
+        x0, _ = jax.lax.scan(step, noise[-1], (jnp.arange(1, num_steps + 1), noise[:-1]), reverse=True)
+        return numpyro.deterministic("x", diffusion.likelihood.decode(x0))
+
+
+def _with_density(diffusion: Diffusion, context: PyTree) -> tuple[Diffusion, int]:
+    """The model as it is evaluated, given one row of a context, and its dimension."""
+    require_type("diffusion", diffusion, Diffusion)
+    likelihood = type(diffusion.likelihood).__name__
+    require(isinstance(diffusion.likelihood, NormalLikelihood), "diffusion", "a NormalLikelihood, for a density", likelihood, TypeError)
+    require(diffusion.dim is not None, "diffusion", "one that knows its dimension: Diffusion(…, dim=…) or network.dim", None)
+    assert diffusion.dim is not None
+    given = diffusion.evaluated().given(context)
+    given.require_context(1)
+    return given, diffusion.dim
+
+
