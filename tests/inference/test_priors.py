@@ -37,12 +37,12 @@ def test_the_density_of_the_flow(float64):
     prior = FlowPrior(FITTED, steps=400)
     np.testing.assert_allclose(prior.log_prob(X), FLOW.logpdf(X), atol=5e-4)
     slope = jax.grad(lambda x: prior.log_prob(x))(jnp.asarray(X[0]))
-    np.testing.assert_allclose(slope, -np.linalg.solve(FLOW.cov, X[0] - FLOW.mean), rtol=1e-3)
+    np.testing.assert_allclose(slope, -np.linalg.solve(FLOW.cov, X[0] - FLOW.mean), rtol=5e-3)
 
 
 def test_the_flow_there_and_back(float64):
     """The Jacobian against that of autodiff, both ways."""
-    transform = FlowPrior(FITTED, steps=100).transforms[0]
+    transform = FlowPrior(FITTED, steps=300).transforms[0]
     z = jnp.array([[0.4, -1.0], [1.5, 0.2]])
     x = transform(z)
     back, log_det = transform.inverse_and_log_det(x)
