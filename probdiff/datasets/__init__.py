@@ -17,7 +17,7 @@ from probdiff.datasets.covariates import Covariate, Covariates
 from probdiff.datasets.dataset import Dataset
 from probdiff.datasets.files import read_file
 from probdiff.datasets.planar import PLANAR
-from probdiff.datasets.tables import Columns, read_table, split_table
+from probdiff.datasets.tables import Columns, listed, read_table, split_table
 
 __all__ = ["NAMES", "PLANAR", "Covariate", "Covariates", "Dataset", "load", "split"]
 
@@ -47,7 +47,7 @@ def load(name: Any, seed: Whole = 0, index: str | None = None, context: Columns 
     name = str(name)
     if name == "digits":
         require(index is None, "index", "none for digits", repr(index))
-        require(context in (None, "labels", ["labels"]), "context", "labels, or none, for digits", repr(context))
+        require(listed(context) in ([], ["labels"]), "context", "labels, or none, for digits", repr(context))
         return _digits(context is not None)
     if name in PLANAR:
         for option, value in (("index", index), ("context", context)):

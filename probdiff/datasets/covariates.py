@@ -7,7 +7,7 @@ labels, truth values or few whole numbers has a dimension for each category, 1 f
 import contextlib
 import csv
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class Covariate:
         Raises:
             ValueError: If it does not vary, or there are too many labels.
         """
+        cells = np.char.strip(cells) if cells.dtype.kind == "U" else cells
         distinct = np.unique(cells)
         require(len(distinct) > 1, "context", "columns that vary", f"a constant column: {name!r}")
         if cells.dtype.kind == "U":
@@ -79,7 +80,7 @@ class Covariate:
             return f"{self.name}, a number (mean {self.loc:.4g}, standard deviation {self.scale:.4g})"
         return f"{self.name}, {CategoricalLikelihood(self.categories).words}"
 
-    def encode(self, cells: Sequence[Any] | Cells) -> Float[np.ndarray, "row width"]:
+    def encode(self, cells: Cells) -> Float[np.ndarray, "row width"]:
         """The network's array for some cells, shape ``(row, width)``.
 
         Raises:
@@ -88,7 +89,7 @@ class Covariate:
         if self.categories is None:
             return (self._numbers(cells)[:, None] - self.loc) / self.scale
         words = isinstance(self.categories[0], str)
-        values = np.array([str(cell) for cell in cells]) if words else self._numbers(cells)
+        values = np.array([str(cell).strip() for cell in cells]) if words else self._numbers(cells)
         of_category = (values[:, None] == np.asarray(self.categories)).astype(np.float64)
         unknown = np.flatnonzero(of_category.sum(1) == 0)
         known = ", ".join(each if isinstance(each, str) else f"{each:g}" for each in self.categories)
@@ -100,11 +101,12 @@ class Covariate:
         """The inverse of :meth:`encode`: numbers, or labels as strings."""
         array = np.asarray(array)
         if self.categories is None:
-            return (array[:, 0] * np.float64(self.scale) + self.loc).astype(np.float32)
+            digits = 6 - int(np.floor(np.log10(self.scale)))  # of what float32 resolves
+            return np.round(array[:, 0] * np.float64(self.scale) + self.loc, digits)
         values = np.asarray(self.categories)[array.argmax(1)]
         return values if values.dtype.kind == "U" else values.astype(np.int64)
 
-    def _numbers(self, cells: Sequence[Any] | Cells) -> Float[np.ndarray, "row"]:
+    def _numbers(self, cells: Cells) -> Float[np.ndarray, "row"]:
         try:
             values = np.asarray(cells, np.float64)
         except (TypeError, ValueError):
@@ -178,14 +180,14 @@ class Covariates:
         require(good, "context", f"one value of each of {names}, as NAME=VALUE", text)
         return self.encode({name: [value] for name, value in pairs})
 
-    def _cells(self, rows: Any) -> Mapping[str, Any]:
+    def _cells(self, rows: Any) -> dict[str, Cells]:
         if is_frame(rows):
             rows = columns_of(rows)
             self._require_all(rows)
             return {name: cells_of(rows[name]) for name in self.names}
         if isinstance(rows, Mapping):
             self._require_all(rows)
-            return rows
+            return {name: np.atleast_1d(rows[name]) for name in self.names}
         array = np.asarray(rows)
         array = array[:, None] if array.ndim == 1 and len(self.columns) == 1 else array
         good = array.ndim == 2 and array.shape[1] == len(self.columns)

@@ -76,6 +76,10 @@ class Dataset:
         train, validation, test = contexts
         return dataclasses.replace(self, train_context=train, validation_context=validation, test_context=test, covariates=covariates)
 
+    def without_context(self) -> "Dataset":
+        """These data alone."""
+        return dataclasses.replace(self, train_context=None, validation_context=None, test_context=None, covariates=None)
+
     @property
     def context_dim(self) -> int | None:
         """Number of covariates as a network takes them, its ``context_dim``; None without a context."""

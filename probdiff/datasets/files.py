@@ -8,7 +8,7 @@ import numpy as np
 
 from probdiff._checks import require
 from probdiff._files import MAX_BYTES, read_npy, read_npz
-from probdiff.datasets.tables import Columns, Table, chosen, read_frame, read_table
+from probdiff.datasets.tables import Columns, Table, beside, chosen, listed, read_cells, read_frame, read_table
 
 if TYPE_CHECKING:
     import pandas
@@ -32,8 +32,7 @@ def read_file(path: Path, index: str | None = None, context: Columns | None = No
     if path.suffix == ".csv":
         return _read_csv(path, index, context)
     require(index is None, "index", "none for an array, whose columns have no names", repr(index))
-    x, given = (read_npy(path), context) if path.suffix == ".npy" else _read_npz(path, context)
-    return read_table(x, str(path), None, given)
+    return read_table(read_npy(path), str(path), None, context) if path.suffix == ".npy" else _read_npz(path, listed(context))
 
 
 def read_rows(path: Path) -> Any:
@@ -57,17 +56,17 @@ def _require_file(path: Path) -> None:
     require(size <= MAX_BYTES, str(path), f"a file of at most {MAX_BYTES} bytes", f"{size} bytes")
 
 
-def _read_npz(path: Path, context: Columns | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """The one array of an ``.npz`` file, and that of the context beside it."""
+def _read_npz(path: Path, context: list[str | int]) -> Table:
+    """The one array of an ``.npz`` file, and that of the context beside it, which is named."""
     arrays = read_npz(path)
-    name = context[0] if isinstance(context, list) and len(context) == 1 else context
-    require(context is None or name in arrays, "context", f"one of the arrays {', '.join(arrays)}", repr(name))
-    given = None if context is None else arrays.pop(str(name))
-    beside = "" if context is None else f" beside {name!r}"
-    remedy = "; --context NAME says which is the context" if context is None and len(arrays) == 2 else ""
-    require(len(arrays) == 1, str(path), f"one array{beside}", f"{len(arrays)}: {', '.join(arrays)}{remedy}")
+    there = all(name in arrays for name in context) and len(context) <= 1
+    require(there, "context", f"one of the arrays {', '.join(arrays)}", ", ".join(map(str, context)))
+    cells = {name: each for given in context for name, each in read_cells(arrays.pop(str(given)), str(given)).items()}
+    words = f"one array beside {context[0]}" if context else "one array, or two and the name of the context"
+    require(len(arrays) == 1, str(path), words, f"{len(arrays)}: {', '.join(arrays)}")
     (array,) = arrays.values()
-    return array, given
+    table = read_table(array, str(path))
+    return beside(table, cells) if cells else table
 
 
 def _parse_csv(path: Path) -> tuple["pandas.DataFrame", bool]:
@@ -98,11 +97,11 @@ def _parse_csv(path: Path) -> tuple["pandas.DataFrame", bool]:
 
 def _read_csv(path: Path, index: str | None, context: Columns | None) -> Table:
     frame, header = _parse_csv(path)
-    given = chosen(() if context is None else context, frame.columns)
+    given = chosen(listed(context), frame.columns)
     for name in frame.columns:
         _check_cells(frame[name], name, path, 2 if header else 1, is_label=name in given)
         if name in given and frame[name].dtype.kind not in "iufb":
-            frame[name] = frame[name].astype(str).str.strip()
+            frame[name] = frame[name].astype(str)
     found = _index_of(frame, header) if index is None else index
     index = None if index is None and found in given else found
     table = read_frame(frame, str(path), index, given)

@@ -62,7 +62,7 @@ def read_frame(frame: Any, name: str = "data", index: str | None = None, context
     """
     columns = columns_of(frame)
     require(index is None or index in columns, "index", f"one of the columns {', '.join(columns)}", repr(index))
-    given = chosen(context, columns)
+    given = chosen(listed(context), columns)
     require(index not in given, "context", f"columns other than {index!r}, which numbers the rows", ", ".join(given))
     own = {key: column for key, column in columns.items() if key != index and key not in given}
     require(own or not given, "context", "some of the columns, so that there are others to model", f"all: {', '.join(given)}")
@@ -78,7 +78,12 @@ def read_frame(frame: Any, name: str = "data", index: str | None = None, context
     return Table(np.column_stack(arrays), tuple(own), labels, index, cells)
 
 
-def chosen(context: Columns, columns: Iterable[str]) -> list[str]:
+def listed(context: Columns | None) -> list[str | int]:
+    """One column or several, or none, as a list."""
+    return [] if context is None else [context] if isinstance(context, str | int) else list(context)
+
+
+def chosen(context: list[str | int], columns: Iterable[str]) -> list[str]:
     """The names of some columns that are named, or numbered from 0.
 
     Raises:
@@ -86,7 +91,7 @@ def chosen(context: Columns, columns: Iterable[str]) -> list[str]:
     """
     names = list(columns)
     found = []
-    for each in [context] if isinstance(context, str | int) else context:
+    for each in context:
         numbered = str(each) not in names and str(each).isdecimal() and int(each) < len(names)
         found.append(names[int(each)] if numbered else str(each))
         require(found[-1] in names, "context", f"some of the columns {', '.join(names)}, by name or counted from 0", repr(each))
@@ -184,7 +189,7 @@ def read_table(x: Any, name: str, index: str | None = None, context: Any = None)
         context: Columns of ``x``, or an array or a data frame with a row for each of its rows.
     """
     apart = is_frame(context) or hasattr(context, "dtype")
-    columns: Columns = () if apart or context is None else context
+    columns = [] if apart else listed(context)
     if is_frame(x):
         table = read_frame(x, name, index, columns)
     else:
@@ -193,22 +198,31 @@ def read_table(x: Any, name: str, index: str | None = None, context: Any = None)
         given = [int(j) for j in chosen(columns, map(str, range(array.shape[1])))]
         own = [j for j in range(array.shape[1]) if j not in given]
         require(own, "context", "some of the columns, so that there are others to model", f"all: {', '.join(map(str, given))}")
-        table = Table(array[:, own], context={f"x[{j}]": array[:, j] for j in given})
-    if not apart:
-        return table
-    cells = _read_cells(context)
+        table = Table(array[:, own], context={str(j): array[:, j] for j in given})
+    return table if not apart else beside(table, read_cells(context))
+
+
+def beside(table: Table, cells: Mapping[str, Cells]) -> Table:
+    """The table with a context that is not among its columns.
+
+    Raises:
+        ValueError: If it has other rows, or a column of the table's name.
+    """
     rows = {len(each) for each in cells.values()}
     require(rows == {len(table.array)}, "context", f"as many rows as there are data, {len(table.array)}", f"{max(rows, default=0)} rows")
+    twice = [name for name in cells if name in (table.columns or ())]
+    require(not twice, "context", "columns of other names than those of the data", ", ".join(twice))
     return dataclasses.replace(table, context=cells)
 
 
-def _read_cells(context: Any) -> dict[str, Cells]:
-    """The cells of each column of an array or a data frame."""
+def read_cells(context: Any, name: str = "c") -> dict[str, Cells]:
+    """The cells of each column of an array, which is called ``name``, or of a data frame."""
     if is_frame(context):
         return {key: cells_of(column) for key, column in columns_of(context).items()}
     array = np.asarray(context)
     require(array.dtype.kind in "buifU", "context", "numbers or labels", f"dtype {array.dtype}", TypeError)
     require(array.ndim in (1, 2) and array.size > 0, "context", "shape (datum, covariate)", f"shape {array.shape}")
+    array = array.astype(np.int32) if array.dtype == bool else array
     if array.dtype.kind != "U":
         require_finite("context", array)
-    return {"c": array} if array.ndim == 1 else {f"c[{j}]": column for j, column in enumerate(array.T)}
+    return {name: array} if array.ndim == 1 else {f"{name}[{j}]": column for j, column in enumerate(array.T)}
