@@ -102,7 +102,7 @@ class Covariate:
         array = np.asarray(array)
         if self.categories is None:
             digits = 6 - int(np.floor(np.log10(self.scale)))  # of what float32 resolves
-            return np.round(array[:, 0] * np.float64(self.scale) + self.loc, digits)
+            return np.round(array[:, 0] * np.float64(self.scale) + self.loc, digits) + 0.0  # of which −0 is 0
         values = np.asarray(self.categories)[array.argmax(1)]
         return values if values.dtype.kind == "U" else values.astype(np.int64)
 
@@ -111,7 +111,7 @@ class Covariate:
             values = np.asarray(cells, np.float64)
         except (TypeError, ValueError):
             bad = next(cell for cell in cells if not _is_number(cell))
-            raise ValueError(f"context: Expected numbers of {self.name!r}; got {bad!r}") from None
+            raise ValueError(f"context: Expected numbers of {self.name!r}; got {str(bad)!r}") from None
         require_finite_column(values, self.name, "context")
         return values
 
