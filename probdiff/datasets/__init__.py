@@ -70,7 +70,7 @@ def split(x: Any, *, seed: Whole = 0, name: str = "data", index: str | None = No
         index: Name of a column of a data frame to leave out, because it numbers the rows.
         context: For a conditional model: columns of ``x`` by name or counted from 0, which are then no data; or an array of shape ``(datum, covariate)``,
             or a data frame, with a row for each of ``x``. Of its columns, labels, truth values and at most ten distinct whole
-            numbers become a dimension for each category; other numbers are standardised by the training split.
+            numbers become a dimension for each category (:class:`Covariate`); other numbers are standardised by the training split.
 
     Returns:
         A :class:`Dataset`; its ``likelihood()`` suits its columns. With a context it has ``train_context``, ``validation_context`` and ``test_context``, as a

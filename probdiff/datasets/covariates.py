@@ -1,7 +1,9 @@
 """What a conditional model is given, in the user's units: covariates and labels, and the array that a network takes of them.
 
 A covariate of numbers is standardised by the mean and standard deviation of the training split, whatever rows come later. One of
-labels, truth values or few whole numbers has a dimension for each category, 1 for its own and 0 for the others.
+labels, truth values or few whole numbers has a dimension for each category: its one-hot vector, shifted and scaled to about mean 0 and
+variance 1 as those of :class:`~probdiff.likelihoods.CategoricalLikelihood` are. (Of 0 and 1, a network makes less of it: the digits given
+their labels cost .03 bits/dim more after 300 iterations.)
 """
 
 import contextlib
@@ -90,12 +92,12 @@ class Covariate:
             return (self._numbers(cells)[:, None] - self.loc) / self.scale
         words = isinstance(self.categories[0], str)
         values = np.array([str(cell).strip() for cell in cells]) if words else self._numbers(cells)
-        of_category = (values[:, None] == np.asarray(self.categories)).astype(np.float64)
-        unknown = np.flatnonzero(of_category.sum(1) == 0)
+        of_category = values[:, None] == np.asarray(self.categories)
+        unknown = np.flatnonzero(~of_category.any(1))
         known = ", ".join(each if isinstance(each, str) else f"{each:g}" for each in self.categories)
         got = f"{cells[unknown[0]]} in {place(unknown, self.name)}" if unknown.size else ""
         require(unknown.size == 0, "context", f"one of the labels {known}", got)
-        return of_category
+        return CategoricalLikelihood(self.categories).points[of_category.argmax(1)]
 
     def decode(self, array: Real[AnyArray, "row width"]) -> Cells:
         """The inverse of :meth:`encode`: numbers, or labels as strings."""
