@@ -201,15 +201,15 @@ def drawn(run, context):
 
 def test_samples_of_a_context_in_words(runs):
     run = runs[0]
-    frame, document = sampled(run, "--context", "site=south,age=31.5", "--num-samples", "5")
-    context = np.repeat(DATA.covariates.encode({"age": [31.5], "site": ["south"]}), 5, 0)
+    frame, document = sampled(run, "--context", "site=south,age=31.5", "--num-samples", "8")
+    context = np.repeat(DATA.covariates.encode({"age": [31.5], "site": ["south"]}), 8, 0)
     np.testing.assert_allclose(frame[["x", "y"]], drawn(run, context), rtol=1e-5)
     assert set(frame["age"]) == {31.5} and set(frame["site"]) == {"south"}
-    assert document["context"] == "site=south,age=31.5" and document["num_samples"] == 5
-    other, _ = sampled(run, "--context", "50,north", "--num-samples", "5")
+    assert document["context"] == "site=south,age=31.5" and document["num_samples"] == 8
+    other, _ = sampled(run, "--context", "50,north", "--num-samples", "8")
     assert np.all(np.abs(other["x"] - frame["x"]) > 1e-3) and set(other["site"]) == {"north"}
-    text = command("sample", run.path, "--context", "31.5,south", "--num-samples", "5")[1]
-    assert "5 samples of mine, given 31.5,south, by ancestral" in text
+    text = command("sample", run.path, "--context", "31.5,south", "--num-samples", "8")[1]
+    assert "8 samples of mine, given 31.5,south, by ancestral" in text
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".npy"])
@@ -230,8 +230,8 @@ def test_samples_of_the_contexts_of_test_data(runs):
     frame, document = sampled(run, "--num-samples", "8")
     np.testing.assert_allclose(frame[["x", "y"]], drawn(run, np.concatenate([DATA.test_context, DATA.test_context[:2]])), rtol=1e-5)
     assert document["context"] == "test split"
-    assert "given the contexts of test data" in command("sample", run.path, "--num-samples", "2")[1]
-    assert json.loads(command("sample", runs[1].path, "--num-samples", "2", "--json")[1])["context"] is None
+    assert "given the contexts of test data" in command("sample", run.path, "--num-samples", "8")[1]
+    assert json.loads(command("sample", runs[1].path, "--num-samples", "8", "--json")[1])["context"] is None
 
 
 def test_the_figure_has_data_of_the_same_context(runs, monkeypatch):
