@@ -71,7 +71,7 @@ class Dataset:
         """Number of columns: of dimensions, as the user counts them."""
         return self.train.shape[1]
 
-    def with_context(self, covariates: Covariates, contexts: Sequence[Real[np.ndarray, "row width"]]) -> "Dataset":
+    def with_context(self, covariates: Covariates, contexts: Sequence[Real[np.ndarray, "_ width"]]) -> "Dataset":
         """These data with a context, that of the training, the validation and the test split, as ``covariates`` encodes it."""
         train, validation, test = contexts
         return dataclasses.replace(self, train_context=train, validation_context=validation, test_context=test, covariates=covariates)

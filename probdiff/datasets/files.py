@@ -28,7 +28,7 @@ def read_file(path: Path, index: str | None = None, context: Columns | None = No
     Raises:
         FileNotFoundError: If it is not there; ValueError or TypeError if it is empty, too large, damaged or not a table of numbers.
     """
-    _require_file(path)
+    _require_file(path, "data")
     if path.suffix == ".csv":
         return _read_csv(path, index, context)
     require(index is None, "index", "none for an array, whose columns have no names", repr(index))
@@ -41,7 +41,7 @@ def read_rows(path: Path) -> Any:
     Raises:
         FileNotFoundError: If it is not there; ValueError if it is empty, too large, damaged or another kind of file.
     """
-    _require_file(path)
+    _require_file(path, "context")
     require(path.suffix in (".csv", ".npy"), str(path), "a file ending in .csv or .npy", repr(path.suffix))
     if path.suffix == ".npy":
         return read_npy(path)
@@ -49,8 +49,8 @@ def read_rows(path: Path) -> Any:
     return frame if header else frame.to_numpy()
 
 
-def _require_file(path: Path) -> None:
-    require(path.is_file(), "data", "an existing file", f"{path}, which is not there", FileNotFoundError)
+def _require_file(path: Path, name: str) -> None:
+    require(path.is_file(), name, "an existing file", f"{path}, which is not there", FileNotFoundError)
     size = path.stat().st_size
     require(size > 0, str(path), "an array", "an empty file")
     require(size <= MAX_BYTES, str(path), f"a file of at most {MAX_BYTES} bytes", f"{size} bytes")

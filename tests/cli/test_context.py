@@ -284,7 +284,7 @@ BAD_SAMPLES = {
     "no number": ("old,north", "context: Expected numbers of 'age'; got 'old'"),
     "nan": ("nan,north", "context: Expected finite values; got"),
     "nothing": ("", "context: Expected 2 values, of age, site; got 0"),
-    "no file": ("none.csv", "Expected an existing file; got none.csv, which is not there"),
+    "no file": ("none.csv", "context: Expected an existing file; got none.csv, which is not there"),
     "a file without a column": ("{tmp}/ages.csv", "context: Expected the columns age, site; got none named site"),
     "a hole in a file": ("{tmp}/hole.csv", "in row 1 (counted from 0) of column 'age'"),
     "an array of other columns": ("{tmp}/wide.npy", "shape (row, 2), of age, site; got shape (3, 5)"),
