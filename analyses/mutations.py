@@ -271,7 +271,7 @@ CONTEXT_FILES = [
      "np.arange(count) % len(dataset.test)",
      "0 * np.arange(count)", "context"),
     ("a file of contexts repeated or cut in silence", "_context",
-     "num_samples in (None, len(rows))",
+     "len(rows) in (1, count)",
      "True", "context"),
     ("samples of a label beside data of any", "sample_figures",
      "data[same] if same.any() else data",

@@ -399,6 +399,14 @@ def test_the_labels_of_the_digits():
     assert digits.without_context().context_dim is None
 
 
+def test_a_first_column_that_counts_can_be_given(tmp_path):
+    """Time, say: it is then not taken to number the rows."""
+    OWN.set_index(pd.Index(range(ROWS), name="time")).to_csv(tmp_path / "mine.csv")
+    data = datasets.load(tmp_path / "mine.csv", context="time")
+    assert data.index is None and data.covariates.names == ("time",) and data.columns == ("ten", "code")
+    np.testing.assert_allclose(data.covariates.decode(data.test_context)["time"], data.rows["test"], atol=1e-4)
+
+
 def of_columns(context=CONTEXT, frame=MIXED, **options):
     return lambda folder: datasets.split(frame, context=context, **options)
 

@@ -65,8 +65,8 @@ def _context(dataset: Dataset, text: str | None, num_samples: int | None) -> Rea
     covariates = dataset.covariates
     require(covariates is not None, "--context", "none, for data that do not say what their context is of: sample in Python", text)
     assert covariates is not None
-    if Path(text).suffix not in (".csv", ".npy"):
-        return np.repeat(covariates.parse(text), num_samples or default_count(dataset), 0)
-    rows = covariates.encode(read_rows(Path(text)))
-    require(num_samples in (None, len(rows)), "--num-samples", f"none, or {len(rows)} as {text} has rows", num_samples)
-    return rows
+    in_file = Path(text).suffix in (".csv", ".npy")
+    rows = covariates.encode(read_rows(Path(text))) if in_file else covariates.parse(text)
+    count = num_samples or (len(rows) if in_file else default_count(dataset))
+    require(len(rows) in (1, count), "--num-samples", f"none, or {len(rows)} as {text} has rows", num_samples)
+    return rows if len(rows) == count else np.repeat(rows, count, 0)

@@ -102,8 +102,7 @@ def _read_csv(path: Path, index: str | None, context: Columns | None) -> Table:
         _check_cells(frame[name], name, path, 2 if header else 1, is_label=name in given)
         if name in given and frame[name].dtype.kind not in "iufb":
             frame[name] = frame[name].astype(str)
-    found = _index_of(frame, header) if index is None else index
-    index = None if index is None and found in given else found
+    index = _index_of(frame, header) if index is None and frame.columns[0] not in given else index
     table = read_frame(frame, str(path), index, given)
     return table if header else Table(table.array, None, {}, index, table.context)
 

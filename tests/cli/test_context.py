@@ -220,6 +220,9 @@ def test_samples_of_the_contexts_in_a_file(suffix, tmp_path, runs):
     frame, document = sampled(run, "--context", path)
     np.testing.assert_allclose(frame[["x", "y"]], drawn(run, DATA.covariates.encode(rows)), rtol=1e-4)
     assert document["num_samples"] == 3 and frame["site"].tolist() == rows["site"].tolist()
+    rows[:1].to_csv(tmp_path / "one.csv", index=False)
+    once, repeated = (sampled(run, "--context", tmp_path / "one.csv", *more)[0] for more in ([], ["--num-samples", "3"]))
+    assert len(once) == 1 and len(repeated) == 3 and set(repeated["age"]) == set(once["age"])
     code, _, error = command("sample", run.path, "--context", path, "--num-samples", "4")
     assert code == 2 and f"--num-samples: Expected none, or 3 as {path} has rows; got 4" in error
 
