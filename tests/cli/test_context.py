@@ -104,10 +104,10 @@ def test_a_run_keeps_its_context_when_the_file_changes(fitted, table):
 def test_a_fit_is_resumed(fitted, table):
     run, _, _ = fitted
     before = (run.path / "parameters.eqx").read_bytes()
-    code, _, error = command("fit", "--out", run.path, "--resume", "--context", "age")
-    assert code == 2 and "--context: Expected ['age', 'site'], as in the run to resume; got ['age']" in error
     with pytest.MonkeyPatch.context() as patch:
         seen = spy(patch, probdiff.fit)
+        code, _, error = command("fit", "--out", run.path, "--resume", "--context", "age")
+        assert code == 2 and "--context: Expected ['age', 'site'], as in the run to resume; got ['age']" in error
         assert command("fit", "--out", run.path, "--resume", "--context", "age,site")[0] == 130
     np.testing.assert_array_equal(seen["context"], DATA.train_context)
     assert (run.path / "parameters.eqx").read_bytes() == before
