@@ -38,7 +38,7 @@ def load_data(path: Path) -> Dataset:
         discrete = {position: make_likelihood(part) for position, part in about["discrete"]}
         oracle = PLANAR[about["name"]].oracle() if about["planar"] else None
         train, validation, test, *more = map(np.asarray, arrays)
-        if about.get("contexts"):  # (Not in a run of before 0.6.)
+        if about.get("contexts"):  # (Not in older runs.)
             contexts, more = more[:3], more[3:]
             plain |= dict(zip((f"{split}_context" for split in SPLITS), contexts, strict=True))
         if about.get("covariates"):
