@@ -64,6 +64,13 @@ def is_boolean(column: "narwhals.Series") -> bool:
     return bool(column.dtype == narwhals.Boolean)
 
 
+def is_text(column: "narwhals.Series") -> bool:
+    """Whether a column holds text."""
+    import narwhals
+
+    return bool(column.dtype == narwhals.String)
+
+
 def labels(column: "narwhals.Series") -> tuple[str, ...] | None:
     """The labels that are there in a column of categories or truth values, in order; None for any other column."""
     import narwhals

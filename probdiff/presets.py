@@ -40,7 +40,7 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
     nothing. With few levels the network predicts probabilities of the levels; of images, it is convolutional. With many, it predicts
     the noise and gets harmonics up to the period of the grid. Continuous data are taken to have a density
     without atoms: the best reverse variance is then near :math:`\beta_n`, and is computed after the fit. Where columns are of several kinds
-    it is learned for each dimension, as that of the discrete ones is near :math:`\tilde\beta_n`.
+    it is learned for each dimension, as that of the discrete ones is near :math:`\tilde\beta_n`. With a context, the model is conditional.
 
     Args:
         dataset: A :class:`~probdiff.datasets.Dataset`.
@@ -48,11 +48,12 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
         seed: Seed of the initial weights.
     """
     require_type("dataset", dataset, Dataset)
-    key = jax.random.key(seed)
+    key, context_dim = jax.random.key(seed), dataset.context_dim
     if dataset.levels is None:
         likelihood, schedule = dataset.likelihood(), log_snr_schedule(num_steps, 15.0, -6.0)
         harmonics = 3 if dataset.dim == 2 else 0
-        mlp = MLP(likelihood.encoded_dim(dataset.dim), key=key, hidden=96, num_blocks=3, num_harmonics=harmonics)
+        dim = likelihood.encoded_dim(dataset.dim)
+        mlp = MLP(dim, key=key, hidden=96, num_blocks=3, num_harmonics=harmonics, context_dim=context_dim)
         if dataset.discrete:
             return Diffusion(schedule, ColumnHead(mlp, likelihood), likelihood, "learned")
         return Diffusion(schedule, DensityHead(mlp), likelihood, "optimal")
@@ -60,11 +61,13 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
     width = dataset.levels - 1
     if not _has_few_levels(dataset):
         harmonics = int(np.ceil(np.log2(width))) + 1
-        network = MLP(dataset.dim, key=key, hidden=256, num_blocks=2, dropout=0.1, num_harmonics=harmonics)
+        network = MLP(dataset.dim, key=key, hidden=256, num_blocks=2, dropout=0.1, num_harmonics=harmonics, context_dim=context_dim)
     elif dataset.image_shape is None:
-        network = MLP(dataset.dim, key=key, num_blocks=2, dropout=0.3, outputs=dataset.levels)
+        network = MLP(dataset.dim, key=key, num_blocks=2, dropout=0.3, outputs=dataset.levels, context_dim=context_dim)
     else:
-        network = ConvNet(dataset.image_shape, key=key, channels=32, num_blocks=3, dropout=0.3, outputs=dataset.levels)
+        network = ConvNet(
+            dataset.image_shape, key=key, channels=32, num_blocks=3, dropout=0.3, outputs=dataset.levels, context_dim=context_dim
+        )
     if _has_few_levels(dataset):
         network = CategoricalHead(network, dataset.levels)
     schedule = log_snr_schedule(num_steps, 2 * float(np.log(3.4 * width)), -6.0)

@@ -294,6 +294,17 @@ CALLS = {
     "a list to split": (lambda: probdiff.datasets.split([[1.0, 2.0]]), ValueError, "at least 10 rows"),
     "an index of an array": (lambda: probdiff.datasets.split(np.ones((20, 2)), index="a"), ValueError, "index: Expected none for an array"),
     "an index of digits": (lambda: probdiff.datasets.load("digits", index="a"), ValueError, "index: Expected none for digits"),
+    "a context of digits": (lambda: probdiff.datasets.load("digits", context="label"), ValueError, "context: Expected labels, or none, for digits"),
+    "a context of other rows": (
+        lambda: probdiff.datasets.split(np.ones((20, 2)), context=np.arange(19)),
+        ValueError,
+        "context: Expected as many rows as there are data, 20; got 19 rows",
+    ),
+    "an unknown label": (
+        lambda: probdiff.datasets.Covariates((probdiff.datasets.Covariate("ill", (0.0, 1.0)),)).encode([[2]]),
+        ValueError,
+        "context: Expected one of the labels 0, 1; got 2 in row 0",
+    ),
     "negative scale": (lambda: probdiff.NormalLikelihood(scale=-1.0), ValueError, "scale: Expected positive numbers"),
     "nan in loc": (lambda: probdiff.NormalLikelihood(loc=[0.0, np.nan]), ValueError, "loc: Expected finite values"),
     "constant column": (

@@ -144,7 +144,7 @@ def test_bad_files(name, content, error, message, tmp_path):
 
 def test_an_archive_of_two_arrays_is_refused(tmp_path):
     np.savez(tmp_path / "two.npz", x=FLOATS, y=FLOATS)
-    with pytest.raises(ValueError, match="one array; got 2: x, y"):
+    with pytest.raises(ValueError, match="one array, or two and the name of the context; got 2: x, y"):
         datasets.load(tmp_path / "two.npz")
 
 
@@ -302,3 +302,166 @@ def test_the_reference_of_a_table_codes_each_column_by_itself():
     mean, error = data.independent_columns()
     assert mean == pytest.approx(expected.mean(), rel=1e-5)
     assert error == pytest.approx(expected.std(ddof=1) / np.sqrt(len(expected)), rel=1e-5)
+
+
+# What a conditional model is given.
+
+GIVEN = pd.DataFrame({
+    "age": RNG.normal(40, 9, ROWS),
+    "site": pd.Categorical(RNG.choice(["north", "south", "east"], ROWS)),
+    "grade": RNG.integers(3, 7, ROWS),
+    "ill": RNG.random(ROWS) < 0.4,
+})  # fmt: skip
+OWN = pd.DataFrame({"ten": 10 * GIVEN["age"] + 1, "code": GIVEN["site"].cat.codes + GIVEN["grade"] / 8 + GIVEN["ill"] / 16})
+MIXED = pd.concat([GIVEN[["age", "site"]], OWN, GIVEN[["grade", "ill"]]], axis=1)
+CONTEXT = list(GIVEN)
+
+
+def in_a_csv_file(folder):
+    MIXED.to_csv(folder / "mine.csv", index=False)
+    return datasets.load(folder / "mine.csv", 5, context=CONTEXT)
+
+
+def in_an_archive(folder):
+    np.savez(folder / "mine.npz", x=OWN.to_numpy(), age=GIVEN["age"])
+    return datasets.load(folder / "mine.npz", 5, context="age")
+
+
+SOURCES = {
+    "csv": in_a_csv_file,
+    "npz": in_an_archive,
+    "frame": lambda _: datasets.load(MIXED, 5, context=CONTEXT),
+    "numbered columns": lambda _: datasets.split(MIXED, seed=5, context=[0, 1, 4, 5]),
+    "polars": lambda _: datasets.split(pl.DataFrame({name: MIXED[name].tolist() for name in MIXED}), seed=5, context=CONTEXT),
+    "another frame": lambda _: datasets.split(OWN, seed=5, context=GIVEN),
+    "arrays": lambda _: datasets.split(OWN.to_numpy(), seed=5, context=GIVEN["age"].to_numpy()),
+    "a column of an array": lambda _: datasets.split(np.column_stack([OWN, GIVEN["age"]]), seed=5, context=2),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_rows_of_data_and_context_are_split_together(source, tmp_path):
+    """In each split the context is that of the same row, in the user's units, and the columns of the context are no data."""
+    data = SOURCES[source](tmp_path)
+    plain = datasets.split(OWN, seed=5)
+    for split in ("train", "validation", "test"):
+        x, context = getattr(data, split), getattr(data, f"{split}_context")
+        np.testing.assert_array_equal(x, getattr(plain, split))
+        assert context.dtype == np.float32 and context.shape == (len(x), data.context_dim)
+        cells = list(data.covariates.decode(context).values())
+        np.testing.assert_allclose(10 * cells[0] + 1, x[:, 0], rtol=1e-5)
+        if len(cells) > 1:
+            kinds = GIVEN["site"].cat.categories.get_indexer(cells[1]) + cells[2] / 8 + (cells[3] == "True") / 16
+            np.testing.assert_allclose(kinds, x[:, 1], rtol=1e-6)
+
+
+def test_a_context_is_standardised_by_the_training_split_and_labels_have_a_dimension_each():
+    data = datasets.split(MIXED, seed=5, context=CONTEXT)
+    np.testing.assert_allclose([data.train_context[:, 0].mean(), data.train_context[:, 0].std()], [0, 1], atol=1e-5)
+    assert abs(datasets.split(MIXED, context=CONTEXT).test_context[:, 0].mean()) > 0.02
+    age, site, grade, ill = data.covariates.columns
+    assert (age.categories, site.categories, ill.categories) == (None, ("east", "north", "south"), ("False", "True"))
+    assert grade.categories == (3, 4, 5, 6) and data.context_dim == 1 + 3 + 4 + 2 == data.covariates.width
+    for first, last in ((1, 4), (4, 8), (8, 10)):
+        size, part = last - first, data.test_context[:, first:last]
+        np.testing.assert_allclose(part, np.sqrt(size) * np.eye(size)[part.argmax(1)] - 1 / np.sqrt(size), rtol=1e-6)
+    assert "given: site, 3 categories (east, north, south)" in data.describe() and "48 train, 6 validation, 6 test rows of 2 columns" in data.describe()
+    halves = datasets.split(OWN, context=GIVEN["grade"].to_numpy() / 2).covariates.columns[0]
+    assert halves.categories is None and datasets.split(OWN).context_dim is None
+
+
+def test_rows_that_come_later_are_encoded_like_the_data():
+    """Of a frame with other columns, of a mapping, of an array, and in words."""
+    data = datasets.split(MIXED, seed=5, context=CONTEXT)
+    encoded, rows = data.covariates.encode, data.rows["test"]
+    np.testing.assert_array_equal(encoded(MIXED.iloc[rows]), data.test_context)
+    cells = {name: GIVEN[name].to_numpy()[rows] for name in reversed(CONTEXT)}
+    np.testing.assert_array_equal(encoded(cells), data.test_context)
+    np.testing.assert_array_equal(encoded(GIVEN.iloc[rows].astype(str).to_numpy()), data.test_context)
+    found = [data.covariates.parse(text) for text in ("49, east ,6,True", "ill=True,grade=6,age=49,site=east")]
+    mean, scale = data.covariates.columns[0].loc, data.covariates.columns[0].scale
+    np.testing.assert_allclose([each[0, 0] for each in found], (49 - mean) / scale, rtol=1e-6)
+    assert np.array_equal(*found) and np.flatnonzero(found[0][0, 1:] > 0).tolist() == [0, 6, 8]
+    back = data.covariates.decode(found[0])
+    assert {name: each.tolist() for name, each in back.items()} == {"age": [49.0], "site": ["east"], "grade": [6], "ill": ["True"]}
+    frame = data.to_frame(data.test, data.test_context)
+    assert list(frame) == ["ten", "code", *CONTEXT] and frame["site"].tolist() == GIVEN["site"].to_numpy()[rows].tolist()
+
+
+def test_the_labels_of_the_digits():
+    from sklearn.datasets import load_digits
+
+    digits, plain = datasets.load("digits", context="labels"), datasets.load("digits")
+    contexts = np.concatenate([digits.train_context, digits.validation_context, digits.test_context])
+    np.testing.assert_array_equal(contexts.argmax(1), load_digits().target)
+    assert digits.context_dim == 10 and np.array_equal(digits.test, plain.test) and plain.test_context is None
+    assert np.flatnonzero(digits.covariates.parse("label=7") > 0).tolist() == [7]
+    assert digits.without_context().context_dim is None
+
+
+def test_a_first_column_that_counts_can_be_given(tmp_path):
+    """Time, say: it is then not taken to number the rows."""
+    OWN.set_index(pd.Index(range(ROWS), name="time")).to_csv(tmp_path / "mine.csv")
+    data = datasets.load(tmp_path / "mine.csv", context="time")
+    assert data.index is None and data.covariates.names == ("time",) and data.columns == ("ten", "code")
+    np.testing.assert_allclose(data.covariates.decode(data.test_context)["time"], data.rows["test"], atol=1e-4)
+
+
+def of_columns(context=CONTEXT, frame=MIXED, **options):
+    return lambda folder: datasets.split(frame, context=context, **options)
+
+
+def of_a_file(name, context, **arrays):
+    def load(folder):
+        np.savez(folder / name, **arrays) if name.endswith("npz") else GIVEN.to_csv(folder / name, index=False)
+        return datasets.load(folder / name, context=context)
+
+    return load
+
+
+LATER = datasets.split(MIXED, context=CONTEXT).covariates
+BAD_CONTEXTS = {
+    "no such column": (of_columns("agee"), "context: Expected some of the columns age, site, ten, code, grade, ill, by name or counted from 0; got 'agee'"),
+    "no such number": (of_columns([6]), "by name or counted from 0; got 6"),
+    "a column twice": (of_columns(["age", 0]), "context: Expected each column once; got age, age"),
+    "all columns": (of_columns(list(MIXED)), "context: Expected some of the columns, so that there are others to model; got all: age, site"),
+    "all columns of an array": (of_columns([0, 1], OWN.to_numpy()), "others to model; got all: 0, 1"),
+    "the index": (of_columns(["age"], index="age"), "context: Expected columns other than 'age', which numbers the rows"),
+    "a constant": (of_columns(frame=MIXED.assign(age=3.0)), "context: Expected columns that vary; got a constant column: 'age'"),
+    "nan": (of_columns(frame=MIXED.assign(age=np.where(np.arange(ROWS) == 5, np.nan, 1.5))), "in row 5 .* of column 'age'"),
+    "names": (of_columns(frame=MIXED.assign(site=[f"row {k}" for k in range(ROWS)])), "at most 30 different labels in a column of 60 rows; got 60 in 'site'"),
+    "rows": (of_columns(GIVEN[:50], OWN), "context: Expected as many rows as there are data, 60; got 50 rows"),
+    "names of the data": (of_columns(OWN, OWN), "context: Expected columns of other names than those of the data; got ten, code"),
+    "nan in an array": (of_columns(np.full(ROWS, np.nan), OWN), r"context: Expected finite values; got nan at index \[0\]"),
+    "three axes": (of_columns(np.ones((ROWS, 2, 2)), OWN), r"context: Expected shape \(datum, covariate\); got shape \(60, 2, 2\)"),
+    "no array in the file": (of_a_file("a.npz", "d", x=OWN, c=GIVEN["age"]), "context: Expected one of the arrays x, c; got d"),
+    "three arrays": (of_a_file("a.npz", "c", x=OWN, c=GIVEN["age"], d=OWN), "one array beside c; got 2: x, d"),
+    "no column of the file": (of_a_file("a.csv", ["age", "sex"]), "some of the columns age, site, grade, ill, by name or counted from 0; got 'sex'"),
+    "digits": (lambda _: datasets.load("digits", context="label"), "context: Expected labels, or none, for digits; got 'label'"),
+    "moons": (lambda _: datasets.load("moons", context="labels"), "context: Expected none for moons; got 'labels'"),
+    "too few values": (lambda _: LATER.parse("49,east,3"), "context: Expected 4 values, of age, site, grade, ill; got 3: 49,east,3"),
+    "a value missing": (lambda _: LATER.parse("age=49,site=east"), "context: Expected one value of each of age, site, grade, ill, as NAME=VALUE; got age=49"),
+    "half of them named": (lambda _: LATER.parse("age,site=east,grade=3,ill=True"), "context: Expected numbers of 'age'; got ''"),
+    "an unknown label": (lambda _: LATER.parse("49,west,3,True"), "context: Expected one of the labels east, north, south; got west in row 0"),
+    "an unknown number": (lambda _: LATER.parse("49,east,7,True"), "context: Expected one of the labels 3, 4, 5, 6; got 7"),
+    "no number": (lambda _: LATER.parse("old,east,3,True"), "context: Expected numbers of 'age'; got 'old'"),
+    "not finite": (lambda _: LATER.parse("nan,east,3,True"), "context: Expected finite values; got .*nan.* of column 'age'"),
+    "a column missing": (lambda _: LATER.encode(GIVEN[["age", "ill"]]), "the columns age, site, grade, ill; got none named site, grade"),
+    "an array of other columns": (lambda _: LATER.encode(np.ones((3, 2))), r"shape \(row, 4\), of age, site, grade, ill; got shape \(3, 2\)"),
+    "no rows": (lambda _: LATER.encode(GIVEN[:0]), "context: Expected as many rows of each covariate, at least one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CONTEXTS)
+def test_a_context_that_cannot_be_used_is_refused(case, tmp_path):
+    make, message = BAD_CONTEXTS[case]
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path)
+
+
+def test_labels_in_a_file_are_words_and_columns_without_names_are_numbered(tmp_path):
+    rows = [f"{a:.3f},{b},{c:.3f}" for a, b, c in zip(RNG.normal(size=20), ["oak", "elm"] * 10, RNG.normal(size=20))]
+    (tmp_path / "mine.csv").write_text("\n".join(rows))
+    data = datasets.load(tmp_path / "mine.csv", context=["1"])
+    assert data.columns is None and data.dim == 2 and data.covariates.names == ("1",)
+    assert data.covariates.columns[0].categories == ("elm", "oak")

@@ -198,6 +198,8 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
         "swissroll, or a .npy, .npz or .csv file of shape (datum, column)",
     )
     fit.add_argument("--index", metavar="COLUMN", help="column of the .csv file that numbers the rows, to leave out")
+    columns = "columns of the file that the model is given, by name or counted from 0, such as age,sex; an array of the .npz file; labels, of digits"
+    fit.add_argument("--context", metavar="COLUMNS", help=columns)
     fit.add_argument("--out", metavar="DIR", help="run folder (default: the next free runs/NAME-k)")
     fit.add_argument("--num-steps", type=_count, metavar="N", help="steps of the chain")
     fit.add_argument("--iterations", type=_count, metavar="K", help="SVI updates")
@@ -236,6 +238,8 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 def _add_sample(commands: argparse._SubParsersAction) -> None:
     sample = commands.add_parser("sample", help="draw from a fitted model")
     sample.add_argument("run", metavar="RUN", help="run folder")
+    given = "what a conditional model is given: 7, or age=0.3,sex=1, for all samples, or a .csv or .npy file with a row for each (default: the test data's)"
+    sample.add_argument("--context", metavar="VALUES|FILE", help=given)
     sample.add_argument("--num-samples", type=_count, metavar="K", help="samples to draw (64 images, or 2000 points)")
     sample.add_argument("--sampler", default="ancestral", choices=SAMPLERS, help="the default is ancestral")
     sample.add_argument(

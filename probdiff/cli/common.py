@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from jaxtyping import Real
 from numpyro.infer import Predictive
 
 from probdiff._checks import AnyArray, require
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FEWEST_ROWS = 500  # of a table, for a figure of the test split alone
+MOST_LETTERS = 40  # of a context, in a title
 
 
 @contextlib.contextmanager
@@ -52,16 +54,37 @@ def default_count(dataset: Dataset) -> int:
     return 2000 if dataset.image_shape is None else 64
 
 
-def sample_figures(samples: AnyArray, dataset: Dataset, title: str) -> dict[str, "Figure"]:
-    """Figures of samples, shape ``(sample, column)``, beside as many data of the test split; of a table, beside all that there are if these are few."""
+def contexts_of_test_data(dataset: Dataset, count: int) -> Real[np.ndarray, "count width"] | None:
+    """The contexts of so many test data, from the first on again where there are fewer; None without a context."""
+    return None if dataset.test_context is None else dataset.test_context[np.arange(count) % len(dataset.test)]
+
+
+def given(what: str) -> str:
+    """What samples are given, for a title."""
+    return f", given {what if len(what) <= MOST_LETTERS else what[: MOST_LETTERS - 1] + '…'}"
+
+
+def sample_figures(samples: AnyArray, dataset: Dataset, title: str, context: AnyArray | None = None) -> dict[str, "Figure"]:
+    """Figures of samples, shape ``(sample, column)``, beside as many data of the test split; of a table, beside all that there are if these are few.
+
+    Of samples with a context, ``(sample, width)``, beside the data that have the same, if there are any.
+    """
+    many = not dataset.is_table or len(dataset.test) >= FEWEST_ROWS
+    splits = ("test",) if many else ("train", "validation", "test")
+    data = np.concatenate([getattr(dataset, split) for split in splits])
+    beside = f", beside {'rows' if dataset.is_table else 'data'} of {'the test split' if many else 'all splits'}"
+    if context is not None:
+        wanted = {row.tobytes() for row in np.asarray(context)}
+        contexts = np.concatenate([getattr(dataset, f"{split}_context") for split in splits])
+        same = np.array([row.tobytes() in wanted for row in contexts])
+        data = data[same] if same.any() else data
+        beside += " with the same context" if same.any() else " with any context"
+    data = data[: len(samples)]
     if not dataset.is_table:
-        return {"samples": plot_samples(samples, dataset.test[: len(samples)], dataset.image_shape, title)}
-    many = len(dataset.test) >= FEWEST_ROWS
-    splits = (dataset.test,) if many else (dataset.train, dataset.validation, dataset.test)
-    drawn, data = dataset.to_frame(samples), dataset.to_frame(np.concatenate(splits)[: len(samples)])
-    title = f"{title}, beside rows of {'the test split' if many else 'all splits'}"
-    pairs = {"pairs": plot_pairs(drawn, data, title)} if dataset.dim > 1 else {}
-    return {"samples": plot_marginals(drawn, data, title)} | pairs
+        return {"samples": plot_samples(samples, data, dataset.image_shape, title if context is None else title + beside)}
+    drawn, rows = dataset.to_frame(samples), dataset.to_frame(data)
+    pairs = {"pairs": plot_pairs(drawn, rows, title + beside)} if dataset.dim > 1 else {}
+    return {"samples": plot_marginals(drawn, rows, title + beside)} | pairs
 
 
 def draw_figures(
@@ -70,11 +93,13 @@ def draw_figures(
     """Draw the figures of a fitted model into a folder; returns their paths."""
     title = f"{dataset.name}, N = {diffusion.schedule.num_steps}"
     count = default_count(dataset)
-    samples = Predictive(diffusion.model, num_samples=1)(jax.random.key(0), None, num_data=count)["x"][0]
+    context = contexts_of_test_data(dataset, count)
+    samples = Predictive(diffusion.model, num_samples=1)(jax.random.key(0), None, num_data=count, context=context)["x"][0]
+    drawn = title if context is None else title + given("the contexts of test data")
     figures = {
         "loss": plot_loss(losses, validation, title),
         "step_kl": plot_step_kl(terms, diffusion.schedule, title),
-    } | sample_figures(samples, dataset, title)
+    } | sample_figures(samples, dataset, drawn, context)
     paths = [folder / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values()):
         figure.savefig(path)

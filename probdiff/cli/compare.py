@@ -29,32 +29,41 @@ def run(arguments: argparse.Namespace) -> int:
         _check(arguments, several)
         runs = [open_run(path) for path in arguments.runs]
         models = {path: run.diffusion for path, run in zip(arguments.runs, runs)}
-        datasets = [run.data for run in runs]
-        _check_same_data(runs, datasets)
+        datasets = {path: run.data for path, run in zip(arguments.runs, runs)}
+        _check_same_data(runs, [*datasets.values()])
         if not several:
-            _check_num_items(arguments.num_items, len(datasets[0].test))
+            _check_num_items(arguments.num_items, len(datasets[arguments.runs[0]].test))
     if several:
-        return _compare_models(arguments, models, datasets[0].test)
-    return _compare_estimators(arguments, runs[0], models[arguments.runs[0]], datasets[0].test)
+        return _compare_models(arguments, models, datasets)
+    return _compare_estimators(arguments, runs[0], models[arguments.runs[0]], datasets[arguments.runs[0]])
 
 
-def _compare_models(arguments: argparse.Namespace, models: dict[str, Diffusion], test: np.ndarray) -> int:
+def _compare_models(arguments: argparse.Namespace, models: dict[str, Diffusion], datasets: dict[str, Dataset]) -> int:
+    """Each conditional model is given the context of its own run."""
     largest = max(model.schedule.num_steps for model in models.values())
     draws = arguments.num_draws or 4
-    items = test[: max(2, MODEL_ROWS // (largest * draws))]
+    rows = slice(max(2, MODEL_ROWS // (largest * draws)))
+    items = next(iter(datasets.values())).test[rows]
+    contexts = {path: None if data.test_context is None else data.test_context[rows] for path, data in datasets.items()}
     with usage():
+        models = {path: model.given(contexts[path]) for path, model in models.items()}
         result = compare_models(models, items, key=jax.random.key(0), num_draws=draws, progress=True)
-    print(json.dumps(result.to_dict()) if arguments.json else result, file=arguments.output)
+    names = {path: list(data.covariates.names) for path, data in datasets.items() if data.covariates is not None}
+    if arguments.json:
+        print(json.dumps(result.to_dict() | {"context": names}), file=arguments.output)
+    else:
+        print("\n".join([str(result), *(f"{path}: given {', '.join(each)}" for path, each in names.items())]), file=arguments.output)
     return 0
 
 
-def _compare_estimators(arguments: argparse.Namespace, folder: Run, diffusion: Diffusion, test: np.ndarray) -> int:
-    items, num_steps = test[: arguments.num_items or ITEMS], diffusion.schedule.num_steps
+def _compare_estimators(arguments: argparse.Namespace, folder: Run, diffusion: Diffusion, dataset: Dataset) -> int:
+    count, num_steps = arguments.num_items or ITEMS, diffusion.schedule.num_steps
+    items, context = dataset.test[:count], None if dataset.test_context is None else dataset.test_context[:count]
     with usage():
         devices = check_devices(arguments.devices)
     print(f"probdiff: {len(items)} test items, N = {num_steps}", file=sys.stderr, flush=True)
     options = {"num_draws": arguments.num_draws, "minutes": arguments.minutes or MINUTES, "estimators": arguments.estimators}
-    result = compare_estimators(diffusion, items, key=jax.random.key(0), devices=devices, progress=True, **options)
+    result = compare_estimators(diffusion, items, context=context, key=jax.random.key(0), devices=devices, progress=True, **options)
     # What was computed is shown even if it cannot be written.
     try:
         path, problem = str(folder.save_comparison(result)), None
@@ -87,7 +96,11 @@ def _check_num_items(given: int | None, there: int) -> None:
 
 
 def _check_same_data(runs: list[Run], datasets: list[Dataset]) -> None:
-    words = [f"{run.config.get('data', data.name)}, seed {run.config.get('seed', 0)}" for run, data in zip(runs, datasets)]
+    words = [
+        f"{run.config.get('data', data.name)}, seed {run.config.get('seed', 0)}"
+        f"{'' if data.covariates is None else ', given ' + ', '.join(data.covariates.names)}"
+        for run, data in zip(runs, datasets)
+    ]
     for run, dataset, got in zip(runs, datasets, words):
         same = np.array_equal(dataset.test, datasets[0].test)
         require(same, str(run.path), f"the test data of {runs[0].path} ({words[0]})", f"other data ({got})")

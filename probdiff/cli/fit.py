@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from probdiff._sharding import wait_for_all
 from probdiff.cli import parser
 from probdiff.cli.common import check_devices, draw_figures, flag, usage
 from probdiff.datasets import NAMES, Dataset, load
+from probdiff.datasets.covariates import split_words
 from probdiff.diagnostics.agreement import TwoWays, compute_both_ways
 from probdiff.diagnostics.common_paths import CommonPaths
 from probdiff.diagnostics.datatree import to_datatree
@@ -23,7 +25,7 @@ from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.random_steps import data_set_elbo
 from probdiff.elbo.terms import bits_per_dim
 from probdiff.presets import default_diffusion, default_options
-from probdiff.storage.run import Run, check_free, create_run, next_free, open_run
+from probdiff.storage.run import Run, check_free, check_splits, create_run, next_free, open_run
 from probdiff.training import fit
 
 OPTIONS = ("num_steps", "iterations", "batch_size", "learning_rate", "seed")
@@ -47,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     if first:
         about = f"{dataset.name}, {len(dataset.train)} training items of {dataset.dim} dimensions"
         print(
-            f"probdiff: {about if dataset.oracle or dataset.image_shape else dataset.describe()}\n"
+            f"probdiff: {_words(dataset) or about}\n"
             f"probdiff: N = {options['num_steps']} steps in {diffusion.dim} dimensions, {options['iterations']} iterations, in {folder.path}",
             file=sys.stderr if arguments.json else sys.stdout,
             flush=True,
@@ -69,6 +71,11 @@ def run(arguments: argparse.Namespace) -> int:
     elif first:
         _print_results(results, folder)
     return 0
+
+
+def _words(dataset: Dataset) -> str | None:
+    """What the columns were taken for; None where that goes without saying."""
+    return None if (dataset.oracle or dataset.image_shape) and dataset.covariates is None else dataset.describe()
 
 
 def _print_results(results: dict, folder: Run) -> None:
@@ -109,15 +116,15 @@ def _prepare(given: dict, arguments: argparse.Namespace, first: bool) -> tuple[R
     if arguments.out is not None and first:
         check_free(arguments.out)
     name = _data_name(arguments.data or "digits")
-    dataset = load(name, given.get("seed", 0), arguments.index)
-    options = {"data": name} | default_options(dataset) | given
-    options |= {} if arguments.index is None else {"index": arguments.index}
+    columns = _columns(arguments)
+    dataset = load(name, given.get("seed", 0), **columns)
+    options = {"data": name} | default_options(dataset) | given | columns
     diffusion = default_diffusion(dataset, options["num_steps"], options["seed"])
-    for split in (dataset.train, dataset.validation, dataset.test):
-        diffusion.check_data(split)
+    check_splits(diffusion, dataset)
     path = arguments.out or next_free(dataset.name)
     if first:
-        create_run(path, diffusion, options)
+        # What a context is to the network must not change with the file: the run keeps it.
+        create_run(path, diffusion, options, dataset if diffusion.is_conditional else None)
     wait_for_all("run folder")
     return open_run(path), diffusion, dataset, options
 
@@ -131,8 +138,7 @@ def _reopen(given: dict, arguments: argparse.Namespace, first: bool) -> tuple[Ru
     require(not missing, str(folder.path), "a run of probdiff fit", without)
     checked = parser().parse_args(["fit", *(f"{flag(name)}={options[name]}" for name in OPTIONS)])
     options |= {name: getattr(checked, name) for name in OPTIONS}
-    asked = given | ({"data": _data_name(arguments.data)} if arguments.data else {})
-    asked |= {} if arguments.index is None else {"index": arguments.index}
+    asked = given | ({"data": _data_name(arguments.data)} if arguments.data else {}) | _columns(arguments)
     more = asked.get("iterations", 0) > options["iterations"]
     if more:
         done = folder.checkpoint.num_iterations
@@ -145,6 +151,13 @@ def _reopen(given: dict, arguments: argparse.Namespace, first: bool) -> tuple[Ru
     if more and first:
         folder.extend(options["iterations"])
     return folder, untrained, dataset, options
+
+
+def _columns(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The columns that are no data, where the user says so: that which numbers the rows, and those that the model is given."""
+    given = None if arguments.context is None else split_words(arguments.context)
+    require(given is None or (given and all(given)), "--context", "columns, with commas between them", repr(arguments.context))
+    return {name: value for name, value in (("index", arguments.index), ("context", given)) if value is not None}
 
 
 def _data_name(name: str) -> str:
@@ -161,11 +174,13 @@ def _fit_and_evaluate(
     fitted = fit(
         diffusion,
         dataset.train,
+        context=dataset.train_context,
         iterations=options["iterations"],
         batch_size=options["batch_size"],
         learning_rate=options["learning_rate"],
         key=fit_key,
         validation=dataset.validation,
+        validation_context=dataset.validation_context,
         validate_every=options.get("validate_every", 500),
         checkpoint=folder.checkpoint,
         devices=devices,
@@ -207,9 +222,12 @@ def evaluate(
     """
     both_key, test_key = jax.random.split(key)
     num_steps = diffusion.schedule.num_steps
-    whole = data_set_elbo(diffusion, dataset.test, key=test_key, noise_share=NOISE_SHARE, devices=devices, progress=progress)
-    items = dataset.test[: min(ITEMS, max(2, EVALUATIONS // (num_steps * DRAWS)))]
-    both = compute_both_ways(diffusion, items, key=both_key, num_draws=DRAWS, devices=devices, progress=progress)
+    options: dict[str, Any] = {"devices": devices, "progress": progress}
+    diffusion = diffusion.given(dataset.test_context)
+    whole = data_set_elbo(diffusion, dataset.test, key=test_key, noise_share=NOISE_SHARE, **options)
+    some = slice(min(ITEMS, max(2, EVALUATIONS // (num_steps * DRAWS)), len(dataset.test)))
+    items = dataset.test[some]
+    both = compute_both_ways(diffusion.take(some), items, key=both_key, num_draws=DRAWS, **options)
     parts = {"prior_kl": whole.prior_kl, "step_kl": whole.step_kl, "reconstruction": whole.reconstruction}
     test = {name: _row(Estimate.of(part), dataset, SIGNS[name]) for name, part in parts.items()}
     test["elbo"] = _row(whole.estimate, dataset) | {"monte_carlo_error": whole.estimate.monte_carlo_error}
@@ -218,7 +236,8 @@ def evaluate(
         "data": dataset.name,
         "dim": dataset.dim,
         "num_steps": num_steps,
-        "columns": None if dataset.image_shape or dataset.oracle else dataset.describe(),
+        "columns": _words(dataset),
+        "context": dataset.covariates and list(dataset.covariates.names),
         "test": {"num_items": len(dataset.test), "num_evaluations": whole.num_evaluations, **test},
         "two_ways": {
             "num_items": len(items),

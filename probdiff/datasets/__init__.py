@@ -13,19 +13,20 @@ import numpy as np
 
 from probdiff._checks import Whole, require
 from probdiff._frames import is_frame
+from probdiff.datasets.covariates import Covariate, Covariates
 from probdiff.datasets.dataset import Dataset
 from probdiff.datasets.files import read_file
 from probdiff.datasets.planar import PLANAR
-from probdiff.datasets.tables import read_table, split_table
+from probdiff.datasets.tables import Columns, listed, read_table, split_table
 
-__all__ = ["NAMES", "PLANAR", "Dataset", "load", "split"]
+__all__ = ["NAMES", "PLANAR", "Covariate", "Covariates", "Dataset", "load", "split"]
 
 SIZES = {"train": 100_000, "validation": 5_000, "test": 20_000}
 NAMES = ("digits", *PLANAR)
 SUFFIXES = (".npy", ".npz", ".csv")
 
 
-def load(name: Any, seed: Whole = 0, index: str | None = None) -> Dataset:
+def load(name: Any, seed: Whole = 0, index: str | None = None, context: Columns | None = None) -> Dataset:
     """A data set by name, from a ``.npy``, ``.npz`` or ``.csv`` file, or of a data frame.
 
     Args:
@@ -34,23 +35,30 @@ def load(name: Any, seed: Whole = 0, index: str | None = None) -> Dataset:
             (80 % training, 10 % validation, 10 % test).
         index: Name of the column of a ``.csv`` file or of a data frame that numbers the rows and is left out. A first column of
             the file that has no name, or holds nothing but 0, 1, 2, … or 1, 2, 3, …, is recognised.
+        context: For a conditional model: the columns that it is given, by name or counted from 0, one or a sequence of them, as of :func:`split`;
+            of an ``.npz`` file of two arrays, the name of the one that it is given; of the digits, ``"labels"``.
 
     Raises:
         ValueError: If the name is unknown, or the array is not usable; FileNotFoundError if there is no
             such file; TypeError if a column holds something else than numbers or categories.
     """
     if is_frame(name):
-        return split(name, seed=seed, index=index)
+        return split(name, seed=seed, index=index, context=context)
     name = str(name)
-    if name == "digits" or name in PLANAR:
-        require(index is None, "index", f"none for {name}", repr(index))
-        return _digits() if name == "digits" else _planar(name, int(seed))
+    if name == "digits":
+        require(index is None, "index", "none for digits", repr(index))
+        require(listed(context) in ([], ["labels"]), "context", "labels, or none, for digits", repr(context))
+        return _digits(context is not None)
+    if name in PLANAR:
+        for option, value in (("index", index), ("context", context)):
+            require(value is None, option, f"none for {name}", repr(value))
+        return _planar(name, int(seed))
     known = f"one of {', '.join(NAMES)}, or a file ending in {', '.join(SUFFIXES)}"
     require(Path(name).suffix in SUFFIXES, "data", known, repr(name))
-    return split_table(read_file(Path(name), index), Path(name).stem, seed, name)
+    return split_table(read_file(Path(name), index, context), Path(name).stem, seed, name)
 
 
-def split(x: Any, *, seed: Whole = 0, name: str = "data", index: str | None = None) -> Dataset:
+def split(x: Any, *, seed: Whole = 0, name: str = "data", index: str | None = None, context: Any = None) -> Dataset:
     """Data of your own, shuffled and split: 80 % training, 10 % validation, 10 % test.
 
     Args:
@@ -60,24 +68,33 @@ def split(x: Any, *, seed: Whole = 0, name: str = "data", index: str | None = No
         seed: Of the shuffle.
         name: Name of the data set.
         index: Name of a column of a data frame to leave out, because it numbers the rows.
+        context: For a conditional model: columns of ``x`` by name or counted from 0, which are then no data; or an array of shape ``(datum, covariate)``,
+            or a data frame, with a row for each of ``x``. Of its columns, labels, truth values and at most ten distinct whole
+            numbers become a dimension for each category (:class:`Covariate`); other numbers are standardised by the training split.
 
     Returns:
-        A :class:`Dataset`; its ``likelihood()`` suits its columns.
+        A :class:`Dataset`; its ``likelihood()`` suits its columns. With a context it has ``train_context``, ``validation_context`` and ``test_context``, as a
+        network of ``context_dim=data.context_dim`` takes them, and ``covariates``, which makes the like of other rows.
 
     Raises:
         ValueError, TypeError: If the data cannot be used: a column that is constant, holds text, or has a cell that is missing or not
             finite is named.
     """
-    return split_table(read_table(x, name, index), name, seed, name)
+    return split_table(read_table(x, name, index, context), name, seed, name)
 
 
-def _digits() -> Dataset:
+def _digits(given_labels: bool) -> Dataset:
     # scikit-learn's load_digits without scikit-learn, whose import takes a second.
     spec = importlib.util.find_spec("sklearn")
     assert spec is not None and spec.origin is not None
     file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    images = np.loadtxt(file, np.int32, delimiter=",")[:, :-1]  # the last column is the label
-    return Dataset("digits", images[:1000], images[1000:1350], images[1350:], levels=17, image_shape=(8, 8))
+    table = np.loadtxt(file, np.int32, delimiter=",")
+    images, labels = table[:, :-1], table[:, -1]
+    digits = Dataset("digits", images[:1000], images[1000:1350], images[1350:], levels=17, image_shape=(8, 8))
+    if not given_labels:
+        return digits
+    covariates = Covariates((Covariate("label", tuple(map(float, range(10)))),))
+    return digits.with_context(covariates, np.split(covariates.encode(labels), [1000, 1350]))
 
 
 def _planar(name: str, seed: int) -> Dataset:

@@ -9,6 +9,7 @@ from jaxtyping import Int, Real
 
 from probdiff._checks import AnyArray, require
 from probdiff.chain.schedules import AbstractSchedule
+from probdiff.datasets.covariates import Covariates
 from probdiff.likelihoods import (
     AbstractLikelihood,
     CategoricalLikelihood,
@@ -40,6 +41,9 @@ class Dataset:
         discrete: The likelihoods of the columns that have no density, by position, where columns are of several kinds.
         index: Name of the column that was left out because it numbers the rows; None if there was none.
         rows: Of data that were shuffled, by the name of each split, which row of the source each of its rows was, counted from 0.
+        train_context, validation_context, test_context: What a conditional model is given, ``context=``, an array with a row for each datum
+            of the split, as a network takes it; None for a model without.
+        covariates: What turns the user's units and labels into such an array, where that is known.
     """
 
     name: str
@@ -53,6 +57,10 @@ class Dataset:
     discrete: Mapping[int, AbstractLikelihood] = dataclasses.field(default_factory=dict)
     index: str | None = None
     rows: Mapping[str, Int[np.ndarray, "row"]] | None = None
+    train_context: Real[np.ndarray, "train *context"] | None = None
+    validation_context: Real[np.ndarray, "validation *context"] | None = None
+    test_context: Real[np.ndarray, "test *context"] | None = None
+    covariates: Covariates | None = None
 
     def __repr__(self) -> str:
         """The description, in words."""
@@ -62,6 +70,24 @@ class Dataset:
     def dim(self) -> int:
         """Number of columns: of dimensions, as the user counts them."""
         return self.train.shape[1]
+
+    def with_context(self, covariates: Covariates, contexts: Sequence[Real[np.ndarray, "_ width"]]) -> "Dataset":
+        """These data with a context, that of the training, the validation and the test split, as ``covariates`` encodes it."""
+        train, validation, test = contexts
+        return dataclasses.replace(self, train_context=train, validation_context=validation, test_context=test, covariates=covariates)
+
+    def without_context(self) -> "Dataset":
+        """These data alone."""
+        return dataclasses.replace(self, train_context=None, validation_context=None, test_context=None, covariates=None)
+
+    @property
+    def context_dim(self) -> int | None:
+        """Number of covariates as a network takes them, its ``context_dim``; None without a context."""
+        if self.train_context is None:
+            return None
+        shape = self.train_context.shape
+        require(len(shape) == 2, "train_context", "shape (datum, context_dim), for the networks of probdiff.presets", f"shape {shape}")
+        return shape[1]
 
     @property
     def is_table(self) -> bool:
@@ -93,7 +119,7 @@ class Dataset:
             lines.append(f"  left out, as it numbers the rows: {repr(self.index) if self.index else 'the first column, which has no name'}")
         if self.levels is not None:
             lines.append(f"  a grid of {self.levels} levels in every column")
-            return "\n".join(lines)
+            return "\n".join(lines + self._given)
         if self._continuous:
             names = [*map(self.column_name, self._continuous[:MOST_NAMED])]
             more = len(self._continuous) - len(names)
@@ -102,13 +128,16 @@ class Dataset:
             if found := atom(self.train[:, j]):
                 lines.append(f"    though {found[1]:.0%} of the rows of {self.column_name(j)} are {found[0]:g}, so that its density can be as large as one likes")
         lines += [f"  {part.words}: {self.column_name(j)}" for j, part in self.discrete.items()]
-        return "\n".join(lines)
+        return "\n".join(lines + self._given)
 
-    def to_frame(self, x: Real[AnyArray, "row column"] | None = None) -> "pandas.DataFrame":
+    def to_frame(
+        self, x: Real[AnyArray, "row column"] | None = None, context: Real[AnyArray, "row width"] | None = None
+    ) -> "pandas.DataFrame":
         """Data or samples as a pandas data frame, with the names of the columns and the labels of categories.
 
         Args:
             x: Data as the model has them, shape ``(row, column)``; the training data if not given.
+            context: Their context as a network takes it, shape ``(row, width)``, for columns of its own.
         """
         import pandas as pd
 
@@ -121,7 +150,8 @@ class Dataset:
                 frame[self.column_name(j)] = pd.Categorical.from_codes(column.astype(int).tolist(), part.labels)
             else:
                 frame[self.column_name(j)] = column.astype(np.int64) if part and np.all(column == np.round(column)) else column
-        return pd.DataFrame(frame)
+        given = {} if context is None or self.covariates is None else self.covariates.decode(context)
+        return pd.DataFrame(frame | given)
 
     @property
     def log_prob(self) -> Callable[[Points], LogProb] | None:
@@ -183,6 +213,10 @@ class Dataset:
         require(self.oracle is not None, "dataset", "a data set with a known density", self.name)
         assert self.oracle is not None
         return self.oracle
+
+    @property
+    def _given(self) -> list[str]:
+        return [] if self.covariates is None else [f"  given: {column.words}" for column in self.covariates.columns]
 
     @property
     def _continuous(self) -> list[int]:

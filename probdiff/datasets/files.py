@@ -2,13 +2,13 @@
 
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from probdiff._checks import require
 from probdiff._files import MAX_BYTES, read_npy, read_npz
-from probdiff.datasets.tables import Table, check_array, read_frame
+from probdiff.datasets.tables import Columns, Table, beside, chosen, listed, read_cells, read_frame, read_table
 
 if TYPE_CHECKING:
     import pandas
@@ -16,35 +16,61 @@ if TYPE_CHECKING:
 UNNAMED = ("", "unnamed: 0", "index")  # as pandas writes or reads the numbers of the rows
 
 
-def read_file(path: Path, index: str | None = None) -> Table:
+def read_file(path: Path, index: str | None = None, context: Columns | None = None) -> Table:
     """The table in a file.
 
     Args:
         path: Path of the file.
         index: Name of the column that numbers the rows, of a ``.csv`` file; one that has no name, or none but the row's number in it,
             is recognised.
+        context: Columns that a model is given, by name or counted from 0; of an ``.npz`` file, the name of the array that holds them.
 
     Raises:
         FileNotFoundError: If it is not there; ValueError or TypeError if it is empty, too large, damaged or not a table of numbers.
     """
-    require(path.is_file(), "data", "an existing file", f"{path}, which is not there", FileNotFoundError)
+    _require_file(path, "data")
+    if path.suffix == ".csv":
+        return _read_csv(path, index, context)
+    require(index is None, "index", "none for an array, whose columns have no names", repr(index))
+    return read_table(read_npy(path), str(path), None, context) if path.suffix == ".npy" else _read_npz(path, listed(context))
+
+
+def read_rows(path: Path) -> Any:
+    """Rows of a ``.csv`` file, as a data frame if it names its columns, or of a ``.npy`` file, as an array; what is in them is not checked.
+
+    Raises:
+        FileNotFoundError: If it is not there; ValueError if it is empty, too large, damaged or another kind of file.
+    """
+    _require_file(path, "context")
+    require(path.suffix in (".csv", ".npy"), str(path), "a file ending in .csv or .npy", repr(path.suffix))
+    if path.suffix == ".npy":
+        return read_npy(path)
+    frame, header = _parse_csv(path)
+    return frame if header else frame.to_numpy()
+
+
+def _require_file(path: Path, name: str) -> None:
+    require(path.is_file(), name, "an existing file", f"{path}, which is not there", FileNotFoundError)
     size = path.stat().st_size
     require(size > 0, str(path), "an array", "an empty file")
     require(size <= MAX_BYTES, str(path), f"a file of at most {MAX_BYTES} bytes", f"{size} bytes")
-    if path.suffix == ".csv":
-        return _read_csv(path, index)
-    require(index is None, "index", "none for an array, whose columns have no names", repr(index))
-    return Table(check_array(read_npy(path) if path.suffix == ".npy" else _read_npz(path), str(path)))
 
 
-def _read_npz(path: Path) -> np.ndarray:
+def _read_npz(path: Path, context: list[str | int]) -> Table:
+    """The one array of an ``.npz`` file, and that of the context beside it, which is named."""
     arrays = read_npz(path)
-    require(len(arrays) == 1, str(path), "one array", f"{len(arrays)}: {', '.join(arrays)}")
+    there = all(name in arrays for name in context) and len(context) <= 1
+    require(there, "context", f"one of the arrays {', '.join(arrays)}", ", ".join(map(str, context)))
+    cells = {name: each for given in context for name, each in read_cells(arrays.pop(str(given)), str(given)).items()}
+    words = f"one array beside {context[0]}" if context else "one array, or two and the name of the context"
+    require(len(arrays) == 1, str(path), words, f"{len(arrays)}: {', '.join(arrays)}")
     (array,) = arrays.values()
-    return array
+    table = read_table(array, str(path))
+    return beside(table, cells) if cells else table
 
 
-def _read_csv(path: Path, index: str | None) -> Table:
+def _parse_csv(path: Path) -> tuple["pandas.DataFrame", bool]:
+    """The frame in a ``.csv`` file, whose cells are not checked, and whether the first line names the columns (that are numbered if not)."""
     import pandas as pd
 
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -66,15 +92,23 @@ def _read_csv(path: Path, index: str | None) -> Table:
     if header and not first[0].strip():
         frame = frame.rename(columns={frame.columns[0]: ""})
     require(len(frame.columns) == len(first), str(path), f"rows of {len(first)} cells, as the first has", f"{len(frame.columns)}")
+    return frame, header
+
+
+def _read_csv(path: Path, index: str | None, context: Columns | None) -> Table:
+    frame, header = _parse_csv(path)
+    given = chosen(listed(context), frame.columns)
     for name in frame.columns:
-        _check_cells(frame[name], name, path, 2 if header else 1)
-    index = _index_of(frame, header) if index is None else index
-    table = read_frame(frame, str(path), index)
-    return table if header else Table(table.array, None, {}, index)
+        _check_cells(frame[name], name, path, 2 if header else 1, is_label=name in given)
+        if name in given and frame[name].dtype.kind not in "iufb":
+            frame[name] = frame[name].astype(str)
+    index = _index_of(frame, header) if index is None and frame.columns[0] not in given else index
+    table = read_frame(frame, str(path), index, given)
+    return table if header else Table(table.array, None, {}, index, table.context)
 
 
-def _check_cells(column: "pandas.Series", name: str, path: Path, first_line: int) -> None:
-    """Refuse a column with a missing cell or with text, by the line of the first."""
+def _check_cells(column: "pandas.Series", name: str, path: Path, first_line: int, is_label: bool) -> None:
+    """Refuse a column with a missing cell or, unless it is of labels, with text, by the line of the first."""
     missing = np.flatnonzero(column.isna().to_numpy())
     where = f"line {missing[0] + first_line}, column {name!r}" if missing.size else ""
     require(missing.size == 0, str(path), "a readable .csv file with a number in every cell", f"none in {where}")
@@ -82,6 +116,8 @@ def _check_cells(column: "pandas.Series", name: str, path: Path, first_line: int
         infinite = np.flatnonzero(np.isinf(column.to_numpy(float)))
         where = f"infinity in line {infinite[0] + first_line}, column {name!r}" if infinite.size else ""
         require(infinite.size == 0, str(path), "a readable .csv file of finite numbers", where)
+        return
+    if is_label:
         return
     text = next((k, cell) for k, cell in enumerate(column) if not _is_number(str(cell)))
     got = f"{text[1]!r} in line {text[0] + first_line}, column {name!r}"

@@ -5,6 +5,7 @@ is taken for what it can be: categories, levels of a grid, or continuous.
 """
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Real
 from probdiff._checks import Numbers, Whole, require, require_finite
 from probdiff._frames import codes, columns_of, is_frame, numbers
 from probdiff._frames import labels as labels_of
+from probdiff.datasets.covariates import Cells, Covariates, cells_of
 from probdiff.datasets.dataset import Dataset
 from probdiff.likelihoods import AbstractLikelihood, CategoricalLikelihood, DiscretizedNormalLikelihood
 from probdiff.likelihoods.density import has_few_values
@@ -20,6 +22,7 @@ from probdiff.likelihoods.density import has_few_values
 WIDEST_GRID = 2**8  # whole numbers in a wider range are as good as continuous
 FEWEST_PIXELS = 16  # columns of integers that may be an image
 LEAST_SPREAD = 1e3  # of a column, in units of what float32 resolves
+Columns = str | int | Sequence[str | int]  # one of a table by name or by number, or several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,41 +34,69 @@ class Table:
         columns: Their names, if they have any.
         labels: Of the columns that hold categories, by position.
         index: Name of a column that was left out because it numbers the rows.
+        context: The cells of the columns that a model is given, by name: numbers, or labels as strings.
     """
 
     array: Real[np.ndarray, "row column"]
     columns: tuple[str, ...] | None = None
     labels: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     index: str | None = None
+    context: Mapping[str, Cells] = dataclasses.field(default_factory=dict)
 
     def name(self, position: int) -> str:
         """A column in messages."""
         return f"column {position}" if self.columns is None else f"column {self.columns[position]!r}"
 
 
-def read_frame(frame: Any, name: str = "data", index: str | None = None) -> Table:
+def read_frame(frame: Any, name: str = "data", index: str | None = None, context: Columns = ()) -> Table:
     """A data frame as a :class:`Table`: numbers as they are, categories and truth values as their numbers.
 
     Args:
         frame: A data frame of pandas, polars or pyarrow.
         name: What messages call it.
         index: Name of a column to leave out, because it numbers the rows.
+        context: Columns that a model is given, in the place of being data.
 
     Raises:
         TypeError: If a column holds text, or anything else that is neither number nor category; ValueError if a cell is missing.
     """
     columns = columns_of(frame)
     require(index is None or index in columns, "index", f"one of the columns {', '.join(columns)}", repr(index))
-    columns = {key: column for key, column in columns.items() if key != index}
-    require(columns, name, "a data frame with columns", "none")
+    given = chosen(listed(context), columns)
+    require(index not in given, "context", f"columns other than {index!r}, which numbers the rows", ", ".join(given))
+    own = {key: column for key, column in columns.items() if key != index and key not in given}
+    require(own or not given, "context", "some of the columns, so that there are others to model", f"all: {', '.join(given)}")
+    require(own, name, "a data frame with columns", "none")
     labels: dict[int, tuple[str, ...]] = {}
     arrays = []
-    for j, column in enumerate(columns.values()):
+    for j, column in enumerate(own.values()):
         found = labels_of(column)
         if found is not None:
             labels[j] = found
         arrays.append(numbers(column, name) if found is None else codes(column, found, name))
-    return Table(np.column_stack(arrays), tuple(columns), labels, index)
+    cells = {key: cells_of(columns[key]) for key in given}
+    return Table(np.column_stack(arrays), tuple(own), labels, index, cells)
+
+
+def listed(context: Columns | None) -> list[str | int]:
+    """One column or several, or none, as a list."""
+    return [] if context is None else [context] if isinstance(context, str | int) else list(context)
+
+
+def chosen(context: list[str | int], columns: Iterable[str]) -> list[str]:
+    """The names of some columns that are named, or numbered from 0.
+
+    Raises:
+        ValueError: If one is not there, or there twice.
+    """
+    names = list(columns)
+    found = []
+    for each in context:
+        numbered = str(each) not in names and str(each).isdecimal() and int(each) < len(names)
+        found.append(names[int(each)] if numbered else str(each))
+        require(found[-1] in names, "context", f"some of the columns {', '.join(names)}, by name or counted from 0", repr(each))
+    require(len(set(found)) == len(found), "context", "each column once", ", ".join(found))
+    return found
 
 
 def split_table(table: Table, name: str, seed: Whole, shown: str) -> Dataset:
@@ -96,7 +127,11 @@ def split_table(table: Table, name: str, seed: Whole, shown: str) -> Dataset:
     cuts = [len(array) - 2 * held_out, len(array) - held_out]
     rows = dict(zip(("train", "validation", "test"), np.split(order, cuts)))
     train, validation, test = np.split(array, cuts)
-    return Dataset(name, train, validation, test, levels, None, None, table.columns, discrete, table.index, rows)
+    data = Dataset(name, train, validation, test, levels, None, None, table.columns, discrete, table.index, rows)
+    if not table.context:
+        return data
+    covariates = Covariates.of(table.context, rows["train"])
+    return data.with_context(covariates, np.split(covariates.encode(table.context)[order], cuts))
 
 
 def _has_own_ranges(table: Table) -> bool:
@@ -144,9 +179,50 @@ def check_array(array: Numbers, name: str = "data") -> Real[np.ndarray, "datum c
     return array
 
 
-def read_table(x: Any, name: str, index: str | None) -> Table:
-    """An array or a data frame as a :class:`Table`."""
+def read_table(x: Any, name: str, index: str | None = None, context: Any = None) -> Table:
+    """An array or a data frame as a :class:`Table`.
+
+    Args:
+        x: The array or data frame.
+        name: What messages call it.
+        index: Name of a column of a data frame to leave out, because it numbers the rows.
+        context: Columns of ``x``, or an array or a data frame with a row for each of its rows.
+    """
+    apart = is_frame(context) or hasattr(context, "dtype")
+    columns = [] if apart else listed(context)
     if is_frame(x):
-        return read_frame(x, name, index)
-    require(index is None, "index", "none for an array, whose columns have no names", repr(index))
-    return Table(check_array(x, name))
+        table = read_frame(x, name, index, columns)
+    else:
+        require(index is None, "index", "none for an array, whose columns have no names", repr(index))
+        array = check_array(x, name)
+        given = [int(j) for j in chosen(columns, map(str, range(array.shape[1])))]
+        own = [j for j in range(array.shape[1]) if j not in given]
+        require(own, "context", "some of the columns, so that there are others to model", f"all: {', '.join(map(str, given))}")
+        table = Table(array[:, own], context={str(j): array[:, j] for j in given})
+    return table if not apart else beside(table, read_cells(context))
+
+
+def beside(table: Table, cells: Mapping[str, Cells]) -> Table:
+    """The table with a context that is not among its columns.
+
+    Raises:
+        ValueError: If it has other rows, or a column of the table's name.
+    """
+    rows = {len(each) for each in cells.values()}
+    require(rows == {len(table.array)}, "context", f"as many rows as there are data, {len(table.array)}", f"{max(rows, default=0)} rows")
+    twice = [name for name in cells if name in (table.columns or ())]
+    require(not twice, "context", "columns of other names than those of the data", ", ".join(twice))
+    return dataclasses.replace(table, context=cells)
+
+
+def read_cells(context: Any, name: str = "c") -> dict[str, Cells]:
+    """The cells of each column of an array, which is called ``name``, or of a data frame."""
+    if is_frame(context):
+        return {key: cells_of(column) for key, column in columns_of(context).items()}
+    array = np.asarray(context)
+    require(array.dtype.kind in "buifU", "context", "numbers or labels", f"dtype {array.dtype}", TypeError)
+    require(array.ndim in (1, 2) and array.size > 0, "context", "shape (datum, covariate)", f"shape {array.shape}")
+    array = array.astype(np.int32) if array.dtype == bool else array
+    if array.dtype.kind != "U":
+        require_finite("context", array)
+    return {name: array} if array.ndim == 1 else {f"{name}[{j}]": column for j, column in enumerate(array.T)}

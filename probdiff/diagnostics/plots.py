@@ -111,7 +111,7 @@ def plot_samples(
     span = np.where(high > low, high - low, 1)
     margin = 0.1 * span
     figure, axes = _figure(2, width=8.0, height=4.6 if image_shape else 1.1 + np.clip(3.6 * span[1] / span[0], 1.2, 7.2))
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     if image_shape is not None:
         figure.set_layout_engine("constrained", wspace=0.08)  # wider than the gaps between images
     for ax, (name, points) in zip(axes, panels):
@@ -147,8 +147,8 @@ def plot_marginals(samples: "pandas.DataFrame", data: "pandas.DataFrame", title:
 
     across = min(4, len(data.columns))
     down = -(-len(data.columns) // across)
-    figure = Figure(figsize=(2.4 * across + 0.4, 1.8 * down + 0.9), dpi=130, layout="constrained")
-    figure.suptitle(title)
+    figure = Figure(figsize=(2.4 * max(2, across) + 0.4, 1.8 * down + 0.9), dpi=130, layout="constrained")
+    figure.suptitle(title, wrap=True, fontsize="medium")
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for axes, name in zip(panels, data.columns):
         _draw_marginal(axes, samples[name], data[name])
@@ -177,7 +177,7 @@ def plot_pairs(samples: "pandas.DataFrame", data: "pandas.DataFrame", title: str
     more = len(data.columns) - len(names)
     size = len(names)
     figure = Figure(figsize=(1.6 * size + 0.6, 1.5 * size + 0.9), dpi=130, layout="constrained")
-    figure.suptitle(f"{title}{f' (the first {size} of {len(data.columns)} columns)' if more else ''}", fontsize="medium")
+    figure.suptitle(f"{title}{f' (the first {size} of {len(data.columns)} columns)' if more else ''}", wrap=True, fontsize="medium")
     grid = figure.subplots(size, size, squeeze=False)
     rng = np.random.default_rng(0)
     for i, row in enumerate(names):

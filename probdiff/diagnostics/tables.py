@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BLOCKS = 8
 DIGITS = 4
 MOST_NAMED = 3  # terms of the bound that differ
+MOST_GIVEN = 5  # covariates by name
 LABELS = {
     "prior_kl": "prior KL",
     "step_kl": "Σ step KL",
@@ -49,7 +50,7 @@ def format_fit(results: Mapping[str, Any]) -> str:
     if "entropy" in reference:
         reference["entropy"] = reference["entropy"] | {"nats": -reference["entropy"]["nats"]}
     lines = [
-        f"{results['data']}, test split: {test['num_items']} items of {results['dim']} dimensions, N = {results['num_steps']} steps",
+        f"{results['data']}, test split: {test['num_items']} items of {results['dim']} dimensions{_given(results)}, N = {results['num_steps']} steps",
         header,
         *(line(name, test[name]) for name in ("prior_kl", "step_kl", "reconstruction", "elbo")),
         *(line(name, row) for name, row in reference.items()),
@@ -63,6 +64,12 @@ def format_fit(results: Mapping[str, Any]) -> str:
         *_agreement(both),
     ]
     return "\n".join(lines)
+
+
+def _given(results: Mapping[str, Any]) -> str:
+    """The covariates of a conditional model, by name if they are few."""
+    names = results.get("context") or []
+    return f" given {', '.join(names) if len(names) <= MOST_GIVEN else f'{len(names)} covariates'}" if names else ""
 
 
 def _noise(test: Mapping[str, Any]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 config.json      what was asked for, and the description of the model
 schedule.npy     the variances beta_n, float64; not of a learned schedule, which is among the parameters
-data.eqx         the data, where they are not loaded by name
+data.eqx         the data, where they are not loaded by name, and their context
 checkpoint.eqx   the state of the fit, to resume from; checkpoint.previous.eqx, the one before it
 parameters.eqx   the trained parameters
 losses.csv       the loss of every iteration; validation.csv, the bound on the validation data
@@ -251,10 +251,12 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return paths
 
-    def save_samples(self, paths: tuple[Path, Path], samples: np.ndarray, figure: "Figure") -> None:
-        """Write samples and their figure to the paths from :meth:`new_samples`."""
+    def save_samples(
+        self, paths: tuple[Path, Path], samples: np.ndarray, figure: "Figure", context: np.ndarray | None = None
+    ) -> None:
+        """Write samples and their figure to the paths from :meth:`new_samples`; a ``.csv`` file has the context of each beside it."""
         if paths[0].suffix == ".csv":
-            write_bytes(paths[0], self.data.to_frame(samples).to_csv(index=False).encode())
+            write_bytes(paths[0], self.data.to_frame(samples, context).to_csv(index=False).encode())
         else:
             buffer = io.BytesIO()
             np.save(buffer, samples, allow_pickle=False)
@@ -279,7 +281,7 @@ def create_run(
         diffusion: The Diffusion.
         config: What else to record, a dict for JSON; ``data`` and ``seed`` are what :attr:`Run.data` loads by name.
         data: A :class:`~probdiff.datasets.Dataset`, such as :func:`probdiff.datasets.split` makes, to keep in the run: the commands need
-            its test data. Of what is known about it, a density is kept for the sets of :data:`probdiff.datasets.PLANAR` only.
+            its test data. A conditional model needs their context, any other leaves it out. Of what is known about it, a density is kept for the sets of :data:`probdiff.datasets.PLANAR` only.
 
     Raises:
         FileExistsError: If the folder exists and is not empty; ValueError or TypeError if the data are not those of a Dataset that suits the model.
@@ -287,8 +289,8 @@ def create_run(
     require_type("diffusion", diffusion, Diffusion)
     if data is not None:
         require_type("data", data, datasets.Dataset)
-        for split in (data.train, data.validation, data.test):
-            diffusion.check_data(split)
+        data = data if diffusion.is_conditional else data.without_context()
+        check_splits(diffusion, data)
     path = Path(path)
     check_free(path)
     # Made under another name, so that there is never half a run.
@@ -306,6 +308,16 @@ def create_run(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return Run(path)
+
+
+def check_splits(diffusion: Diffusion, data: datasets.Dataset) -> None:
+    """Refuse data that do not suit a model, in any of the splits, with their context."""
+    for split, context in (
+        (data.train, data.train_context),
+        (data.validation, data.validation_context),
+        (data.test, data.test_context),
+    ):
+        diffusion.given(context).check_data(split)
 
 
 def check_free(path: str | Path) -> None:

@@ -147,6 +147,44 @@ def test_the_data_of_a_run_come_back(tmp_path):
     assert probdiff.storage.create_run(tmp_path / "moons", make(), data=moons).data.log_prob(X[:2]) == pytest.approx(moons.log_prob(X[:2]))
 
 
+def conditional(context_dim):
+    network = probdiff.MLP(2, key=jax.random.key(4), hidden=8, num_blocks=1, context_dim=context_dim)
+    return probdiff.Diffusion(probdiff.log_snr_schedule(6), network, probdiff.NormalLikelihood.standardized(X), dim=2)
+
+
+def test_the_context_of_a_run_comes_back(tmp_path):
+    """With what encodes other rows; as arrays, of a data set that does not say; it is left out of a model that is given none."""
+    rng = np.random.default_rng(0)
+    context = pd.DataFrame({"age": rng.normal(40, 9, 300), "site": list("abc") * 100, "grade": rng.integers(0, 3, 300)})
+    data = probdiff.datasets.split(X, context=context)
+    run = probdiff.storage.create_run(tmp_path / "given", conditional(7), data=data)
+    found = probdiff.open_run(run.path)
+    same_data(data, found.data)
+    assert found.untrained.is_conditional and found.data.describe() == data.describe()
+    np.testing.assert_array_equal(found.data.covariates.encode(context.iloc[data.rows["test"]]), data.test_context)
+    bare = dataclasses.replace(data, covariates=None, rows=None)
+    same_data(bare, probdiff.storage.create_run(tmp_path / "bare", conditional(7), data=bare).data)
+    plain = probdiff.storage.create_run(tmp_path / "plain", make(), data=data).data
+    same_data(data.without_context(), plain)
+    with pytest.raises(ValueError, match=r"context: Expected an array of shape \(datum, 3\).*got shape \(240, 7\)"):
+        probdiff.storage.create_run(tmp_path / "other", conditional(3), data=data)
+    with pytest.raises(ValueError, match="context: Expected an array.*got None"):
+        probdiff.storage.create_run(tmp_path / "other", conditional(7), data=plain)
+    with pytest.raises(ValueError, match="context: Expected as many rows as there are data, 30; got 240 rows"):
+        probdiff.storage.create_run(tmp_path / "other", conditional(7), data=dataclasses.replace(data, test_context=data.train_context))
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_data_of_a_run_of_before_contexts_come_back(tmp_path):
+    data = probdiff.datasets.split(pd.DataFrame({"size": X[:40, 0], "kind": pd.Categorical(list("abca") * 10)}))
+    diffusion = probdiff.Diffusion(probdiff.cosine_schedule(4), lambda z, n: z, data.likelihood(), dim=4)
+    run = probdiff.storage.create_run(tmp_path / "run", diffusion, data=data)
+    about, leaves = read_leaves(run.path / "data.eqx")
+    assert about.pop("contexts") is False and about.pop("covariates") is None
+    save_tree(run.path / "data.eqx", leaves, **about)
+    same_data(data, run.data)
+
+
 def test_data_that_are_not_whole_or_not_the_models_are_refused(tmp_path):
     data = probdiff.datasets.split(X)
     with pytest.raises(TypeError, match="data: Expected a Dataset; got ndarray"):
