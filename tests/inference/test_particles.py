@@ -59,14 +59,9 @@ def ratios(name, twist, size, draws, variance="forward"):
     return np.exp(np.asarray(run(jax.random.split(jax.random.key(1), draws)), float) - exact(name, variance)[0])
 
 
-CASES = [
-    (name, twist, size, variance)
-    for name in ("linear", "inpainting", "program", "function")
-    for twist in ("tweedie", "none")
-    for size in (1, 4, 64)
-    for variance in ("forward", "posterior")
-    if (twist == "tweedie" or name in ("linear", "inpainting")) and (variance == "forward" or name == "linear")
-]
+CASES = [("linear", twist, size, variance) for twist in ("tweedie", "none") for size in (1, 4, 64) for variance in ("forward", "posterior")]
+CASES += [("inpainting", "tweedie", 4, "forward"), ("inpainting", "none", 64, "forward")]
+CASES += [(name, "tweedie", 4, "forward") for name in ("program", "function")]
 QUICK = [("linear", "tweedie", 4, "forward"), ("inpainting", "tweedie", 4, "forward")]
 DRAWS = {1: 12_000, 4: 3_000, 64: 400}
 
