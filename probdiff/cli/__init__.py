@@ -1,4 +1,5 @@
-"""The commands ``probdiff fit``, ``probdiff inspect``, ``probdiff compare``, ``probdiff sample`` and ``probdiff verify``.
+"""The commands ``probdiff fit``, ``probdiff inspect``, ``probdiff compare``, ``probdiff sample``,
+``probdiff posterior`` and ``probdiff verify``.
 
 Exit codes: 0, done; 1, the fit or a check failed; 2, something given was not usable (one line says what); 130, interrupted.
 
@@ -23,6 +24,7 @@ from typing import Any, NoReturn, TextIO
 
 from probdiff import __version__
 
+TWISTS = ("none", "point", "tweedie")  # those of probdiff.inference
 SAMPLERS = ("ancestral", "ddim", "langevin", "ode")  # those of probdiff.samplers, which needs JAX
 
 
@@ -167,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="probdiff", description="Diffusion models as NumPyro programs.")
     parser.add_argument("--version", action="version", version=f"probdiff {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for add in (_add_fit, _add_inspect, _add_compare, _add_sample, _add_verify):
+    for add in (_add_fit, _add_inspect, _add_compare, _add_sample, _add_posterior, _add_verify):
         add(commands)
     return parser
 
@@ -252,6 +254,20 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     sample.add_argument("--out", metavar="FILE", help="a new .npy or .csv file (default: the next free RUN/samples/NAME-k)")
     _add_devices(sample)
     _add_json(sample, "print what was written as one JSON document")
+
+
+def _add_posterior(commands: argparse._SubParsersAction) -> None:
+    posterior = commands.add_parser("posterior", help="condition a fitted model on an observation: weighted samples, and the evidence")
+    posterior.add_argument("run", metavar="RUN", help="run folder")
+    observe = "a .npz file with matrix, y and scale, or a .npy, .npz or .csv file of one datum with NaN where nothing is known"
+    posterior.add_argument("--observe", metavar="FILE", required=True, help=observe)
+    posterior.add_argument("--particles", type=_count, default=256, metavar="K", help="particles of each run (default 256)")
+    posterior.add_argument("--runs", type=_count, default=4, metavar="R", help="independent runs, for an error of the evidence (default 4)")
+    posterior.add_argument("--twist", choices=TWISTS, default="tweedie", help="what particles know of the observation on their way (default tweedie)")
+    posterior.add_argument("--context", metavar="VALUES", help="what a conditional model is given: 7, or age=0.3,sex=1")
+    posterior.add_argument("--seed", type=_seed, default=0, metavar="S", help="seed (default 0)")
+    _add_devices(posterior)
+    _add_json(posterior)
 
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:
