@@ -37,6 +37,7 @@ DATA = {
     "booleans": (NORMAL, X > 0, TypeError, "got dtype bool"),
     "a list": (NORMAL, [[1.0, 2.0]], TypeError, "x: Expected an array; got list"),
     "one axis": (NORMAL, X[:, 0], ValueError, r"x: Expected shape \(datum, 2\); got shape \(6,\)"),
+    "a masked array": (NORMAL, np.ma.masked_array(X, NAN != NAN), TypeError, "x: Expected complete data: .*probdiff.inference.smc.*; got a masked array"),
     "three axes": (NORMAL, X[None], ValueError, r"got shape \(1, 6, 2\)"),
     "another dimension": (NORMAL, X[:, :1], ValueError, r"x: Expected shape \(datum, 2\); got shape \(6, 1\)"),
     "empty": (NORMAL, X[:0], ValueError, "at least one datum"),

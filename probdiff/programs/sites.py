@@ -9,6 +9,7 @@ import operator
 from typing import Any, NoReturn
 
 import equinox as eqx
+import numpy as np
 import numpyro
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree, Real
 from numpyro import distributions as dist
@@ -81,6 +82,8 @@ class AbstractDiffusion(eqx.Module):
         """
         remedy = "; probdiff.datasets.split makes arrays of a data frame" if is_frame(x) else ""
         require(hasattr(x, "shape") and hasattr(x, "dtype"), "x", "an array", f"{type(x).__name__}{remedy}", TypeError)
+        complete = "complete data: fit to the complete rows, and condition the fitted model on the others, probdiff.inference.smc(fitted, Inpainting(mask, values), …)"
+        require(not isinstance(x, np.ma.MaskedArray), "x", complete, "a masked array", TypeError)
         require(len(x.shape) == 2, "x", f"shape (datum, {self.dim or 'dim'})", f"shape {tuple(x.shape)}")
         require(x.shape[0] > 0, "x", "at least one datum", f"shape {tuple(x.shape)}")
         dim = self.likelihood.encoded_dim(x.shape[1])
