@@ -34,16 +34,20 @@ from probdiff.inference.twists import AbstractTwist, Twisted, named_twist
 RESAMPLED_BELOW = 0.5  # of the particles, in effective sample size
 
 
-class _Particles(NamedTuple):
-    """Particles at step n, and what is known of them there: the reverse kernel from them, and the twist."""
+class _State(NamedTuple):
+    """Particles at z_n, before the twist there is counted in their weights."""
+
+    z: Float[Array, "particle dim"]
+    log_weights: Float[Array, "particle"]
+    log_evidence: Float[Array, ""]
+
+
+class _Seen(NamedTuple):
+    """Particles at z_n with their weights, the reverse kernel from each, and the twist there."""
 
     z: Float[Array, "particle dim"]
     kernel: dist.Distribution
     twisted: Twisted
-
-
-class _State(NamedTuple):
-    particles: _Particles
     log_weights: Float[Array, "particle"]
     log_evidence: Float[Array, ""]
 
@@ -95,17 +99,18 @@ class Problem(eqx.Module):
         return max(1, inputs_at_once(self.diffusion.network) // self.twist.evaluations(self.observation, dim))
 
 
-def _look(problem: Problem, z: Float[Array, "particle dim"], n: Int[Array, ""]) -> _Particles:
+def _look(problem: Problem, state: _State, n: Int[Array, ""], mesh: Mesh | None) -> _Seen:
     """What is known of particles at step n, a piece of them at a time."""
 
     def one(z: Float[Array, "dim"]) -> tuple[dist.Distribution, Twisted]:
         return problem.look(z, n)
 
+    z = shard(state.z, mesh)
     kernel, twisted = jax.lax.map(one, z, batch_size=min(len(z), problem.at_once(z.shape[-1])))
     log_last = jax.vmap(problem.log_last)(kernel)
     if log_last is not None:
         twisted = twisted._replace(log_prob=jnp.where(n == 1, log_last, twisted.log_prob))
-    return _Particles(z, kernel, twisted)
+    return _Seen(z, kernel, twisted, state.log_weights + twisted.log_prob, state.log_evidence)
 
 
 def _ess(log_weights: Float[Array, "particle"]) -> Float[Array, ""]:
@@ -129,53 +134,50 @@ def _multinomial(key: PRNGKeyArray, log_weights: Float[Array, "particle"]) -> In
     return jax.random.categorical(key, log_weights, shape=log_weights.shape).at[0].set(0)
 
 
-def _begin(problem: Problem, size: int, key: PRNGKeyArray, path: Float[Array, "num_steps dim"] | None, mesh: Mesh | None) -> _State:
+@eqx.filter_jit
+def _begin(problem: Problem, size: int, key: PRNGKeyArray, path: Float[Array, "num_steps dim"] | None) -> _State:
     """Particles at z_N; the first of them is that of a path, if there is one."""
-    diffusion = problem.diffusion
-    assert diffusion.dim is not None
-    z = jax.vmap(diffusion.kernel.prior((diffusion.dim,)).sample)(jax.random.split(key, size))
+    assert problem.diffusion.dim is not None
+    prior = problem.diffusion.kernel.prior((problem.diffusion.dim,))
+    z = jax.vmap(prior.sample)(jax.random.split(jax.random.fold_in(key, 2**31 - 1), size))
     z = z if path is None else z.at[0].set(path[-1])
-    particles = _look(problem, shard(z, mesh), jnp.asarray(diffusion.schedule.num_steps, jnp.int32))
-    return _State(particles, particles.twisted.log_prob, jnp.zeros((), z.dtype))
+    return _State(z, jnp.zeros(size, z.dtype), jnp.zeros((), z.dtype))
 
 
-def _resampled(state: _State, key: PRNGKeyArray, conditional: bool) -> _State:
+def _resampled(seen: _Seen, key: PRNGKeyArray, conditional: bool) -> _Seen:
     """The particles as they are, or resampled, where their weights have become too unequal."""
-    parents = (_multinomial if conditional else _systematic)(key, state.log_weights)
-    few = _ess(state.log_weights) < RESAMPLED_BELOW * len(parents)
-    particles = jax.tree.map(lambda leaf: jnp.where(few.reshape((1,) * leaf.ndim), leaf[parents], leaf), state.particles)
-    log_evidence = state.log_evidence + jnp.where(few, _log_mean(state.log_weights), 0)
-    return _State(particles, jnp.where(few, 0, state.log_weights), log_evidence)
+    parents = (_multinomial if conditional else _systematic)(key, seen.log_weights)
+    few = _ess(seen.log_weights) < RESAMPLED_BELOW * len(parents)
+    particles = seen.z, seen.kernel, seen.twisted
+    z, kernel, twisted = jax.tree.map(lambda leaf: jnp.where(few.reshape((1,) * leaf.ndim), leaf[parents], leaf), particles)
+    log_evidence = seen.log_evidence + jnp.where(few, _log_mean(seen.log_weights), 0)
+    return _Seen(z, kernel, twisted, jnp.where(few, 0, seen.log_weights), log_evidence)
 
 
 @eqx.filter_jit
 def _steps(
     problem: Problem,
-    state: _State | None,
+    state: _State,
     steps: Int[Array, "step"],
-    size: int,
     key: PRNGKeyArray,
     path: Float[Array, "num_steps dim"] | None,
     mesh: Mesh | None,
 ) -> tuple[_State, Float[Array, "step"]]:
-    """The state after some steps n, from z_n to z_{n−1} each (0 for none), and the effective sample size before each; from the beginning, if there is no state."""
-    state = _begin(problem, size, jax.random.fold_in(key, 2**31 - 1), path, mesh) if state is None else state
+    """The state after some steps n, from z_n to z_{n−1} each (0 for none), and the effective sample size at each z_n."""
+    size = len(state.z)
 
     def step(state: _State, n: Int[Array, ""]) -> tuple[_State, Float[Array, ""]]:
         resample_key, propose_key = jax.random.split(jax.random.fold_in(key, n))
-        ess = _ess(state.log_weights)
-        before = _resampled(state, resample_key, path is not None)
-        kernel = before.particles.kernel
-        proposal = jax.vmap(problem.proposal)(kernel, before.particles.twisted)
+        seen = _look(problem, state, n, mesh)
+        kept = _resampled(seen, resample_key, path is not None)
+        proposal = jax.vmap(problem.proposal)(kept.kernel, kept.twisted)
         z = jax.vmap(lambda q, key: q.sample(key))(proposal, jax.random.split(propose_key, size))
         z = z if path is None else z.at[0].set(path[n - 2])
-        log_ratio = jax.vmap(lambda p, q, z: p.log_prob(z) - q.log_prob(z))(kernel, proposal, z)
-        particles = _look(problem, shard(z, mesh), n - 1)
-        change = log_ratio + particles.twisted.log_prob - before.particles.twisted.log_prob
-        return _State(particles, before.log_weights + change, before.log_evidence), ess
+        log_ratio = jax.vmap(lambda p, q, z: p.log_prob(z) - q.log_prob(z))(kept.kernel, proposal, z)
+        return _State(z, kept.log_weights + log_ratio - kept.twisted.log_prob, kept.log_evidence), _ess(seen.log_weights)
 
     def step_or_none(state: _State, n: Int[Array, ""]) -> tuple[_State, Float[Array, ""]]:
-        return jax.lax.cond(n > 0, step, lambda state, n: (state, _ess(state.log_weights)), state, n)
+        return jax.lax.cond(n > 0, step, lambda state, n: (state, jnp.zeros_like(state.log_evidence)), state, n)
 
     return jax.lax.scan(step_or_none, state, steps)
 
@@ -183,18 +185,18 @@ def _steps(
 @eqx.filter_jit
 def _end(
     problem: Problem, state: _State, key: PRNGKeyArray, x: Real[Array, "dim"] | None, mesh: Mesh | None
-) -> tuple[Real[Array, "particle dim"], Float[Array, "particle"], Float[Array, ""]]:
-    """The particles x with their log weights, and the log of the estimate of the evidence."""
-    particles = state.particles
-    keys = jax.random.split(jax.random.fold_in(key, 2**31 - 2), len(particles.z))
-    drawn, change = jax.vmap(problem.draw)(particles.kernel, particles.twisted, keys)
+) -> tuple[Real[Array, "particle dim"], Float[Array, "particle"], Float[Array, ""], Float[Array, ""]]:
+    """From z_1 to x: the particles with their log weights, their effective sample size, and the log of the estimate of the evidence."""
+    seen = _look(problem, state, jnp.ones((), jnp.int32), mesh)
+    keys = jax.random.split(jax.random.fold_in(key, 2**31 - 2), len(seen.z))
+    drawn, change = jax.vmap(problem.draw)(seen.kernel, seen.twisted, keys)
     if x is not None:
         # (Where the last step is known in closed form its weight is that of z_1, whatever x is.)
-        known = jax.vmap(problem.log_last)(particles.kernel) is not None
-        own = 0.0 if known else problem.observation.log_prob(x) - particles.twisted.log_prob[0]
+        known = jax.vmap(problem.log_last)(seen.kernel) is not None
+        own = 0.0 if known else problem.observation.log_prob(x) - seen.twisted.log_prob[0]
         drawn, change = drawn.at[0].set(x.astype(drawn.dtype)), change.at[0].set(own)
-    log_weights = state.log_weights + change
-    return gather((drawn, log_weights, state.log_evidence + _log_mean(log_weights)), mesh)
+    log_weights = seen.log_weights + change
+    return gather((drawn, log_weights, _ess(log_weights), seen.log_evidence + _log_mean(log_weights)), mesh)
 
 
 class Run(NamedTuple):
@@ -230,16 +232,14 @@ def run_particles(
     assert problem.diffusion.dim is not None
     cost = size * problem.twist.evaluations(problem.observation, problem.diffusion.dim)
     length = even_chunk(max(1, num_steps - 1), EVALUATIONS // cost)
-    state, ess = None, []
-    for first in range(num_steps, 1, -length) if num_steps > 1 else (1,):
+    state, ess = _begin(problem, size, key, latents), []
+    for first in range(num_steps, 1, -length):
         steps = first - np.arange(length)
-        state, found = _steps(problem, state, jnp.asarray(np.where(steps >= 2, steps, 0)), size, key, latents, mesh)
+        state, found = _steps(problem, state, jnp.asarray(np.where(steps >= 2, steps, 0)), key, latents, mesh)
         ess.append(np.asarray(found)[steps >= 2])
         if bar is not None:
             bar.update(len(ess[-1]))
-    assert state is not None
-    samples, log_weights, log_evidence = jax.device_get(to_default_device(_end(problem, state, key, x, mesh), mesh))
-    last = np.exp(2 * np.logaddexp.reduce(log_weights) - np.logaddexp.reduce(2 * log_weights)) if np.isfinite(log_weights).any() else 0.0
+    samples, log_weights, last, log_evidence = jax.device_get(to_default_device(_end(problem, state, key, x, mesh), mesh))
     return Run(samples, log_weights.astype(np.float64), float(log_evidence), np.concatenate([[last], *(each[::-1] for each in ess[::-1])]))
 
 
@@ -347,5 +347,5 @@ def evidence(
     """The log of the estimate of one run, all steps at once; arguments as of :func:`run_particles`."""
     latents, x = (None, None) if path is None else path
     steps = jnp.arange(problem.diffusion.schedule.num_steps, 1, -1)
-    state, _ = _steps(problem, None, steps, size, key, latents, None)
-    return _end(problem, state, key, x, None)[2]
+    state, _ = _steps(problem, _begin(problem, size, key, latents), steps, key, latents, None)
+    return _end(problem, state, key, x, None)[3]
