@@ -51,6 +51,15 @@ def everything(devices):
         options = {"key": jax.random.key(1), "devices": devices}
         terms = probdiff.elbo_terms(fit.diffusion, X, num_draws=2, **options)
         found |= {"elbo": terms.elbo, "samples": probdiff.samplers.ancestral(fit.diffusion, num_samples=7, **options)}
+        # A conditional model: rows of the data and of the context are cut alike.
+        own = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, context_dim=2)
+        given = {"context": X[::-1] + 0.5, "devices": devices}
+        conditional = probdiff.fit(probdiff.Diffusion(probdiff.log_snr_schedule(6), own), X, iterations=20, batch_size=30, progress=False, **given)
+        found |= {
+            "conditional losses": conditional.losses,
+            "conditional elbo": probdiff.elbo_terms(conditional.diffusion, X, key=jax.random.key(1), **given).elbo,
+            "conditional samples": probdiff.samplers.ancestral(conditional.diffusion, key=jax.random.key(1), **given),
+        }
         if not process:
             moments = probdiff.elbo_terms(fit.diffusion, X, num_draws=2, reduce=True, **options)
             comparison = probdiff.compare_estimators(fit.diffusion, X[:2], num_draws=3, estimators=["kl_uniform"], **options)
