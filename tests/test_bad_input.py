@@ -24,6 +24,9 @@ MIXTURE = probdiff.Diffusion(
 )
 X = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
 KEY = jax.random.key(0)
+OF_VECTOR = probdiff.MLP(2, key=KEY, hidden=8, num_blocks=1, context_dim=3)
+DROPPED = probdiff.networks.ContextDropout(OF_VECTOR)
+LABELLED = probdiff.networks.Embedding(DROPPED, 4, key=KEY)
 NAN = np.where(np.arange(12).reshape(6, 2) == 5, np.nan, X).astype(np.float32)
 
 DATA = {
@@ -499,6 +502,40 @@ CALLS = {
     "no weight": (lambda: probdiff.fit(NORMAL, X, weights=[0] * 6), ValueError, "one of them positive; got from 0 to 0"),
     "a weight that is nan": (lambda: probdiff.fit(NORMAL, X, weights=NAN[:, 1]), ValueError, r"weights: Expected finite values; got nan at index \[2\]"),
     "words for weights": (lambda: probdiff.fit(NORMAL, X, weights=list("abcdef")), TypeError, "weights: Expected numbers; got dtype <U1"),
+    "labels for a network that takes none": (
+        lambda: probdiff.networks.Embedding(NETWORK, 4, key=KEY),
+        ValueError,
+        "network: Expected one with a context_dim, whose context is a vector; got MLP without",
+    ),
+    "no label": (lambda: probdiff.networks.Embedding(OF_VECTOR, 0, key=KEY), ValueError, "num_labels: Expected a positive integer; got 0"),
+    "labels for data": (lambda: probdiff.networks.Embedding(X, 4, key=KEY), TypeError, "network: Expected a callable"),
+    "labels that are dropped": (lambda: probdiff.networks.ContextDropout(LABELLED), ValueError, "one with a context_dim.*got Embedding without"),
+    "a context that is always dropped": (
+        lambda: probdiff.networks.ContextDropout(OF_VECTOR, probability=1.0),
+        ValueError,
+        "probability: Expected 0 <= probability < 1; got 1.0",
+    ),
+    "no context to leave out": (
+        lambda: probdiff.networks.unconditional(OF_VECTOR),
+        ValueError,
+        "network: Expected one with a ContextDropout in it; got MLP",
+    ),
+    "guidance by a network": (lambda: probdiff.samplers.guided(DROPPED, 1.0), TypeError, "diffusion: Expected a Diffusion; got ContextDropout"),
+    "guidance without a dropout": (
+        lambda: probdiff.samplers.guided(probdiff.Diffusion(SCHEDULE, OF_VECTOR), 1.0),
+        ValueError,
+        "network: Expected one with a ContextDropout in it; got MLP",
+    ),
+    "guidance of probabilities": (
+        lambda: probdiff.samplers.guided(MIXTURE, 1.0),
+        ValueError,
+        "diffusion: Expected a reverse kernel that asks for the noise; got a MixtureKernel",
+    ),
+    "guidance by NaN": (
+        lambda: probdiff.samplers.guided(probdiff.Diffusion(SCHEDULE, LABELLED), np.nan),
+        ValueError,
+        "weight: Expected a finite number; got nan",
+    ),
     "no network to map": (lambda: probdiff.networks.batched(3), TypeError, r"network: Expected a callable network\(z, n\); got int"),
     "hidden": (
         lambda: probdiff.MLP(2, key=jax.random.key(0), hidden=0),
@@ -518,6 +555,7 @@ def test_calls(case):
 TAKES_KEY = {
     "MLP": lambda key: probdiff.MLP(2, key=key),
     "ConvNet": lambda key: probdiff.networks.ConvNet((2, 2), key=key),
+    "Embedding": lambda key: probdiff.networks.Embedding(OF_VECTOR, 4, key=key),
     "fit": lambda key: probdiff.fit(NORMAL, X, key=key, progress=False),
     "elbo_terms": lambda key: probdiff.elbo_terms(NORMAL, X, key=key),
     "path_elbo": lambda key: probdiff.elbo.path_elbo(NORMAL, X, key=key, num_draws=2),
