@@ -26,7 +26,9 @@ X = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
 KEY = jax.random.key(0)
 OF_VECTOR = probdiff.MLP(2, key=KEY, hidden=8, num_blocks=1, context_dim=3)
 DROPPED = probdiff.networks.ContextDropout(OF_VECTOR)
+GIVEN = probdiff.Diffusion(SCHEDULE, OF_VECTOR)
 LABELLED = probdiff.networks.Embedding(DROPPED, 4, key=KEY)
+OF_LABELS = probdiff.Diffusion(SCHEDULE, LABELLED)
 NAN = np.where(np.arange(12).reshape(6, 2) == 5, np.nan, X).astype(np.float32)
 
 DATA = {
@@ -522,7 +524,7 @@ CALLS = {
     ),
     "guidance by a network": (lambda: probdiff.samplers.guided(DROPPED, 1.0), TypeError, "diffusion: Expected a Diffusion; got ContextDropout"),
     "guidance without a dropout": (
-        lambda: probdiff.samplers.guided(probdiff.Diffusion(SCHEDULE, OF_VECTOR), 1.0),
+        lambda: probdiff.samplers.guided(GIVEN, 1.0),
         ValueError,
         "network: Expected one with a ContextDropout in it; got MLP",
     ),
@@ -532,9 +534,57 @@ CALLS = {
         "diffusion: Expected a reverse kernel that asks for the noise; got a MixtureKernel",
     ),
     "guidance by NaN": (
-        lambda: probdiff.samplers.guided(probdiff.Diffusion(SCHEDULE, LABELLED), np.nan),
+        lambda: probdiff.samplers.guided(OF_LABELS, np.nan),
         ValueError,
         "weight: Expected a finite number; got nan",
+    ),
+    "labels of a network": (lambda: probdiff.classify(LABELLED, X, range(4), key=KEY), TypeError, "diffusion: Expected a Diffusion; got Embedding"),
+    "one label": (lambda: probdiff.classify(OF_LABELS, X, [0], key=KEY), ValueError, "labels: Expected at least two; got 1"),
+    "no labels": (lambda: probdiff.classify(OF_LABELS, X, None, key=KEY), ValueError, "labels: Expected contexts, one for each label; got None"),
+    "a label twice": (
+        lambda: probdiff.classify(OF_LABELS, X, [0, 1, 2, 1], key=KEY),
+        ValueError,
+        r"labels: Expected different labels; got two that are the same, at \[\[1, 3\]\]",
+    ),
+    "a label that there is not": (
+        lambda: probdiff.classify(OF_LABELS, X, range(5), key=KEY),
+        ValueError,
+        r"labels: Expected labels 0 … 3, integers of shape \(datum,\); got \[4\] at index \[4\]",
+    ),
+    "labels of other data": (lambda: probdiff.classify(OF_LABELS, X[:, :1], range(4), key=KEY), ValueError, r"x: Expected shape \(datum, 2\)"),
+    "labels without a context": (lambda: probdiff.classify(NORMAL, X, range(4), key=KEY), ValueError, "labels: Expected None, for a network that takes"),
+    "labels of NaN": (lambda: probdiff.classify(OF_LABELS, NAN, range(4), key=KEY), ValueError, r"x: Expected finite values; got nan at index \[2, 1\]"),
+    "a prior of other labels": (
+        lambda: probdiff.classify(OF_LABELS, X, range(4), prior=[1, 1, 1], key=KEY),
+        ValueError,
+        r"prior: Expected shape \(4,\), one for each label; got shape \(3,\)",
+    ),
+    "a prior of 0": (lambda: probdiff.classify(OF_LABELS, X, range(4), prior=[1, 1, 1, 0], key=KEY), ValueError, "prior: Expected positive numbers; leave out"),
+    "too few evaluations": (
+        lambda: probdiff.classify(OF_LABELS, X, range(4), key=KEY, num_evaluations=31),
+        ValueError,
+        "num_evaluations: Expected at least 8 for each label, 32; got 31",
+    ),
+    "an error level of 2": (lambda: probdiff.classify(OF_LABELS, X, range(4), key=KEY, error_level=2), ValueError, "error_level: Expected 0 <= error_level <= 1"),
+    "a second context of another width": (
+        lambda: probdiff.diagnostics.compare_contexts(GIVEN, X, np.ones((6, 3)), np.ones((6, 2)), key=KEY),
+        ValueError,
+        r"second: Expected an array of shape \(datum, 3\).*got shape \(6, 2\)",
+    ),
+    "a second context too long": (
+        lambda: probdiff.diagnostics.compare_contexts(GIVEN, X, np.ones((6, 3)), np.ones((7, 3)), key=KEY),
+        ValueError,
+        "second: Expected as many rows as there are data, 6; got 7 rows",
+    ),
+    "no first context": (
+        lambda: probdiff.diagnostics.compare_contexts(GIVEN, X, None, np.ones((6, 3)), key=KEY),
+        ValueError,
+        "first: Expected a context; got None",
+    ),
+    "one draw of a difference": (
+        lambda: probdiff.diagnostics.compare_contexts(GIVEN, X, np.ones((6, 3)), np.zeros((6, 3)), key=KEY, num_draws=1),
+        ValueError,
+        "num_draws: Expected at least two; got 1",
     ),
     "no network to map": (lambda: probdiff.networks.batched(3), TypeError, r"network: Expected a callable network\(z, n\); got int"),
     "hidden": (
@@ -567,6 +617,8 @@ TAKES_KEY = {
     "flow_likelihood": lambda key: probdiff.flow_likelihood(NORMAL, X, key=key),
     "compare_models": lambda key: probdiff.compare_models({"a": NORMAL, "b": NORMAL}, X, key=key),
     "compare_estimators": lambda key: probdiff.compare_estimators(NORMAL, X, key=key),
+    "classify": lambda key: probdiff.classify(OF_LABELS, X, range(4), key=key),
+    "compare_contexts": lambda key: probdiff.diagnostics.compare_contexts(GIVEN, X, np.ones((6, 3)), np.zeros((6, 3)), key=key),
     "compute_both_ways": lambda key: probdiff.diagnostics.compute_both_ways(NORMAL, X, key=key, num_draws=2),
     "compare_on_common_paths": lambda key: probdiff.diagnostics.compare_on_common_paths(NORMAL, X, key=key),
     "gap_decomposition": lambda key: probdiff.diagnostics.gap_decomposition(NORMAL, LINEAR, X, key=key),
@@ -583,7 +635,7 @@ def test_a_seed_in_the_place_of_a_key_is_refused_with_the_remedy(name, monkeypat
 
 SCORES = {"vp_conditional_score", "vp_from_ve", "ve_from_vp", "vp_score_from_eps", "eps_from_score", "eps_from_vp_score"}
 RESULTS = {"ELBOTerms", "ELBOMoments", "Moments", "Estimate", "Sandwich", "TwoWays", "bits_per_dim", "EstimatorComparison"}
-RESULTS |= {"Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO", "CommonPaths", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
+RESULTS |= {"Classification", "ContextDifference", "Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO", "CommonPaths", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
 # What takes a result, or encoded data; what an optimiser is made of.
 INNER = {"Categories", "Columns", "DiscretizedNormal", "prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema"}
 # What a user makes a part of, in tests/test_own_parts.py.
