@@ -27,7 +27,7 @@ parser.add_argument("--quick", action="store_true", help="small sizes, to see th
 quick = parser.parse_args().quick
 
 SEEDS = (0, 1) if quick else (0, 1, 2)
-BUDGETS = (80, 160) if quick else (80, 120, 160, 240, 400, 700, 1200, 2000)
+BUDGETS = (80, 160) if quick else (80, 120, 160, 320, 640, 1280)
 N = 20 if quick else 1000
 COUNT = 20 if quick else 447  # of test data
 
@@ -53,7 +53,7 @@ def untrained(seed, conditional):
         return plain
     arguments = network.arguments | {"context_dim": 10}
     key = jax.random.key(seed)
-    return plain.with_network(CategoricalHead(Embedding(ConvNet(**arguments, key=key), 10, key=jax.random.fold_in(key, 1)), data.levels))
+    return plain.with_network(CategoricalHead(Embedding(ConvNet(**arguments, key=key), 10, key=jax.random.fold_in(key, 7)), data.levels))
 
 
 def fit(seed, conditional):
