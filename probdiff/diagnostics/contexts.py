@@ -108,7 +108,7 @@ def _excess(
     diffusion: Diffusion,
     x: Array,
     key: PRNGKeyArray,
-    rows: tuple[Int[np.ndarray, "pair"], Int[np.ndarray, "pair"]],
+    rows: tuple[Int[AnyArray, "pair"], Int[AnyArray, "pair"]],
     probability: Float[Array, "num_steps"] | None,
     num_terms: int,
 ) -> tuple[Int[Array, "term pair"], Float[Array, "term pair"], Float[Array, "term pair"]]:
