@@ -338,6 +338,46 @@ CONTEXT_FILES = [
      "None", "context"),
 ]  # fmt: skip
 
+# Labels, dropped contexts, guidance, and the classifier.
+LABELS = [
+    ("one draw drops the contexts of all", "ContextDropout.replaced",
+     "jax.random.bernoulli(key, self.probability, batch)",
+     "jnp.broadcast_to(jax.random.bernoulli(key, self.probability), batch)", "context"),
+    ("contexts are kept with the probability", "ContextDropout.replaced",
+     "jnp.where(dropped[..., None], null, context)",
+     "jnp.where(dropped[..., None], context, null)", "context"),
+    ("the null context is not learned", "ContextDropout.replaced",
+     "jnp.broadcast_to(self.null, (*batch, *self.null.shape))",
+     "jnp.broadcast_to(jax.lax.stop_gradient(self.null), (*batch, *self.null.shape))", "context"),
+    ("the vector of another label", "Embedding.replaced",
+     "self.vectors[context]",
+     "self.vectors[context - 1]", "context"),
+    ("guidance the other way", "Guided.__call__",
+     "(1 + self.weight) * given - self.weight * without",
+     "(1 - self.weight) * given + self.weight * without", "context"),
+    ("noise of its own for each context", "_excess",
+     "jnp.asarray(data)",
+     "jnp.asarray(data) + 1000 * jnp.asarray(contexts)", "contexts"),
+    ("random steps as if all steps were alike", "CommonTerms.draw",
+     "-inverse_probability[..., None] * excess",
+     "-self.diffusion.schedule.num_steps * excess", "contexts"),
+    ("all steps of a difference by their mean", "CommonTerms.draw",
+     "-self.num_terms * excess",
+     "-excess", "contexts"),
+    ("log-odds of labels without their prior", "_against_best",
+     "np.nanmean(difference, 0) + log_prior - log_prior[best]",
+     "np.nanmean(difference, 0)", "contexts"),
+    ("labels are dropped by the error of one term", "_against_best",
+     "np.nanstd(difference, 0, ddof=1) / np.sqrt(count)",
+     "np.nanstd(difference, 0, ddof=1)", "contexts"),
+    ("the best label is dropped, too", "_against_best",
+     "np.put_along_axis(better, best, 1.0, 1)",
+     "np.put_along_axis(better, best, 0.0, 1)", "contexts"),
+    ("evaluations that are not counted", "classify",
+     "spent + terms.num_pilot",
+     "spent", "contexts"),
+]  # fmt: skip
+
 # %%
 FILES = [
     ("a checksum that is not looked at", "read_checked",
@@ -591,7 +631,10 @@ FIGURES = [
      "density()", "flow"),
 ]  # fmt: skip
 
-BUGS = [Bug(*bug) for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *PARTICLES, *FILES, *FIT, *TABLES, *FIGURES)]
+BUGS = [
+    Bug(*bug)
+    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *FILES, *FIT, *TABLES, *FIGURES)
+]
 
 
 # %%

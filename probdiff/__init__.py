@@ -19,6 +19,7 @@ _NAMES = {
         "linear_schedule",
         "log_snr_schedule",
     ],
+    "diagnostics.classification": ["classify"],
     "diagnostics.compare_estimators": ["compare_estimators"],
     "diagnostics.compare_models": ["compare_models"],
     "diagnostics.datatree": ["to_datatree"],

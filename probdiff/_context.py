@@ -1,5 +1,7 @@
 """The context of a conditional model p(x | c): covariates or labels, an array or a tree of arrays with a row for each datum."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,6 +36,15 @@ def read_context(context: Any) -> PyTree:
     require(len(sizes) == 1, "context", "arrays of equally many rows", f"{sizes} rows")
     require(sizes[0] > 0, "context", "at least one row", "none")
     return jax.tree.map(jnp.asarray, tree)
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors that come of a context call it by another name."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(str(error).replace("context: ", f"{name}: ", 1)) from None
 
 
 def num_rows(context: PyTree) -> int:

@@ -10,7 +10,7 @@ drawn; a batch of them is one compiled call, and Ctrl-C is heard between batches
 
 The others than the first put the standard normal at the last of the steps they take (log-SNR −3 is far enough for data of unit variance),
 and end with the mean E[x_0 | z_n] at the first of them: samples are too sharp if much noise is left there. They are only as good as
-their number of steps; `analyses/samplers.py` measures how good.
+their number of steps; `analyses/samplers.py` measures how good. :func:`guided` makes a conditional model's samples more like their contexts.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,6 +31,7 @@ from probdiff.chain.schedules import AbstractSchedule, at_step
 from probdiff.chain.score import score, vp_from_ve
 from probdiff.diffusion import Diffusion
 from probdiff.flow import in_continuous_time, require_tolerances, solve, velocity
+from probdiff.networks.context import Guided
 
 ADAPTIVE = 500  # of the network, about as many as a solver takes that chooses its steps
 
@@ -244,6 +245,29 @@ def _probability_flow(
     ends = diffusion.schedule.log_snr[[-1, 0]].tolist()
     z, _ = solve(lambda time, z: velocity(eps, z, time), start, *ends, steps=steps, rtol=rtol, atol=atol)
     return _denoised(diffusion, z, 1)
+
+
+def guided(diffusion: Diffusion, weight: Number) -> Diffusion:
+    r"""A conditional model under classifier-free guidance, bound, for samples of which each is more like its context than like the others.
+
+    Its network predicts :math:`(1 + w)\, \hat\epsilon(z, c) - w\, \hat\epsilon(z)`, by two evaluations: with the context and without
+    (:func:`probdiff.networks.unconditional`). It goes into every sampler and into ``Predictive``.
+
+    With w = 0 it is the model itself, with w = −1 the unconditional one. With any other weight its samples are those of no p(x | c): the noise that
+    is predicted at the different steps is that of no distribution of data, and the samples vary less than data given c do. Its bound is that of the
+    chain that draws them, and no bound of the fitted model. Source: Ho and Salimans (2022), arXiv:2207.12598, eq. 6.
+
+    Args:
+        diffusion: A model with a :class:`~probdiff.networks.ContextDropout` in its network.
+        weight: w, a finite number.
+
+    Raises:
+        ValueError: If there is none in it, or the reverse kernel asks its network for something else than the noise.
+    """
+    require_type("diffusion", diffusion, Diffusion)
+    kernel = diffusion.kernel
+    require(kernel.prediction == "noise", "diffusion", "a reverse kernel that asks for the noise", f"a {kernel.name}")
+    return diffusion.with_network(Guided(diffusion.network, weight)).bind({})
 
 
 SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "langevin": annealed_langevin, "ode": probability_flow}

@@ -25,6 +25,11 @@ MIXTURE = probdiff.Diffusion(
 )
 X = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
 KEY = jax.random.key(0)
+OF_VECTOR = probdiff.MLP(2, key=KEY, hidden=8, num_blocks=1, context_dim=3)
+DROPPED = probdiff.networks.ContextDropout(OF_VECTOR)
+GIVEN = probdiff.Diffusion(SCHEDULE, OF_VECTOR)
+LABELLED = probdiff.networks.Embedding(DROPPED, 4, key=KEY)
+OF_LABELS = probdiff.Diffusion(SCHEDULE, LABELLED)
 NAN = np.where(np.arange(12).reshape(6, 2) == 5, np.nan, X).astype(np.float32)
 
 DATA = {
@@ -606,6 +611,88 @@ CALLS = {
     "no weight": (lambda: probdiff.fit(NORMAL, X, weights=[0] * 6), ValueError, "one of them positive; got from 0 to 0"),
     "a weight that is nan": (lambda: probdiff.fit(NORMAL, X, weights=NAN[:, 1]), ValueError, r"weights: Expected finite values; got nan at index \[2\]"),
     "words for weights": (lambda: probdiff.fit(NORMAL, X, weights=list("abcdef")), TypeError, "weights: Expected numbers; got dtype <U1"),
+    "labels for a network that takes none": (
+        lambda: probdiff.networks.Embedding(NETWORK, 4, key=KEY),
+        ValueError,
+        "network: Expected one with a context_dim, whose context is a vector; got MLP without",
+    ),
+    "no label": (lambda: probdiff.networks.Embedding(OF_VECTOR, 0, key=KEY), ValueError, "num_labels: Expected a positive integer; got 0"),
+    "labels for data": (lambda: probdiff.networks.Embedding(X, 4, key=KEY), TypeError, "network: Expected a callable"),
+    "labels that are dropped": (lambda: probdiff.networks.ContextDropout(LABELLED), ValueError, "one with a context_dim.*got Embedding without"),
+    "a context that is always dropped": (
+        lambda: probdiff.networks.ContextDropout(OF_VECTOR, probability=1.0),
+        ValueError,
+        "probability: Expected 0 <= probability < 1; got 1.0",
+    ),
+    "no context to leave out": (
+        lambda: probdiff.networks.unconditional(OF_VECTOR),
+        ValueError,
+        "network: Expected one with a ContextDropout in it; got MLP",
+    ),
+    "guidance by a network": (lambda: probdiff.samplers.guided(DROPPED, 1.0), TypeError, "diffusion: Expected a Diffusion; got ContextDropout"),
+    "guidance without a dropout": (
+        lambda: probdiff.samplers.guided(GIVEN, 1.0),
+        ValueError,
+        "network: Expected one with a ContextDropout in it; got MLP",
+    ),
+    "guidance of probabilities": (
+        lambda: probdiff.samplers.guided(MIXTURE, 1.0),
+        ValueError,
+        "diffusion: Expected a reverse kernel that asks for the noise; got a MixtureKernel",
+    ),
+    "guidance by NaN": (
+        lambda: probdiff.samplers.guided(OF_LABELS, np.nan),
+        ValueError,
+        "weight: Expected a finite number; got nan",
+    ),
+    "labels of a network": (lambda: probdiff.classify(LABELLED, X, range(4), key=KEY), TypeError, "diffusion: Expected a Diffusion; got Embedding"),
+    "one label": (lambda: probdiff.classify(OF_LABELS, X, [0], key=KEY), ValueError, "labels: Expected at least two; got 1"),
+    "no labels": (lambda: probdiff.classify(OF_LABELS, X, None, key=KEY), ValueError, "labels: Expected contexts, one for each label; got None"),
+    "a label twice": (
+        lambda: probdiff.classify(OF_LABELS, X, [0, 1, 2, 1], key=KEY),
+        ValueError,
+        r"labels: Expected different labels; got two that are the same, at \[\[1, 3\]\]",
+    ),
+    "a label that there is not": (
+        lambda: probdiff.classify(OF_LABELS, X, range(5), key=KEY),
+        ValueError,
+        r"labels: Expected labels 0 … 3, integers of shape \(datum,\); got \[4\] at index \[4\]",
+    ),
+    "labels of other data": (lambda: probdiff.classify(OF_LABELS, X[:, :1], range(4), key=KEY), ValueError, r"x: Expected shape \(datum, 2\)"),
+    "labels without a context": (lambda: probdiff.classify(NORMAL, X, range(4), key=KEY), ValueError, "labels: Expected None, for a network that takes"),
+    "labels of NaN": (lambda: probdiff.classify(OF_LABELS, NAN, range(4), key=KEY), ValueError, r"x: Expected finite values; got nan at index \[2, 1\]"),
+    "a prior of other labels": (
+        lambda: probdiff.classify(OF_LABELS, X, range(4), prior=[1, 1, 1], key=KEY),
+        ValueError,
+        r"prior: Expected shape \(4,\), one for each label; got shape \(3,\)",
+    ),
+    "a prior of 0": (lambda: probdiff.classify(OF_LABELS, X, range(4), prior=[1, 1, 1, 0], key=KEY), ValueError, "prior: Expected positive numbers; leave out"),
+    "too few evaluations": (
+        lambda: probdiff.classify(OF_LABELS, X, range(4), key=KEY, num_evaluations=31),
+        ValueError,
+        "num_evaluations: Expected at least 8 for each label, 32; got 31",
+    ),
+    "an error level of 2": (lambda: probdiff.classify(OF_LABELS, X, range(4), key=KEY, error_level=2), ValueError, "error_level: Expected 0 <= error_level <= 1"),
+    "a second context of another width": (
+        lambda: probdiff.diagnostics.compare_contexts(GIVEN, X, np.ones((6, 3)), np.ones((6, 2)), key=KEY),
+        ValueError,
+        r"second: Expected an array of shape \(datum, 3\).*got shape \(6, 2\)",
+    ),
+    "a second context too long": (
+        lambda: probdiff.diagnostics.compare_contexts(GIVEN, X, np.ones((6, 3)), np.ones((7, 3)), key=KEY),
+        ValueError,
+        "second: Expected as many rows as there are data, 6; got 7 rows",
+    ),
+    "no first context": (
+        lambda: probdiff.diagnostics.compare_contexts(GIVEN, X, None, np.ones((6, 3)), key=KEY),
+        ValueError,
+        "first: Expected a context; got None",
+    ),
+    "one draw of a difference": (
+        lambda: probdiff.diagnostics.compare_contexts(GIVEN, X, np.ones((6, 3)), np.zeros((6, 3)), key=KEY, num_draws=1),
+        ValueError,
+        "num_draws: Expected at least two; got 1",
+    ),
     "no network to map": (lambda: probdiff.networks.batched(3), TypeError, r"network: Expected a callable network\(z, n\); got int"),
     "hidden": (
         lambda: probdiff.MLP(2, key=jax.random.key(0), hidden=0),
@@ -625,6 +712,7 @@ def test_calls(case):
 TAKES_KEY = {
     "MLP": lambda key: probdiff.MLP(2, key=key),
     "ConvNet": lambda key: probdiff.networks.ConvNet((2, 2), key=key),
+    "Embedding": lambda key: probdiff.networks.Embedding(OF_VECTOR, 4, key=key),
     "fit": lambda key: probdiff.fit(NORMAL, X, key=key, progress=False),
     "elbo_terms": lambda key: probdiff.elbo_terms(NORMAL, X, key=key),
     "path_elbo": lambda key: probdiff.elbo.path_elbo(NORMAL, X, key=key, num_draws=2),
@@ -636,6 +724,8 @@ TAKES_KEY = {
     "flow_likelihood": lambda key: probdiff.flow_likelihood(NORMAL, X, key=key),
     "compare_models": lambda key: probdiff.compare_models({"a": NORMAL, "b": NORMAL}, X, key=key),
     "compare_estimators": lambda key: probdiff.compare_estimators(NORMAL, X, key=key),
+    "classify": lambda key: probdiff.classify(OF_LABELS, X, range(4), key=key),
+    "compare_contexts": lambda key: probdiff.diagnostics.compare_contexts(GIVEN, X, np.ones((6, 3)), np.zeros((6, 3)), key=key),
     "compute_both_ways": lambda key: probdiff.diagnostics.compute_both_ways(NORMAL, X, key=key, num_draws=2),
     "compare_on_common_paths": lambda key: probdiff.diagnostics.compare_on_common_paths(NORMAL, X, key=key),
     "gap_decomposition": lambda key: probdiff.diagnostics.gap_decomposition(NORMAL, LINEAR, X, key=key),
@@ -652,7 +742,8 @@ def test_a_seed_in_the_place_of_a_key_is_refused_with_the_remedy(name, monkeypat
 
 SCORES = {"vp_conditional_score", "vp_from_ve", "ve_from_vp", "vp_score_from_eps", "eps_from_score", "eps_from_vp_score"}
 RESULTS = {"ELBOTerms", "ELBOMoments", "Moments", "Estimate", "Sandwich", "TwoWays", "bits_per_dim", "EstimatorComparison"}
-RESULTS |= {"EvidenceBounds", "Posterior", "Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO", "CommonPaths", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
+RESULTS |= {"Classification", "ContextDifference", "EvidenceBounds", "Posterior", "Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO"}
+RESULTS |= {"CommonPaths", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
 # What takes a result, or encoded data; what an optimiser is made of.
 INNER = {"NoTwist", "PointTwist", "TweedieTwist", "Categories", "Columns", "DiscretizedNormal", "prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema"}
 # What a user makes a part of, in tests/test_own_parts.py.

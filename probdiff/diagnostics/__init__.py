@@ -5,19 +5,24 @@ Imports the bound and what it stands on. ``compare_estimators`` and ``compare_mo
 """
 
 from probdiff.diagnostics.agreement import TwoWays, compute_both_ways
+from probdiff.diagnostics.classification import Classification
 from probdiff.diagnostics.common_paths import CommonPaths, compare_on_common_paths
 from probdiff.diagnostics.compare_estimators import EstimatorComparison
 from probdiff.diagnostics.compare_models import ModelComparison
+from probdiff.diagnostics.contexts import ContextDifference, compare_contexts
 from probdiff.diagnostics.datatree import arviz_dims, from_datatree, inspect_terms, to_datatree
 from probdiff.diagnostics.gap import GapDecomposition, gap_decomposition
 
 __all__ = [
+    "Classification",
     "CommonPaths",
+    "ContextDifference",
     "EstimatorComparison",
     "GapDecomposition",
     "ModelComparison",
     "TwoWays",
     "arviz_dims",
+    "compare_contexts",
     "compare_on_common_paths",
     "compute_both_ways",
     "from_datatree",

@@ -6,6 +6,7 @@ they know no schedule. Imports only the likelihoods and the checks.
 
 from probdiff.networks.adapters import batched
 from probdiff.networks.base import AbstractNetwork
+from probdiff.networks.context import ContextDropout, Embedding, unconditional
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.ensemble import Ensemble
 from probdiff.networks.heads import AbstractHead, CategoricalHead, ColumnHead, DensityHead, VHead, X0Head
@@ -17,10 +18,13 @@ __all__ = [
     "AbstractNetwork",
     "CategoricalHead",
     "ColumnHead",
+    "ContextDropout",
     "ConvNet",
     "DensityHead",
+    "Embedding",
     "Ensemble",
     "VHead",
     "X0Head",
     "batched",
+    "unconditional",
 ]

@@ -7,13 +7,14 @@ A network is told how noisy z is in one of two ways:
 * any other callable is told the step: ``network(z, n) -> eps_hat``, with ``n`` int32.
 
 ``z`` has shape ``(*batch, dim)``, the other shape ``batch``, and the result is shaped like ``z``. Floating-point JAX arrays of an equinox
-module are trained; NumPy arrays in it are constants, which no optimiser and no weight decay moves. Three things are optional:
+module are trained; NumPy arrays in it are constants, which no optimiser and no weight decay moves. Four things are optional:
 
 * ``key=``: a network that takes it by name is given one while training (dropout), never in evaluation;
   one key for the whole batch, so ``jax.vmap`` inside the network, not around it;
 * ``context=``: a network that takes it by name is that of a conditional model, p(x | c). It is given the covariates or labels c of each
   datum, an array or a tree of arrays, with the batch axes of ``z`` in front: ``(*batch, …)``;
-* ``network.dim``: the dimension of the data, needed to generate.
+* ``network.dim``: the dimension of the data, needed to generate;
+* ``network.context_dim``: of a context that is a vector, its dimension, needed for the wrappers of :mod:`probdiff.networks.context`.
 
 :func:`evaluate` is the one place that knows the two ways apart.
 """
@@ -89,7 +90,15 @@ class AbstractWrapper(AbstractNetwork):
     @property
     def dim(self) -> int | None:
         """Dimension of the data, if a network inside knows it."""
-        return next((dim for network in self.inside if (dim := getattr(network, "dim", None)) is not None), None)
+        return self._of_inside("dim")
+
+    @property
+    def context_dim(self) -> int | None:
+        """Dimension of the context, if a network inside knows it."""
+        return self._of_inside("context_dim")
+
+    def _of_inside(self, name: str) -> int | None:
+        return next((value for network in self.inside if (value := getattr(network, name, None)) is not None), None)
 
     @property
     def is_told_step(self) -> bool:

@@ -16,11 +16,14 @@ from probdiff.likelihoods import (
     DiscretizedNormalLikelihood,
     NormalLikelihood,
 )
+from probdiff.networks.base import takes
+from probdiff.networks.context import ContextDropout, Embedding
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.heads import CategoricalHead, ColumnHead, DensityHead, VHead, X0Head
 from probdiff.networks.mlp import MLP
 
-NETWORKS: dict[str, Callable] = {kind.__name__: kind for kind in (MLP, ConvNet, X0Head, VHead, DensityHead, CategoricalHead, ColumnHead)}
+_KINDS = (MLP, ConvNet, X0Head, VHead, DensityHead, CategoricalHead, ColumnHead, Embedding, ContextDropout)
+NETWORKS: dict[str, Callable] = {kind.__name__: kind for kind in _KINDS}
 LIKELIHOODS: dict[str, Callable] = {
     kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood, CategoricalLikelihood, ColumnLikelihood)
 }
@@ -91,5 +94,5 @@ def make_network(description: dict, key: jax.Array) -> Callable:
     if "likelihood" in arguments:
         arguments = arguments | {"likelihood": make_likelihood(arguments["likelihood"])}
     if "network" in arguments:
-        return NETWORKS[name](**arguments | {"network": make_network(arguments["network"], key)})
-    return NETWORKS[name](**arguments, key=key)
+        arguments = arguments | {"network": make_network(arguments["network"], key)}
+    return NETWORKS[name](**arguments, **({"key": key} if takes(NETWORKS[name], "key") else {}))

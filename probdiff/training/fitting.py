@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from probdiff._checks import AnyArray, Number, Numbers, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import take
+from probdiff._context import named
 from probdiff._frames import column_names
 from probdiff._sharding import Devices, data_mesh, replicate, to_default_device
 from probdiff.diffusion import Diffusion
@@ -234,11 +235,9 @@ def _require_same(settings: dict[str, Any], saved: dict[str, Any]) -> None:
 
 def _read(name: str, diffusion: Diffusion, data: Data, context: PyTree) -> tuple[Data, PyTree]:
     """Data and their context, checked; ``name`` is that of the context."""
-    try:
+    with named(name):
         given = diffusion.given(context)
         return given.read_data(data), given.context
-    except (ValueError, TypeError) as error:
-        raise type(error)(str(error).replace("context: ", f"{name}: ", 1)) from None
 
 
 def _save_nothing(state: FitState) -> None:

@@ -1,0 +1,209 @@
+r"""Contexts of another kind, or none: labels for vectors, and what a network predicts without its context.
+
+A model trained with :class:`ContextDropout` is two: the conditional one, and the unconditional one, whose network is :func:`unconditional`.
+A head goes around all of these: ``CategoricalHead(Embedding(ContextDropout(ConvNet(…, context_dim=16)), 10, key=key), levels)``.
+"""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from probdiff._checks import Number, Whole, is_concrete, require, require_count, require_key
+from probdiff.networks.base import AbstractWrapper, Network, Prediction, evaluate, predict_noise
+
+
+class _AbstractContextWrapper(AbstractWrapper):
+    """A network around one that takes vectors as its context, which it is given in the place of what comes from outside."""
+
+    network: eqx.AbstractVar[Network]
+
+    @property
+    def inside(self) -> tuple[Network]:
+        """The network."""
+        return (self.network,)
+
+    @abc.abstractmethod
+    def replaced(self, context: PyTree, batch: tuple[int, ...], key: PRNGKeyArray | None) -> PyTree:
+        """The context for the network inside, in the place of ``context``, for latents of shape ``(*batch, dim)``."""
+
+    def __call__(
+        self,
+        z: Float[Array, "*batch dim"],
+        log_snr: Float[Array, "*batch"],
+        *,
+        n: Int[Array, "*batch"] | None = None,
+        key: PRNGKeyArray | None = None,
+        context: PyTree = None,
+    ) -> Prediction:
+        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``, given ``context``."""
+        own, key = (None, None) if key is None else jax.random.split(key)
+        return evaluate(self.network, z, log_snr, n, key, self.replaced(context, z.shape[:-1], own))
+
+
+class Embedding(_AbstractContextWrapper):
+    """A network that takes labels, each of which is a learned vector: the context of the network inside.
+
+    The context of the model is the label of each datum, integers of shape ``(datum,)``.
+
+    Args:
+        network: A network with a ``context_dim``, such as ``MLP(…, context_dim=16)``.
+        num_labels: Number of labels, 0 … num_labels − 1.
+        key: JAX key for the initial vectors, which are standard normal.
+    """
+
+    network: Network
+    vectors: Float[Array, "label context_dim"]
+
+    def __init__(self, network: Network, num_labels: Whole, *, key: PRNGKeyArray) -> None:
+        width = _width(network)
+        require_count("num_labels", num_labels)
+        require_key(key)
+        self.network = network
+        self.vectors = jax.random.normal(key, (int(num_labels), width))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that it was made with, without the key."""
+        return {"network": self.network, "num_labels": len(self.vectors)}
+
+    @property
+    def context_dim(self) -> None:
+        """None: its context is a label, no vector."""
+
+    def check_context(self, context: PyTree) -> None:
+        """Refuse anything but labels, of shape ``(datum,)``; the values of what JAX is tracing are not looked at."""
+        expected = f"labels 0 … {len(self.vectors) - 1}, integers of shape (datum,)"
+        require(eqx.is_array(context), "context", expected, type(context).__name__)
+        require(jnp.issubdtype(context.dtype, jnp.integer), "context", expected, f"dtype {context.dtype}", TypeError)
+        require(context.ndim == 1, "context", expected, f"shape {context.shape}")
+        if is_concrete(context):
+            labels = np.asarray(context)
+            bad = np.flatnonzero((labels < 0) | (labels >= len(self.vectors)))
+            require(bad.size == 0, "context", expected, f"{labels[bad[:1]]} at index {bad[:1]}")
+
+    def replaced(self, context: PyTree, batch: tuple[int, ...], key: PRNGKeyArray | None) -> PyTree:
+        """The vectors of labels of shape ``batch``; None of None."""
+        return None if context is None else self.vectors[context]
+
+
+class ContextDropout(_AbstractContextWrapper):
+    r"""A network whose context is dropped at random while it is trained, so that it can be asked without one.
+
+    A context that is dropped is replaced by a *null context*, a vector that is learned; that of each latent by itself. So the model learns
+    p(x) along with p(x | c): its training loss is the bound of both, mixed by the probability. In evaluation nothing is dropped;
+    without a context (``context=None``) all have the null. Source: Ho and Salimans (2022), arXiv:2207.12598, algorithm 1.
+
+    Args:
+        network: A network with a ``context_dim``, such as ``MLP(…, context_dim=16)``. An :class:`Embedding` goes around this.
+        probability: Probability of dropping a context, 0 ≤ probability < 1.
+    """
+
+    network: Network
+    null: Float[Array, "context_dim"]
+    probability: float = eqx.field(static=True)
+
+    def __init__(self, network: Network, *, probability: Number = 0.1) -> None:
+        width = _width(network)
+        good = isinstance(probability, Number) and 0 <= probability < 1
+        require(good, "probability", "0 <= probability < 1", repr(probability))
+        self.network = network
+        self.null = jnp.zeros(width)
+        self.probability = float(probability)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that it was made with."""
+        return {"network": self.network, "probability": self.probability}
+
+    def replaced(self, context: PyTree, batch: tuple[int, ...], key: PRNGKeyArray | None) -> PyTree:
+        """The context, and the null where it is dropped or where there is none."""
+        null = jnp.broadcast_to(self.null, (*batch, *self.null.shape))
+        if context is None or key is None:
+            return null if context is None else context
+        dropped = jax.random.bernoulli(key, self.probability, batch)
+        return jnp.where(dropped[..., None], null, context)
+
+
+class _WithoutContext(_AbstractContextWrapper):
+    """A :class:`ContextDropout` that is given no context."""
+
+    network: ContextDropout
+
+    @property
+    def is_conditional(self) -> bool:
+        """False."""
+        return False
+
+    def replaced(self, context: PyTree, batch: tuple[int, ...], key: PRNGKeyArray | None) -> None:
+        """None."""
+
+
+def unconditional(network: Network) -> Network:
+    """The network without its context, that of p(x): all contexts are the null.
+
+    ``fitted.with_network(unconditional(fitted.network))`` is the unconditional model, with a bound of its own.
+
+    Args:
+        network: A network with a :class:`ContextDropout` in it.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    places = jax.tree.leaves(network, is_leaf=_is_dropout)
+    require(any(map(_is_dropout, places)), "network", "one with a ContextDropout in it", type(network).__name__)
+    return jax.tree.map(lambda place: _WithoutContext(place) if _is_dropout(place) else place, network, is_leaf=_is_dropout)
+
+
+class Guided(AbstractWrapper):
+    r"""The noise :math:`(1 + w)\, \hat\epsilon(z, c) - w\, \hat\epsilon(z)` for :func:`probdiff.samplers.guided`.
+
+    Args:
+        network: An ε-network with a :class:`ContextDropout` in it.
+        weight: w.
+    """
+
+    network: Network
+    without: Network
+    weight: float = eqx.field(static=True)
+
+    def __init__(self, network: Network, weight: Number) -> None:
+        require(isinstance(weight, Number) and np.isfinite(weight), "weight", "a finite number", repr(weight))
+        self.network = network
+        self.without = unconditional(network)
+        self.weight = float(weight)
+
+    @property
+    def inside(self) -> tuple[Network]:
+        """The network."""
+        return (self.network,)
+
+    def __call__(
+        self,
+        z: Float[Array, "*batch dim"],
+        log_snr: Float[Array, "*batch"],
+        *,
+        n: Int[Array, "*batch"] | None = None,
+        key: PRNGKeyArray | None = None,
+        context: PyTree = None,
+    ) -> Float[Array, "*batch dim"]:
+        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``, given ``context``."""
+        given, without = (predict_noise(network, z, log_snr, n, key, context) for network in (self.network, self.without))
+        return (1 + self.weight) * given - self.weight * without
+
+
+def _is_dropout(place: object) -> bool:
+    return isinstance(place, ContextDropout)
+
+
+def _width(network: Network) -> int:
+    """The ``context_dim`` of a network."""
+    require(callable(network), "network", "a callable network(z, n)", type(network).__name__, TypeError)
+    width = getattr(network, "context_dim", None)
+    require(width is not None, "network", "one with a context_dim, whose context is a vector", f"{type(network).__name__} without")
+    assert width is not None
+    return width
