@@ -67,28 +67,28 @@ def test_data(case, use, monkeypatch):
             SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), elbo).init(jax.random.key(0), x)
 
 
-GIVEN = probdiff.Diffusion(SCHEDULE, probdiff.MLP(2, key=KEY, hidden=8, num_blocks=1, context_dim=2))
+GIVEN_TWO = probdiff.Diffusion(SCHEDULE, probdiff.MLP(2, key=KEY, hidden=8, num_blocks=1, context_dim=2))
 HALF = probdiff.inference.Inpainting(np.array([True, False]), X[0])
 CALLS = {
-    "the likelihood of no context": (lambda: probdiff.inference.ConditionalBound(GIVEN, None, key=KEY), ValueError, "context: Expected a context"),
+    "the likelihood of no context": (lambda: probdiff.inference.ConditionalBound(GIVEN_TWO, None, key=KEY), ValueError, "context: Expected a context"),
     "a likelihood with a number for a key": (
-        lambda: probdiff.inference.ConditionalEstimate(GIVEN, X, key=0), TypeError, "key: Expected a JAX key"
+        lambda: probdiff.inference.ConditionalEstimate(GIVEN_TWO, X, key=0), TypeError, "key: Expected a JAX key"
     ),
     "a bound of no draws": (
-        lambda: probdiff.inference.ConditionalBound(GIVEN, X, key=KEY, num_draws=0), ValueError, "num_draws: Expected a positive integer; got 0"
+        lambda: probdiff.inference.ConditionalBound(GIVEN_TWO, X, key=KEY, num_draws=0), ValueError, "num_draws: Expected a positive integer; got 0"
     ),
     "an estimate of no paths": (
-        lambda: probdiff.inference.ConditionalEstimate(GIVEN, X, key=KEY, num_particles=0), ValueError, "num_particles: Expected a positive integer; got 0"
+        lambda: probdiff.inference.ConditionalEstimate(GIVEN_TWO, X, key=KEY, num_particles=0), ValueError, "num_particles: Expected a positive integer; got 0"
     ),
     "the likelihood of a word": (lambda: probdiff.inference.ConditionalEstimate("fit", X, key=KEY), TypeError, "diffusion: Expected a Diffusion; got str"),
     "the likelihood of a model without context": (
         lambda: probdiff.inference.ConditionalBound(NORMAL, X, key=KEY), ValueError, "context: Expected None, for a network that takes no context="
     ),
     "a bound of other data": (
-        lambda: probdiff.inference.ConditionalBound(GIVEN, X, key=KEY).log_prob(X[:3]), ValueError, "as many rows as there are data, 3; got 6 rows"
+        lambda: probdiff.inference.ConditionalBound(GIVEN_TWO, X, key=KEY).log_prob(X[:3]), ValueError, "as many rows as there are data, 3; got 6 rows"
     ),
     "an estimate of other data": (
-        lambda: probdiff.inference.ConditionalEstimate(GIVEN, X, key=KEY).log_prob(X[:3]), ValueError, "as many rows as there are data, 3; got 6 rows"
+        lambda: probdiff.inference.ConditionalEstimate(GIVEN_TWO, X, key=KEY).log_prob(X[:3]), ValueError, "as many rows as there are data, 3; got 6 rows"
     ),
     "an observation with no noise": (lambda: probdiff.inference.LinearGaussian(np.ones((1, 2)), [0.0], 0.0), ValueError, "scale: Expected positive numbers; got 0.0"),
     "an observation with NaN": (lambda: probdiff.inference.LinearGaussian(np.ones((1, 2)), [np.nan], 1.0), ValueError, r"y: Expected finite values; got nan at index \[0\]"),
@@ -143,10 +143,10 @@ CALLS = {
     "an observation that is none": (lambda: probdiff.inference.log_evidence(NORMAL, X, key=KEY, num_particles=2), TypeError, "observation: Expected an AbstractObservation"),
     "particles of a network": (lambda: probdiff.inference.smc(NETWORK, HALF, key=KEY, num_particles=2), TypeError, "diffusion: Expected a Diffusion"),
     "particles without a context": (
-        lambda: probdiff.inference.smc(GIVEN, HALF, key=KEY, num_particles=2), ValueError, "context: Expected .*: the network takes context=; got None"
+        lambda: probdiff.inference.smc(GIVEN_TWO, HALF, key=KEY, num_particles=2), ValueError, "context: Expected .*: the network takes context=; got None"
     ),
     "particles with two contexts": (
-        lambda: probdiff.inference.smc(GIVEN, HALF, key=KEY, num_particles=2, context=X[:2]), ValueError, "context: Expected as many rows as there are data, 1; got 2 rows"
+        lambda: probdiff.inference.smc(GIVEN_TWO, HALF, key=KEY, num_particles=2, context=X[:2]), ValueError, "context: Expected as many rows as there are data, 1; got 2 rows"
     ),
     "bounds of the evidence of one datum": (
         lambda: probdiff.inference.evidence_bounds(NORMAL, HALF, key=KEY, num_data=1, num_particles=2), ValueError, "num_data: Expected at least 2; got 1"
@@ -156,7 +156,7 @@ CALLS = {
     ),
     "the flow of a grid as a prior": (lambda: probdiff.inference.FlowPrior(GRID), TypeError, "diffusion: Expected a NormalLikelihood, for a density"),
     "a flow of no steps": (lambda: probdiff.inference.FlowPrior(NORMAL, steps=0), ValueError, "steps: Expected a positive integer; got 0"),
-    "a prior without its context": (lambda: probdiff.inference.ChainPrior(GIVEN), ValueError, "context: Expected .*; got None"),
+    "a prior without its context": (lambda: probdiff.inference.ChainPrior(GIVEN_TWO), ValueError, "context: Expected .*; got None"),
     "a prior of no dimension": (
         lambda: probdiff.inference.ChainPrior(probdiff.Diffusion(SCHEDULE, lambda z, n: z)), ValueError, "diffusion: Expected one that knows its dimension"
     ),
