@@ -23,9 +23,9 @@ from jaxtyping import PyTree
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.elbo import ELBO
-from numpyro.primitives import Messenger, mutable
+from numpyro.primitives import mutable
 
-from probdiff._checks import Whole, is_concrete, is_trainable, require, require_count, require_key, require_type
+from probdiff._checks import Whole, is_trainable, require, require_count, require_key, require_type
 from probdiff._context import same_rows
 from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.schedules import per_step
@@ -33,6 +33,7 @@ from probdiff.diffusion import Diffusion
 from probdiff.elbo.sampled_terms import AbstractTerm, SampledTerms, sum_terms
 from probdiff.elbo.steps import PROBABILITIES, STEPS, AbstractSteps, Learner
 from probdiff.elbo.variance_reduction import CONTROLS, NOISE, AbstractControl, AbstractNoise, PosteriorNoise
+from probdiff.elbo.wrapped import same, unwrapped
 from probdiff.programs.sites import minibatch
 
 LEARNED = "diffusion$learned"
@@ -259,9 +260,9 @@ class StepObjective(ELBO):
         self, rng_key: jax.Array, param_map: Mapping, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Minus the bound, summed over the data; called by ``SVI``."""
-        own_model, scale, weight = _unwrapped(model, "model")
-        own_guide, guide_scale, guide_weight = _unwrapped(guide, "guide")
-        alike = all(map(_same, (scale, weight), (guide_scale, guide_weight)))
+        own_model, scale, weight = unwrapped(model, "model")
+        own_guide, guide_scale, guide_weight = unwrapped(guide, "guide")
+        alike = all(map(same, (scale, weight), (guide_scale, guide_weight)))
         require(alike, "guide", "the same handlers.scale and handlers.mask as around the model", "others")
         diffusion = self._owner(own_model, "model", "diffusion.model")
         guides = "diffusion.guide or diffusion.posterior_guide or objective.guide"
@@ -373,34 +374,3 @@ SCHEDULE_LOSSES = {"bound": lambda diffusion: diffusion, "variance": _with_fixed
 
 def _empty_guide(*args: Any, **kwargs: Any) -> None:
     pass
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two factors are the same; the values of what JAX is tracing are not looked at."""
-    if a is None or b is None:
-        return a is b
-    if not (is_concrete(a) and is_concrete(b)):
-        return jnp.shape(a) == jnp.shape(b)
-    return bool(np.all(np.asarray(a) == np.asarray(b)))
-
-
-def _unwrapped(program: Callable, name: str) -> tuple[Callable, Any, jax.Array | None]:
-    """The program inside of ``handlers.scale`` and ``handlers.mask``, the number that they multiply its log density by, and
-    what they multiply that of each datum by (None for 1)."""
-    scale, weight = 1.0, None
-    while isinstance(program, Messenger):
-        kinds = {handlers.scale: "scale", handlers.mask: "mask"}
-        wrapper = f"handlers.{type(program).__name__}"
-        require(type(program) in kinds, name, "no handlers but scale and mask around it", wrapper)
-        factor = getattr(program, kinds[type(program)])
-        require(
-            jnp.ndim(factor) <= 1, name, f"{wrapper} by a number, or one for each datum", f"shape {jnp.shape(factor)}"
-        )
-        if jnp.ndim(factor) == 0 and isinstance(program, handlers.scale):
-            scale = scale * factor
-        else:
-            # In NumPy while that is possible: in a compiled function a product of JAX's has no values to compare.
-            array: Any = np.asarray(factor) if is_concrete(factor) else jnp.asarray(factor)
-            weight = array.astype(jnp.zeros(()).dtype) * (1 if weight is None else weight)
-        program = program.fn
-    return program, scale, weight
