@@ -88,6 +88,20 @@ def test_the_posterior_is_that_of_the_dense_gaussian(name, float64):
         np.testing.assert_array_equal(found.samples[:, MASK], np.broadcast_to(VALUES[MASK], (len(found.samples), 2)))
 
 
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_a_last_step_of_much_noise_is_conditioned_on_y(num_steps, float64):
+    """Where most of the variance of x is that of the last step: its mean and covariance given y, and y, to which x is nearly tied."""
+    schedule = probdiff.log_snr_schedule(2, 0.0, -2.0) if num_steps == 2 else probdiff.NoiseSchedule.from_betas([0.6])
+    model = probdiff.Diffusion(schedule, ORACLE.network(schedule, 0.95), LIKELIHOOD, "forward").bind({})
+    mean, covariance = exact_moments(model)
+    gain = covariance @ MATRIX.T @ np.linalg.inv(MATRIX @ covariance @ MATRIX.T + 0.01 * np.eye(2))
+    found = smc(model, LinearGaussian(MATRIX, Y, 0.1), key=KEY, num_particles=2000, num_runs=2)
+    draws = found.resample(KEY, 4000)
+    np.testing.assert_allclose((draws @ MATRIX.T).mean(0), MATRIX @ (mean + gain @ (Y - MATRIX @ mean)), atol=0.03)
+    np.testing.assert_allclose(draws.mean(0), mean + gain @ (Y - MATRIX @ mean), atol=0.15)
+    np.testing.assert_allclose(np.cov(draws.T), covariance - gain @ MATRIX @ covariance, atol=0.15)
+
+
 @pytest.mark.long
 def test_learned_variances_and_a_mixture_kernel(float64):
     """Learned variances as they begin, against the same by a long bootstrap; the mixture against the frequency of its own samples."""
