@@ -126,6 +126,7 @@ class MLP(AbstractEmbeddedNetwork):
         inputs = jnp.concatenate([z[..., None], sinusoids(z, np.pi * 2.0 ** np.arange(self.num_harmonics))], -1)
         covariates = []
         if self.regress is not None:
+            assert context is not None  # the Diffusion says so
             covariates = [context.astype(z.dtype)]
             inputs = jnp.concatenate([inputs, along_last_axis(self.regress, covariates[0])[..., None]], -1)
         h = along_last_axis(self.read, jnp.concatenate([inputs.reshape(*z.shape[:-1], -1), *covariates], -1))
