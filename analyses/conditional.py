@@ -103,7 +103,8 @@ levels = np.array([0.15, 0.5, 0.7]) if quick else np.array([0.15, 0.35, 0.5, 0.6
 count = 50 if quick else 4000
 given = np.repeat((levels - c.mean()) / c.std(), count).astype(np.float32)[:, None]
 drawn = stats.norm.cdf(probdiff.samplers.ancestral(fit.diffusion, context=given, key=jax.random.key(2))[:, 0]).reshape(len(levels), count)
-figure, axes = plt.subplots(1, len(levels) + 1, figsize=(3 * len(levels) + 3, 3), layout="constrained", width_ratios=[1.6] + [1] * len(levels))
+figure, grid = plt.subplots((len(levels) + 3) // 3, 3, figsize=(10, 2.9 * ((len(levels) + 3) // 3)), layout="constrained")
+axes = grid.ravel()
 axes[0].plot(c[train][:1000], y[train][:1000], ".", markersize=3, alpha=0.5, color="0.4", label="data")
 order = np.argsort(c[test])
 axes[0].plot(c[test][order], line.predict(c[test][order, None]), color="C3", label="mean by regression")
@@ -111,13 +112,15 @@ axes[0].set(xlabel="c", ylabel="y", title="1000 of the training rows")
 for level in levels:
     axes[0].axvline(level, color="C0", linewidth=0.8, linestyle=":")
 axes[0].legend()
+for ax in axes[1 + len(levels) :]:
+    ax.set_axis_off()
 for ax, level, samples in zip(axes[1:], levels, drawn):
     ax.hist(samples, np.linspace(0, 1, 61), density=True, alpha=0.5, label=f"{count} samples")
     ax.plot(GRID, np.exp(exact_log_prob(GRID, np.full(len(GRID), level))), color="k", linewidth=1, label="exact")
     mean, sd = line.predict([[level]])[0], residual[train].std(ddof=2)
     ax.plot(GRID, stats.norm.pdf(GRID, mean, sd), color="C3", linewidth=1, label="regression")
     ax.set(xlabel="y", title=f"p(y | c = {level})", yticks=[])
-axes[-1].legend()
+axes[1].legend()
 figure.savefig("conditional_density.png", dpi=150)
 
 # %% [markdown]

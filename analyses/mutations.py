@@ -206,6 +206,12 @@ CONTEXT = [
     ("the context is trained", "Diffusion.trainable",
      "eqx.filter(self.with_context(None), is_trainable)",
      "eqx.filter(self, is_trainable)", "conditional"),
+    ("the regression of another dimension on the covariates", "MLP.__call__",
+     "along_last_axis(self.regress, covariates[0])[..., None]",
+     "along_last_axis(self.regress, covariates[0])[..., ::-1, None]", "networks"),
+    ("the regression on the covariates is not seen by the short cut", "MLP.__init__",
+     "inputs = dim * (1 + 2 * num_harmonics + (context_dim is not None))",
+     "inputs = dim * (1 + 2 * num_harmonics)", "networks"),
 ]  # fmt: skip
 
 # %%

@@ -9,6 +9,7 @@ import pytest
 import probdiff
 from probdiff._checks import is_trainable
 from probdiff.networks.base import takes
+from probdiff.oracles import GaussianOracle
 
 
 def awake(network):
@@ -61,6 +62,22 @@ def test_a_network_is_told_the_noise_level_and_a_callable_the_step(wrap):
         else:
             found = model.predict_noise_at(z, 0.3)
             np.testing.assert_allclose(found, 0.3 * (np.sqrt(1 / (1 + np.exp(-0.3))) if head[0] != 1 else 1), rtol=1e-5)
+
+
+def test_the_short_cut_of_covariates_is_a_regression():
+    """Without its blocks it can be the exact network of data whose mean is linear in the covariates."""
+    oracle = GaussianOracle([0.5, -0.3, 0.1], 0.2 * np.eye(3), [[2.0, 0.0], [0.5, -1.5], [0.3, 1.0]])
+    schedule, n = probdiff.NoiseSchedule.from_betas([0.1, 0.2, 0.3]), 2
+    alpha_bar = schedule.alpha_bar[n - 1]
+    gain = np.sqrt(1 - alpha_bar) / (0.2 * alpha_bar + 1 - alpha_bar)
+    network = probdiff.MLP(3, key=jax.random.key(0), hidden=8, num_harmonics=1, context_dim=2)
+    gains = np.tile([gain, 0, 0, -np.sqrt(alpha_bar) * gain], 3)
+    parts = lambda network: (network.skip.bias, network.regress.weight, network.regress.bias)  # noqa: E731
+    network = eqx.tree_at(parts, network, (jnp.asarray(gains), jnp.asarray(oracle.slope), jnp.asarray(oracle.mean)))
+    network = eqx.tree_at(lambda network: network.skip.weight, network, jnp.zeros_like(network.skip.weight))
+    z, context = jax.random.normal(jax.random.key(1), (4, 3)), jax.random.normal(jax.random.key(2), (4, 2))
+    found, exact = (probdiff.Diffusion(schedule, each, dim=3).given(context).predict(z, n) for each in (network, oracle.network(schedule)))
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_needs_the_key():
