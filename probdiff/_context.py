@@ -22,7 +22,9 @@ def read_context(context: Any) -> PyTree:
         ValueError: If it is empty, the numbers of rows differ, or a value is not finite.
         TypeError: If a leaf is no array of numbers.
     """
-    tree = jax.tree.map(lambda leaf: as_array(leaf, "context"), context, is_leaf=is_frame)
+    is_list = isinstance(context, list | range)
+    require(not is_list, "context", f"{EXPECTED}: np.array makes one of a list", f"a {type(context).__name__}", TypeError)
+    tree = jax.tree.map(_array, context, is_leaf=is_frame)
     leaves = jax.tree.leaves(tree)
     require(leaves, "context", EXPECTED, "no array")
     for leaf in leaves:
@@ -45,6 +47,15 @@ def named(name: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise type(error)(str(error).replace("context: ", f"{name}: ", 1)) from None
+
+
+def _array(leaf: Any) -> Any:
+    """A data frame or a column of one as an array, whose cells must be numbers; anything else as it is."""
+    try:
+        return as_array(leaf.to_frame() if hasattr(leaf, "to_frame") and not hasattr(leaf, "columns") else leaf, "context")
+    except TypeError as error:
+        remedy = "columns of numbers; probdiff.datasets.split(frame, context=[…]) makes them of labels, and its .covariates.encode(rows) of other rows"
+        raise TypeError(f"context: Expected {remedy}; got {str(error).partition('; got ')[2].partition(';')[0]}") from None
 
 
 def num_rows(context: PyTree) -> int:

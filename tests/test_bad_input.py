@@ -10,6 +10,7 @@ import numpy as np
 import numpyro
 import optax
 import pytest
+from numpyro import distributions as dist
 from numpyro.infer import SVI, Trace_ELBO
 
 import probdiff
@@ -68,6 +69,12 @@ def test_data(case, use, monkeypatch):
 
 
 GIVEN_TWO = probdiff.Diffusion(SCHEDULE, probdiff.MLP(2, key=KEY, hidden=8, num_blocks=1, context_dim=2))
+def subsampled(x):
+    with numpyro.plate("rows", 10, subsample_size=2) as rows:
+        numpyro.sample("y", dist.Normal(x[0], 1.0), obs=jnp.arange(10.0)[rows])
+
+
+program_of = probdiff.inference.Program
 HALF = probdiff.inference.Inpainting(np.array([True, False]), X[0])
 CALLS = {
     "the likelihood of no context": (lambda: probdiff.inference.ConditionalBound(GIVEN_TWO, None, key=KEY), ValueError, "context: Expected a context"),
@@ -134,6 +141,21 @@ CALLS = {
         lambda: probdiff.inference.smc(NORMAL, probdiff.inference.Program(lambda x: numpyro.sample("a", numpyro.distributions.Normal(x[0], 1.0))), key=KEY, num_particles=2),
         ValueError,
         "function: Expected a program whose sites are all observed.*; got latent a",
+    ),
+    "a program with NaN": (
+        lambda: probdiff.inference.smc(NORMAL, program_of(lambda x: numpyro.sample("y", dist.Normal(x[0], 1.0), obs=np.nan)), key=KEY, num_particles=2),
+        ValueError,
+        "y: Expected finite values; got nan",
+    ),
+    "a program with a part of the data": (
+        lambda: probdiff.inference.smc(NORMAL, program_of(subsampled), key=KEY, num_particles=2),
+        ValueError,
+        "function: Expected plates without subsample_size: all that was observed; got rows",
+    ),
+    "a program with a factor": (
+        lambda: probdiff.inference.smc(NORMAL, program_of(lambda x: numpyro.factor("y", x[0])), key=KEY, num_particles=2),
+        ValueError,
+        "function: Expected sites with a mean and a variance, for the twist; got Unit at site 'y'",
     ),
     "a posterior of no particles": (lambda: probdiff.inference.smc(NORMAL, HALF, key=KEY, num_particles=0), ValueError, "num_particles: Expected a positive integer; got 0"),
     "no runs": (lambda: probdiff.inference.smc(NORMAL, HALF, key=KEY, num_particles=2, num_runs=0), ValueError, "num_runs: Expected a positive integer; got 0"),

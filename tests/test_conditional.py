@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import optax
+import pandas as pd
 import pytest
 from conftest import assert_mean
 from numpyro import handlers
@@ -268,6 +269,8 @@ REFUSED = {
     "empty": (MODEL, C[:0], ValueError, "context: Expected at least one row; got none"),
     "no array": (MODEL, {}, ValueError, "context: Expected an array, or a tree of arrays.*got no array"),
     "a number": (MODEL, 1.0, TypeError, "context: Expected an array, or a tree of arrays.*got float"),
+    "a list": (MODEL, [1.0] * 40, TypeError, "context: Expected an array.*: np.array makes one of a list; got a list"),
+    "labels in a column": (MODEL, pd.Series(["a"] * 40), TypeError, "context: Expected columns of numbers; probdiff.datasets.split.*got String in column"),
     "words": (MODEL, np.array(["a"] * 40), TypeError, "context: Expected numbers; got dtype <U1"),
     "of different length": (OF_TREE, {"kind": TREE["kind"], "age": C[:3, 0]}, ValueError, r"context: Expected arrays of equally many rows; got \[3, 40\] rows"),
 }
@@ -290,7 +293,9 @@ USES = {
 def test_what_is_refused(case, use, monkeypatch):
     model, context, error, message = REFUSED[case]
     if use == "samples" and case in ("too long", "one row"):
-        error, message = ValueError, "num_data: Expected None, or (80|1) as the context has rows; got 40"
+        error, message = ValueError, "context: Expected 40 rows, for as many draws; got (80|1) rows"
+    if use == "fit" and case == "a second one":
+        message = "diffusion: Expected a model that was given no context"
     monkeypatch.setattr(jax, "jit", lambda *args, **kwargs: pytest.fail("something was compiled"))
     with pytest.raises(error, match=message):
         USES[use](model, context)
@@ -303,6 +308,11 @@ def test_the_context_of_validation_is_refused_by_its_name():
         probdiff.fit(MODEL, X, context=C, validation=X[:3], validation_context=C, iterations=2, progress=False)
     with pytest.raises(ValueError, match="^validation_context: Expected None without validation data"):
         probdiff.fit(MODEL, X, context=C, validation_context=C, iterations=2, progress=False)
+
+
+def test_a_fit_of_a_model_that_was_given_a_context_says_where_it_goes():
+    with pytest.raises(ValueError, match="diffusion: Expected a model that was given no context: it goes to fit as context="):
+        probdiff.fit(MODEL.given(C), X, iterations=2, progress=False)
 
 
 def test_a_fit_is_resumed_with_the_same_context_only(tmp_path):

@@ -5,7 +5,7 @@ import io
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -86,7 +86,7 @@ def read_observation(path: Path, dataset: Dataset) -> AbstractObservation:
         (x,) = arrays.values()
     else:
         rows = read_rows(path)
-        x = rows if isinstance(rows, np.ndarray) else rows.to_numpy()
+        x = rows if isinstance(rows, np.ndarray) else _columns_of(rows, dataset)
     try:
         known = np.asarray(x, float).reshape(-1)
     except (TypeError, ValueError):
@@ -97,6 +97,15 @@ def read_observation(path: Path, dataset: Dataset) -> AbstractObservation:
         return Inpainting(mask, values.astype(np.float32))
     require(np.all(values == values.round()), "--observe", "levels, which are integers", values[values != values.round()][:1])
     return Inpainting(mask, values.astype(np.int32))
+
+
+def _columns_of(rows: Any, dataset: Dataset) -> Any:
+    """The columns of x in a frame, by name and in the order of the data; a column that is not there is not known."""
+    if dataset.columns is None:
+        return rows.to_numpy()
+    there = [name for name in dataset.columns if name in rows]
+    require(there, "--observe", f"some of the columns {', '.join(dataset.columns)}", ", ".join(map(str, rows.columns)))
+    return rows.reindex(columns=list(dataset.columns)).to_numpy()
 
 
 def _context(dataset: Dataset, text: str | None) -> Real[np.ndarray, "1 width"] | None:

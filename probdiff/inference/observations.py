@@ -261,15 +261,21 @@ class Program(AbstractObservation):
         require(callable(function), "function", "a NumPyro program f(x)", type(function).__name__, TypeError)
         self.function = function
 
-    def _sites(self, x: Real[Array, "dim"]) -> list[dict[str, Any]]:
+    def _trace(self, x: Real[Array, "dim"]) -> list[dict[str, Any]]:
         with handlers.block():
-            trace = handlers.trace(handlers.seed(self.function, 0)).get_trace(x)
-        return [site for site in trace.values() if site["type"] == "sample"]
+            return list(handlers.trace(handlers.seed(self.function, 0)).get_trace(x).values())
+
+    def _sites(self, x: Real[Array, "dim"]) -> list[dict[str, Any]]:
+        return [site for site in self._trace(x) if site["type"] == "sample"]
 
     def check(self, dim: int, likelihood: AbstractLikelihood, of_x: dist.Distribution) -> None:
         """Refuse a program without observed sites, and one with others."""
         sites = self._sites(jnp.zeros(dim))
         require(sites, "function", "a program with observed sites", "none")
+        for site in sites:
+            require_finite(site["name"], site["value"])
+        parts = [site["name"] for site in self._trace(jnp.zeros(dim)) if site["type"] == "plate" and site["args"][0] != site["args"][1]]
+        require(not parts, "function", "plates without subsample_size: all that was observed", ", ".join(parts))
         latent = [site["name"] for site in sites if not site["is_observed"]]
         remedy = "; give what is not known a prior around log_evidence, under PseudoMarginal"
         require(not latent, "function", f"a program whose sites are all observed{remedy}", f"latent {', '.join(latent)}")
@@ -278,7 +284,8 @@ class Program(AbstractObservation):
         """The sum over the sites, nats, shape ``batch``."""
 
         def one(x: Real[Array, "dim"]) -> Float[Array, ""]:
-            return sum((site["fn"].log_prob(site["value"]).sum() for site in self._sites(x)), jnp.zeros(()))
+            sites = [site["scale"] * site["fn"].log_prob(site["value"]) if site["scale"] is not None else site["fn"].log_prob(site["value"]) for site in self._sites(x)]
+            return sum((log_prob.sum() for log_prob in sites), jnp.zeros(()))
 
         return jnp.vectorize(one, signature="(d)->()")(x)
 
@@ -295,5 +302,11 @@ class Program(AbstractObservation):
         return jnp.diag(self._of_sites(x, lambda fn: fn.variance))
 
     def _of_sites(self, x: Float[Array, "dim"], moment: Callable) -> Float[Array, "observed"]:
-        each = [jnp.broadcast_to(moment(site["fn"]), jnp.shape(site["value"])).ravel() for site in self._sites(x)]
+        each = []
+        for site in self._sites(x):
+            try:
+                each.append(jnp.broadcast_to(moment(site["fn"]), jnp.shape(site["value"])).ravel())
+            except NotImplementedError:
+                got = f"{type(site['fn']).__name__} at site {site['name']!r}; twist='none' needs neither"
+                raise ValueError(f"function: Expected sites with a mean and a variance, for the twist; got {got}") from None
         return jnp.concatenate(each).astype(x.dtype)

@@ -54,7 +54,7 @@ class Posterior(NamedTuple):
             step = int(np.argmin(ess)) + 1
             warnings.warn(
                 f"smc: the particles have collapsed: at step n = {step} their effective sample size is {ess.min():.1f} of {size}. The samples are few, and the "
-                "evidence is uncertain; take more particles, or twist='tweedie'",
+                "evidence is uncertain; take more particles, or another twist",
                 stacklevel=3,
             )
         return cls(samples, log_weights, float(total), error, ess, len(runs))

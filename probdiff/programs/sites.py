@@ -106,7 +106,7 @@ class AbstractDiffusion(eqx.Module):
             return x.shape[0], self.likelihood.encoded_dim(x.shape[1])
         if self.context is not None:
             rows = num_rows(self.context)
-            require(num_data in (None, rows), "num_data", f"None, or {rows} as the context has rows", num_data)
+            require(num_data in (None, rows), "context", f"{num_data} rows, for as many draws", f"{rows} rows")
             num_data = rows
         require(num_data is not None, "num_data", "the number of data to draw, since x is None", "None")
         require(
@@ -123,7 +123,8 @@ class AbstractDiffusion(eqx.Module):
         """Refuse that there is no context, or one of another number of rows, if the model is conditional."""
         if self.context is not None:
             rows = num_rows(self.context)
-            require(rows == num_data, "context", f"as many rows as there are data, {num_data}", f"{rows} rows")
+            remedy = " (one for all: jnp.repeat it)" if rows == 1 else ""
+            require(rows == num_data, "context", f"as many rows as there are data, {num_data}", f"{rows} rows{remedy}")
         else:
             require(not self.is_conditional, "context", f"{EXPECTED}: the network takes context=", "None")
 

@@ -235,6 +235,7 @@ def _require_same(settings: dict[str, Any], saved: dict[str, Any]) -> None:
 
 def _read(name: str, diffusion: Diffusion, data: Data, context: PyTree) -> tuple[Data, PyTree]:
     """Data and their context, checked; ``name`` is that of the context."""
+    require(diffusion.context is None, "diffusion", "a model that was given no context: it goes to fit as context=", "one that was")
     with named(name):
         given = diffusion.given(context)
         return given.read_data(data), given.context

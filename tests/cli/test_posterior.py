@@ -9,6 +9,7 @@ from cli_runs import small_run, unmistakable_runs
 
 import probdiff
 from probdiff import cli, inference
+from probdiff.cli.posterior import read_observation
 
 pytestmark = pytest.mark.xdist_group("cli")  # its tests share what is costly to make
 
@@ -56,6 +57,18 @@ def test_a_linear_observation_and_a_table(tmp_path, capsys, patched):
     assert cli.main(["posterior", run, "--observe", str(tmp_path / "row.csv"), "--particles", "8", "--json"]) == 0
     with np.load(json.loads(capsys.readouterr().out)["posterior"]) as file:
         np.testing.assert_allclose(file["samples"][:, 0], 0.25)
+
+
+def test_columns_are_found_by_their_names(tmp_path):
+    x = np.arange(12.0).reshape(6, 2)
+    dataset = probdiff.datasets.Dataset("table", x, x, x, columns=("height", "weight"))
+    for text in ("height,weight\n,70\n", "weight,height\n70,\n", "age,weight\n3,70\n"):
+        (tmp_path / "row.csv").write_text(text)
+        observation = read_observation(tmp_path / "row.csv", dataset)
+        assert observation.mask.tolist() == [False, True] and observation.y.tolist() == [70.0], text
+    (tmp_path / "row.csv").write_text("age,size\n3,70\n")
+    with pytest.raises(ValueError, match="--observe: Expected some of the columns height, weight; got age, size"):
+        read_observation(tmp_path / "row.csv", dataset)
 
 
 REFUSED = {

@@ -142,6 +142,19 @@ def test_a_latent_of_the_observation_is_sampled_exactly(float64):
         assert_mean(np.exp(np.asarray(draws) - log_ratio(scale))[:, None], 1.0, power=0.3)
 
 
+def test_a_program_that_is_scaled_counts_so_often(float64):
+    """As for NumPyro's own ``log_density``."""
+    x = jnp.array([0.3, -0.1, 0.4])
+
+    def scaled(x):
+        with numpyro.handlers.scale(scale=3.0):
+            observed(x)
+
+    expected = numpyro.infer.util.log_density(scaled, (x,), {}, {})[0]
+    np.testing.assert_allclose(Program(scaled).log_prob(x), expected, rtol=1e-12)
+    np.testing.assert_allclose(expected, 3 * Program(observed).log_prob(x), rtol=1e-12)
+
+
 def test_given_a_context(float64):
     """The evidence of a conditional model is that of its row."""
     oracle = GaussianOracle(ORACLE.mean, ORACLE.covariance, [[1.0], [-0.5], [0.2]])
