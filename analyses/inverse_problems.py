@@ -29,12 +29,13 @@ from probdiff.oracles import GaussianMixture
 parser = argparse.ArgumentParser(description="How near are posteriors to the exact one, and who knows the evidence?")
 parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
 parser.add_argument("--dims", type=int, nargs="+", default=[8, 80], help="dimensions, even numbers")
+parser.add_argument("--observed", type=int, nargs="+", default=[1, 2, 4], help="numbers of values of y")
 parser.add_argument("--problems", type=int, default=10, help="random problems of each size")
 arguments = parser.parse_args()
 quick = arguments.quick
 
 PARTICLES, NUM_STEPS, DIRECTIONS = (64, 20, 20) if quick else (1024, 200, 500)
-DIMS, PROBLEMS, OBSERVED = ([8], 1, (2,)) if quick else (arguments.dims, arguments.problems, (1, 2, 4))
+DIMS, PROBLEMS, OBSERVED = ([8], 1, (2,)) if quick else (arguments.dims, arguments.problems, arguments.observed)
 STEP_SIZES = (0.1, 1.0) if quick else (0.01, 0.03, 0.1, 0.3, 1.0)  # of DPS
 FLOORS, MORE = (2, 2) if quick else (10, 16)  # pairs of exact samples; runs, where the evidence of the model itself is wanted
 SCHEDULE = probdiff.log_snr_schedule(NUM_STEPS, 10.0, -8.0)
@@ -274,10 +275,10 @@ TWISTS = {"SMC, Tweedie": "tweedie", "SMC, point (TDS)": "point"}
 
 
 # %%
-def timed(function):
+def timed(function, *args, **options):
     """A result, and the seconds of a core that it took."""
     start = time.process_time()
-    found = jax.block_until_ready(function())
+    found = jax.block_until_ready(function(*args, **options))
     return found, time.process_time() - start
 
 
@@ -288,11 +289,11 @@ def compared(case, seed):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # particles that have collapsed: the table says so
             observation = LinearGaussian(case.matrix, case.y, case.noise)
-            found, seconds = timed(lambda: smc(given.model, observation, key=key, num_particles=PARTICLES, twist=twist))
+            found, seconds = timed(smc, given.model, observation, key=key, num_particles=PARTICLES, twist=twist)
         rows[name] = measured(case, known, found.samples, seconds, found.weights, found)
     for name, sampler in RIVALS.items():
-        x, seconds = timed(lambda: sampler(given, key) * case.scale)
-        rows[name] = measured(case, known, x, seconds)
+        x, seconds = timed(sampler, given, key)
+        rows[name] = measured(case, known, x * case.scale, seconds)
     rows["exact"] = Row(1.0, known.variation, 0.0)
     return rows
 
@@ -424,5 +425,5 @@ for particles, num_steps in SIZES:
     schedule, network = probdiff.log_snr_schedule(num_steps, 10.0, -8.0), model_of(case).network
     model = probdiff.Diffusion(schedule, network, probdiff.NormalLikelihood(0.0, case.scale), reverse_variance="forward")
     for key in jax.random.split(jax.random.key(2), 2):
-        found, seconds = timed(lambda: smc(model, observation, key=key, num_particles=particles))
+        found, seconds = timed(smc, model, observation, key=key, num_particles=particles)
     print(f"{particles:6} particles, N = {num_steps:4}: {seconds:6.2f} s, {abs(found.log_evidence - case.log_evidence):.3f}", flush=True)
