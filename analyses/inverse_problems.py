@@ -47,8 +47,11 @@ AT_ONCE = 128  # particles, so that what is at hand stays in a processor's cache
 # Means (8i, 8j, 8i, 8j, …) for i, j = −2 … 2, unit covariances, weights drawn as χ² with one degree of freedom. A has singular values uniform in [0, 1] and random
 # singular vectors; the noise scale is uniform between 0 and the largest of them; y is that of a draw.
 
-
 # %%
+GRID = 8.0 * np.stack(np.meshgrid(np.arange(-2, 3), np.arange(-2, 3), indexing="ij"), -1).reshape(25, 2)
+SCALE = float(np.sqrt(np.square(GRID).mean() + 1))  # of the data, over that of the chain
+
+
 class Case(NamedTuple):
     """A problem, and what is known of it: the posterior, and log p(y) of the true distribution."""
 
@@ -56,7 +59,6 @@ class Case(NamedTuple):
     matrix: np.ndarray
     y: np.ndarray
     noise: float
-    scale: float  # the data over the chain's
     posterior: GaussianMixture
     log_evidence: float
 
@@ -67,7 +69,7 @@ class Case(NamedTuple):
         return np.average(probability, 0, weights)
 
 
-def solved(prior, matrix, y, noise, scale):
+def solved(prior, matrix, y, noise):
     """A problem with its solution, for components that share a covariance."""
     covariance = prior.covariances[0]
     of_y = matrix @ covariance @ matrix.T + noise**2 * np.eye(len(y))
@@ -77,33 +79,30 @@ def solved(prior, matrix, y, noise, scale):
     weights = np.exp(np.log(prior.weights) - np.square(white).sum(0) / 2 - marginal.log_prob(y))
     weights = np.maximum(weights / weights.sum(), 1e-300)
     posterior = GaussianMixture(weights, prior.means + (y - marginal.means) @ gain.T, covariance - gain @ matrix @ covariance)
-    return Case(prior, matrix, y, noise, scale, posterior, float(marginal.log_prob(y)))
+    return Case(prior, matrix, y, noise, posterior, float(marginal.log_prob(y)))
 
 
-def drawn(prior, observed, rng, scale):
+def drawn(prior, observed, rng):
     """A random observation of a draw from the prior."""
     left, _, right = np.linalg.svd(rng.normal(size=(observed, prior.dim)), full_matrices=False)
     singular = rng.uniform(size=observed)
     matrix, noise = left * singular @ right, rng.uniform() * singular.max()
     y = matrix @ prior.sample(rng, 1)[0] + noise * rng.normal(size=observed)
-    return solved(prior, matrix, y, noise, scale)
-
-
-GRID = 8.0 * np.stack(np.meshgrid(np.arange(-2, 3), np.arange(-2, 3), indexing="ij"), -1).reshape(25, 2)
+    return solved(prior, matrix, y, noise)
 
 
 def mixture_case(dim, observed, seed):
     rng = np.random.default_rng([dim, observed, seed])
     weights = np.square(rng.normal(size=25))
     prior = GaussianMixture(weights / weights.sum(), np.tile(GRID, dim // 2), np.eye(dim))
-    return drawn(prior, observed, rng, float(np.sqrt(np.square(GRID).mean() + 1)))
+    return drawn(prior, observed, rng)
 
 
 def model_of(case):
     """The model: the exact network, its numbers in arrays, so that a program compiled for one problem serves them all."""
-    network = case.prior.standardized(0.0, case.scale).network(SCHEDULE)
+    network = case.prior.standardized(0.0, SCALE).network(SCHEDULE)
     network = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), network)
-    return probdiff.Diffusion(SCHEDULE, network, probdiff.NormalLikelihood(0.0, case.scale), reverse_variance="forward")
+    return probdiff.Diffusion(SCHEDULE, network, probdiff.NormalLikelihood(0.0, SCALE), reverse_variance="forward")
 
 
 # %% [markdown]
@@ -188,7 +187,7 @@ class Observed(eqx.Module):
 
 
 def observed_of(case):
-    matrix, y, noise = (jnp.asarray(each, jnp.float32) for each in (case.matrix * case.scale, case.y, case.noise))
+    matrix, y, noise = (jnp.asarray(each, jnp.float32) for each in (case.matrix * SCALE, case.y, case.noise))
     return Observed(model_of(case), matrix, y, noise)
 
 
@@ -293,7 +292,7 @@ def compared(case, seed):
         rows[name] = measured(case, known, found.samples, seconds, found.weights, found)
     for name, sampler in RIVALS.items():
         x, seconds = timed(sampler, given, key)
-        rows[name] = measured(case, known, x * case.scale, seconds)
+        rows[name] = measured(case, known, x * SCALE, seconds)
     rows["exact"] = Row(1.0, known.variation, 0.0)
     return rows
 
@@ -380,11 +379,11 @@ def shown(cells):
 
 
 def normal_case(seed, correlated):
+    """A normal prior of the size that the chain sees as 1, written as 25 times the same component: then nothing is compiled anew."""
     rng = np.random.default_rng([7, seed])
-    dim, observed = 8, 2
-    root = rng.normal(size=(dim, dim)) / np.sqrt(dim)
-    covariance = root @ root.T + 0.05 * np.eye(dim) if correlated else np.eye(dim)
-    return drawn(GaussianMixture([1.0], np.zeros((1, dim)), covariance), observed, rng, 1.0)
+    root = rng.normal(size=(8, 8)) / np.sqrt(8)
+    covariance = SCALE**2 * (root @ root.T + 0.05 * np.eye(8) if correlated else np.eye(8))
+    return drawn(GaussianMixture(np.full(25, 0.04), np.zeros((25, 8)), covariance), 2, rng)
 
 
 checked = {
@@ -420,10 +419,10 @@ for dim in DIMS:
 print("\nseconds of a core, compiled; 8 dimensions, 2 observed; |log Ẑ − log p(y)| of one run")
 case = mixture_case(8, 2, 0)
 observation = LinearGaussian(case.matrix, case.y, case.noise)
-SIZES = [(PARTICLES, NUM_STEPS), (4 * PARTICLES, NUM_STEPS)] if quick else [(256, 200), (1024, 200), (4096, 200), (1024, 50), (1024, 100), (1024, 400)]
+SIZES = [(PARTICLES, NUM_STEPS)] if quick else [(256, 200), (1024, 200), (4096, 200), (1024, 50), (1024, 100), (1024, 400)]
 for particles, num_steps in SIZES:
     schedule, network = probdiff.log_snr_schedule(num_steps, 10.0, -8.0), model_of(case).network
-    model = probdiff.Diffusion(schedule, network, probdiff.NormalLikelihood(0.0, case.scale), reverse_variance="forward")
+    model = probdiff.Diffusion(schedule, network, probdiff.NormalLikelihood(0.0, SCALE), reverse_variance="forward")
     for key in jax.random.split(jax.random.key(2), 2):
         found, seconds = timed(smc, model, observation, key=key, num_particles=particles)
     print(f"{particles:6} particles, N = {num_steps:4}: {seconds:6.2f} s, {abs(found.log_evidence - case.log_evidence):.3f}", flush=True)
