@@ -36,7 +36,7 @@ quick = arguments.quick
 
 PARTICLES, NUM_STEPS, DIRECTIONS = (64, 20, 20) if quick else (1024, 200, 500)
 DIMS, PROBLEMS, OBSERVED = ([8], 1, (2,)) if quick else (arguments.dims, arguments.problems, arguments.observed)
-STEP_SIZES = (0.1, 1.0) if quick else (0.01, 0.03, 0.1, 0.3, 1.0)  # of DPS
+STEP_SIZES = (0.1, 1.0) if quick else (0.03, 0.1, 0.3, 1.0)  # of DPS
 FLOORS, MORE = (2, 2) if quick else (10, 16)  # pairs of exact samples; runs, where the evidence of the model itself is wanted
 SCHEDULE = probdiff.log_snr_schedule(NUM_STEPS, 10.0, -8.0)
 AT_ONCE = 128  # particles, so that what is at hand stays in a processor's cache
@@ -156,8 +156,8 @@ def reference(case, seed=0):
 def measured(case, known, x, seconds, weights=None, posterior=None):
     x = np.nan_to_num(np.asarray(x, np.float64), nan=1e6, posinf=1e6, neginf=-1e6).clip(-1e6, 1e6)
     variation = np.abs(case.shares(x, weights) - case.posterior.weights).sum() / 2
-    of_smc = () if posterior is None else (posterior.log_evidence - case.log_evidence, posterior.ess[0], posterior.ess.min())
-    return Row(sliced(x, known.exact, weights) / known.floor, variation, seconds, *of_smc)
+    of_smc = () if posterior is None else (posterior.log_evidence - case.log_evidence, float(posterior.ess[0]), float(posterior.ess.min()))
+    return Row(sliced(x, known.exact, weights) / known.floor, float(variation), seconds, *of_smc)
 
 
 # %% [markdown]
@@ -166,7 +166,7 @@ def measured(case, known, x, seconds, weights=None, posterior=None):
 # Each is a few lines from the formulas of its paper, in the units of the chain. Three move the mean of the reverse step by a guidance term; for ΠGDM and TMPD, which approximate
 # ∇ log p(y | z_n), the step is that of the chain, β_n ∇ log p / √α_n: what ancestral sampling does with the score. (ΠGDM's paper gives another weight for images, found by trial;
 # with the one here it is exact for standard normal data.) DPS has a step size ζ that must be chosen: the mean moves by −ζ ∇‖y − A x̂_0‖, as its authors' program does;
-# for each size of problem the table has the best ζ of five *by the result on these very problems*, a choice in its favour that needs the exact posterior.
+# for each size of problem the table has the best ζ of four *by the result on these very problems*, a choice in its favour that needs the exact posterior.
 # DDRM has η = 0.85 and η_b = 1, its authors' choice.
 
 
@@ -300,7 +300,7 @@ def compared(case, seed):
 # %% [markdown]
 # ## The comparison
 #
-# What was measured of a size is kept in a file in the current directory, and read from there the next time.
+# What was measured of a size is kept in a file in the current directory: where it was, a run goes on.
 
 
 # %%
@@ -312,10 +312,11 @@ def spread(values):
 def of_size(dim, observed):
     """For each method a row for each problem."""
     file = Path(f"inverse_problems-{dim}-{observed}.json")
-    if not file.exists():
-        rows = [compared(mixture_case(dim, observed, seed), seed) for seed in range(PROBLEMS)]
-        file.write_text(json.dumps({name: [row[name] for row in rows] for name in rows[0]}))
-    found = {name: [Row(*row) for row in rows] for name, rows in json.loads(file.read_text()).items()}
+    done = json.loads(file.read_text()) if file.exists() else []
+    for seed in range(len(done), PROBLEMS):
+        done.append(compared(mixture_case(dim, observed, seed), seed))
+        file.write_text(json.dumps(done))
+    found = {name: [Row(*each[name]) for each in done] for name in done[0]}
     best = min((name for name in RIVALS if name.startswith("DPS")), key=lambda name: np.median([row.distance for row in found[name]]))
     kept = {name: rows for name, rows in found.items() if name == best or not name.startswith("DPS")}
     print(f"\ndim {dim}, {observed} observed, {len(kept['exact'])} problems: median [least, greatest]")
