@@ -289,7 +289,7 @@ def compared(case, seed):
             warnings.simplefilter("ignore")  # particles that have collapsed: the table says so
             observation = LinearGaussian(case.matrix, case.y, case.noise)
             found, seconds = timed(smc, given.model, observation, key=key, num_particles=PARTICLES, twist=twist)
-        rows[name] = measured(case, known, found.samples, seconds, found.weights, found)
+        rows[name] = measured(case, known, found.samples, seconds, found.weights if np.isfinite(found.log_evidence) else None, found)
     for name, sampler in RIVALS.items():
         x, seconds = timed(sampler, given, key)
         rows[name] = measured(case, known, x * SCALE, seconds)
@@ -306,7 +306,7 @@ def compared(case, seed):
 # %%
 def spread(values):
     """Median with the range."""
-    return f"{np.median(values):.3g} [{np.min(values):.3g}, {np.max(values):.3g}]"
+    return "{} [{}, {}]".format(*(f"{value:.3g}" if value > 5e-4 else "0" for value in (np.median(values), np.min(values), np.max(values))))
 
 
 def of_size(dim, observed):

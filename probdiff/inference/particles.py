@@ -109,7 +109,8 @@ def _look(problem: Problem, z: Float[Array, "particle dim"], n: Int[Array, ""]) 
 
 
 def _ess(log_weights: Float[Array, "particle"]) -> Float[Array, ""]:
-    return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
+    total = jax.nn.logsumexp(log_weights)
+    return jnp.where(total == -jnp.inf, 0, jnp.exp(2 * total - jax.nn.logsumexp(2 * log_weights)))
 
 
 def _log_mean(log_weights: Float[Array, "particle"]) -> Float[Array, ""]:
@@ -172,6 +173,8 @@ def _steps(
         log_ratio = jax.vmap(lambda p, q, z: p.log_prob(z) - q.log_prob(z))(kernel, proposal, z)
         particles = _look(problem, shard(z, mesh), n - 1)
         change = log_ratio + particles.twisted.log_prob - before.particles.twisted.log_prob
+        # (A particle that a twist has moved so far that its numbers overflow has no weight; NaN would be that of all.)
+        change = jnp.where(jnp.isnan(change), -jnp.inf, change)
         return _State(particles, before.log_weights + change, before.log_evidence), ess
 
     def step_or_none(state: _State, n: Int[Array, ""]) -> tuple[_State, Float[Array, ""]]:
