@@ -210,6 +210,9 @@ CONTEXT = [
 
 # %%
 PARTICLES = [
+    ("one particle that overflows makes the estimate NaN", "_steps",
+     "jnp.where(jnp.isnan(change), -jnp.inf, change)",
+     "change", "particles"),
     ("an incremental weight dropped", "_steps",
      "log_ratio + particles.twisted.log_prob - before.particles.twisted.log_prob",
      "log_ratio + particles.twisted.log_prob", "particles"),
