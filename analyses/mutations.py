@@ -216,6 +216,9 @@ CONTEXT = [
 
 # %%
 PARTICLES = [
+    ("one particle that overflows makes the estimate NaN", "_look",
+     "jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights)",
+     "log_weights", "particles"),
     ("an incremental weight dropped", "_steps",
      "kept.log_weights + log_ratio - kept.twisted.log_prob",
      "kept.log_weights + log_ratio", "particles"),
@@ -241,8 +244,8 @@ PARTICLES = [
      "x + gain.T @ jax.scipy.linalg.cho_solve((of_y.scale_tril, True), self.y - y)",
      "x", "particles"),
     ("the runs of a posterior weighed alike", "Posterior.of_runs",
-     "run.log_weights - logsumexp(run.log_weights) + run.log_evidence",
-     "run.log_weights - logsumexp(run.log_weights)", "particles"),
+     "run.log_evidence - logsumexp(run.log_weights)",
+     "-logsumexp(run.log_weights)", "particles"),
     ("the path of a simulated y is resampled away", "_multinomial",
      "jax.random.categorical(key, log_weights, shape=log_weights.shape).at[0].set(0)",
      "jax.random.categorical(key, log_weights, shape=log_weights.shape)", "particles"),

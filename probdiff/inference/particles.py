@@ -110,11 +110,15 @@ def _look(problem: Problem, state: _State, n: Int[Array, ""], mesh: Mesh | None)
     log_last = jax.vmap(problem.log_last)(kernel)
     if log_last is not None:
         twisted = twisted._replace(log_prob=jnp.where(n == 1, log_last, twisted.log_prob))
-    return _Seen(z, kernel, twisted, state.log_weights + twisted.log_prob, state.log_evidence)
+    log_weights = state.log_weights + twisted.log_prob
+    # (A particle that a twist has moved so far that its numbers overflow has no weight; NaN would be that of all.)
+    log_weights = jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights)
+    return _Seen(z, kernel, twisted, log_weights, state.log_evidence)
 
 
 def _ess(log_weights: Float[Array, "particle"]) -> Float[Array, ""]:
-    return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
+    total = jax.nn.logsumexp(log_weights)
+    return jnp.where(total == -jnp.inf, 0, jnp.exp(2 * total - jax.nn.logsumexp(2 * log_weights)))
 
 
 def _log_mean(log_weights: Float[Array, "particle"]) -> Float[Array, ""]:

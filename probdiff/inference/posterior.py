@@ -44,10 +44,11 @@ class Posterior(NamedTuple):
         """Put independent runs together; a warning if their particles have collapsed."""
         evidences = np.array([run.log_evidence for run in runs])
         total = logsumexp(evidences) - np.log(len(runs))
-        ratio = np.exp(evidences - total)
+        ratio = np.exp(evidences - total) if np.isfinite(total) else np.full(len(runs), np.nan)
         error = float(ratio.std(ddof=1) / np.sqrt(len(runs))) if len(runs) > 1 else float("nan")
-        # Within a run the weights add up to its evidence.
-        log_weights = np.concatenate([run.log_weights - logsumexp(run.log_weights) + run.log_evidence for run in runs])
+        # Within a run the weights add up to its evidence; where that is 0 they are 0 already.
+        missing = [run.log_evidence - logsumexp(run.log_weights) if np.isfinite(run.log_evidence) else 0.0 for run in runs]
+        log_weights = np.concatenate([run.log_weights + change for run, change in zip(runs, missing)])
         samples, ess = np.concatenate([run.samples for run in runs]), np.mean([run.ess for run in runs], 0)
         size = len(samples) // len(runs)
         if size > 1 and not ess.min() >= COLLAPSED * size:

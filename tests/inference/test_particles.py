@@ -166,6 +166,13 @@ def test_given_a_context(float64):
         assert abs(found.log_evidence - expected) < Z_MAX * found.log_evidence_error
 
 
+def test_particles_that_overflow_have_no_weight():
+    """By the point twist of a precise y every particle runs away: the estimate is 0, not NaN."""
+    with pytest.warns(UserWarning, match="smc: the particles have collapsed"):
+        found = smc(make(), LinearGaussian(MATRIX, Y, 1e-12), key=KEY, num_particles=8, twist="point")
+    assert found.log_evidence == -np.inf and np.all(found.log_weights == -np.inf) and not np.isnan(found.ess).any()
+
+
 def test_called_again_nothing_is_compiled():
     model = make()
     given = {"key": KEY, "num_particles": 8}
