@@ -15,6 +15,8 @@ X = ORACLE.sample(np.random.default_rng(0), 3).astype(np.float32)
 SCHEDULE = probdiff.log_snr_schedule(3, 4.0, -3.0)
 MODEL = probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE, 0.9), reverse_variance="optimal", dim=2)
 
+HALF = probdiff.inference.Inpainting(np.array([True, False]), X[0])
+
 # By the name of what is compiled: a figure that comes out of it.
 FIGURES = {
     "_evaluate": lambda: probdiff.elbo_terms(MODEL, X, key=KEY).elbo,
@@ -22,6 +24,7 @@ FIGURES = {
     "_to_base": lambda: probdiff.flow.flow_log_prob(MODEL, X),
     "_draw_batch": lambda: probdiff.samplers.ddim(MODEL, key=KEY, num_samples=2),
     "_squared_error": lambda: probdiff.elbo.optimal_variance(MODEL, X, key=KEY).kernel.reverse_variance.squared_error,
+    "_steps": lambda: probdiff.inference.smc(MODEL, HALF, key=KEY, num_particles=4).samples,
     "_network_cost": lambda: probdiff.diagnostics.gap_decomposition(MODEL, ORACLE, X, key=KEY).network_per_step,
 }
 
