@@ -86,7 +86,7 @@ def first_order_tables(self, beta, right=NoiseSchedule.__init__):
     self._tables = Static(eqx.tree_at(lambda tables: tables.alpha_bar, self.tables(), np.exp(-np.cumsum(beta))))
 
 
-def network_of_the_step_before(network, z, log_snr, n, key=None):
+def network_of_the_step_before(network, z, log_snr, n, key=None, context=None):
     return network(z, jnp.maximum(n - 1, 1))
 
 
