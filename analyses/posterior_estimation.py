@@ -29,7 +29,7 @@ parser.add_argument("--task", choices=["two_moons", "gaussian_linear"], action="
 arguments = parser.parse_args()
 quick = arguments.quick
 TASKS = arguments.task or ["two_moons", "gaussian_linear"]
-SIZES = (200, 300) if quick else (1_000, 10_000, 30_000)
+SIZES = (200,) if quick else (1_000, 10_000, 30_000)
 OBSERVATIONS = range(1, 3 if quick else 11)
 TEST, FLOWS = (20, 4) if quick else (2_000, 300)  # pairs for the bound, and for the flow
 SAMPLES = {"two_moons": 10_000, "gaussian_linear": 1_000}  # of each of the two sets that a classifier is to tell apart
