@@ -18,6 +18,7 @@ from numpyro.infer.hmc_util import warmup_adapter
 from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
+from numpyro.util import is_prng_key
 
 from probdiff._checks import require
 
@@ -87,6 +88,7 @@ class PseudoMarginal(MCMCKernel):
 
     def init(self, rng_key: jax.Array, num_warmup: int, init_params: Any, model_args: tuple, model_kwargs: dict | None) -> PseudoMarginalState:
         """NumPyro's call before the first iteration."""
+        require(is_prng_key(rng_key), "chain_method", "'sequential' or 'parallel' with PseudoMarginal", "'vectorized'")
         model_kwargs, self._num_warmup = model_kwargs or {}, num_warmup
         rng_key, init_key, adapt_key, noise_key = jax.random.split(rng_key, 4)
         start, self._potential, self._postprocess, _ = initialize_model(

@@ -124,6 +124,12 @@ def test_an_estimate_that_is_made_anew_is_seen(float64, monkeypatch):
         assert_moments(draws, *POSTERIOR)
 
 
+def test_vectorized_chains_are_refused_in_a_line():
+    mcmc = MCMC(PseudoMarginal(program(ConditionalEstimate)), num_warmup=2, num_samples=2, num_chains=2, chain_method="vectorized", progress_bar=False)
+    with pytest.raises(ValueError, match="chain_method: Expected 'sequential' or 'parallel' with PseudoMarginal; got 'vectorized'"):
+        mcmc.run(KEY, X.astype(np.float32))
+
+
 def test_as_a_distribution():
     """Shapes, draws of each row, and a plate of data in Predictive."""
     context = np.repeat([[-3.0], [3.0]], 200, 0).astype(np.float32)
