@@ -9,6 +9,7 @@ numbers, smooth in c:
                            :class:`~probdiff.inference.PseudoMarginal` has it, the posterior is exact, for any number of paths.
 """
 
+import abc
 from typing import Any
 
 import jax
@@ -58,7 +59,8 @@ class _ConditionalLikelihood(dist.Distribution):
         return draw(jax.random.split(key, sample_shape))
 
     def log_prob(self, value: Rows) -> Float[Array, "*sample datum"]:
-        """What is taken for log p(x | c) of each datum, nats, shape ``(*sample, datum)``."""
+        """The bound or the estimate in the place of log p(x | c) of each datum, nats, shape ``(*sample, datum)``."""
+
         def function(x: Any) -> Any:
             self.diffusion.check_data(x)
             return self._log_prob(x)
@@ -67,8 +69,9 @@ class _ConditionalLikelihood(dist.Distribution):
             function = jax.vmap(function)
         return function(jnp.asarray(value))
 
+    @abc.abstractmethod
     def _log_prob(self, x: Real[Array, "datum column"]) -> Float[Array, "datum"]:
-        raise NotImplementedError
+        """The same of data of shape ``(datum, dim)``."""
 
 
 class ConditionalBound(_ConditionalLikelihood):

@@ -44,7 +44,7 @@ class AbstractObservation(eqx.Module):
 
     @abc.abstractmethod
     def observed(self, x: Float[Array, "dim"]) -> Real[Array, "observed"]:
-        """What was observed, y, shape ``(observed,)``; it does not depend on ``x``."""
+        """The values y that were observed, shape ``(observed,)``, whatever ``x`` is."""
 
     @abc.abstractmethod
     def mean(self, x: Float[Array, "dim"]) -> Float[Array, "observed"]:
@@ -135,7 +135,7 @@ class LinearGaussian(AbstractObservation):
         return self.function(x)
 
     def covariance(self, x: Float[Array, "dim"]) -> Float[Array, "observed observed"]:
-        """That of the noise."""
+        """Covariance of the noise, shape ``(observed, observed)``."""
         return self.noise
 
     def log_prob(self, x: Real[Array, "*batch dim"]) -> Float[Array, "*batch"]:

@@ -88,7 +88,7 @@ class Problem(eqx.Module):
         return self.diffusion.kernel.observation(self.diffusion.likelihood, kernel)
 
     def proposal(self, kernel: dist.Distribution, twisted: Twisted) -> dist.Distribution:
-        """What z_{n−1} is drawn from: a Gaussian kernel moved along the gradient of the twist, by its variance; any other kernel as it is."""
+        """The distribution that z_{n−1} is drawn from: a Gaussian kernel moved along the gradient of the twist, by its variance; any other kernel as it is."""
         if not (isinstance(kernel, dist.Independent) and isinstance(kernel.base_dist, dist.Normal)):
             return kernel
         normal = kernel.base_dist

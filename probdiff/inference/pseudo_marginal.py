@@ -114,7 +114,7 @@ class PseudoMarginal(MCMCKernel):
         return self._postprocess(jax.random.key(0), *args, **(kwargs or {}))
 
     def sample(self, state: PseudoMarginalState, model_args: tuple, model_kwargs: dict | None) -> PseudoMarginalState:
-        """One iteration."""
+        """Propose a state, with an estimate of its own, and accept or keep."""
         rng_key, walk_key, noise_key, accept_key = jax.random.split(state.rng_key, 4)
         flat, unravel = ravel_pytree(state.z)
         step = state.adapt_state.step_size * (state.adapt_state.mass_matrix_sqrt_inv.T @ jax.random.normal(walk_key, flat.shape, flat.dtype))

@@ -122,7 +122,7 @@ class TweedieTwist(AbstractTwist):
         return Twisted(of_y.log_prob(loc + residual), gradient)
 
     def evaluations(self, observation: AbstractObservation, dim: int) -> int:
-        """One and two for each vector-Jacobian product."""
+        """The prediction, and two for each vector-Jacobian product."""
         values = jax.eval_shape(observation.mean, jnp.zeros(dim)).shape[0]
         return 1 + 2 * (values if values <= self.most_values else 1)
 

@@ -12,7 +12,16 @@ from numpyro import distributions as dist
 from scipy import stats
 
 import probdiff
-from probdiff.inference import Inpainting, LinearGaussian, NoTwist, Program, evidence_bounds, log_evidence, smc
+from probdiff.inference import (
+    Inpainting,
+    LinearGaussian,
+    NoTwist,
+    Posterior,
+    Program,
+    evidence_bounds,
+    log_evidence,
+    smc,
+)
 from probdiff.inference.particles import evidence, make_problem
 from probdiff.oracles import GaussianOracle, exact_moments
 
@@ -140,6 +149,15 @@ def test_a_latent_of_the_observation_is_sampled_exactly(float64):
     for scale in (0.6, 2.0):
         draws = jax.jit(lambda keys, scale=scale: jax.lax.map(lambda key: one(scale, key), keys, batch_size=200))(keys)
         assert_mean(np.exp(np.asarray(draws) - log_ratio(scale))[:, None], 1.0, power=0.3)
+
+
+def test_particles_without_weight_are_in_no_export():
+    """Of two runs of two particles, one of each has all of the weight."""
+    log_weights = np.array([-np.inf, 0.0, -1.0, -np.inf])
+    found = Posterior(np.arange(4.0)[:, None], log_weights, 0.0, 0.1, np.ones(3), 2)
+    np.testing.assert_array_equal(found.to_datatree()["posterior"]["x"].values[..., 0], [[1, 1], [2, 2]])
+    assert set(found.resample(KEY, 200)[:, 0]) == {1.0, 2.0}
+    np.testing.assert_allclose(found.mean, (1 + 2 / np.e) / (1 + 1 / np.e))
 
 
 def test_a_program_that_is_scaled_counts_so_often(float64):
