@@ -32,6 +32,7 @@ BUDGETS = (80, 160) if quick else (80, 160, 320, 640, 1280)
 AT = BUDGETS[-1]
 N = 20 if quick else 1000
 COUNT = 20 if quick else 447  # of test data
+SMALLER = {"channels": 4, "num_blocks": 1} if quick else {}
 
 data = probdiff.datasets.load("digits")
 labels = load_digits().target
@@ -49,13 +50,10 @@ FIT = {name: options[name] for name in ("iterations", "batch_size", "learning_ra
 # %%
 def untrained(seed, conditional):
     """The default model for the digits, with or without a label for its network."""
-    plain = default_diffusion(data, N, seed)
-    network = plain.network.network
-    if not conditional:
-        return plain
-    arguments = network.arguments | {"context_dim": 10}
-    key = jax.random.key(seed)
-    return plain.with_network(CategoricalHead(Embedding(ConvNet(**arguments, key=key), 10, key=jax.random.fold_in(key, 7)), data.levels))
+    plain, key = default_diffusion(data, N, seed), jax.random.key(seed)
+    network = ConvNet(**plain.network.network.arguments | SMALLER | ({"context_dim": 10} if conditional else {}), key=key)
+    labelled = Embedding(network, 10, key=jax.random.fold_in(key, 7)) if conditional else network
+    return plain.with_network(CategoricalHead(labelled, data.levels))
 
 
 def fit(seed, conditional):

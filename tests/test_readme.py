@@ -1,4 +1,4 @@
-"""The README's example runs as it stands there; its commands are the ones that CI runs; the scripts run."""
+"""The examples of README and documentation run as they stand there; the README's commands are the ones that CI runs; the scripts run."""
 
 import re
 import runpy
@@ -12,28 +12,86 @@ import numpy as np
 import pytest
 from conftest import long_but
 
+import probdiff
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.long
-def test_the_example_runs_as_it_stands():
-    jax.config.update("jax_disable_most_optimizations", False)  # it computes more than it compiles
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+def blocks(path):
+    """The blocks of Python on a page."""
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.S | re.M)
+
+
+def run(path):
+    """Run the blocks of a page one after the other; what they have left."""
     names = {}
-    exec(compile(example, "README.md", "exec"), names)
+    for block in blocks(path):
+        exec(compile(block, str(path), "exec"), names)
+    plt.close("all")
+    return names
+
+
+@pytest.mark.long
+def test_the_examples_of_the_first_steps_run_as_they_stand():
+    jax.config.update("jax_disable_most_optimizations", False)  # they compute more than they compile
+    names = run(ROOT / "docs" / "start.md")
+    jax.config.update("jax_disable_most_optimizations", True)
     terms, result = names["terms"], names["result"]
     assert terms.step_kl.shape == (100, 49, 32) and terms.elbo.shape == (100, 32)
-    jax.config.update("jax_disable_most_optimizations", True)
     assert names["drawn"].shape == (500, 2)
     assert result.losses[-10:].mean() < 0.2 * result.losses[:10].mean()
     np.testing.assert_allclose(terms.elbo.mean(), -result.losses[-10:].mean() / 32, rtol=0.2)
 
 
+PAGES = [path for path in sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]) if blocks(path)]
+
+
+@pytest.mark.parametrize("path", long_but([ROOT / "docs" / "theory.md"], [path for path in PAGES if path.name != "start.md"]), ids=lambda path: path.stem)
+def test_the_blocks_of_a_page_run(path):
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        run(path)
+
+
+@pytest.mark.long
+def test_the_notebook_for_a_class_runs(monkeypatch, tmp_path):
+    import nbclient
+    import nbformat
+
+    monkeypatch.chdir(tmp_path)
+    notebook = nbformat.read(ROOT / "docs" / "notebooks" / "diffusion_in_forty_minutes.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+
+
+def test_every_link_of_the_pages_leads_somewhere():
+    """Links between files of the repository; the gallery and the reference are written when the site is built."""
+    missing, names = [], {path.stem for path in (ROOT / "analyses").glob("*.py")} | {"index"}
+    for path in [*ROOT.glob("*.md"), ROOT / "analyses" / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*/*.md")]:
+        if {"gallery", "reference", "_build"} & set(path.parts):
+            continue
+        prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", path.read_text(), flags=re.S | re.M)
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
+            generated = re.search(r"gallery/(\w+)\.ipynb$|(gallery|reference)/index\.md$", target)
+            there = generated[1] in names if generated and generated[1] else generated or target.startswith("http") or (path.parent / target).exists()
+            missing += [] if there else [f"{path.relative_to(ROOT)}: {target}"]
+    assert not missing
+
+
+def test_every_finding_is_of_a_script():
+    stems = {path.stem for path in (ROOT / "analyses").glob("*.py")}
+    assert {path.stem for path in (ROOT / "docs" / "results").glob("*.md")} <= stems
+    assert README.count("\n") <= 120
+
+
+def test_the_citation_is_of_this_version():
+    (version,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert version == probdiff.__version__
+
+
 def test_each_command_is_one_line_of_a_code_block():
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
-    assert len(blocks) == 2 and all(block.count("\n") == 1 for block in blocks)
-    assert all(block.startswith("python3 -m venv .venv && ") for block in blocks)
+    commands = re.findall(r"```sh\n(.*?)```", README, re.S)
+    assert len(commands) == 2 and all(command.count("\n") == 1 for command in commands)
+    assert all(command.startswith("python3 -m venv .venv && ") for command in commands)
 
 
 @pytest.mark.long

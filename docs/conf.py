@@ -1,0 +1,130 @@
+"""The documentation: pages in Markdown, the scripts of analyses/ as a gallery with what they found, and a reference from the docstrings."""
+
+import inspect
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import jupytext
+import nbformat
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+sys.path.insert(0, str(ROOT))
+
+import probdiff  # noqa: E402
+
+project = "probdiff"
+author = "The probdiff developers"
+copyright = author
+version = release = probdiff.__version__
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "results", "README.md"]
+html_theme = "pydata_sphinx_theme"
+html_title = "probdiff"
+html_theme_options = {"show_prev_next": True, "navigation_with_keys": False, "header_links_before_dropdown": 7, "show_toc_level": 2}
+html_static_path = []
+html_show_sourcelink = False
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the tests run the scripts, and every block of code; the site shows figures that are stored
+copybutton_prompt_text = ">>> |\\.\\.\\. "
+copybutton_prompt_is_regexp = True
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+autosummary_generate = False  # the pages are written below, a page for each namespace
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
+napoleon_use_ivar = True
+nitpicky = False
+suppress_warnings = ["myst.header", "config.cache"]
+
+# The namespaces in the order of the theory, and what is said of each.
+NAMESPACES = {
+    "probdiff": "The everyday names.",
+    "probdiff.chain": "The two Markov chains: schedules, the forward chain in closed form, reverse kernels and variances.",
+    "probdiff.chain.score": "Noise and score.",
+    "probdiff.networks": "Networks and heads.",
+    "probdiff.likelihoods": "p(x | z₁).",
+    "probdiff.programs": "The NumPyro programs, scanned or parallel.",
+    "probdiff.elbo": "The terms of the bound, its estimators, importance weighting, score matching.",
+    "probdiff.flow": "The probability flow.",
+    "probdiff.training": "Fits.",
+    "probdiff.samplers": "Samplers.",
+    "probdiff.inference": "A fitted model as a likelihood of its context, and as a prior with evidence.",
+    "probdiff.diagnostics": "Whether two ways agree, comparisons, the gap taken apart, DataTrees for ArviZ.",
+    "probdiff.plots": "Figures.",
+    "probdiff.oracles": "Distributions of which everything is known, with their exact networks.",
+    "probdiff.datasets": "Data, splits, covariates.",
+    "probdiff.presets": "The models and options of `probdiff fit`.",
+    "probdiff.storage": "Run folders and checkpoints.",
+}
+
+
+def public_names(module: ModuleType) -> list[str]:
+    """The public names that a module has, in its own order; a module without a list of them has those that it defines."""
+    names = getattr(module, "__all__", None) or [
+        name for name, value in vars(module).items() if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    ]
+    return [name for name in names if not isinstance(getattr(module, name), ModuleType)]
+
+
+def write_reference(folder: Path) -> None:
+    """A page for each namespace, with every public name of it that is on no page before."""
+    everyday = {id(getattr(probdiff, name)): name for name in public_names(probdiff)}
+    for namespace, purpose in NAMESPACES.items():
+        module = import_module(namespace) if namespace != "probdiff.plots" else probdiff.plots
+        lines = [f"# `{namespace}`", "", purpose, ""]
+        for name in public_names(module):
+            value = getattr(module, name)
+            if namespace != "probdiff" and id(value) in everyday:
+                lines += [f"- `{everyday[id(value)]}`: see [the everyday names](probdiff.md)", ""]
+                continue
+            if not callable(value):
+                about = "A dict with the keys " + ", ".join(f"``{key}``" for key in value) + "." if isinstance(value, dict) else f"``{value!r}``"
+                lines += ["```{eval-rst}", f".. py:data:: {namespace}.{name}", "", f"   {about}", "```", ""]
+                continue
+            home, kind = value.__module__, "class" if inspect.isclass(value) else "function"
+            lines += ["```{eval-rst}", f".. py:currentmodule:: {namespace}", "", f".. auto{kind}:: {home}.{value.__qualname__}"]
+            lines += (["   :members:", "   :show-inheritance:"] if kind == "class" else []) + ["```", ""]
+        (folder / f"{namespace}.md").write_text("\n".join(lines))
+    listed = "\n".join(NAMESPACES)
+    (folder / "index.md").write_text(f"# Reference\n\nEvery public name, with types, shapes, units and an example.\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n")
+
+
+def write_gallery(folder: Path) -> None:
+    """A page for each script: its first cell, what it found when it was last run as a whole, then the script."""
+    titles = {}
+    for script in sorted((ROOT / "analyses").glob("*.py")):
+        notebook = jupytext.read(script, fmt="py:percent")
+        if not (notebook.cells and notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")):
+            continue
+        found = DOCS / "results" / f"{script.stem}.md"
+        if found.exists():
+            notebook.cells.insert(1, nbformat.v4.new_markdown_cell(f"## What it found\n\n{found.read_text()}"))
+            notebook.cells.insert(2, nbformat.v4.new_markdown_cell(f"## The script\n\n`python analyses/{script.name}`; `--quick` runs it at toy size."))
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "python"}
+        nbformat.write(notebook, folder / f"{script.stem}.ipynb")
+        titles[script.stem] = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+    first = ["elbo_derivation", "noise_and_score", "samplers"]
+    order = first + [stem for stem in titles if stem not in first]
+    figures = [next(iter(sorted((DOCS / "figures").glob(f"{stem}*.png"))), None) for stem in order]
+    pictures = [f"[![{titles[stem]}](../figures/{figure.name})]({stem}.ipynb)\n\n*{titles[stem]}*" for stem, figure in zip(order, figures) if figure]
+    lines = ["# Gallery", "", "Scripts that can be run, one question each; they use public names only.", "", "```{toctree}", ":maxdepth: 1", "", *order, "```", ""]
+    (folder / "index.md").write_text("\n".join([*lines, *("\n\n".join(pictures).splitlines())]) + "\n")
+
+
+for name, write in (("reference", write_reference), ("gallery", write_gallery)):
+    shutil.rmtree(DOCS / name, ignore_errors=True)
+    (DOCS / name).mkdir()
+    write(DOCS / name)
