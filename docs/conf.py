@@ -25,6 +25,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # formulas without a network
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -33,7 +34,9 @@ exclude_patterns = ["_build", "results", "README.md"]
 html_theme = "pydata_sphinx_theme"
 html_title = "probdiff"
 html_theme_options = {"show_prev_next": True, "navigation_with_keys": False, "header_links_before_dropdown": 7, "show_toc_level": 2}
-html_static_path = []
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_sidebars = {page: [] for page in ("start", "theory", "why", "notebooks/*")}
 html_show_sourcelink = False
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
@@ -46,7 +49,7 @@ autosummary_generate = False  # the pages are written below, a page for each nam
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True
 nitpicky = False
-suppress_warnings = ["myst.header", "config.cache"]
+suppress_warnings = ["config.cache", "myst.header", "ref.python"]
 
 # The namespaces in the order of the theory, and what is said of each.
 NAMESPACES = {
@@ -93,8 +96,8 @@ def write_reference(folder: Path) -> None:
                 about = "A dict with the keys " + ", ".join(f"``{key}``" for key in value) + "." if isinstance(value, dict) else f"``{value!r}``"
                 lines += ["```{eval-rst}", f".. py:data:: {namespace}.{name}", "", f"   {about}", "```", ""]
                 continue
-            home, kind = value.__module__, "class" if inspect.isclass(value) else "function"
-            lines += ["```{eval-rst}", f".. py:currentmodule:: {namespace}", "", f".. auto{kind}:: {home}.{value.__qualname__}"]
+            kind = "class" if inspect.isclass(value) else "function"
+            lines += ["```{eval-rst}", f".. auto{kind}:: {namespace}.{name}"]
             lines += (["   :members:", "   :show-inheritance:"] if kind == "class" else []) + ["```", ""]
         (folder / f"{namespace}.md").write_text("\n".join(lines))
     listed = "\n".join(NAMESPACES)
