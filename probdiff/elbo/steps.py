@@ -44,6 +44,18 @@ class AbstractSteps(eqx.Module):
     """Which steps an estimator evaluates for each datum.
 
     To write your own, give :meth:`num_rows` and :meth:`draw`, and the three properties where they differ.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> class LastStep(probdiff.elbo.AbstractSteps):  # biased: no other step is ever drawn
+        ...     def num_rows(self, num_steps):
+        ...         return 1
+        ...     def draw(self, key, size, num_steps, probability=None):
+        ...         return jnp.full((1, size), num_steps), jnp.ones((1, size))
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> elbo = probdiff.AnalyticELBO(diffusion, steps=LastStep())
+        >>> elbo.loss(jax.random.key(1), {}, diffusion.model, diffusion.guide, jnp.zeros((4, 2))).shape
+        ()
     """
 
     @property
