@@ -61,6 +61,13 @@ class Diffusion(AbstractDiffusion):
 
     A network that takes ``context=`` makes it a conditional model, p(x | c): its programs, and all that takes data, take ``context=`` with a row
     for each datum. Or it is :meth:`given` one for all of them.
+
+    Example:
+        >>> import jax, probdiff
+        >>> from numpyro import handlers
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> handlers.seed(diffusion.model, 0)(None, num_data=3).shape  # SVI(diffusion.model, diffusion.guide, …) fits it
+        (3, 2)
     """
 
     schedule: AbstractSchedule

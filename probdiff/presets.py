@@ -22,6 +22,12 @@ def default_options(dataset: Dataset) -> dict[str, Any]:
     """Number of steps, iterations, batch size, peak learning rate and iterations between validations for a data set, as a dict.
 
     The best in validation is kept, and a small table is learned by heart in a few hundred passes: it gets fewer iterations.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> data = probdiff.datasets.split(np.random.default_rng(0).normal(size=(50, 3)))
+        >>> probdiff.presets.default_options(data)["num_steps"]
+        2000
     """
     if _has_few_levels(dataset):
         options = {"num_steps": 1000, "iterations": 2_000, "batch_size": 64, "learning_rate": 4e-3}
@@ -46,6 +52,12 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
         dataset: A :class:`~probdiff.datasets.Dataset`.
         num_steps: N.
         seed: Seed of the initial weights.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> data = probdiff.datasets.split(np.random.default_rng(0).normal(size=(50, 3)))
+        >>> probdiff.presets.default_diffusion(data, num_steps=10).dim
+        3
     """
     require_type("dataset", dataset, Dataset)
     key, context_dim = jax.random.key(seed), dataset.context_dim

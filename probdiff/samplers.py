@@ -60,6 +60,12 @@ def ancestral(
 
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> probdiff.samplers.ancestral(diffusion, key=jax.random.key(1), num_samples=3).shape
+        (3, 2)
     """
     diffusion = _evaluated(diffusion, context)
     evaluations = diffusion.schedule.num_steps
@@ -104,6 +110,12 @@ def ddim(
 
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(10), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> probdiff.samplers.ddim(diffusion, key=jax.random.key(1), num_samples=3, steps=5).shape  # five of the ten steps
+        (3, 2)
     """
     diffusion = _evaluated(diffusion, context)
     taken = _subsequence(diffusion, steps)
@@ -173,6 +185,12 @@ def annealed_langevin(
 
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> probdiff.samplers.annealed_langevin(diffusion, key=jax.random.key(1), num_samples=3, num_updates=2).shape
+        (3, 2)
     """
     diffusion = _evaluated(diffusion, context)
     taken = _subsequence(diffusion, steps)
@@ -227,6 +245,12 @@ def probability_flow(
 
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> probdiff.samplers.probability_flow(diffusion, key=jax.random.key(1), num_samples=3, steps=4).shape
+        (3, 2)
     """
     diffusion = _evaluated(diffusion, context)
     require_tolerances(rtol, atol)
@@ -263,6 +287,13 @@ def guided(diffusion: Diffusion, weight: Number) -> Diffusion:
 
     Raises:
         ValueError: If there is none in it, or the reverse kernel asks its network for something else than the noise.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> network = probdiff.networks.ContextDropout(probdiff.MLP(2, key=jax.random.key(0), hidden=8, context_dim=3))
+        >>> fitted = probdiff.Diffusion(probdiff.cosine_schedule(5), network)
+        >>> probdiff.samplers.ddim(probdiff.samplers.guided(fitted, 1.5), context=jnp.ones((4, 3)), key=jax.random.key(1)).shape
+        (4, 2)
     """
     require_type("diffusion", diffusion, Diffusion)
     kernel = diffusion.kernel

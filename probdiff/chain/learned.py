@@ -34,6 +34,13 @@ class LearnedSchedule(AbstractSchedule):
         start: Log-SNR after the first step.
         log_range: Log of how far it falls.
         logits: Logits of the shares of the pieces.
+
+    Example:
+        >>> import jax, probdiff
+        >>> schedule = probdiff.LearnedSchedule(num_steps=10)
+        >>> diffusion = probdiff.Diffusion(schedule, probdiff.MLP(2, key=jax.random.key(0), hidden=8))  # trained along with the network
+        >>> round(schedule.fixed().log_snr[0].item(), 2)
+        10.0
     """
 
     start: Float[Array, ""]

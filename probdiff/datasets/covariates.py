@@ -43,6 +43,13 @@ class Covariate:
         name: Its name.
         categories: The labels, or the numbers, that it can be; None for one that is a number of any size.
         loc, scale: Of such a number, what is 0 and what is the unit for the network.
+
+    Example:
+        >>> import probdiff
+        >>> sex = probdiff.datasets.Covariate("sex", categories=("female", "male"))
+        >>> print(sex.encode(["male", "female"]).round(2))
+        [[-0.71  0.71]
+         [ 0.71 -0.71]]
     """
 
     name: str
@@ -124,6 +131,13 @@ class Covariates:
 
     Attributes:
         columns: A :class:`Covariate` each.
+
+    Example:
+        >>> import probdiff
+        >>> age, sex = probdiff.datasets.Covariate("age", loc=40.0, scale=10.0), probdiff.datasets.Covariate("sex", ("female", "male"))
+        >>> covariates = probdiff.datasets.Covariates((age, sex))
+        >>> print(covariates.encode({"age": [50.0], "sex": ["male"]}).round(2))
+        [[ 1.   -0.71  0.71]]
     """
 
     columns: tuple[Covariate, ...]

@@ -44,6 +44,13 @@ class Dataset:
         train_context, validation_context, test_context: What a conditional model is given, ``context=``, an array with a row for each datum
             of the split, as a network takes it; None for a model without.
         covariates: What turns the user's units and labels into such an array, where that is known.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> train, validation, test = np.random.default_rng(0).normal(size=(3, 5, 2))
+        >>> data = probdiff.datasets.Dataset("mine", train, validation, test)
+        >>> data.dim, type(data.likelihood()).__name__
+        (2, 'NormalLikelihood')
     """
 
     name: str

@@ -71,7 +71,7 @@ class AnalyticELBO(StepObjective):
     Example:
         >>> import jax, optax, probdiff
         >>> from numpyro.infer import SVI
-        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1))
         >>> elbo = probdiff.AnalyticELBO(diffusion, steps="uniform")
         >>> svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), elbo)
         >>> svi.run(jax.random.key(1), 3, jax.numpy.zeros((4, 2)), progress_bar=False).losses.shape

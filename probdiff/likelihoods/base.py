@@ -28,6 +28,24 @@ class AbstractLikelihood(eqx.Module):
     Attributes:
         levels: Number of levels of data on a grid, integers 0 … levels − 1, so that bits/dim mean something; None for data with a
             density.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, probdiff
+        >>> from numpyro import distributions as dist
+        >>> class LogNormalLikelihood(probdiff.likelihoods.AbstractLikelihood):  # positive data, x = exp(x_0)
+        ...     levels = None
+        ...     def check_data(self, x):
+        ...         assert np.all(x > 0), "x: Expected positive numbers"
+        ...     def encode(self, x):
+        ...         return jnp.log(x)
+        ...     def decode(self, x0):
+        ...         return jnp.exp(x0)
+        ...     def log_jacobian(self, dim):
+        ...         return 0.0
+        ...     def __call__(self, loc, scale):
+        ...         return dist.LogNormal(loc, scale).to_event(1)
+        >>> LogNormalLikelihood().encode(np.ones((3, 2))).shape
+        (3, 2)
     """
 
     if TYPE_CHECKING:  # a property, to a type checker, as it may be overridden by one and is no argument of ``__init__``

@@ -38,6 +38,14 @@ class ColumnLikelihood(AbstractLikelihood):
 
     Raises:
         ValueError: If a column is left out, or there twice; TypeError if a part is no likelihood.
+
+    Example:
+        >>> import pandas, probdiff
+        >>> people = pandas.DataFrame({"height": [1.8, 1.6], "colour": ["blue", "red"]})
+        >>> colour = probdiff.likelihoods.CategoricalLikelihood(["red", "green", "blue"])
+        >>> likelihood = probdiff.likelihoods.ColumnLikelihood({"height": probdiff.NormalLikelihood(1.7, 0.1), "colour": colour})
+        >>> likelihood.encode(likelihood.read(people)).shape  # one dimension for the height, three for the colour
+        (2, 4)
     """
 
     parts: tuple[AbstractLikelihood, ...]
@@ -181,6 +189,14 @@ class Columns(dist.Distribution):
         parts: Distributions of the same batch shape and one event dimension.
         positions: For each, the columns that it is of.
         whole: For each, whether it is of integers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> from numpyro import distributions as dist
+        >>> parts = dist.Normal(jnp.zeros(1), 1.0).to_event(1), dist.Bernoulli(probs=jnp.array([0.5])).to_event(1)
+        >>> row = probdiff.likelihoods.Columns(parts, positions=((1,), (0,)), whole=(False, True))
+        >>> round(row.log_prob(jnp.array([1.0, 0.0])).item(), 3)  # log 0.5 + log N(0; 0, 1)
+        -1.612
     """
 
     pytree_data_fields = ("parts",)

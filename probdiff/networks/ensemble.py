@@ -19,6 +19,13 @@ class Ensemble(AbstractWrapper):
 
     Args:
         networks: ε-networks on data of one dimension, at least one.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> networks = [probdiff.MLP(2, key=key, hidden=8) for key in jax.random.split(jax.random.key(0), 3)]
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.networks.Ensemble(networks))
+        >>> diffusion.predict_noise(jnp.zeros((4, 2)), 1).shape
+        (4, 2)
     """
 
     networks: list[Network]

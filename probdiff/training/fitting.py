@@ -38,7 +38,19 @@ VARIANCE_ROWS = 2**20  # network evaluations for the best reverse variances
 
 @typing.runtime_checkable
 class CheckpointLike(Protocol):
-    """What a fit is saved in, such as :class:`~probdiff.storage.Checkpoint`."""
+    """What a fit is saved in, such as :class:`~probdiff.storage.Checkpoint`.
+
+    Example:
+        >>> import probdiff
+        >>> class InMemory:
+        ...     state = None
+        ...     def load(self, template):
+        ...         return self.state
+        ...     def save(self, state):
+        ...         self.state = state
+        >>> isinstance(InMemory(), probdiff.training.CheckpointLike)  # probdiff.fit(…, checkpoint=InMemory())
+        True
+    """
 
     def load(self, template: "FitState") -> "FitState | None":
         """The saved state, of the structure of ``template``; None if there is none."""
@@ -56,6 +68,14 @@ class Fit(NamedTuple):
             skipped, because the loss or a gradient was not finite.
         validation: Rows of (iteration, bound on the validation data in nats per datum).
         state: The :class:`FitState`, from which the fit can go on.
+
+    Example:
+        >>> import jax, probdiff
+        >>> x = jax.random.normal(jax.random.key(0), (8, 2))
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(1), hidden=8, num_blocks=1))
+        >>> fit = probdiff.fit(diffusion, x, iterations=2, batch_size=4, progress=False)
+        >>> fit.losses.shape, fit.skipped_updates
+        ((2,), 0)
     """
 
     diffusion: Diffusion
@@ -136,6 +156,14 @@ def fit(
         ValueError, TypeError: If the data do not suit the model, an argument is out of range, or the model has
             nothing to train.
         FloatingPointError: If ten updates in a row had to be skipped; what the checkpoint holds is finite.
+
+    Example:
+        >>> import jax, probdiff
+        >>> x = jax.random.normal(jax.random.key(0), (8, 2))
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(1), hidden=8, num_blocks=1))
+        >>> fitted = probdiff.fit(diffusion, x, iterations=2, batch_size=4, progress=False).diffusion
+        >>> probdiff.samplers.ancestral(fitted, key=jax.random.key(2), num_samples=3).shape
+        (3, 2)
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.unbind()

@@ -41,6 +41,14 @@ class FitState(NamedTuple):
         validation: Rows of (iteration, bound on the validation data in nats per datum).
         settings: What was asked for, by name: a resumed fit must be asked for the same, or for more iterations when it has ended. ``begun`` is
             the number of iterations before the present leg.
+
+    Example:
+        >>> import jax, probdiff
+        >>> x = jax.random.normal(jax.random.key(0), (8, 2))
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(1), hidden=8, num_blocks=1))
+        >>> state = probdiff.fit(diffusion, x, iterations=2, batch_size=4, progress=False).state
+        >>> len(state.losses), state.settings["batch_size"]
+        (2, 4)
     """
 
     svi: Any
