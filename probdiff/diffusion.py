@@ -167,7 +167,7 @@ class Diffusion(AbstractDiffusion):
         return self.with_context(take(self.context, rows))
 
     def with_context(self, context: PyTree) -> "Diffusion":
-        """This model with a context in the place of that which it has; it is not checked."""
+        """This model with another context, which is not checked."""
         return self._replaced(context=context)
 
     def model(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> Data:
@@ -305,7 +305,7 @@ class Diffusion(AbstractDiffusion):
             params: ``SVIRunResult.params`` or ``svi.get_params(state)``; an empty mapping keeps the weights.
 
         Raises:
-            ValueError: If the parameters are not those of this model.
+            ValueError: If the parameters do not fit this model.
         """
         require_type("params", params, Mapping)
         unknown = sorted(set(params) - {PARAMS}, key=str)

@@ -1,4 +1,4 @@
-"""What ``probdiff fit`` fits when it is told nothing but the data: model and options, by the kind of data."""
+"""The model and the options of ``probdiff fit`` where nothing is given but the data, by the kind of data."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
     nothing. With few levels the network predicts probabilities of the levels; of images, it is convolutional. With many, it predicts
     the noise and gets harmonics up to the period of the grid. Continuous data are taken to have a density
     without atoms: the best reverse variance is then near :math:`\beta_n`, and is computed after the fit. Where columns are of several kinds
-    it is learned for each dimension, as that of the discrete ones is near :math:`\tilde\beta_n`. With a context, the model is conditional.
+    it is learned for each dimension, as the best variance of discrete columns is near :math:`\tilde\beta_n`. With a context, the model is conditional.
 
     Args:
         dataset: A :class:`~probdiff.datasets.Dataset`.

@@ -103,7 +103,7 @@ def ddim(
         num_samples: Number of samples; not needed with a context.
         steps: How many steps, spread evenly over 1 … N; or the steps themselves, increasing; all N if not given. Each is one
             evaluation of the network.
-        eta: η, 0 to 1: none of the noise (then z_N decides the sample), or that of the reverse chain with
+        eta: η, 0 to 1: at 0 no noise is added (then z_N decides the sample), at 1 as much as by the reverse chain with
             :math:`v_n = \tilde\beta_n`.
         devices: Number of devices (or a list of them) that share the samples.
         progress: Show a progress bar.
@@ -277,9 +277,9 @@ def guided(diffusion: Diffusion, weight: Number) -> Diffusion:
     Its network predicts :math:`(1 + w)\, \hat\epsilon(z, c) - w\, \hat\epsilon(z)`, by two evaluations: with the context and without
     (:func:`probdiff.networks.unconditional`). It goes into every sampler and into ``Predictive``.
 
-    With w = 0 it is the model itself, with w = −1 the unconditional one. With any other weight its samples are those of no p(x | c): the noise that
-    is predicted at the different steps is that of no distribution of data, and the samples vary less than data given c do. Its bound is that of the
-    chain that draws them, and no bound of the fitted model. Source: Ho and Salimans (2022), arXiv:2207.12598, eq. 6.
+    With w = 0 it is the model itself, with w = −1 the unconditional one. With any other weight its samples follow no p(x | c): no distribution of data
+    has the noise that is predicted at the different steps, and the samples vary less than data given c do. Its bound is a bound for the chain that draws
+    them, not for the fitted model. Source: Ho and Salimans (2022), arXiv:2207.12598, eq. 6.
 
     Args:
         diffusion: A model with a :class:`~probdiff.networks.ContextDropout` in its network.

@@ -20,7 +20,7 @@ class LearnedSchedule(AbstractSchedule):
 
     The log-SNR is piecewise linear in n between knots, each piece a positive share of the range. It starts as
     :func:`~probdiff.log_snr_schedule`. Its tables are JAX arrays that can be differentiated with respect to the parameters.
-    :meth:`fixed` makes a :class:`~probdiff.NoiseSchedule` of it, which is what evaluations use.
+    :meth:`fixed` gives the :class:`~probdiff.NoiseSchedule` of the present parameters, which evaluations use.
 
     With many steps the bound hardly depends on the shape, but the variance of a one-step estimate does:
     see ``AnalyticELBO(…, schedule_loss="variance")``. Source: Kingma et al. (2021), arXiv:2107.00630, section 4 and appendix H.

@@ -112,7 +112,7 @@ def vp_conditional_score(
 
 
 def score_from_eps(schedule: AbstractSchedule, eps_hat: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
-    r"""The score that a noise prediction is, :math:`s = -\hat\epsilon / \sigma_n`.
+    r"""The score of a noise prediction, :math:`s = -\hat\epsilon / \sigma_n`.
 
     Args:
         schedule: The noise schedule.
@@ -130,7 +130,7 @@ def score_from_eps(schedule: AbstractSchedule, eps_hat: Float[AnyArray, "*batch 
 
 
 def eps_from_score(schedule: AbstractSchedule, score: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
-    r"""The noise prediction that a score is, :math:`\hat\epsilon = -\sigma_n s`; the inverse of :func:`score_from_eps`.
+    r"""The noise prediction of a score, :math:`\hat\epsilon = -\sigma_n s`; the inverse of :func:`score_from_eps`.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -145,7 +145,7 @@ def eps_from_score(schedule: AbstractSchedule, score: Float[AnyArray, "*batch di
 def vp_score_from_eps(
     schedule: AbstractSchedule, eps_hat: Float[AnyArray, "*batch dim"], n: Step
 ) -> Float[Array, "*batch dim"]:
-    r"""The score of the chain that a noise prediction is, :math:`-\hat\epsilon / \sqrt{1-\bar\alpha_n}`.
+    r"""The score of the chain from a noise prediction, :math:`-\hat\epsilon / \sqrt{1-\bar\alpha_n}`.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -160,7 +160,7 @@ def vp_score_from_eps(
 def eps_from_vp_score(
     schedule: AbstractSchedule, score: Float[AnyArray, "*batch dim"], n: Step
 ) -> Float[Array, "*batch dim"]:
-    r"""The noise prediction, :math:`-\sqrt{1-\bar\alpha_n}\, s`; the inverse of :func:`vp_score_from_eps`.
+    r"""The noise prediction of a score of the chain, :math:`-\sqrt{1-\bar\alpha_n}\, s`; the inverse of :func:`vp_score_from_eps`.
 
     Example:
         >>> import jax.numpy as jnp, probdiff

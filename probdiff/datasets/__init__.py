@@ -80,7 +80,7 @@ def split(x: Any, *, seed: Whole = 0, name: str = "data", index: str | None = No
 
     Returns:
         A :class:`Dataset`; its ``likelihood()`` suits its columns. With a context it has ``train_context``, ``validation_context`` and ``test_context``, as a
-        network of ``context_dim=data.context_dim`` takes them, and ``covariates``, which makes the like of other rows.
+        network of ``context_dim=data.context_dim`` takes them, and ``covariates``, which encodes other rows in the same way.
 
     Raises:
         ValueError, TypeError: If the data cannot be used: a column that is constant, holds text, or has a cell that is missing or not

@@ -56,7 +56,7 @@ class Classification(NamedTuple):
         return self.posterior.argmax(1)
 
     def __repr__(self) -> str:
-        """How many were decided, and what it took."""
+        """How many data were decided, and the network evaluations spent."""
         data, labels = self.posterior.shape
         return (
             f"Classification of {data} data among {labels} labels: {self.is_decided.sum()} decided, "
@@ -89,8 +89,8 @@ def classify(
             axis is the label.
         prior: Probability of each label, positive and in any unit, shape ``(label,)``; all alike if not given.
         key: JAX key.
-        num_evaluations: Network evaluations to spend on a datum at most, all labels together. Those that the probabilities of the steps are learned
-            from, on at most 32 of the data, are not counted here but in the result.
+        num_evaluations: Network evaluations to spend on a datum at most, all labels together. The evaluations from which the
+            probabilities of the steps are learned, on at most 32 of the data, are not counted here but in the result.
         error_level: Probability that the label with the largest bound is dropped, 0 to 1; with 0, none is.
         progress: Show a progress bar.
 

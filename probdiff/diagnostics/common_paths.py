@@ -71,7 +71,7 @@ class CommonPaths(NamedTuple):
 
     @property
     def agree(self) -> bool:
-        """Whether all terms do, but for rounding."""
+        """Whether all terms agree, but for rounding."""
         return not self.wrong
 
 

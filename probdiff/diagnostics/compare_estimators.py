@@ -100,7 +100,7 @@ class EstimatorComparison:
 
     @property
     def khat_limit(self) -> float | None:
-        """What k̂ must not exceed for this number of paths (:func:`~probdiff.elbo.importance.khat_limit`); None without ``trace``."""
+        """The limit that k̂ must not exceed for this number of paths (:func:`~probdiff.elbo.importance.khat_limit`); None without ``trace``."""
         return None if self.khat is None else khat_limit(int(self.table.loc["trace", "draws"]))
 
     def to_datatree(self) -> Any:
@@ -118,7 +118,7 @@ class EstimatorComparison:
         return tree
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the draws, for JSON; what is not known is None."""
+        """All results but the draws, a dict for JSON; unknown values are None."""
         table = self.table.astype(object).where(self.table.notna(), None)
         known = self.iwae and {k: v if np.isfinite(v) else None for k, v in self.iwae._asdict().items()}
         return {
@@ -168,7 +168,7 @@ def compare_estimators(
 
     The data are one batch, and an estimator with one evaluation per datum is drawn for all of it: its variance depends on the size of
     the batch. Estimators with N evaluations per datum are drawn for the first data only, 2¹²/N of them or 4 if that is more: the draws
-    of different data are independent, so that the variances of a few tell that of the mean over all.
+    of different data are independent, so that the variance of the mean over all data follows from the variances of a few.
 
     Estimators that learn (probabilities of steps, coefficients) first learn on ``x``, and are then held fixed. In the
     columns on values they are adapted to the value, in those on gradients to the gradient.

@@ -163,7 +163,7 @@ class ContextDifference(NamedTuple):
         return Estimate.of_draws(self.draws)
 
     def __repr__(self) -> str:
-        """The mean difference and what it took."""
+        """The mean difference, its errors and the network evaluations spent."""
         mean, error, noise = self.estimate
         words = f"ContextDifference of {self.draws.shape[1]} data: {mean:.3f} ± {error:.3f} nats over data, of which {noise:.3f} is noise"
         return f"{words} ({self.num_evaluations:.0f} network evaluations a datum)"

@@ -34,7 +34,7 @@ def to_datatree(terms: ELBOTerms) -> "xarray.DataTree":
     """Put the terms of the bound into a DataTree that ArviZ's functions take.
 
     Group ``posterior``, the one that ArviZ looks at, is a sample of the data: each draw is a datum, its values are means over the draws of
-    noise, and coordinate ``datum`` says which it is. So ``az.summary(tree)`` has a row for each term; ``mean`` is that of
+    noise, and coordinate ``datum`` says which it is. So ``az.summary(tree)`` has a row for each term; ``mean`` is the mean of
     the data, ``sd`` the spread over them, ``mcse_mean`` about the standard error over items. It has ``prior_kl``, ``reconstruction`` and
     ``elbo`` with dimensions (chain, draw), and ``step_kl`` with (chain, draw, steps): sums over ten ranges of steps, "2-101" and so
     on, between quantiles of log-SNR.
@@ -179,8 +179,8 @@ def inspect_terms(tree: "xarray.DataTree", dim: Whole | None = None) -> dict[str
         A dict: ``table``, a pandas DataFrame in nats per item with a row for each range of steps and each other term, and columns
         ``nats``, ``share`` (of Σ step KL), ``error_over_items`` (noise included) and ``error_of_noise`` (NaN for a single draw);
         ``num_items`` and ``num_draws``; ``largest_steps``, the range of steps that costs most, and ``worst_item``, the item of the
-        lowest bound: each a dict with its lead on the next, or None where that does not stand out from its error, which is that over
-        items for the range, and that of the noise for the item; ``text``, all of it in words.
+        lowest bound: each a dict with its lead on the next, or None where that does not stand out from its error, which is the error over
+        items for the range, and the Monte Carlo error for the item; ``text``, all of it in words.
 
     Example:
         >>> import jax, probdiff

@@ -68,7 +68,7 @@ class GapDecomposition:
     num_items: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """All fields, a dict for JSON."""
         return {
             name: value.tolist() if isinstance(value, np.ndarray) else getattr(value, "_asdict", lambda v=value: v)()
             for name, value in vars(self).items()
@@ -76,7 +76,7 @@ class GapDecomposition:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> "GapDecomposition":
-        """What :meth:`to_dict` gave, read back from JSON."""
+        """The decomposition whose :meth:`to_dict` gave ``document``, read back from JSON."""
 
         def read(value: Any) -> Any:
             return Estimate(**value) if isinstance(value, dict) else np.array(value) if isinstance(value, list) else value

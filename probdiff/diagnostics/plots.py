@@ -327,7 +327,7 @@ def plot_estimators(table: "pandas.DataFrame", num_items: int, title: str = "") 
     """Every estimator's bound with its error, and what its variance costs.
 
     Args:
-        table: That of :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison`.
+        table: The ``table`` of an :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison`.
         num_items: Number of data.
         title: Title of the figure.
 

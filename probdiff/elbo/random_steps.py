@@ -114,7 +114,7 @@ class DataSetELBO(NamedTuple):
 
     @property
     def estimate(self) -> Estimate:
-        """The mean bound and its two errors (that of the noise a little too large: steps are spread evenly over the data, too)."""
+        """The mean bound and its two errors (the Monte Carlo error is a little too large, as steps are also spread evenly over the data)."""
         return Estimate.of_draws(self.draws)
 
 

@@ -18,7 +18,7 @@ def optimal_variance(
 
     Args:
         diffusion: The model.
-        x: Data to estimate :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` from, of every step; those that the network was trained on, or
+        x: Data to estimate :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` from, of every step: the training data of the network, or
             held-out data. Shape ``(datum, dim)``.
         context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.

@@ -287,7 +287,7 @@ def elbo_terms(
         noise: The noise itself, instead of ``key``: shape ``(draw, num_steps, datum, dim)``, step n at
             ``[:, n - 1]``. Two models on the same noise are compared on common random numbers.
         reduce: Return the moments over draws (:class:`ELBOMoments`): memory then does not grow with draws.
-        devices: Number of devices (or a list of them) that share the data; the terms are those of one device, up to rounding.
+        devices: Number of devices (or a list of them) that share the data; one device gives the same terms, up to rounding.
         progress: Show a progress bar.
 
     Returns:

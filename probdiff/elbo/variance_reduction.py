@@ -64,7 +64,7 @@ class AbstractNoise(eqx.Module):
 
     Attributes:
         copies: How many terms in a row share their step.
-        needs_all_steps: Whether the noise is that of all steps, in their order.
+        needs_all_steps: Whether the noise is drawn for all steps at once, in their order.
 
     Example:
         >>> import jax, probdiff
@@ -179,7 +179,7 @@ class PosteriorNoise(eqx.Module):
 
 
 class AbstractControl(eqx.Module):
-    """A control variate, fitted to one batch: something like the excess, whose expectation is known.
+    """A control variate, fitted to one batch: a function that varies much as the excess does, and whose expectation is known.
 
     To write your own, give the three methods.
 
@@ -206,7 +206,7 @@ class AbstractControl(eqx.Module):
 
     @abc.abstractmethod
     def value(self, z: jax.Array, n: jax.Array, eps: jax.Array) -> jax.Array:
-        """Its value at ``z``, shape ``(*batch, dim)``, made from ``eps`` at steps n of shape ``batch``; shape ``batch``."""
+        """The control variate at ``z``, shape ``(*batch, dim)``, made from ``eps`` at steps n of shape ``batch``; shape ``batch``."""
 
     @abc.abstractmethod
     def expected(self, coefficient: jax.Array, x0: jax.Array) -> jax.Array:

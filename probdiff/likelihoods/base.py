@@ -75,12 +75,12 @@ class AbstractLikelihood(eqx.Module):
         return [(dim, self.points)]
 
     def discrete(self, columns: int) -> tuple[bool, ...]:
-        """Of each column of data, whether it has probabilities; otherwise it has a density, and its bound is not that of a probability."""
+        """For each column of data, whether its values have probabilities; otherwise they have a density, whose logarithm has no upper limit."""
         of = {j: part.points is not None for part, at in self.placed(columns) for j in at}
         return tuple(of[j] for j in range(columns))
 
     def placed(self, columns: int) -> list[tuple["AbstractLikelihood", tuple[int, ...]]]:
-        """The likelihoods of the columns of data, and the columns that each is of: this one, of all, unless said otherwise."""
+        """The likelihoods of the columns of data, each with the positions of its columns: this one with all of them, unless said otherwise."""
         return [(self, tuple(range(columns)))]
 
     def read(self, x: Any) -> Any:

@@ -158,7 +158,7 @@ class Categories(dist.Distribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> constraints.Constraint:
-        """Real numbers; which of them are categories, :meth:`log_prob` does not ask."""
+        """Real numbers; :meth:`log_prob` does not check that a value is a category."""
         return constraints.real
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Real[Array, "..."]:

@@ -107,7 +107,7 @@ class DiscretizedNormal(dist.Distribution):
         loc: Location of the normal, on the scale of [−1, 1].
         scale: Its standard deviation.
         levels: Number of points.
-        first: The value of the first point; those of the others follow it.
+        first: The value of the first point; the other points have the integers after it.
 
     Example:
         >>> import jax.numpy as jnp, probdiff

@@ -101,9 +101,9 @@ class Embedding(_AbstractContextWrapper):
 class ContextDropout(_AbstractContextWrapper):
     r"""A network whose context is dropped at random while it is trained, so that it can be asked without one.
 
-    A context that is dropped is replaced by a *null context*, a vector that is learned; that of each latent by itself. So the model learns
+    A context that is dropped is replaced by a *null context*, a vector that is learned; each latent's context is dropped by itself. So the model learns
     p(x) along with p(x | c): its training loss is the bound of both, mixed by the probability. In evaluation nothing is dropped;
-    without a context (``context=None``) all have the null. Source: Ho and Salimans (2022), arXiv:2207.12598, algorithm 1.
+    without a context (``context=None``) all have the null context. Source: Ho and Salimans (2022), arXiv:2207.12598, algorithm 1.
 
     Args:
         network: A network with a ``context_dim``, such as ``MLP(…, context_dim=16)``. An :class:`Embedding` goes around this.
@@ -158,7 +158,7 @@ class _WithoutContext(_AbstractContextWrapper):
 
 
 def unconditional(network: Network) -> Network:
-    """The network without its context, that of p(x): all contexts are the null.
+    """The network of p(x), which is given no context: all contexts are the null context.
 
     ``fitted.with_network(unconditional(fitted.network))`` is the unconditional model, with a bound of its own.
 

@@ -213,7 +213,7 @@ class Run:
         return folder
 
     def save(self, fit: Fit | None = None, terms: ELBOTerms | None = None, results: dict | None = None) -> None:
-        """Write what is given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.elbo.ELBOTerms`, a dict of results."""
+        """Write the parts that are given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.elbo.ELBOTerms`, a dict of results."""
         if fit is not None:
             save_tree(self.path / "parameters.eqx", fit.params[PARAMS], iterations=len(fit.losses))
             losses = np.column_stack([np.arange(1, len(fit.losses) + 1), fit.losses])
@@ -287,12 +287,12 @@ def create_run(
     Args:
         path: Path of a folder that does not exist yet, or is empty.
         diffusion: The Diffusion.
-        config: What else to record, a dict for JSON; ``data`` and ``seed`` are what :attr:`Run.data` loads by name.
+        config: Anything else to record, a dict for JSON; ``data`` and ``seed`` are what :attr:`Run.data` loads by name.
         data: A :class:`~probdiff.datasets.Dataset`, such as :func:`probdiff.datasets.split` makes, to keep in the run: the commands need
             its test data. A conditional model needs their context, any other leaves it out. Of what is known about it, a density is kept for the sets of :data:`probdiff.datasets.PLANAR` only.
 
     Raises:
-        FileExistsError: If the folder exists and is not empty; ValueError or TypeError if the data are not those of a Dataset that suits the model.
+        FileExistsError: If the folder exists and is not empty; ValueError or TypeError if the data are no Dataset, or do not suit the model.
 
     Example:
         >>> import jax, probdiff, tempfile
