@@ -45,9 +45,9 @@ class Covariate:
         loc, scale: The number that the network is given as 0, and the difference that it is given as 1.
 
     Example:
-        >>> import probdiff
+        >>> import numpy as np, probdiff
         >>> sex = probdiff.datasets.Covariate("sex", categories=("female", "male"))
-        >>> print(sex.encode(["male", "female"]).round(2))
+        >>> print(sex.encode(np.array(["male", "female"])).round(2))
         [[-0.71  0.71]
          [ 0.71 -0.71]]
     """

@@ -242,7 +242,7 @@ def _summarise(measured: dict[str, EstimatorDraws], x: jax.Array, levels: bool) 
     for cost in COSTS:
         kind, _, unit = cost.partition("_by_")
         column = unit if unit == "evaluations" or kind == "value" else f"{kind}_seconds"
-        seconds = {name: getattr(each, f"{kind}_seconds") for name, each in measured.items()} if unit == "seconds" else None
+        seconds = {name: getattr(measured[name], f"{kind}_seconds") for name in variances[kind]} if unit == "seconds" else None
         errors = ratio_errors(variances[kind], seconds).reindex(index=table.index, columns=table.index)
         product = table[f"{kind}_variance"] * table[column]
         table[cost] = product / product.get(REFERENCE, np.nan)
