@@ -30,22 +30,23 @@ class AbstractLikelihood(eqx.Module):
             density.
 
     Example:
-        >>> import jax.numpy as jnp, numpy as np, probdiff
+        >>> import jax, jax.numpy as jnp, numpy as np, probdiff
         >>> from numpyro import distributions as dist
-        >>> class LogNormalLikelihood(probdiff.likelihoods.AbstractLikelihood):  # positive data, x = exp(x_0)
+        >>> class HeavyTailed(probdiff.likelihoods.AbstractLikelihood):  # x = x_0, and Student's t in the last step
         ...     levels = None
         ...     def check_data(self, x):
-        ...         assert np.all(x > 0), "x: Expected positive numbers"
+        ...         assert np.issubdtype(x.dtype, np.floating), "x: Expected floats"
         ...     def encode(self, x):
-        ...         return jnp.log(x)
+        ...         return jnp.asarray(x)
         ...     def decode(self, x0):
-        ...         return jnp.exp(x0)
+        ...         return x0
         ...     def log_jacobian(self, dim):
         ...         return 0.0
         ...     def __call__(self, loc, scale):
-        ...         return dist.LogNormal(loc, scale).to_event(1)
-        >>> LogNormalLikelihood().encode(np.ones((3, 2))).shape
-        (3, 2)
+        ...         return dist.StudentT(5.0, loc, scale).to_event(1)
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0 * z, HeavyTailed())
+        >>> probdiff.elbo_terms(diffusion, jnp.zeros((3, 2)), key=jax.random.key(0)).elbo.shape
+        (1, 3)
     """
 
     if TYPE_CHECKING:  # a property, to a type checker, as it may be overridden by one and is no argument of ``__init__``
