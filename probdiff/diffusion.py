@@ -61,6 +61,13 @@ class Diffusion(AbstractDiffusion):
 
     A network that takes ``context=`` makes it a conditional model, p(x | c): its programs, and all that takes data, take ``context=`` with a row
     for each datum. Or it is :meth:`given` one for all of them.
+
+    Example:
+        >>> import jax, probdiff
+        >>> from numpyro import handlers
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> handlers.seed(diffusion.model, 0)(None, num_data=3).shape  # SVI(diffusion.model, diffusion.guide, …) fits it
+        (3, 2)
     """
 
     schedule: AbstractSchedule
@@ -160,7 +167,7 @@ class Diffusion(AbstractDiffusion):
         return self.with_context(take(self.context, rows))
 
     def with_context(self, context: PyTree) -> "Diffusion":
-        """This model with a context in the place of that which it has; it is not checked."""
+        """This model with another context, which is not checked."""
         return self._replaced(context=context)
 
     def model(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> Data:
@@ -298,7 +305,7 @@ class Diffusion(AbstractDiffusion):
             params: ``SVIRunResult.params`` or ``svi.get_params(state)``; an empty mapping keeps the weights.
 
         Raises:
-            ValueError: If the parameters are not those of this model.
+            ValueError: If the parameters do not fit this model.
         """
         require_type("params", params, Mapping)
         unknown = sorted(set(params) - {PARAMS}, key=str)

@@ -44,6 +44,12 @@ def in_continuous_time(diffusion: Diffusion, every: int = 1) -> Eps:
     Args:
         diffusion: A trained Diffusion.
         every: Where it has to be interpolated, take only each ``every``-th step, and the last.
+
+    Example:
+        >>> import probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0.5 * z)  # told the step
+        >>> type(probdiff.flow.in_continuous_time(diffusion)).__name__
+        'Interpolated'
     """
     return Interpolated(diffusion, every) if diffusion.is_told_step else diffusion.predict_noise_at
 
@@ -54,6 +60,12 @@ class Interpolated(eqx.Module):
     Args:
         diffusion: A trained Diffusion.
         every: Take only each ``every``-th step, and the last.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> eps = probdiff.flow.Interpolated(probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0.5 * z))
+        >>> eps(jnp.ones(2), jnp.array(0.0)).tolist()
+        [0.5, 0.5]
     """
 
     diffusion: Diffusion
@@ -73,7 +85,13 @@ class Interpolated(eqx.Module):
 
 
 def velocity(eps: Eps, z: Float[Array, "dim"], log_snr: Float[Array, ""]) -> Float[Array, "dim"]:
-    """dz/dλ of the flow of ``eps(z, log_snr)``, shaped like ``z``."""
+    """dz/dλ of the flow of ``eps(z, log_snr)``, shaped like ``z``.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> probdiff.flow.velocity(lambda z, log_snr: 0 * z, jnp.ones(2), jnp.array(0.0)).round(3).tolist()
+        [0.25, 0.25]
+    """
     noise = jnp.exp(jax.nn.log_sigmoid(-log_snr) / 2)
     return noise / 2 * (noise * z - eps(z, log_snr))
 
@@ -91,6 +109,12 @@ def solve(
     """The state at log-SNR ``end`` of d state/dλ = ``field(λ, state)``, and the number of evaluations of ``field``.
 
     By a method of fifth order that chooses its steps within the tolerances, or in ``steps`` equal steps of Heun's.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> end, evaluations = probdiff.flow.solve(lambda time, y: -y, jnp.ones(1), 0.0, 1.0, rtol=1e-4, atol=1e-4)
+        >>> round(end.item(), 2)  # exp(−1)
+        0.37
     """
     if start == end:
         return state, jnp.zeros((), jnp.int32)
@@ -103,16 +127,8 @@ def solve(
     if steps is not None:
         times = jnp.asarray(np.linspace(start, end, steps + 1), dtype)
         solver, controller, evaluations = diffrax.Heun(), diffrax.StepTo(ts=times), 2
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda time, state, _: field(jnp.asarray(time), state)),
-        solver,
-        jnp.asarray(start, dtype),
-        jnp.asarray(end, dtype),
-        None,
-        state,
-        stepsize_controller=controller,
-        max_steps=MAX_STEPS,
-    )
+    term, span = diffrax.ODETerm(lambda time, state, _: field(jnp.asarray(time), state)), (jnp.asarray(start, dtype), jnp.asarray(end, dtype))
+    solution = diffrax.diffeqsolve(term, solver, *span, None, state, stepsize_controller=controller, max_steps=MAX_STEPS)
     return jax.tree.map(lambda leaf: leaf[0], solution.ys), evaluations * solution.stats["num_steps"]
 
 
@@ -132,9 +148,7 @@ def _to_base(
     The divergence is ``scale`` × Σ v·Jv over the ``directions`` v, shape ``(datum, direction, dim)``.
     """
 
-    def one(
-        z: Float[Array, "dim"], directions: Float[Array, "direction dim"], context: PyTree
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def one(z: Float[Array, "dim"], directions: Float[Array, "direction dim"], context: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
         eps = in_continuous_time(diffusion.with_context(context), every)
 
         def field(time: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
@@ -178,16 +192,19 @@ def flow_log_prob(
 
     Raises:
         ValueError, TypeError: If an argument does not fit the model.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianMixture([1.0], [[0.0]], [[1.0]])
+        >>> exact = probdiff.Diffusion(schedule, normal.network(schedule))
+        >>> round(probdiff.flow.flow_log_prob(exact, jnp.zeros((1, 1))).item(), 3)  # log N(0; 0, 1)
+        -0.919
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated().given(context)
     z = jnp.asarray(z)
-    require(
-        z.ndim == 2 and len(z) > 0 and diffusion.dim in (None, z.shape[1]),
-        "z",
-        f"shape (datum, {diffusion.dim or 'dim'})",
-        f"shape {z.shape}",
-    )
+    suits = z.ndim == 2 and len(z) > 0 and diffusion.dim in (None, z.shape[1])
+    require(suits, "z", f"shape (datum, {diffusion.dim or 'dim'})", f"shape {z.shape}")
     require(jnp.issubdtype(z.dtype, jnp.floating), "z", "floats", f"dtype {z.dtype}", TypeError)
     require_finite("z", z)
     _check_probes(key, num_probes)
@@ -203,7 +220,14 @@ def _check_probes(key: PRNGKeyArray | None, num_probes: Whole | None) -> None:
 
 
 def require_tolerances(rtol: Number | jax.Array, atol: Number | jax.Array) -> None:
-    """Refuse tolerances that are not between 0 and 1."""
+    """Refuse tolerances that are not between 0 and 1.
+
+    Example:
+        >>> import probdiff
+        >>> probdiff.flow.require_tolerances(rtol=1.0, atol=1e-4)
+        Traceback (most recent call last):
+        ValueError: rtol: Expected a number between 0 and 1; got 1.0
+    """
     for name, value in (("rtol", rtol), ("atol", atol)):
         require(0 < value < 1, name, "a number between 0 and 1", value)
 
@@ -224,19 +248,11 @@ def _flow(
     if num_probes is None:
         directions, scale = jnp.broadcast_to(jnp.eye(dim, dtype=z.dtype), (size, dim, dim)), 1.0
     else:
-        directions, scale = (
-            jax.random.rademacher(cast(jax.Array, key), (size, int(num_probes), dim), z.dtype),
-            1 / num_probes,
-        )
+        directions, scale = jax.random.rademacher(cast(jax.Array, key), (size, int(num_probes), dim), z.dtype), 1 / num_probes
     ends = tuple(diffusion.schedule.log_snr[[0, -1]].tolist())
-    rtol, atol = (
-        jnp.asarray(rtol, z.dtype),
-        jnp.asarray(atol, z.dtype),
-    )  # values, so that no other ones are compiled again
+    rtol, atol = jnp.asarray(rtol, z.dtype), jnp.asarray(atol, z.dtype)  # values, so that no other ones are compiled again
     found = []
-    for rows in blocks(
-        size, inputs_at_once(diffusion.network) // directions.shape[1], unit="datum", desc="flow", progress=progress
-    ):
+    for rows in blocks(size, inputs_at_once(diffusion.network) // directions.shape[1], unit="datum", desc="flow", progress=progress):
         some = diffusion.take(rows)
         z_end, change, count = _to_base(some, every, z[rows], ends, directions[rows], scale, rtol, atol)
         end = np.asarray(z_end)
@@ -267,6 +283,13 @@ class FlowLikelihood(NamedTuple):
             ``(draw, datum)``. An interpolated network has a kink at every step, so that it falls slowly with the tolerances: at the
             default, 1e-5, it was 4e-4 nats at most for the exact network of the moons.
         num_evaluations: Evaluations of the network along each flow, about, shape ``(draw, datum)``.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> part = np.ones((1, 2))  # one draw of two data
+        >>> found = probdiff.flow.FlowLikelihood(-part, -part, 0 * part, 0 * part[0], 0 * part, 0 * part, 60 * part)
+        >>> print(repr(found).splitlines()[0])
+        2 data, 1 draws of z_1 each; nats per datum, ± standard error over data
     """
 
     log_q: np.ndarray
@@ -326,6 +349,14 @@ def flow_likelihood(
 
     Returns:
         A :class:`FlowLikelihood`. The reverse chain is another model: differences from its ELBO are not errors of either.
+
+    Example:
+        >>> import jax, probdiff
+        >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianMixture([1.0], [[0.0]], [[1.0]])
+        >>> exact = probdiff.Diffusion(schedule, normal.network(schedule))
+        >>> found = probdiff.flow_likelihood(exact, jax.numpy.zeros((3, 1)), key=jax.random.key(0), num_draws=2)
+        >>> found.log_prob.shape, bool(abs(found.log_prob + 0.9189).max() < 1e-3)  # log N(0; 0, 1)
+        ((2, 3), True)
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated().given(context)

@@ -1,4 +1,4 @@
-"""What ``probdiff fit`` fits when it is told nothing but the data: model and options, by the kind of data."""
+"""The model and the options of ``probdiff fit`` where nothing is given but the data, by the kind of data."""
 
 from typing import Any
 
@@ -22,6 +22,12 @@ def default_options(dataset: Dataset) -> dict[str, Any]:
     """Number of steps, iterations, batch size, peak learning rate and iterations between validations for a data set, as a dict.
 
     The best in validation is kept, and a small table is learned by heart in a few hundred passes: it gets fewer iterations.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> data = probdiff.datasets.split(np.random.default_rng(0).normal(size=(50, 3)))
+        >>> probdiff.presets.default_options(data)["num_steps"]
+        2000
     """
     if _has_few_levels(dataset):
         options = {"num_steps": 1000, "iterations": 2_000, "batch_size": 64, "learning_rate": 4e-3}
@@ -40,12 +46,18 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
     nothing. With few levels the network predicts probabilities of the levels; of images, it is convolutional. With many, it predicts
     the noise and gets harmonics up to the period of the grid. Continuous data are taken to have a density
     without atoms: the best reverse variance is then near :math:`\beta_n`, and is computed after the fit. Where columns are of several kinds
-    it is learned for each dimension, as that of the discrete ones is near :math:`\tilde\beta_n`. With a context, the model is conditional.
+    it is learned for each dimension, as the best variance of discrete columns is near :math:`\tilde\beta_n`. With a context, the model is conditional.
 
     Args:
         dataset: A :class:`~probdiff.datasets.Dataset`.
         num_steps: N.
         seed: Seed of the initial weights.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> data = probdiff.datasets.split(np.random.default_rng(0).normal(size=(50, 3)))
+        >>> probdiff.presets.default_diffusion(data, num_steps=10).dim
+        3
     """
     require_type("dataset", dataset, Dataset)
     key, context_dim = jax.random.key(seed), dataset.context_dim

@@ -60,6 +60,12 @@ def ancestral(
 
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> probdiff.samplers.ancestral(diffusion, key=jax.random.key(1), num_samples=3).shape
+        (3, 2)
     """
     diffusion = _evaluated(diffusion, context)
     evaluations = diffusion.schedule.num_steps
@@ -97,13 +103,19 @@ def ddim(
         num_samples: Number of samples; not needed with a context.
         steps: How many steps, spread evenly over 1 … N; or the steps themselves, increasing; all N if not given. Each is one
             evaluation of the network.
-        eta: η, 0 to 1: none of the noise (then z_N decides the sample), or that of the reverse chain with
+        eta: η, 0 to 1: at 0 no noise is added (then z_N decides the sample), at 1 as much as by the reverse chain with
             :math:`v_n = \tilde\beta_n`.
         devices: Number of devices (or a list of them) that share the samples.
         progress: Show a progress bar.
 
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(10), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> probdiff.samplers.ddim(diffusion, key=jax.random.key(1), num_samples=3, steps=5).shape  # five of the ten steps
+        (3, 2)
     """
     diffusion = _evaluated(diffusion, context)
     taken = _subsequence(diffusion, steps)
@@ -173,6 +185,12 @@ def annealed_langevin(
 
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> probdiff.samplers.annealed_langevin(diffusion, key=jax.random.key(1), num_samples=3, num_updates=2).shape
+        (3, 2)
     """
     diffusion = _evaluated(diffusion, context)
     taken = _subsequence(diffusion, steps)
@@ -227,6 +245,12 @@ def probability_flow(
 
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> probdiff.samplers.probability_flow(diffusion, key=jax.random.key(1), num_samples=3, steps=4).shape
+        (3, 2)
     """
     diffusion = _evaluated(diffusion, context)
     require_tolerances(rtol, atol)
@@ -253,9 +277,9 @@ def guided(diffusion: Diffusion, weight: Number) -> Diffusion:
     Its network predicts :math:`(1 + w)\, \hat\epsilon(z, c) - w\, \hat\epsilon(z)`, by two evaluations: with the context and without
     (:func:`probdiff.networks.unconditional`). It goes into every sampler and into ``Predictive``.
 
-    With w = 0 it is the model itself, with w = −1 the unconditional one. With any other weight its samples are those of no p(x | c): the noise that
-    is predicted at the different steps is that of no distribution of data, and the samples vary less than data given c do. Its bound is that of the
-    chain that draws them, and no bound of the fitted model. Source: Ho and Salimans (2022), arXiv:2207.12598, eq. 6.
+    With w = 0 it is the model itself, with w = −1 the unconditional one. With any other weight its samples follow no p(x | c): no distribution of data
+    has the noise that is predicted at the different steps, and the samples vary less than data given c do. Its bound is a bound for the chain that draws
+    them, not for the fitted model. Source: Ho and Salimans (2022), arXiv:2207.12598, eq. 6.
 
     Args:
         diffusion: A model with a :class:`~probdiff.networks.ContextDropout` in its network.
@@ -263,6 +287,13 @@ def guided(diffusion: Diffusion, weight: Number) -> Diffusion:
 
     Raises:
         ValueError: If there is none in it, or the reverse kernel asks its network for something else than the noise.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> network = probdiff.networks.ContextDropout(probdiff.MLP(2, key=jax.random.key(0), hidden=8, context_dim=3))
+        >>> fitted = probdiff.Diffusion(probdiff.cosine_schedule(5), network)
+        >>> probdiff.samplers.ddim(probdiff.samplers.guided(fitted, 1.5), context=jnp.ones((4, 3)), key=jax.random.key(1)).shape
+        (4, 2)
     """
     require_type("diffusion", diffusion, Diffusion)
     kernel = diffusion.kernel

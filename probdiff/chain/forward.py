@@ -32,6 +32,13 @@ def forward_step(schedule: AbstractSchedule, z_prev: Float[AnyArray, "*batch dim
 
     Raises:
         ValueError: If n is outside [1, N]; TypeError if it is not an integer.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> schedule = probdiff.NoiseSchedule.from_betas([0.1, 0.2, 0.3])
+        >>> q = probdiff.forward_step(schedule, jnp.zeros((4, 2)), n=3)
+        >>> q.event_shape, round(q.variance[0, 0].item(), 3)
+        ((2,), 0.3)
     """
     require_schedule(schedule)
     require_step(n, 1, schedule.num_steps)
@@ -50,6 +57,13 @@ def forward_marginal(schedule: AbstractSchedule, x0: Float[AnyArray, "*batch dim
 
     Raises:
         ValueError: If n is outside [1, N]; TypeError if it is not an integer.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> schedule = probdiff.cosine_schedule(10)
+        >>> q = probdiff.forward_marginal(schedule, jnp.ones((4, 2)), n=jnp.array([1, 4, 7, 10]))  # a step for each datum
+        >>> q.sample(jax.random.key(0)).shape
+        (4, 2)
     """
     require_schedule(schedule)
     require_step(n, 1, schedule.num_steps)
@@ -71,6 +85,13 @@ def forward_posterior(
 
     Raises:
         ValueError: If n is outside [2, N]; TypeError if it is not an integer.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> schedule = probdiff.NoiseSchedule.from_betas([0.1, 0.2, 0.3])
+        >>> q = probdiff.forward_posterior(schedule, jnp.zeros(2), jnp.zeros(2), n=2)
+        >>> round(q.variance[0].item(), 3)  # β̃_2 = 0.1 · 0.2 / 0.28
+        0.071
     """
     require_schedule(schedule)
     require_step(n, 2, schedule.num_steps)
@@ -86,7 +107,14 @@ def forward_posterior(
 
 
 def prior_kl(schedule: AbstractSchedule, x0: Float[AnyArray, "*batch dim"]) -> Float[Array, "*batch"]:
-    r"""KL of :math:`q(z_N | x_0)` to N(0, I), in nats, shape ``batch`` for ``x0`` of shape ``(*batch, dim)``."""
+    r"""KL of :math:`q(z_N | x_0)` to N(0, I), in nats, shape ``batch`` for ``x0`` of shape ``(*batch, dim)``.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> kl = probdiff.chain.prior_kl(probdiff.cosine_schedule(10), jnp.ones((3, 2)))
+        >>> kl.shape, bool((kl < 0.01).all())  # hardly anything of the data is left at the last step
+        ((3,), True)
+    """
     alpha_bar = schedule.alpha_bar[-1]
     constant = -alpha_bar - 2 * array_module(schedule.noise_scale).log(schedule.noise_scale[-1:])[0]
     return (jnp.asarray(alpha_bar, x0.dtype) * jnp.square(x0).sum(-1) + x0.shape[-1] * constant) / 2

@@ -20,7 +20,7 @@ class LearnedSchedule(AbstractSchedule):
 
     The log-SNR is piecewise linear in n between knots, each piece a positive share of the range. It starts as
     :func:`~probdiff.log_snr_schedule`. Its tables are JAX arrays that can be differentiated with respect to the parameters.
-    :meth:`fixed` makes a :class:`~probdiff.NoiseSchedule` of it, which is what evaluations use.
+    :meth:`fixed` gives the :class:`~probdiff.NoiseSchedule` of the present parameters, which evaluations use.
 
     With many steps the bound hardly depends on the shape, but the variance of a one-step estimate does:
     see ``AnalyticELBO(…, schedule_loss="variance")``. Source: Kingma et al. (2021), arXiv:2107.00630, section 4 and appendix H.
@@ -34,6 +34,13 @@ class LearnedSchedule(AbstractSchedule):
         start: Log-SNR after the first step.
         log_range: Log of how far it falls.
         logits: Logits of the shares of the pieces.
+
+    Example:
+        >>> import jax, probdiff
+        >>> schedule = probdiff.LearnedSchedule(num_steps=10)
+        >>> diffusion = probdiff.Diffusion(schedule, probdiff.MLP(2, key=jax.random.key(0), hidden=8))  # trained along with the network
+        >>> round(schedule.fixed().log_snr[0].item(), 2)
+        10.0
     """
 
     start: Float[Array, ""]

@@ -57,6 +57,12 @@ def noising(schedule: AbstractSchedule, x0: Float[AnyArray, "*batch dim"], n: St
 
     Raises:
         ValueError: If n is outside [1, N]; TypeError if it is not an integer.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> schedule = probdiff.geometric_schedule(5, sigma_min=0.1, sigma_max=10.0)
+        >>> round(probdiff.chain.score.noising(schedule, jnp.zeros(2), n=5).variance[0].item(), 2)  # σ_5²
+        100.0
     """
     x0 = jnp.asarray(x0)
     return isotropic_normal(x0, jnp.square(_at(schedule, _sigma, n, x0))[..., 0])
@@ -75,6 +81,13 @@ def conditional_score(
 
     Returns:
         Shape ``(*batch, dim)``, nats per unit of ``x_n``.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> schedule = probdiff.geometric_schedule(5, sigma_min=0.5, sigma_max=8.0)
+        >>> s = probdiff.chain.score.conditional_score(schedule, x_n=jnp.ones(2), x0=jnp.zeros(2), n=1)
+        >>> s.round(3).tolist()  # −1 / 0.5²
+        [-4.0, -4.0]
     """
     x_n, x0 = jnp.asarray(x_n), jnp.asarray(x0)
     return -(x_n - x0) / jnp.square(_at(schedule, _sigma, n, x_n))
@@ -86,25 +99,45 @@ def vp_conditional_score(
     r"""Score of the chain, :math:`\nabla_{z_n} \log q(z_n | x_0) = -(z_n - \sqrt{\bar\alpha_n} x_0) / (1-\bar\alpha_n)`.
 
     Arguments as for :func:`conditional_score`, with ``z`` for ``x_n``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> schedule, z, x0 = probdiff.cosine_schedule(5), jnp.ones(2), jnp.zeros(2)
+        >>> s = probdiff.chain.score.vp_conditional_score(schedule, z, x0, n=2)
+        >>> bool(jnp.allclose(s, jax.grad(probdiff.forward_marginal(schedule, x0, 2).log_prob)(z), rtol=1e-3))
+        True
     """
     z, x0 = jnp.asarray(z), jnp.asarray(x0)
     return -(z - _at(schedule, _signal, n, z) * x0) / jnp.square(_at(schedule, _noise, n, z))
 
 
 def score_from_eps(schedule: AbstractSchedule, eps_hat: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
-    r"""The score that a noise prediction is, :math:`s = -\hat\epsilon / \sigma_n`.
+    r"""The score of a noise prediction, :math:`s = -\hat\epsilon / \sigma_n`.
 
     Args:
         schedule: The noise schedule.
         eps_hat: Predicted noise, shape ``(*batch, dim)``.
         n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> schedule = probdiff.geometric_schedule(5, sigma_min=0.5, sigma_max=8.0)
+        >>> probdiff.chain.score.score_from_eps(schedule, jnp.ones(2), n=1).round(3).tolist()
+        [-2.0, -2.0]
     """
     eps_hat = jnp.asarray(eps_hat)
     return -eps_hat / _at(schedule, _sigma, n, eps_hat)
 
 
 def eps_from_score(schedule: AbstractSchedule, score: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
-    r"""The noise prediction that a score is, :math:`\hat\epsilon = -\sigma_n s`; the inverse of :func:`score_from_eps`."""
+    r"""The noise prediction of a score, :math:`\hat\epsilon = -\sigma_n s`; the inverse of :func:`score_from_eps`.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> schedule = probdiff.geometric_schedule(5, sigma_min=0.5, sigma_max=8.0)
+        >>> probdiff.chain.score.eps_from_score(schedule, jnp.array([-2.0, -2.0]), n=1).round(3).tolist()
+        [1.0, 1.0]
+    """
     score = jnp.asarray(score)
     return -score * _at(schedule, _sigma, n, score)
 
@@ -112,7 +145,14 @@ def eps_from_score(schedule: AbstractSchedule, score: Float[AnyArray, "*batch di
 def vp_score_from_eps(
     schedule: AbstractSchedule, eps_hat: Float[AnyArray, "*batch dim"], n: Step
 ) -> Float[Array, "*batch dim"]:
-    r"""The score of the chain that a noise prediction is, :math:`-\hat\epsilon / \sqrt{1-\bar\alpha_n}`."""
+    r"""The score of the chain from a noise prediction, :math:`-\hat\epsilon / \sqrt{1-\bar\alpha_n}`.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> schedule = probdiff.NoiseSchedule.from_betas([0.25, 0.5])  # √(1−ᾱ_1) = ½
+        >>> probdiff.chain.score.vp_score_from_eps(schedule, jnp.ones(2), n=1).round(3).tolist()
+        [-2.0, -2.0]
+    """
     eps_hat = jnp.asarray(eps_hat)
     return -eps_hat / _at(schedule, _noise, n, eps_hat)
 
@@ -120,19 +160,40 @@ def vp_score_from_eps(
 def eps_from_vp_score(
     schedule: AbstractSchedule, score: Float[AnyArray, "*batch dim"], n: Step
 ) -> Float[Array, "*batch dim"]:
-    r"""The noise prediction, :math:`-\sqrt{1-\bar\alpha_n}\, s`; the inverse of :func:`vp_score_from_eps`."""
+    r"""The noise prediction of a score of the chain, :math:`-\sqrt{1-\bar\alpha_n}\, s`; the inverse of :func:`vp_score_from_eps`.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> schedule = probdiff.NoiseSchedule.from_betas([0.25, 0.5])  # √(1−ᾱ_1) = ½
+        >>> probdiff.chain.score.eps_from_vp_score(schedule, jnp.array([-2.0, -2.0]), n=1).round(3).tolist()
+        [1.0, 1.0]
+    """
     score = jnp.asarray(score)
     return -score * _at(schedule, _noise, n, score)
 
 
 def vp_from_ve(schedule: AbstractSchedule, x_n: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
-    r"""From VE to VP coordinates, :math:`z_n = \sqrt{\bar\alpha_n} x_n`; shape ``(*batch, dim)``, ``n`` broadcasts to ``batch``."""
+    r"""From VE to VP coordinates, :math:`z_n = \sqrt{\bar\alpha_n} x_n`; shape ``(*batch, dim)``, ``n`` broadcasts to ``batch``.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> schedule = probdiff.NoiseSchedule.from_betas([0.75, 0.5])  # √ᾱ_1 = ½
+        >>> probdiff.chain.score.vp_from_ve(schedule, jnp.ones(2), n=1).round(3).tolist()
+        [0.5, 0.5]
+    """
     x_n = jnp.asarray(x_n)
     return _at(schedule, _signal, n, x_n) * x_n
 
 
 def ve_from_vp(schedule: AbstractSchedule, z: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
-    r"""From VP to VE coordinates, :math:`x_n = z_n / \sqrt{\bar\alpha_n}`; the inverse of :func:`vp_from_ve`."""
+    r"""From VP to VE coordinates, :math:`x_n = z_n / \sqrt{\bar\alpha_n}`; the inverse of :func:`vp_from_ve`.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> schedule = probdiff.NoiseSchedule.from_betas([0.75, 0.5])  # √ᾱ_1 = ½
+        >>> probdiff.chain.score.ve_from_vp(schedule, jnp.ones(2), n=1).round(3).tolist()
+        [2.0, 2.0]
+    """
     z = jnp.asarray(z)
     return z / _at(schedule, _signal, n, z)
 
@@ -150,6 +211,14 @@ def score(
 
     Returns:
         Shape ``(*batch, dim)``. In VP coordinates the score is this divided by :math:`\sqrt{\bar\alpha_n}`.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0], [[1.0]])
+        >>> exact = probdiff.Diffusion(schedule, normal.network(schedule))
+        >>> s = probdiff.chain.score.score(exact, jnp.ones((1, 1)), n=3)
+        >>> bool(jnp.allclose(s, -1 / (1 + schedule.sigma[2] ** 2), rtol=1e-3))  # the score of N(0, 1 + σ_3²)
+        True
     """
     known = hasattr(diffusion, "evaluated")  # (the class of a Diffusion is not known to the chain)
     require(known, "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)

@@ -41,6 +41,12 @@ def load(name: Any, seed: Whole = 0, index: str | None = None, context: Columns 
     Raises:
         ValueError: If the name is unknown, or the array is not usable; FileNotFoundError if there is no
             such file; TypeError if a column holds something else than numbers or categories.
+
+    Example:
+        >>> import probdiff
+        >>> digits = probdiff.datasets.load("digits")
+        >>> digits.train.shape, digits.levels
+        ((1000, 64), 17)
     """
     if is_frame(name):
         return split(name, seed=seed, index=index, context=context)
@@ -74,11 +80,19 @@ def split(x: Any, *, seed: Whole = 0, name: str = "data", index: str | None = No
 
     Returns:
         A :class:`Dataset`; its ``likelihood()`` suits its columns. With a context it has ``train_context``, ``validation_context`` and ``test_context``, as a
-        network of ``context_dim=data.context_dim`` takes them, and ``covariates``, which makes the like of other rows.
+        network of ``context_dim=data.context_dim`` takes them, and ``covariates``, which encodes other rows in the same way.
 
     Raises:
         ValueError, TypeError: If the data cannot be used: a column that is constant, holds text, or has a cell that is missing or not
             finite is named.
+
+    Example:
+        >>> import numpy as np, pandas, probdiff
+        >>> frame = pandas.DataFrame({"height": np.linspace(1.5, 2.0, 50), "colour": ["red", "blue"] * 25})
+        >>> frame["colour"] = frame["colour"].astype("category")
+        >>> data = probdiff.datasets.split(frame)
+        >>> len(data.train), len(data.validation), len(data.test)
+        (40, 5, 5)
     """
     return split_table(read_table(x, name, index, context), name, seed, name)
 

@@ -42,7 +42,14 @@ class Covariate:
     Attributes:
         name: Its name.
         categories: The labels, or the numbers, that it can be; None for one that is a number of any size.
-        loc, scale: Of such a number, what is 0 and what is the unit for the network.
+        loc, scale: The number that the network is given as 0, and the difference that it is given as 1.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> sex = probdiff.datasets.Covariate("sex", categories=("female", "male"))
+        >>> print(sex.encode(np.array(["male", "female"])).round(2))
+        [[-0.71  0.71]
+         [ 0.71 -0.71]]
     """
 
     name: str
@@ -52,7 +59,7 @@ class Covariate:
 
     @classmethod
     def of(cls, name: str, cells: Cells, train: Int[np.ndarray, "train"]) -> "Covariate":
-        """What a covariate is, from its cells and from which of these are in the training split.
+        """A covariate found from its cells: categories, or a number standardised by the cells at ``train``, the rows of the training split.
 
         Raises:
             ValueError: If it does not vary, or there are too many labels.
@@ -77,7 +84,7 @@ class Covariate:
 
     @property
     def words(self) -> str:
-        """What it is, in words."""
+        """The covariate in words."""
         if self.categories is None:
             return f"{self.name}, a number (mean {self.loc:.4g}, standard deviation {self.scale:.4g})"
         return f"{self.name}, {CategoricalLikelihood(self.categories).words}"
@@ -124,13 +131,20 @@ class Covariates:
 
     Attributes:
         columns: A :class:`Covariate` each.
+
+    Example:
+        >>> import probdiff
+        >>> age, sex = probdiff.datasets.Covariate("age", loc=40.0, scale=10.0), probdiff.datasets.Covariate("sex", ("female", "male"))
+        >>> covariates = probdiff.datasets.Covariates((age, sex))
+        >>> print(covariates.encode({"age": [50.0], "sex": ["male"]}).round(2))
+        [[ 1.   -0.71  0.71]]
     """
 
     columns: tuple[Covariate, ...]
 
     @classmethod
     def of(cls, cells: Mapping[str, Cells], train: Int[np.ndarray, "train"]) -> "Covariates":
-        """What the covariates are, from the cells of each, by name, and from which rows are in the training split."""
+        """Covariates found from the cells of each, by name, and from ``train``, the rows of the training split."""
         return cls(tuple(Covariate.of(name, each, train) for name, each in cells.items()))
 
     @property
@@ -170,7 +184,7 @@ class Covariates:
         """One row in words, ``"0.3,7"`` in the order of the covariates or ``"age=0.3,label=7"``, as :meth:`encode` gives it.
 
         Raises:
-            ValueError: If there is not one value for each covariate, or a value cannot be what it is of.
+            ValueError: If there is not one value for each covariate, or a value is unknown to its covariate.
         """
         values, names = split_words(text), ", ".join(self.names)
         if "=" not in text:

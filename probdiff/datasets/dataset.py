@@ -43,7 +43,14 @@ class Dataset:
         rows: Of data that were shuffled, by the name of each split, which row of the source each of its rows was, counted from 0.
         train_context, validation_context, test_context: What a conditional model is given, ``context=``, an array with a row for each datum
             of the split, as a network takes it; None for a model without.
-        covariates: What turns the user's units and labels into such an array, where that is known.
+        covariates: The :class:`Covariates`, which turn the user's units and labels into such an array, where they are known.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> train, validation, test = np.random.default_rng(0).normal(size=(3, 5, 2))
+        >>> data = probdiff.datasets.Dataset("mine", train, validation, test)
+        >>> data.dim, type(data.likelihood()).__name__
+        (2, 'NormalLikelihood')
     """
 
     name: str
@@ -72,12 +79,12 @@ class Dataset:
         return self.train.shape[1]
 
     def with_context(self, covariates: Covariates, contexts: Sequence[Real[np.ndarray, "_ width"]]) -> "Dataset":
-        """These data with a context, that of the training, the validation and the test split, as ``covariates`` encodes it."""
+        """The data with a context: the arrays of the training, the validation and the test split, as ``covariates`` encodes them."""
         train, validation, test = contexts
         return dataclasses.replace(self, train_context=train, validation_context=validation, test_context=test, covariates=covariates)
 
     def without_context(self) -> "Dataset":
-        """These data alone."""
+        """The data without their context."""
         return dataclasses.replace(self, train_context=None, validation_context=None, test_context=None, covariates=None)
 
     @property

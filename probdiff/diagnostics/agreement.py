@@ -27,6 +27,16 @@ class TwoWays(NamedTuple):
         terms: The analytic terms, :class:`~probdiff.elbo.ELBOTerms`.
         path: ``Trace_ELBO`` of every datum on sampled paths, shape ``(draw, datum)``, nats.
         common: Each term both ways on the same paths of the first four data, :class:`CommonPaths`; None where the KLs are sampled.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0 * z)
+        >>> x = jax.numpy.zeros((3, 2))
+        >>> terms = probdiff.elbo_terms(diffusion, x, key=jax.random.key(1), num_draws=4)
+        >>> path = probdiff.elbo.path_elbo(diffusion, x, key=jax.random.key(2), num_draws=4)
+        >>> both = probdiff.diagnostics.TwoWays(terms, path)
+        >>> abs(both.z) < 5, both.detectable > 0
+        (True, True)
     """
 
     terms: ELBOTerms
@@ -88,6 +98,14 @@ def compute_both_ways(
 
     Raises:
         ValueError, TypeError: If the data do not suit the model, or there are fewer than two draws.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0 * z)
+        >>> x = jax.random.normal(jax.random.key(1), (4, 2))
+        >>> both = probdiff.diagnostics.compute_both_ways(diffusion, x, key=jax.random.key(2), num_draws=4)
+        >>> both.common.agree, both.path.shape  # each term is the same on the same path, up to rounding
+        (True, (4, 4))
     """
     require_count("num_draws", num_draws)
     require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)

@@ -34,6 +34,15 @@ class Classification(NamedTuple):
         error: The probability that another label has the larger bound (with its prior), by the Monte Carlo error, about; shape ``(datum,)``.
         is_decided: Whether all labels but one were dropped, shape ``(datum,)``.
         num_evaluations: Network evaluations spent, of all labels together, shape ``(datum,)``.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> posterior = np.array([[0.9, 0.1], [0.4, 0.6]])  # two data, two labels
+        >>> found = probdiff.diagnostics.Classification(posterior, np.array([0.001, 0.2]), np.array([True, False]), np.array([64, 1000]))
+        >>> found
+        Classification of 2 data among 2 labels: 1 decided, 532 network evaluations a datum
+        >>> found.label.tolist()
+        [0, 1]
     """
 
     posterior: Float[np.ndarray, "datum label"]
@@ -47,7 +56,7 @@ class Classification(NamedTuple):
         return self.posterior.argmax(1)
 
     def __repr__(self) -> str:
-        """How many were decided, and what it took."""
+        """How many data were decided, and the network evaluations spent."""
         data, labels = self.posterior.shape
         return (
             f"Classification of {data} data among {labels} labels: {self.is_decided.sum()} decided, "
@@ -80,8 +89,8 @@ def classify(
             axis is the label.
         prior: Probability of each label, positive and in any unit, shape ``(label,)``; all alike if not given.
         key: JAX key.
-        num_evaluations: Network evaluations to spend on a datum at most, all labels together. Those that the probabilities of the steps are learned
-            from, on at most 32 of the data, are not counted here but in the result.
+        num_evaluations: Network evaluations to spend on a datum at most, all labels together. The evaluations from which the
+            probabilities of the steps are learned, on at most 32 of the data, are not counted here but in the result.
         error_level: Probability that the label with the largest bound is dropped, 0 to 1; with 0, none is.
         progress: Show a progress bar.
 
@@ -90,6 +99,14 @@ def classify(
 
     Raises:
         ValueError, TypeError: If the data or the labels do not suit the model, or an argument is out of range.
+
+    Example:
+        >>> import jax, numpy as np, probdiff
+        >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0], [[1.0]], slope=[[3.0]])
+        >>> exact = probdiff.Diffusion(schedule, normal.network(schedule), reverse_variance="forward")  # p(x | c) = N(3c, 1)
+        >>> labels, x = np.array([[-1.0], [1.0]]), np.array([[-3.0], [3.0]], np.float32)
+        >>> probdiff.classify(exact, x, labels, key=jax.random.key(0)).label.tolist()
+        [0, 1]
     """
     require_type("diffusion", diffusion, Diffusion)
     given = _given_labels(diffusion.evaluated(), labels)

@@ -57,6 +57,15 @@ class EstimatorComparison:
         iwae: The importance-weighted bound on all paths of ``trace``, an ``Estimate``; None without ``trace``.
         khat: Pareto k̂ of the weights of those paths, shape ``(item,)``; None without ``trace``.
         dim: Number of dimensions, for bits/dim.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0 * z)
+        >>> x = jax.random.normal(jax.random.key(1), (4, 2))
+        >>> names = ["kl_uniform", "kl_stratified"]
+        >>> comparison = probdiff.compare_estimators(diffusion, x, key=jax.random.key(2), num_draws=2, estimators=names)
+        >>> comparison.agree, float(comparison.table.loc["kl_uniform", "value_by_evaluations"])
+        (True, 1.0)
     """
 
     table: Any
@@ -91,7 +100,7 @@ class EstimatorComparison:
 
     @property
     def khat_limit(self) -> float | None:
-        """What k̂ must not exceed for this number of paths (:func:`~probdiff.elbo.importance.khat_limit`); None without ``trace``."""
+        """The limit that k̂ must not exceed for this number of paths (:func:`~probdiff.elbo.importance.khat_limit`); None without ``trace``."""
         return None if self.khat is None else khat_limit(int(self.table.loc["trace", "draws"]))
 
     def to_datatree(self) -> Any:
@@ -109,7 +118,7 @@ class EstimatorComparison:
         return tree
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the draws, for JSON; what is not known is None."""
+        """All results but the draws, a dict for JSON; unknown values are None."""
         table = self.table.astype(object).where(self.table.notna(), None)
         known = self.iwae and {k: v if np.isfinite(v) else None for k, v in self.iwae._asdict().items()}
         return {
@@ -159,7 +168,7 @@ def compare_estimators(
 
     The data are one batch, and an estimator with one evaluation per datum is drawn for all of it: its variance depends on the size of
     the batch. Estimators with N evaluations per datum are drawn for the first data only, 2¹²/N of them or 4 if that is more: the draws
-    of different data are independent, so that the variances of a few tell that of the mean over all.
+    of different data are independent, so that the variance of the mean over all data follows from the variances of a few.
 
     Estimators that learn (probabilities of steps, coefficients) first learn on ``x``, and are then held fixed. In the
     columns on values they are adapted to the value, in those on gradients to the gradient.
@@ -185,6 +194,15 @@ def compare_estimators(
     Raises:
         ValueError, TypeError: If the data do not suit the model, a name is unknown, ``num_draws`` is less than 2, or ``minutes`` is
             not positive.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0 * z)
+        >>> x = jax.random.normal(jax.random.key(1), (4, 2))
+        >>> names = ["kl_uniform", "kl_stratified"]
+        >>> comparison = probdiff.compare_estimators(diffusion, x, key=jax.random.key(2), num_draws=2, estimators=names)
+        >>> comparison.table["evaluations"].tolist()  # of the network, for each datum and draw
+        [1, 1]
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.given(context)
@@ -224,7 +242,7 @@ def _summarise(measured: dict[str, EstimatorDraws], x: jax.Array, levels: bool) 
     for cost in COSTS:
         kind, _, unit = cost.partition("_by_")
         column = unit if unit == "evaluations" or kind == "value" else f"{kind}_seconds"
-        seconds = {name: getattr(each, f"{kind}_seconds") for name, each in measured.items()} if unit == "seconds" else None
+        seconds = {name: getattr(measured[name], f"{kind}_seconds") for name in variances[kind]} if unit == "seconds" else None
         errors = ratio_errors(variances[kind], seconds).reindex(index=table.index, columns=table.index)
         product = table[f"{kind}_variance"] * table[column]
         table[cost] = product / product.get(REFERENCE, np.nan)

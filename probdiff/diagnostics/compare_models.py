@@ -27,6 +27,14 @@ class ModelComparison:
         num_draws: Draws per datum that it is the mean of.
         levels: Whether the data are on a grid, so that bits/dim mean something.
         dim: Number of dimensions.
+
+    Example:
+        >>> import jax, probdiff
+        >>> networks = {name: probdiff.MLP(2, key=jax.random.key(0), hidden=hidden) for name, hidden in (("small", 4), ("large", 8))}
+        >>> models = {name: probdiff.Diffusion(probdiff.cosine_schedule(5), network) for name, network in networks.items()}
+        >>> comparison = probdiff.compare_models(models, jax.numpy.zeros((3, 2)), key=jax.random.key(1))
+        >>> comparison.elbo["small"].shape, float(comparison.table["elbo_diff"].min())
+        ((3,), 0.0)
     """
 
     table: Any
@@ -97,6 +105,15 @@ def compare_models(
     Raises:
         ValueError, TypeError: If the data do not suit one of the models, or their likelihoods are of different kinds: a
             density and a probability cannot be compared.
+
+    Example:
+        >>> import jax, probdiff
+        >>> schedule, x = probdiff.cosine_schedule(5), jax.random.normal(jax.random.key(0), (8, 1))
+        >>> exact = probdiff.Diffusion(schedule, probdiff.oracles.GaussianOracle([0.0], [[1.0]]).network(schedule))
+        >>> nothing = probdiff.Diffusion(schedule, lambda z, n: 0 * z)
+        >>> comparison = probdiff.compare_models({"exact": exact, "no network": nothing}, x, key=jax.random.key(1))
+        >>> list(comparison.table.index)  # the best first
+        ['exact', 'no network']
     """
     import pandas as pd
 

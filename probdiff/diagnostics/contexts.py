@@ -135,6 +135,13 @@ class ContextDifference(NamedTuple):
     Attributes:
         draws: Independent estimates of the difference of the bounds of each datum, shape ``(draw, datum)``.
         num_evaluations: Network evaluations of all, of each datum on average.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> draws = np.array([[1.0, 2.0], [3.0, 2.0]])  # two draws of two data
+        >>> found = probdiff.diagnostics.ContextDifference(draws, num_evaluations=20.0)
+        >>> found.difference.tolist(), found.error.tolist()
+        ([2.0, 2.0], [1.0, 0.0])
     """
 
     draws: Float[np.ndarray, "draw datum"]
@@ -156,7 +163,7 @@ class ContextDifference(NamedTuple):
         return Estimate.of_draws(self.draws)
 
     def __repr__(self) -> str:
-        """The mean difference and what it took."""
+        """The mean difference, its errors and the network evaluations spent."""
         mean, error, noise = self.estimate
         words = f"ContextDifference of {self.draws.shape[1]} data: {mean:.3f} ± {error:.3f} nats over data, of which {noise:.3f} is noise"
         return f"{words} ({self.num_evaluations:.0f} network evaluations a datum)"
@@ -193,6 +200,15 @@ def compare_contexts(
 
     Raises:
         ValueError, TypeError: If the data or a context do not suit the model.
+
+    Example:
+        >>> import jax, numpy as np, probdiff
+        >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0], [[1.0]], slope=[[3.0]])
+        >>> exact = probdiff.Diffusion(schedule, normal.network(schedule), reverse_variance="forward")  # p(x | c) = N(3c, 1)
+        >>> x, first, second = np.full((1, 1), 3.0, np.float32), np.ones((1, 1)), np.zeros((1, 1))
+        >>> found = probdiff.diagnostics.compare_contexts(exact, x, first, second, key=jax.random.key(0))
+        >>> 2 < found.difference.item() < 7  # log N(3; 3, 1) − log N(3; 0, 1) = 4.5
+        True
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated()

@@ -34,7 +34,7 @@ def to_datatree(terms: ELBOTerms) -> "xarray.DataTree":
     """Put the terms of the bound into a DataTree that ArviZ's functions take.
 
     Group ``posterior``, the one that ArviZ looks at, is a sample of the data: each draw is a datum, its values are means over the draws of
-    noise, and coordinate ``datum`` says which it is. So ``az.summary(tree)`` has a row for each term; ``mean`` is that of
+    noise, and coordinate ``datum`` says which it is. So ``az.summary(tree)`` has a row for each term; ``mean`` is the mean of
     the data, ``sd`` the spread over them, ``mcse_mean`` about the standard error over items. It has ``prior_kl``, ``reconstruction`` and
     ``elbo`` with dimensions (chain, draw), and ``step_kl`` with (chain, draw, steps): sums over ten ranges of steps, "2-101" and so
     on, between quantiles of log-SNR.
@@ -49,6 +49,14 @@ def to_datatree(terms: ELBOTerms) -> "xarray.DataTree":
 
     Args:
         terms: :class:`~probdiff.elbo.ELBOTerms`.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> terms = probdiff.elbo_terms(diffusion, jax.numpy.zeros((3, 2)), key=jax.random.key(1), num_draws=4)
+        >>> tree = probdiff.to_datatree(terms)
+        >>> dict(tree["per_step"]["step_kl"].sizes)
+        {'chain': 1, 'draw': 4, 'step': 4, 'datum': 3}
     """
     import xarray as xr
 
@@ -115,6 +123,14 @@ def from_datatree(tree: "xarray.DataTree") -> ELBOTerms:
     """The :class:`~probdiff.elbo.ELBOTerms` that :func:`to_datatree` was given; also of a tree of before 0.2, all in one group.
 
     A context that was a tree of arrays comes back as a dict of them, by the names of the variables.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> terms = probdiff.elbo_terms(diffusion, jax.numpy.zeros((3, 2)), key=jax.random.key(1), num_draws=4)
+        >>> back = probdiff.diagnostics.from_datatree(probdiff.to_datatree(terms))
+        >>> bool((back.step_kl == terms.step_kl).all())
+        True
     """
     groups = ("per_step", "per_datum") if "per_step" in tree else ("posterior", "posterior")
     step_kl, reconstruction = (tree[group].dataset[name] for group, name in zip(groups, ("step_kl", "reconstruction")))
@@ -135,6 +151,12 @@ def arviz_dims(diffusion: Diffusion) -> dict[str, dict[str, Any]]:
     Returns:
         A dict: ``dims``, for ``z`` step, datum and dim, for ``x`` datum and dim, or column where the likelihood is one for each column;
         ``coords``, the steps N … 1 in the order of ``z``, and the names of the columns.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> probdiff.diagnostics.arviz_dims(diffusion)["dims"]
+        {'z': ['step', 'datum', 'dim'], 'x': ['datum', 'dim']}
     """
     require_type("diffusion", diffusion, Diffusion)
     coords: dict[str, Any] = {"step": np.arange(diffusion.schedule.num_steps, 0, -1)}
@@ -157,8 +179,16 @@ def inspect_terms(tree: "xarray.DataTree", dim: Whole | None = None) -> dict[str
         A dict: ``table``, a pandas DataFrame in nats per item with a row for each range of steps and each other term, and columns
         ``nats``, ``share`` (of Σ step KL), ``error_over_items`` (noise included) and ``error_of_noise`` (NaN for a single draw);
         ``num_items`` and ``num_draws``; ``largest_steps``, the range of steps that costs most, and ``worst_item``, the item of the
-        lowest bound: each a dict with its lead on the next, or None where that does not stand out from its error, which is that over
-        items for the range, and that of the noise for the item; ``text``, all of it in words.
+        lowest bound: each a dict with its lead on the next, or None where that does not stand out from its error, which is the error over
+        items for the range, and the Monte Carlo error for the item; ``text``, all of it in words.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> terms = probdiff.elbo_terms(diffusion, jax.numpy.zeros((3, 2)), key=jax.random.key(1), num_draws=4)
+        >>> found = probdiff.diagnostics.inspect_terms(probdiff.to_datatree(terms))
+        >>> found["num_items"], list(found["table"].columns)
+        (3, ['nats', 'share', 'error_over_items', 'error_of_noise'])
     """
     import pandas as pd
 

@@ -32,15 +32,19 @@ def _figure(columns: int = 1, width: float = 7.0, height: float = 4.2) -> tuple[
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def plot_loss(
-    losses: Float[AnyArray, "iteration"], validation: Float[AnyArray, "row 2"], title: str = ""
-) -> "matplotlib.figure.Figure":
+def plot_loss(losses: Float[AnyArray, "iteration"], validation: Float[AnyArray, "row 2"], title: str = "") -> "matplotlib.figure.Figure":
     """The bound against iteration: each minibatch (light), its running mean, and the validation data.
 
     Args:
         losses: Negative bound of each iteration, nats per datum, shape ``(iteration,)``; NaN is not drawn.
         validation: Rows of (iteration, bound in nats per datum); may be empty.
         title: Title of the figure.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> figure = probdiff.plots.plot_loss(np.linspace(3.0, 1.0, 20), np.zeros((0, 2)))
+        >>> figure.axes[0].get_ylabel()
+        'ELBO, nats per datum'
     """
     figure, (axes,) = _figure()
     finite = np.isfinite(losses)
@@ -69,6 +73,13 @@ def plot_step_kl(tree: "xarray.DataTree", schedule: AbstractSchedule, title: str
         tree: The DataTree of :func:`~probdiff.to_datatree`.
         schedule: The noise schedule, for the second axis.
         title: Title of the figure.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0 * z)
+        >>> terms = probdiff.elbo_terms(diffusion, jax.numpy.zeros((3, 2)), key=jax.random.key(1), num_draws=4)
+        >>> probdiff.plots.plot_step_kl(probdiff.to_datatree(terms), diffusion.schedule).axes[0].get_xlabel()
+        'step n'
     """
     figure, (axes,) = _figure()
     step_kl = tree["per_step"].dataset["step_kl"]
@@ -105,6 +116,13 @@ def plot_samples(
         data: Data, shape ``(datum, dim)``.
         image_shape: Shape of a datum as an image; None for points. Of more than two dimensions the first two are shown.
         title: Title of the figure.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> x = np.random.default_rng(0).normal(size=(2, 10, 2))
+        >>> figure = probdiff.plots.plot_samples(samples=x[0], data=x[1])  # figure.savefig("samples.png")
+        >>> len(figure.axes)
+        2
     """
     panels = (("data", np.asarray(data)), ("samples from the model", np.asarray(samples)))
     low, high = panels[0][1].min(0), panels[0][1].max(0)
@@ -142,6 +160,12 @@ def plot_marginals(samples: "pandas.DataFrame", data: "pandas.DataFrame", title:
         samples: Draws from the model, as :meth:`~probdiff.datasets.Dataset.to_frame` gives them.
         data: Data, with the same columns.
         title: Title of the figure.
+
+    Example:
+        >>> import pandas, probdiff
+        >>> frame = pandas.DataFrame({"height": [1.6, 1.7, 1.8], "age": [20, 30, 40]})
+        >>> len(probdiff.plots.plot_marginals(samples=frame, data=frame).axes)
+        2
     """
     from matplotlib.figure import Figure
 
@@ -170,6 +194,12 @@ def plot_pairs(samples: "pandas.DataFrame", data: "pandas.DataFrame", title: str
         samples: Draws from the model, as :meth:`~probdiff.datasets.Dataset.to_frame` gives them.
         data: Data, with the same columns; of more than six columns the first six are shown.
         title: Title of the figure.
+
+    Example:
+        >>> import pandas, probdiff
+        >>> frame = pandas.DataFrame({"height": [1.6, 1.7, 1.8], "age": [20, 30, 40]})
+        >>> len(probdiff.plots.plot_pairs(samples=frame, data=frame).axes)
+        4
     """
     from matplotlib.figure import Figure
 
@@ -269,6 +299,12 @@ def plot_posterior(
         weights: Their weights, which add up to 1.
         ess: Effective sample size of the weights at z_n, n = 1 … N, of as many particles as a run has.
         title: Title of the figure.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> samples, weights = np.random.default_rng(0).normal(size=(10, 2)), np.full(10, 0.1)
+        >>> len(probdiff.plots.plot_posterior(samples, weights, ess=np.full(5, 10.0)).axes)
+        2
     """
     figure, (left, right) = _figure(2, width=9.0)
     if samples.shape[1] == 1:
@@ -291,9 +327,17 @@ def plot_estimators(table: "pandas.DataFrame", num_items: int, title: str = "") 
     """Every estimator's bound with its error, and what its variance costs.
 
     Args:
-        table: That of :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison`.
+        table: The ``table`` of an :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison`.
         num_items: Number of data.
         title: Title of the figure.
+
+    Example:
+        >>> import pandas, probdiff
+        >>> row = {"elbo": -2.0, "se": 0.1, "items": 8}
+        >>> costs = [f"{kind}_by_{unit}{end}" for kind in ("value", "gradient") for unit in ("evaluations", "seconds") for end in ("", "_error")]
+        >>> table = pandas.DataFrame([row | dict.fromkeys(costs, 1.0)], index=["kl_uniform"])  # as of probdiff.compare_estimators(…).table
+        >>> len(probdiff.plots.plot_estimators(table, num_items=8).axes)
+        2
     """
     figure, (left, right) = _figure(2, width=10.0, height=1.6 + 0.3 * len(table))
     figure.suptitle(title)
@@ -320,14 +364,20 @@ def plot_estimators(table: "pandas.DataFrame", num_items: int, title: str = "") 
     return figure
 
 
-def plot_gap(
-    decomposition: "probdiff.diagnostics.gap.GapDecomposition", title: str = ""
-) -> "matplotlib.figure.Figure":
+def plot_gap(decomposition: "probdiff.diagnostics.gap.GapDecomposition", title: str = "") -> "matplotlib.figure.Figure":
     """The network's part in the gap of the bound: at each step, and summed from the first step on.
 
     Args:
         decomposition: A :class:`~probdiff.diagnostics.gap.GapDecomposition`.
         title: Title of the figure.
+
+    Example:
+        >>> import jax, numpy as np, probdiff
+        >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0], [[1.0]])
+        >>> off = probdiff.Diffusion(schedule, normal.network(schedule, scale=0.9), reverse_variance="forward")
+        >>> gap = probdiff.diagnostics.gap_decomposition(off, normal, np.ones((4, 1)), key=jax.random.key(0))
+        >>> len(probdiff.plots.plot_gap(gap).axes)
+        2
     """
     figure, (left, right) = _figure(2, width=10.0)
     figure.suptitle(title)

@@ -67,6 +67,15 @@ class AnalyticELBO(StepObjective):
         steps: ``"all"``, ``"uniform"``, ``"stratified"``, ``"importance"``, ``"stratified_importance"``, or an object in their place.
         options: ``noise``, ``control``, ``points``, ``adapt_to``, ``schedule_loss``, ``num_particles``, ``vectorize_particles``: all as
             for :class:`~probdiff.elbo.objective.StepObjective`.
+
+    Example:
+        >>> import jax, optax, probdiff
+        >>> from numpyro.infer import SVI
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1))
+        >>> elbo = probdiff.AnalyticELBO(diffusion, steps="uniform")
+        >>> svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), elbo)
+        >>> svi.run(jax.random.key(1), 3, jax.numpy.zeros((4, 2)), progress_bar=False).losses.shape
+        (3,)
     """
 
     def __init__(self, diffusion: Diffusion, steps: AbstractSteps | str = "all", **options: Any) -> None:

@@ -13,6 +13,11 @@ class Estimate(NamedTuple):
         mean: The mean.
         error: Standard error of the mean as an estimate for the population of data (noise included).
         monte_carlo_error: Standard error from the noise alone, these data being given.
+
+    Example:
+        >>> import probdiff
+        >>> probdiff.elbo.Estimate.of_draws([[1.0, 3.0], [2.0, 4.0]])  # two draws of two data
+        Estimate(mean=2.5, error=1.0, monte_carlo_error=0.353...)
     """
 
     mean: float

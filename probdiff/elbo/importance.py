@@ -53,6 +53,14 @@ def path_elbo(
 
     Returns:
         Nats, shape ``(draw, datum)``.
+
+    Example:
+        >>> import jax, probdiff
+        >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0], [[1.0]])
+        >>> exact = probdiff.Diffusion(schedule, normal.network(schedule), reverse_variance="forward")
+        >>> elbo = probdiff.elbo.path_elbo(exact, jax.numpy.zeros((3, 1)), key=jax.random.key(0), num_draws=4)
+        >>> elbo.shape, bool(abs(elbo + 0.9189).max() < 1e-3)  # every path gives log N(0; 0, 1)
+        ((4, 3), True)
     """
 
     require_type("diffusion", diffusion, Diffusion)
@@ -124,6 +132,13 @@ def iwae(
 
     Returns:
         Nats, shape ``(draw, datum)``.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> x = jax.numpy.zeros((3, 2))
+        >>> probdiff.iwae(diffusion, x, key=jax.random.key(1), num_particles=10, num_draws=2).shape
+        (2, 3)
     """
     require_type("diffusion", diffusion, Diffusion)
     require_count("num_particles", num_particles)
@@ -150,6 +165,12 @@ def pareto_khat(log_weights: Any) -> Float[np.ndarray, "datum"]:
     Returns:
         Shape ``(datum,)``; −inf where all weights are equal: the guide is the exact posterior. NaN throughout if there
         are fewer than 25 draws: the tail is then too short.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> log_weights = np.random.default_rng(0).normal(size=(1000, 2)) * [0.1, 10.0]
+        >>> (probdiff.pareto_khat(log_weights) > 0.7).tolist()  # the second datum's weights cannot be trusted
+        [False, True]
     """
     import arviz  # noqa: F401  (registers the accessor)
     import xarray as xr
@@ -190,6 +211,14 @@ class Sandwich(NamedTuple):
         x: The data, shape ``(datum, dim)``.
         lower: For each number of paths K, the lower bound in nats, shape ``(datum,)``; K = 1 is the ELBO.
         upper: For each K, the upper bound in nats, shape ``(datum,)``.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> one, five = np.array([-3.0, -2.0]), np.array([-2.9, -1.9])
+        >>> print(probdiff.elbo.Sandwich(x=np.zeros((2, 1)), lower={1: one, 5: five}, upper={}))
+        2 data drawn from the model; nats per datum, ± standard error over data
+        lower, K = 1         -2.5000 ± 0.5000
+        lower, K = 5         -2.4000 ± 0.5000   + 0.1000 ± 0.0000
     """
 
     x: jax.Array
@@ -234,6 +263,13 @@ def sandwich(
 
     Returns:
         A :class:`Sandwich`.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> bounds = probdiff.sandwich(diffusion, key=jax.random.key(1), num_data=8, num_particles=(1, 10))
+        >>> bool(bounds.lower[1].mean() < bounds.upper[1].mean())
+        True
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated().given(context)

@@ -57,7 +57,7 @@ class StepObjective(ELBO):
             n a datum, the term divided by its probability: ``"uniform"`` on 1 … N; ``"stratified"``: the same, spread evenly over the
             data of the batch; ``"importance"``: from probabilities that are learned; ``"stratified_importance"``: both.
         noise: An :class:`~probdiff.elbo.variance_reduction.AbstractNoise`. ``"independent"``; ``"antithetic"``: each term twice, with ε
-            and −ε; ``"path"``: that of one path z_1 … z_N of the forward chain (all steps only).
+            and −ε; ``"path"``: the noise of one path z_1 … z_N of the forward chain (all steps only).
         control: A class of :class:`~probdiff.elbo.variance_reduction.AbstractControl`. ``"linear"`` subtracts a control variate, the
             excess of the best linear prediction of the noise, with a coefficient that is learned (with all steps: 1); None subtracts
             nothing.
@@ -66,7 +66,7 @@ class StepObjective(ELBO):
             The estimate is right for the mean over ``points`` when ``x`` is drawn from them, not for a single datum.
             ``"batch"``: the points are ``x`` itself, each counting as ``handlers.scale`` or ``handlers.mask`` has it. Of a
             conditional model, ``"batch"`` only: z_n comes from the points of the same context, such as a label.
-        adapt_to: What is kept quiet by what is learned: ``"gradient"`` (for training) or ``"value"`` of the bound.
+        adapt_to: Whose variance the learned probabilities and coefficients reduce: that of the ``"gradient"`` (for training) or the ``"value"``.
         schedule_loss: What the shape of a :class:`~probdiff.LearnedSchedule` is trained for: ``"bound"``, like everything else, or
             ``"variance"``: the least variance of the estimate between steps and draws (its ends still raise the bound). Costs a second
             evaluation of the network. Source: Kingma et al. (2021), arXiv:2107.00630, section 5.1 and appendix I.2.

@@ -78,6 +78,13 @@ class DataSetELBO(NamedTuple):
         step_kls: Independent estimates of Σ step KL, shape ``(draw, datum)``.
         reconstructions: Independent estimates of E log p(x | z_1), shape ``(draw, datum)``.
         num_evaluations: Network evaluations for each datum in all draws together.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> part = np.ones((2, 3))  # two draws of three data
+        >>> bound = probdiff.elbo.DataSetELBO(prior_kl=part[0], step_kls=4 * part, reconstructions=-part, num_evaluations=72)
+        >>> bound.estimate.mean
+        -6.0
     """
 
     prior_kl: Float[np.ndarray, "datum"]
@@ -107,7 +114,7 @@ class DataSetELBO(NamedTuple):
 
     @property
     def estimate(self) -> Estimate:
-        """The mean bound and its two errors (that of the noise a little too large: steps are spread evenly over the data, too)."""
+        """The mean bound and its two errors (the Monte Carlo error is a little too large, as steps are also spread evenly over the data)."""
         return Estimate.of_draws(self.draws)
 
 
@@ -140,6 +147,14 @@ def data_set_elbo(
 
     Raises:
         ValueError, TypeError: If the data do not suit the model.
+
+    Example:
+        >>> import jax, probdiff
+        >>> x = jax.random.normal(jax.random.key(0), (6, 2))
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(1), hidden=8))
+        >>> bound = probdiff.elbo.data_set_elbo(diffusion, x, key=jax.random.key(2))
+        >>> bound.elbo.shape
+        (6,)
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.evaluated().given(context)

@@ -18,7 +18,7 @@ def optimal_variance(
 
     Args:
         diffusion: The model.
-        x: Data to estimate :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` from, of every step; those that the network was trained on, or
+        x: Data to estimate :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` from, of every step: the training data of the network, or
             held-out data. Shape ``(datum, dim)``.
         context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
@@ -29,6 +29,15 @@ def optimal_variance(
 
     Raises:
         ValueError: If the model has other reverse variances.
+
+    Example:
+        >>> import jax, probdiff
+        >>> schedule, network = probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8)
+        >>> diffusion = probdiff.Diffusion(schedule, network, reverse_variance="optimal")
+        >>> x = jax.random.normal(jax.random.key(1), (8, 2))
+        >>> best = probdiff.elbo.optimal_variance(diffusion, x, key=jax.random.key(2))
+        >>> best.kernel.reverse_variance.squared_error.shape
+        (5,)
     """
     require_type("diffusion", diffusion, Diffusion)
     require(diffusion.kernel.is_estimated, "diffusion", "reverse_variance='optimal'", diffusion.kernel.name)

@@ -25,6 +25,21 @@ class AbstractTerm(eqx.Module):
     """The terms of a sum over the steps.
 
     To write your own, give the three methods.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> from probdiff.elbo.objective import StepObjective
+        >>> class SquaredError(probdiff.elbo.AbstractTerm):
+        ...     def kl_weight(self, diffusion):
+        ...         return diffusion.schedule.alpha_bar**0
+        ...     def noise_free_bound(self, diffusion, x, x0):
+        ...         return jnp.zeros(len(x))
+        ...     def __call__(self, diffusion, step):
+        ...         return jnp.square(step.noise.mean - step.prediction).sum(-1)
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0 * z)
+        >>> objective = StepObjective(diffusion, SquaredError(), steps="all")
+        >>> bool(objective.loss(jax.random.key(0), {}, diffusion.model, diffusion.guide, jnp.zeros((1000, 1))) / 1000 > 4)
+        True
     """
 
     @abc.abstractmethod

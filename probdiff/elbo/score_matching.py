@@ -41,6 +41,14 @@ def likelihood_weights(diffusion: Diffusion) -> Float[np.ndarray, "num_steps"]:
     :math:`w_n = \beta_n^2 / (2 v_n \alpha_n (1-\bar\alpha_n))`; with :math:`v_n = \tilde\beta_n`, that is
     :math:`\tfrac12 \sigma_n^2 (\sigma_n^2/\sigma_{n-1}^2 - 1)` for n ≥ 2. The first, :math:`w_1 = 1/(2\alpha_1)`, makes the
     first term minus the reconstruction of a :class:`~probdiff.NormalLikelihood`, up to a constant.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> weights = probdiff.elbo.likelihood_weights(diffusion)
+        >>> loss = probdiff.elbo.ScoreMatching(diffusion, weights)  # the same as weights="likelihood"
+        >>> weights.shape
+        (5,)
     """
     require_type("diffusion", diffusion, Diffusion)
     _require_fixed(diffusion)
@@ -74,6 +82,15 @@ class ScoreMatching(StepObjective):
 
     Raises:
         ValueError: If an option is not one of those, or the weights are not N positive numbers.
+
+    Example:
+        >>> import jax, optax, probdiff
+        >>> from numpyro.infer import SVI
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> loss = probdiff.elbo.ScoreMatching(diffusion, weights="likelihood")
+        >>> svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), loss)
+        >>> svi.run(jax.random.key(1), 3, jax.numpy.zeros((4, 2)), progress_bar=False).losses.shape
+        (3,)
     """
 
     def __init__(

@@ -41,9 +41,21 @@ def stratified_uniforms(key: PRNGKeyArray, size: int) -> Float[Array, "size"]:
 
 
 class AbstractSteps(eqx.Module):
-    """Which steps an estimator evaluates for each datum.
+    """The steps that an estimator evaluates for each datum.
 
     To write your own, give :meth:`num_rows` and :meth:`draw`, and the three properties where they differ.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> class LastStep(probdiff.elbo.AbstractSteps):  # biased: no other step is ever drawn
+        ...     def num_rows(self, num_steps):
+        ...         return 1
+        ...     def draw(self, key, size, num_steps, probability=None):
+        ...         return jnp.full((1, size), num_steps), jnp.ones((1, size))
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0 * z)
+        >>> elbo = probdiff.AnalyticELBO(diffusion, steps=LastStep())
+        >>> elbo.loss(jax.random.key(1), {}, diffusion.model, diffusion.guide, jnp.zeros((4, 2))).shape
+        ()
     """
 
     @property
@@ -155,7 +167,7 @@ class Learner:
     Terms are measured in units of what they would be for standard normal data and the best network,
     :math:`w_n \bar\alpha_n`; before anything was learned, that is the guess. The state is a dict of arrays of shape
     ``(bin,)``: ``visits``, how many uniformly drawn terms a bin has seen; ``term`` and ``control``, their sums;
-    ``term_term``, ``term_control`` and ``control_control``, the sums of the products; ``gradient``, that of the squared
+    ``term_term``, ``term_control`` and ``control_control``, the sums of the products; ``gradient``, the sum of the squared
     gradients.
 
     Args:

@@ -64,7 +64,19 @@ class AbstractNoise(eqx.Module):
 
     Attributes:
         copies: How many terms in a row share their step.
-        needs_all_steps: Whether the noise is that of all steps, in their order.
+        needs_all_steps: Whether the noise is drawn for all steps at once, in their order.
+
+    Example:
+        >>> import jax, probdiff
+        >>> class MirroredNoise(probdiff.elbo.AbstractNoise):  # the second half of the data has the noise of the first, negated
+        ...     copies = 1
+        ...     def draw(self, key, schedule, x0):
+        ...         half = lambda row: jax.random.normal(jax.random.fold_in(key, row), (len(x0) // 2, x0.shape[1]))
+        ...         return jax.vmap(lambda row: jax.numpy.concatenate([half(row), -half(row)]))
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0 * z)
+        >>> elbo = probdiff.AnalyticELBO(diffusion, noise=MirroredNoise())
+        >>> elbo.loss(jax.random.key(1), {}, diffusion.model, diffusion.guide, jax.numpy.zeros((4, 2))).shape
+        ()
     """
 
     copies: eqx.AbstractClassVar[int]
@@ -167,9 +179,24 @@ class PosteriorNoise(eqx.Module):
 
 
 class AbstractControl(eqx.Module):
-    """A control variate, fitted to one batch: something like the excess, whose expectation is known.
+    """A control variate, fitted to one batch: a function that varies much as the excess does, and whose expectation is known.
 
     To write your own, give the three methods.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> class SquaredNoise(probdiff.elbo.AbstractControl):  # ‖ε‖², of mean dim
+        ...     @classmethod
+        ...     def fitted(cls, diffusion, x0):
+        ...         return cls()
+        ...     def value(self, z, n, eps):
+        ...         return jnp.square(eps).sum(-1)
+        ...     def expected(self, coefficient, x0):
+        ...         return jnp.full(len(x0), x0.shape[1] * coefficient.sum())
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0 * z)
+        >>> elbo = probdiff.AnalyticELBO(diffusion, control=SquaredNoise)
+        >>> elbo.loss(jax.random.key(1), {}, diffusion.model, diffusion.guide, jnp.zeros((4, 2))).shape
+        ()
     """
 
     @classmethod
@@ -179,7 +206,7 @@ class AbstractControl(eqx.Module):
 
     @abc.abstractmethod
     def value(self, z: jax.Array, n: jax.Array, eps: jax.Array) -> jax.Array:
-        """Its value at ``z``, shape ``(*batch, dim)``, made from ``eps`` at steps n of shape ``batch``; shape ``batch``."""
+        """The control variate at ``z``, shape ``(*batch, dim)``, made from ``eps`` at steps n of shape ``batch``; shape ``batch``."""
 
     @abc.abstractmethod
     def expected(self, coefficient: jax.Array, x0: jax.Array) -> jax.Array:

@@ -28,6 +28,25 @@ class AbstractLikelihood(eqx.Module):
     Attributes:
         levels: Number of levels of data on a grid, integers 0 … levels − 1, so that bits/dim mean something; None for data with a
             density.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, probdiff
+        >>> from numpyro import distributions as dist
+        >>> class HeavyTailed(probdiff.likelihoods.AbstractLikelihood):  # x = x_0, and Student's t in the last step
+        ...     levels = None
+        ...     def check_data(self, x):
+        ...         assert np.issubdtype(x.dtype, np.floating), "x: Expected floats"
+        ...     def encode(self, x):
+        ...         return jnp.asarray(x)
+        ...     def decode(self, x0):
+        ...         return x0
+        ...     def log_jacobian(self, dim):
+        ...         return 0.0
+        ...     def __call__(self, loc, scale):
+        ...         return dist.StudentT(5.0, loc, scale).to_event(1)
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0 * z, HeavyTailed())
+        >>> probdiff.elbo_terms(diffusion, jnp.zeros((3, 2)), key=jax.random.key(0)).elbo.shape
+        (1, 3)
     """
 
     if TYPE_CHECKING:  # a property, to a type checker, as it may be overridden by one and is no argument of ``__init__``
@@ -57,12 +76,12 @@ class AbstractLikelihood(eqx.Module):
         return [(dim, self.points)]
 
     def discrete(self, columns: int) -> tuple[bool, ...]:
-        """Of each column of data, whether it has probabilities; otherwise it has a density, and its bound is not that of a probability."""
+        """For each column of data, whether its values have probabilities; otherwise they have a density, whose logarithm has no upper limit."""
         of = {j: part.points is not None for part, at in self.placed(columns) for j in at}
         return tuple(of[j] for j in range(columns))
 
     def placed(self, columns: int) -> list[tuple["AbstractLikelihood", tuple[int, ...]]]:
-        """The likelihoods of the columns of data, and the columns that each is of: this one, of all, unless said otherwise."""
+        """The likelihoods of the columns of data, each with the positions of its columns: this one with all of them, unless said otherwise."""
         return [(self, tuple(range(columns)))]
 
     def read(self, x: Any) -> Any:

@@ -33,6 +33,13 @@ class CategoricalLikelihood(AbstractLikelihood):
     Args:
         categories: Their number K, for data 0 … K − 1; or the categories themselves: numbers, which are what the data hold, or
             labels, for which an array holds 0 … K − 1 (and a data frame the labels). At least two.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> colours = probdiff.likelihoods.CategoricalLikelihood(["red", "green", "blue"])
+        >>> x0 = colours.encode(np.array([[2], [0]]))  # three dimensions of the chain for the one column
+        >>> x0.shape, colours.decode(x0).tolist()
+        ((2, 3), [[2], [0]])
     """
 
     values: tuple[float, ...] = eqx.field(static=True)
@@ -131,6 +138,12 @@ class Categories(dist.Distribution):
     Args:
         logits: Shape ``(*batch, category)``.
         values: What each category is in the data; whole numbers are drawn as integers.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> d = probdiff.likelihoods.Categories(jnp.log(jnp.array([0.5, 0.25, 0.25])), values=(1.0, 2.0, 4.0))
+        >>> round(jnp.exp(d.log_prob(jnp.array(4.0))).item(), 3)
+        0.25
     """
 
     arg_constraints = {"logits": constraints.real_vector}
@@ -145,7 +158,7 @@ class Categories(dist.Distribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> constraints.Constraint:
-        """Real numbers; which of them are categories, :meth:`log_prob` does not ask."""
+        """Real numbers; :meth:`log_prob` does not check that a value is a category."""
         return constraints.real
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Real[Array, "..."]:

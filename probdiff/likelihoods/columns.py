@@ -38,6 +38,14 @@ class ColumnLikelihood(AbstractLikelihood):
 
     Raises:
         ValueError: If a column is left out, or there twice; TypeError if a part is no likelihood.
+
+    Example:
+        >>> import pandas, probdiff
+        >>> people = pandas.DataFrame({"height": [1.8, 1.6], "colour": ["blue", "red"]})
+        >>> colour = probdiff.likelihoods.CategoricalLikelihood(["red", "green", "blue"])
+        >>> likelihood = probdiff.likelihoods.ColumnLikelihood({"height": probdiff.NormalLikelihood(1.7, 0.1), "colour": colour})
+        >>> likelihood.encode(likelihood.read(people)).shape  # one dimension for the height, three for the colour
+        (2, 4)
     """
 
     parts: tuple[AbstractLikelihood, ...]
@@ -81,12 +89,12 @@ class ColumnLikelihood(AbstractLikelihood):
         return sum(map(len, self.positions))
 
     def encoded_dim(self, columns: int) -> int:
-        """Number of dimensions of the chain: those of all parts, for the one number of columns that there may be."""
+        """Number of dimensions of the chain, summed over the parts; ``columns`` must be the number of columns of this likelihood."""
         require(columns == self.num_columns, "x", f"shape (row, {self.num_columns})", f"{columns} columns")
         return sum(self._sizes)
 
     def placed(self, columns: int) -> list[tuple[AbstractLikelihood, tuple[int, ...]]]:
-        """The parts, and the columns that each is of."""
+        """The parts, each with the positions of its columns."""
         return self._placed
 
     def pieces(self, dim: int) -> list[tuple[int, Float[np.ndarray, "point dim"] | None]]:
@@ -149,13 +157,13 @@ class ColumnLikelihood(AbstractLikelihood):
         return sum(part.log_jacobian(size) for part, size in zip(self.parts, self._sizes))
 
     def __call__(self, loc: Float[Array, "*batch dim"], scale: Scale) -> dist.Distribution:
-        """Distribution of a row when :math:`x_0` is N(loc, scale²): that of each part, independent."""
+        """Distribution of a row when :math:`x_0` is N(loc, scale²): the parts are independent."""
         scales = self._split(jnp.broadcast_to(scale, loc.shape))
         rows = tuple(part(*each) for part, *each in zip(self.parts, self._split(loc), scales))
         return Columns(rows, self.positions, tuple(part.levels is not None for part in self.parts))
 
     def __repr__(self) -> str:
-        """What each column is, and the dimensions of the chain."""
+        """The kind of each column, and the dimensions of the chain."""
         kinds = (f"{', '.join(map(self._name, at))}: {part.words}" for part, at in self._placed)
         return f"ColumnLikelihood({'; '.join(kinds)}; {self.num_columns} columns, {sum(self._sizes)} dimensions of the chain)"
 
@@ -175,12 +183,20 @@ class ColumnLikelihood(AbstractLikelihood):
 
 
 class Columns(dist.Distribution):
-    """Independent distributions of some columns each, as one of a row.
+    """The distribution of a row whose columns are drawn by independent distributions, each for some of the columns.
 
     Args:
         parts: Distributions of the same batch shape and one event dimension.
-        positions: For each, the columns that it is of.
-        whole: For each, whether it is of integers.
+        positions: For each part, the positions of its columns.
+        whole: For each part, whether its values are integers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> from numpyro import distributions as dist
+        >>> parts = dist.Normal(jnp.zeros(1), 1.0).to_event(1), dist.Bernoulli(probs=jnp.array([0.5])).to_event(1)
+        >>> row = probdiff.likelihoods.Columns(parts, positions=((1,), (0,)), whole=(False, True))
+        >>> round(row.log_prob(jnp.array([1.0, 0.0])).item(), 3)  # log 0.5 + log N(0; 0, 1)
+        -1.612
     """
 
     pytree_data_fields = ("parts",)
@@ -208,7 +224,7 @@ class Columns(dist.Distribution):
         return _together([part.sample(key, sample_shape) for part, key in zip(self.parts, keys)], self.positions)
 
     def log_prob(self, value: Real[AnyArray, "..."]) -> Float[Array, "..."]:
-        """Log-density of a row, in nats: the sum of those of the parts."""
+        """Log-density of a row, in nats: the sum over the parts."""
         pieces = (jnp.asarray(value)[..., list(at)] for at in self.positions)
         cast = (_as_integers(piece) if whole else piece for piece, whole in zip(pieces, self.whole))
         return sum(part.log_prob(piece) for part, piece in zip(self.parts, cast))

@@ -27,6 +27,12 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
     Args:
         levels: Number of levels L, at least 2.
         first: The lowest integer, for data that do not begin at 0, such as years.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> grey = probdiff.DiscretizedNormalLikelihood(levels=3)
+        >>> grey.encode(np.array([[0, 1, 2]])).tolist()
+        [[-1.0, 0.0, 1.0]]
     """
 
     levels: int = eqx.field(static=True)
@@ -101,7 +107,13 @@ class DiscretizedNormal(dist.Distribution):
         loc: Location of the normal, on the scale of [−1, 1].
         scale: Its standard deviation.
         levels: Number of points.
-        first: The value of the first point; those of the others follow it.
+        first: The value of the first point; the other points have the integers after it.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> d = probdiff.likelihoods.DiscretizedNormal(jnp.array(0.2), jnp.array(0.5), levels=5)
+        >>> round(jnp.exp(d.log_prob(jnp.arange(5))).sum().item(), 3)
+        1.0
     """
 
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}

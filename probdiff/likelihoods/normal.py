@@ -20,6 +20,12 @@ class NormalLikelihood(AbstractLikelihood):
         scale: Positive scale of the data, a number or one per dimension. The Jacobian is part of the density.
 
     Use :meth:`standardized` to take both from data.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> likelihood = probdiff.NormalLikelihood.standardized(np.array([[1.0], [3.0], [5.0]]))
+        >>> likelihood.loc, likelihood.encode(np.array([[3.0]])).tolist()
+        ((3.0,), [[0.0]])
     """
 
     loc: tuple[float, ...] | float = eqx.field(static=True)

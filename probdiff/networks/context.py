@@ -54,6 +54,13 @@ class Embedding(_AbstractContextWrapper):
         network: A network with a ``context_dim``, such as ``MLP(…, context_dim=16)``.
         num_labels: Number of labels, 0 … num_labels − 1.
         key: JAX key for the initial vectors, which are standard normal.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, context_dim=3)
+        >>> of_labels = probdiff.networks.Embedding(network, 10, key=jax.random.key(1))  # ten labels, each a vector of three numbers
+        >>> of_labels(jnp.zeros((2, 2)), jnp.zeros(2), context=jnp.array([7, 3])).shape
+        (2, 2)
     """
 
     network: Network
@@ -94,13 +101,20 @@ class Embedding(_AbstractContextWrapper):
 class ContextDropout(_AbstractContextWrapper):
     r"""A network whose context is dropped at random while it is trained, so that it can be asked without one.
 
-    A context that is dropped is replaced by a *null context*, a vector that is learned; that of each latent by itself. So the model learns
+    A context that is dropped is replaced by a *null context*, a vector that is learned; each latent's context is dropped by itself. So the model learns
     p(x) along with p(x | c): its training loss is the bound of both, mixed by the probability. In evaluation nothing is dropped;
-    without a context (``context=None``) all have the null. Source: Ho and Salimans (2022), arXiv:2207.12598, algorithm 1.
+    without a context (``context=None``) all have the null context. Source: Ho and Salimans (2022), arXiv:2207.12598, algorithm 1.
 
     Args:
         network: A network with a ``context_dim``, such as ``MLP(…, context_dim=16)``. An :class:`Embedding` goes around this.
         probability: Probability of dropping a context, 0 ≤ probability < 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, context_dim=3)
+        >>> dropped = probdiff.networks.ContextDropout(network, probability=0.2)
+        >>> dropped(jnp.zeros((4, 2)), jnp.zeros(4), context=jnp.ones((4, 3))).shape, dropped(jnp.zeros((4, 2)), jnp.zeros(4)).shape
+        ((4, 2), (4, 2))
     """
 
     network: Network
@@ -144,7 +158,7 @@ class _WithoutContext(_AbstractContextWrapper):
 
 
 def unconditional(network: Network) -> Network:
-    """The network without its context, that of p(x): all contexts are the null.
+    """The network of p(x), which is given no context: all contexts are the null context.
 
     ``fitted.with_network(unconditional(fitted.network))`` is the unconditional model, with a bound of its own.
 
@@ -153,6 +167,14 @@ def unconditional(network: Network) -> Network:
 
     Raises:
         ValueError: If there is none.
+
+    Example:
+        >>> import jax, probdiff
+        >>> network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, context_dim=3)
+        >>> fitted = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.networks.ContextDropout(network))
+        >>> of_all = fitted.with_network(probdiff.networks.unconditional(fitted.network))
+        >>> fitted.is_conditional, of_all.is_conditional
+        (True, False)
     """
     places = jax.tree.leaves(network, is_leaf=_is_dropout)
     require(any(map(_is_dropout, places)), "network", "one with a ContextDropout in it", type(network).__name__)

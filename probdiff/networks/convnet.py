@@ -61,6 +61,12 @@ class ConvNet(AbstractEmbeddedNetwork):
         outputs: Outputs for each pixel, on a new last axis; None for one, shaped like the input.
         context_dim: For a conditional model, the number of covariates: ``context`` of shape ``(datum, context_dim)``, of about mean 0 and
             standard deviation 1, embedded along with the noise level. None for a model without.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> network = probdiff.networks.ConvNet((4, 4), key=jax.random.key(0), channels=2, num_blocks=1)
+        >>> network(jnp.zeros((3, 16)), jnp.zeros(3)).shape  # images of 4×4 pixels
+        (3, 16)
     """
 
     shape: tuple[int, int] = eqx.field(static=True)

@@ -12,13 +12,20 @@ from probdiff.networks.base import AbstractWrapper, Network, predict_noise
 
 
 class Ensemble(AbstractWrapper):
-    r"""The mean of several ε-networks, such as those of fits that differ by their seeds.
+    r"""The mean of several ε-networks, such as networks fitted from different seeds.
 
-    A step KL is convex in the predicted noise, so that the KLs of the mean are at most the mean of the KLs. What is gained is the
-    variance between the networks: what each has learned of the training data alone.
+    A step KL is convex in the predicted noise, so that the KLs of the mean are at most the mean of the KLs. The gain is the
+    variance between the networks, of which each has learned some noise of the training data.
 
     Args:
         networks: ε-networks on data of one dimension, at least one.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> networks = [probdiff.MLP(2, key=key, hidden=8) for key in jax.random.split(jax.random.key(0), 3)]
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.networks.Ensemble(networks))
+        >>> diffusion.predict_noise(jnp.zeros((4, 2)), 1).shape
+        (4, 2)
     """
 
     networks: list[Network]

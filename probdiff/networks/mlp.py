@@ -44,6 +44,12 @@ class MLP(AbstractEmbeddedNetwork):
             levels), without the short cut; None for one, shaped like the input.
         context_dim: For a conditional model, the number of covariates: ``context`` of shape ``(datum, context_dim)``, of about mean 0 and
             standard deviation 1. They are inputs beside z, and are embedded along with the noise level. None for a model without.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> network = probdiff.MLP(2, key=jax.random.key(0), hidden=8)
+        >>> network(jnp.zeros((3, 2)), jnp.zeros(3)).shape  # told the log-SNR
+        (3, 2)
     """
 
     dim: int = eqx.field(static=True)

@@ -42,6 +42,12 @@ class LinearNetwork(_Linear):
     Args:
         weight: :math:`A_n`, shape ``(num_steps, dim, dim)``.
         bias: :math:`b_n`, shape ``(num_steps, dim)``.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, probdiff
+        >>> network = probdiff.oracles.LinearNetwork(weight=np.full((5, 1, 1), 0.5), bias=np.zeros((5, 1)))
+        >>> network(jnp.array([2.0]), 3).item()
+        1.0
     """
 
     def __call__(self, z: Float[Array, "*batch dim"], n: Whole | Int[Array, "*#batch"]) -> Float[Array, "*batch dim"]:
@@ -55,6 +61,13 @@ class ConditionalLinearNetwork(_Linear):
     Args:
         weight, bias: As of a :class:`LinearNetwork`.
         context_weight: :math:`C_n`, shape ``(num_steps, dim, context_dim)``.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, probdiff
+        >>> half = np.full((5, 1, 1), 0.5)
+        >>> network = probdiff.oracles.ConditionalLinearNetwork(weight=half, bias=np.zeros((5, 1)), context_weight=half)
+        >>> network(jnp.array([2.0]), 3, context=jnp.array([4.0])).item()
+        3.0
     """
 
     context_weight: Float[np.ndarray, "num_steps dim context_dim"]
@@ -80,6 +93,13 @@ class MixtureNetwork(AbstractNetwork):
         variances: Eigenvalues of :math:`S_k`, shape ``(K, dim)``, or ``(1, dim)`` if all are the same.
         axes: Its eigenvectors, in columns, shape ``(K, dim, dim)``, or ``(1, dim, dim)``.
         scale: Factor of the result.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> mixture = probdiff.oracles.GaussianMixture([0.5, 0.5], [[-2.0], [2.0]], [[0.25]])
+        >>> network = mixture.network(probdiff.cosine_schedule(5))  # a MixtureNetwork
+        >>> network(jnp.zeros((3, 1)), jnp.zeros(3)).shape  # told the log-SNR
+        (3, 1)
     """
 
     log_weights: Float[np.ndarray, "K"]
@@ -115,6 +135,12 @@ class BoxesNetwork(AbstractNetwork):
         centre: Centre of each box, shape ``(K, dim)``.
         half_width: Half of its width, shape ``(K, dim)``.
         scale: Factor of the result.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, probdiff
+        >>> network = probdiff.oracles.BoxesNetwork(centre=np.zeros((1, 1)), half_width=np.ones((1, 1)), scale=1.0)
+        >>> abs(network(jnp.zeros((1, 1)), jnp.zeros(1)).item()) < 1e-6  # by symmetry
+        True
     """
 
     centre: Float[np.ndarray, "K dim"]

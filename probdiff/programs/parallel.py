@@ -66,6 +66,13 @@ class ForwardChain(Chain):
     Args:
         schedule: The noise schedule.
         x0: Encoded data, shape ``(datum, dim)``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> q = probdiff.programs.ForwardChain(probdiff.cosine_schedule(5), jnp.zeros((3, 2)))
+        >>> path = q.sample(jax.random.key(0))
+        >>> path.shape, q.log_prob(path).shape
+        ((5, 3, 2), (5, 3))
     """
 
     def __init__(
@@ -101,7 +108,16 @@ def _composed(earlier: Affine, later: Affine) -> Affine:
 
 class PosteriorChain(ForwardChain):
     r"""The forward chain after Bayes' rule, :math:`q(z_N | x_0) \prod_{n \ge 2} q(z_{n-1} | z_n, x_0)`: the same distribution as
-    :class:`ForwardChain`, with other factors."""
+    :class:`ForwardChain`, with other factors.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> schedule, x0 = probdiff.cosine_schedule(5), jnp.zeros((3, 2))
+        >>> forward, posterior = probdiff.programs.ForwardChain(schedule, x0), probdiff.programs.PosteriorChain(schedule, x0)
+        >>> path = forward.sample(jax.random.key(0))
+        >>> bool(jnp.allclose(forward.log_prob(path).sum(0), posterior.log_prob(path).sum(0), rtol=1e-3))
+        True
+    """
 
     def log_prob(self, value: Path) -> Factors:
         """The factors, that of z_N first, shape ``(*sample_shape, num_steps, datum)``."""
@@ -124,6 +140,12 @@ class ReverseChain(Chain):
         diffusion: The model.
         shape: ``(datum, dim)``.
         key: For the network's ``key=`` while training.
+
+    Example:
+        >>> import jax, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> probdiff.programs.ReverseChain(diffusion, (3, 2)).sample(jax.random.key(1)).shape  # (num_steps, datum, dim)
+        (5, 3, 2)
     """
 
     def __init__(
@@ -184,6 +206,15 @@ class ParallelPrograms(eqx.Module):
 
     Args:
         diffusion: The model; ``diffusion.bind`` takes what was fitted.
+
+    Example:
+        >>> import jax, probdiff
+        >>> from numpyro import handlers
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> programs = probdiff.programs.ParallelPrograms(diffusion)
+        >>> trace = handlers.trace(handlers.seed(programs.model, 0)).get_trace(None, num_data=3)
+        >>> trace["z"]["value"].shape, trace["x"]["value"].shape
+        ((5, 3, 2), (3, 2))
     """
 
     diffusion: AbstractDiffusion

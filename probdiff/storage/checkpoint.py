@@ -113,6 +113,15 @@ class Checkpoint:
 
     Args:
         path: Path of the file, ``NAME.eqx``.
+
+    Example:
+        >>> import jax, probdiff, tempfile
+        >>> checkpoint = probdiff.storage.Checkpoint(tempfile.mkdtemp() + "/fit.eqx")
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1))
+        >>> x = jax.random.normal(jax.random.key(1), (8, 2))
+        >>> fit = probdiff.fit(diffusion, x, iterations=2, batch_size=4, checkpoint=checkpoint, progress=False)
+        >>> checkpoint.num_iterations
+        2
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -57,6 +57,14 @@ class Run:
     Attributes:
         path: Path of the folder.
         like: A Diffusion, or a network, of the structure of the run's, where it is not one of probdiff's own.
+
+    Example:
+        >>> import jax, probdiff, tempfile
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> run = probdiff.storage.create_run(tempfile.mkdtemp() + "/mine", diffusion)
+        >>> run.save(terms=probdiff.elbo_terms(diffusion, jax.numpy.zeros((3, 2)), key=jax.random.key(1), num_draws=4))
+        >>> run.config["model"]["num_steps"], run.terms.elbo.shape
+        (5, (4, 3))
     """
 
     path: Path
@@ -205,7 +213,7 @@ class Run:
         return folder
 
     def save(self, fit: Fit | None = None, terms: ELBOTerms | None = None, results: dict | None = None) -> None:
-        """Write what is given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.elbo.ELBOTerms`, a dict of results."""
+        """Write the parts that are given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.elbo.ELBOTerms`, a dict of results."""
         if fit is not None:
             save_tree(self.path / "parameters.eqx", fit.params[PARAMS], iterations=len(fit.losses))
             losses = np.column_stack([np.arange(1, len(fit.losses) + 1), fit.losses])
@@ -279,12 +287,19 @@ def create_run(
     Args:
         path: Path of a folder that does not exist yet, or is empty.
         diffusion: The Diffusion.
-        config: What else to record, a dict for JSON; ``data`` and ``seed`` are what :attr:`Run.data` loads by name.
+        config: Anything else to record, a dict for JSON; ``data`` and ``seed`` are what :attr:`Run.data` loads by name.
         data: A :class:`~probdiff.datasets.Dataset`, such as :func:`probdiff.datasets.split` makes, to keep in the run: the commands need
             its test data. A conditional model needs their context, any other leaves it out. Of what is known about it, a density is kept for the sets of :data:`probdiff.datasets.PLANAR` only.
 
     Raises:
-        FileExistsError: If the folder exists and is not empty; ValueError or TypeError if the data are not those of a Dataset that suits the model.
+        FileExistsError: If the folder exists and is not empty; ValueError or TypeError if the data are no Dataset, or do not suit the model.
+
+    Example:
+        >>> import jax, probdiff, tempfile
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> run = probdiff.storage.create_run(tempfile.mkdtemp() + "/mine", diffusion, {"note": "a first try"})
+        >>> sorted(path.name for path in run.path.iterdir())
+        ['config.json', 'schedule.npy']
     """
     require_type("diffusion", diffusion, Diffusion)
     if data is not None:
@@ -338,6 +353,14 @@ def open_run(path: str | Path, like: Any = None) -> Run:
 
     Raises:
         FileNotFoundError: If there is no run in that folder.
+
+    Example:
+        >>> import jax, probdiff, tempfile
+        >>> folder = tempfile.mkdtemp() + "/mine"
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
+        >>> run = probdiff.storage.create_run(folder, diffusion)
+        >>> probdiff.open_run(folder).untrained.schedule.num_steps  # .diffusion, after run.save(fit=…)
+        5
     """
     path = Path(path)
     require((path / "config.json").is_file(), "run", "a run folder", f"{path}, which has no config.json", FileNotFoundError)

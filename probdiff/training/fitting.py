@@ -38,7 +38,19 @@ VARIANCE_ROWS = 2**20  # network evaluations for the best reverse variances
 
 @typing.runtime_checkable
 class CheckpointLike(Protocol):
-    """What a fit is saved in, such as :class:`~probdiff.storage.Checkpoint`."""
+    """A place where a fit saves its state and resumes from it, such as a :class:`~probdiff.storage.Checkpoint`.
+
+    Example:
+        >>> import probdiff
+        >>> class InMemory:
+        ...     state = None
+        ...     def load(self, template):
+        ...         return self.state
+        ...     def save(self, state):
+        ...         self.state = state
+        >>> isinstance(InMemory(), probdiff.training.CheckpointLike)  # probdiff.fit(…, checkpoint=InMemory())
+        True
+    """
 
     def load(self, template: "FitState") -> "FitState | None":
         """The saved state, of the structure of ``template``; None if there is none."""
@@ -56,6 +68,14 @@ class Fit(NamedTuple):
             skipped, because the loss or a gradient was not finite.
         validation: Rows of (iteration, bound on the validation data in nats per datum).
         state: The :class:`FitState`, from which the fit can go on.
+
+    Example:
+        >>> import jax, probdiff
+        >>> x = jax.random.normal(jax.random.key(0), (8, 2))
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(1), hidden=8, num_blocks=1))
+        >>> fit = probdiff.fit(diffusion, x, iterations=2, batch_size=4, progress=False)
+        >>> fit.losses.shape, fit.skipped_updates
+        ((2,), 0)
     """
 
     diffusion: Diffusion
@@ -103,12 +123,12 @@ def fit(
         diffusion: The model, bound or not; it is not changed. A bound one is fitted further, from the parameters that it has.
         data: Training data as the user has it, an array of shape ``(datum, column)`` or a data frame.
         context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
-        iterations: Number of SVI updates in all, those of a resumed fit included. A fit that has ended goes on to more of them in another
+        iterations: Number of SVI updates in all, including the updates before a fit was resumed. A fit that has ended goes on to more of them in another
             leg: the optimiser starts anew from the result so far, and the learning rate rises and falls once more; with a
             schedule or an optimiser of your own (see ``learning_rate``), as if it had not ended. An update whose loss or gradient is not finite
             changes nothing, and is reported.
         batch_size: Data per update, drawn with replacement.
-        weights: What each datum counts, shape ``(datum,)``, not negative and in any unit: data are drawn with probabilities in this
+        weights: The weight of each datum, shape ``(datum,)``, not negative and in any unit: data are drawn with probabilities in this
             proportion. In expectation this is the fit to data that are repeated so many times. A datum of weight 0 is never seen. The
             validation data are not weighed.
         learning_rate: Peak of the learning rate, after a linear warm-up and before a cosine decay to 0 at ``iterations``, of Adam; convolutions
@@ -117,7 +137,7 @@ def fit(
         key: JAX key; ``jax.random.key(0)`` if not given.
         validation: Held-out data. If given, the averaged parameters that do best on it, by an estimate on noise
             that stays the same, are the result.
-        validation_context: Theirs, of a conditional model.
+        validation_context: Of a conditional model, the context of the held-out data.
         validate_every: Iterations between validations.
         elbo: A NumPyro ELBO, the name of one of :data:`~probdiff.ESTIMATORS`, or the pair (guide, ELBO) that it gives; if not given, ``AnalyticELBO(diffusion, steps="stratified_importance", points="batch")``, or without the
             ``points`` for a reverse kernel whose KL has no closed form.
@@ -136,6 +156,14 @@ def fit(
         ValueError, TypeError: If the data do not suit the model, an argument is out of range, or the model has
             nothing to train.
         FloatingPointError: If ten updates in a row had to be skipped; what the checkpoint holds is finite.
+
+    Example:
+        >>> import jax, probdiff
+        >>> x = jax.random.normal(jax.random.key(0), (8, 2))
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(1), hidden=8, num_blocks=1))
+        >>> fitted = probdiff.fit(diffusion, x, iterations=2, batch_size=4, progress=False).diffusion
+        >>> probdiff.samplers.ancestral(fitted, key=jax.random.key(2), num_samples=3).shape
+        (3, 2)
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.unbind()

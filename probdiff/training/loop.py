@@ -29,7 +29,7 @@ MOST_SKIPPED = 10  # updates in a row, before a fit is given up
 
 
 class FitState(NamedTuple):
-    """All that decides the future of a fit.
+    """The state of a fit: all that decides its future.
 
     Attributes:
         svi: NumPyro's ``SVIState``: parameters, optimiser, average, key, and what the objective has learned.
@@ -39,8 +39,16 @@ class FitState(NamedTuple):
         losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update
             was skipped. As the minibatch follows from its key and the iteration, this is the position in the data, too.
         validation: Rows of (iteration, bound on the validation data in nats per datum).
-        settings: What was asked for, by name: a resumed fit must be asked for the same, or for more iterations when it has ended. ``begun`` is
+        settings: The arguments of the fit, by name: a resumed fit must have the same, or more iterations when it has ended. ``begun`` is
             the number of iterations before the present leg.
+
+    Example:
+        >>> import jax, probdiff
+        >>> x = jax.random.normal(jax.random.key(0), (8, 2))
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(1), hidden=8, num_blocks=1))
+        >>> state = probdiff.fit(diffusion, x, iterations=2, batch_size=4, progress=False).state
+        >>> len(state.losses), state.settings["batch_size"]
+        (2, 4)
     """
 
     svi: Any

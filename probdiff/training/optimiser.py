@@ -14,7 +14,14 @@ WEIGHT_DECAY = 0.2  # of convolutions, times the learning rate
 
 
 class EMAState(NamedTuple):
-    """State of :func:`parameter_ema`: the number of updates and the averaged parameters."""
+    """State of :func:`parameter_ema`: the number of updates and the averaged parameters.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> state = probdiff.training.parameter_ema(0.99).init({"w": jnp.ones(2)})  # an EMAState
+        >>> state.updates.item(), state.ema_params["w"].tolist()
+        (0, [1.0, 1.0])
+    """
 
     updates: jax.Array
     ema_params: optax.Params
@@ -24,6 +31,14 @@ def parameter_ema(decay: float) -> optax.GradientTransformation:
     """Exponential moving average of the *parameters*; put it last in ``optax.chain``. Updates pass unchanged.
 
     The decay rises from 0.1 to ``decay`` as (1 + t) / (10 + t), so that the initial weights are soon forgotten.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, probdiff
+        >>> optimiser = optax.chain(optax.sgd(1.0), probdiff.training.parameter_ema(0.99))
+        >>> params = {"w": jnp.array([1.0])}
+        >>> updates, state = optimiser.update({"w": jnp.array([0.5])}, optimiser.init(params), params)
+        >>> round(state[-1].ema_params["w"].item(), 3)  # of 1.0 and, at decay 2/11, the new 0.5
+        0.591
     """
 
     def init(params: Any) -> EMAState:
@@ -47,6 +62,15 @@ def orthogonalised_convolutions() -> optax.GradientTransformation:
     singular values of 0.7 to 1.2 in their place. The factor gives it the size of an update of Adam's, so that one learning rate suits both.
     Source: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon, where it is done to the momentum; for the factor Liu et al.
     (2025), arXiv:2502.16982, section 2.2.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> optimiser = probdiff.training.orthogonalised_convolutions()
+        >>> update = {"filter": jax.random.normal(jax.random.key(0), (3, 3, 2, 4)), "bias": jnp.ones(4)}
+        >>> new, _ = optimiser.update(update, optimiser.init(update))
+        >>> sizes = jnp.linalg.svd(new["filter"].reshape(-1, 4), compute_uv=False)
+        >>> bool(sizes[0] < 2 * sizes[-1]), new["bias"].tolist()
+        (True, [1.0, 1.0, 1.0, 1.0])
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

@@ -1,0 +1,146 @@
+"""The docstrings: the examples of every public name run, its types are there, and it begins with what it is about."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import tempfile
+
+import matplotlib.pyplot as plt
+import pytest
+from conftest import long_but
+
+import probdiff
+
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+FOUND = [found.name for found in pkgutil.walk_packages(probdiff.__path__, "probdiff.") if not found.name.endswith("__main__")]
+MODULES = {name: importlib.import_module(name) for name in ["probdiff", *FOUND]}
+PRONOUNS = {"it", "its", "that", "their", "theirs", "they", "those", "what", "whatever", "which"}
+
+
+def examples(module):
+    return [test for test in doctest.DocTestFinder(exclude_empty=True).find(module) if test.examples]
+
+
+OTHERS = {
+    "probdiff.chain.reverse": ["AbstractKernel", "GaussianKernel", "MixtureKernel"],
+    "probdiff.chain.schedules": [
+        "AbstractSchedule",
+        "NoiseSchedule",
+        "ScheduleTables",
+        "cosine_schedule",
+        "geometric_schedule",
+        "linear_schedule",
+        "log_snr_schedule",
+    ],
+    "probdiff.chain.variances": ["AbstractReverseVariance"],
+    "probdiff.cli": ["UsageError", "main", "parser"],
+    "probdiff.inference.likelihood": ["ConditionalBound", "ConditionalEstimate"],
+    "probdiff.inference.observations": ["AbstractObservation", "Inpainting", "LinearGaussian", "Program"],
+    "probdiff.inference.particles": ["log_evidence", "smc"],
+    "probdiff.inference.posterior": ["Posterior"],
+    "probdiff.inference.priors": ["ChainPrior", "FlowPrior"],
+    "probdiff.inference.pseudo_marginal": ["PseudoMarginal"],
+    "probdiff.inference.twists": ["AbstractTwist", "NoTwist", "PointTwist", "TweedieTwist"],
+    "probdiff.inference.two_sided": ["EvidenceBounds", "evidence_bounds"],
+    "probdiff.networks.adapters": ["batched"],
+    "probdiff.networks.base": ["AbstractNetwork"],
+    "probdiff.networks.heads": ["AbstractHead", "CategoricalHead", "ColumnHead", "DensityHead", "VHead", "X0Head"],
+}
+# What is still missing; a name is taken out when it has an example.
+WITHOUT = {
+    "example": [f"{module}.{name}" for module, names in OTHERS.items() for name in names],
+    "types": ["probdiff.chain.schedules.AbstractSchedule"],
+    "noun": [
+        "probdiff.inference.observations.Inpainting.observed",
+        "probdiff.inference.twists.AbstractTwist",
+    ],
+}
+WITH_EXAMPLES = [name for name, module in MODULES.items() if examples(module)]
+QUICK = [
+    "probdiff.chain.forward",
+    "probdiff.chain.score",
+    "probdiff.datasets",
+    "probdiff.elbo.estimate",
+    "probdiff.elbo.terms",
+    "probdiff.likelihoods.normal",
+    "probdiff.oracles.closed_form",
+]
+
+
+@pytest.mark.parametrize("name", long_but(QUICK, WITH_EXAMPLES))
+def test_the_examples_run(name, capsys, monkeypatch, tmp_path):
+    """Each in a namespace of its own, as a reader would copy it; nothing is printed that it does not show."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    runner = doctest.DocTestRunner(optionflags=FLAGS)
+    for test in examples(MODULES[name]):
+        test.globs = {"__name__": "__main__"}
+        runner.run(test)
+    plt.close("all")
+    assert runner.failures == 0, capsys.readouterr().out
+    assert not capsys.readouterr().err
+
+
+def public(place=probdiff):
+    """Every public function and class by the name that it is defined under, from the namespaces."""
+    names = getattr(place, "__all__", None)
+    if names is None:  # a namespace that is one module
+        names = [name for name, value in vars(place).items() if name[0] != "_" and getattr(value, "__module__", "") == place.__name__]
+    found = {}
+    for value in (getattr(place, name) for name in names):
+        if inspect.ismodule(value):
+            found |= public(value)
+        elif inspect.isclass(value) or inspect.isfunction(value):
+            found[f"{value.__module__}.{value.__qualname__}"] = value
+    return found
+
+
+PUBLIC = public()
+
+
+def test_every_public_name_has_an_example():
+    assert len(PUBLIC) > 150
+    without = [name for name, value in PUBLIC.items() if ">>> " not in (value.__doc__ or "")]
+    assert sorted(without) == sorted(WITHOUT["example"])
+
+
+def functions(name, value):
+    """A public function itself; of a class, its constructor and the public methods and properties that it defines, by name."""
+    if inspect.isfunction(value):
+        return {name: value}
+    found = {}
+    for key, member in vars(value).items():
+        if key[0] == "_" and key not in ("__init__", "__call__"):
+            continue
+        if isinstance(member, property):
+            member = member.fget
+        member = getattr(member, "__func__", getattr(member, "method", member))  # of class methods, and of modules of equinox
+        if inspect.isfunction(member) and member.__module__ != "typing":
+            found[f"{name}.{key}"] = inspect.unwrap(member)
+    return found
+
+
+def has_types(name, function):
+    """Whether all parameters, but for the instance or the class, and the result are annotated."""
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    if name not in PUBLIC and parameters and parameters[0].name in ("self", "cls"):
+        del parameters[0]
+    return signature.return_annotation is not signature.empty and all(each.annotation is not each.empty for each in parameters)
+
+
+def test_every_public_function_and_method_has_its_types():
+    found = {name: functions(name, value) for name, value in PUBLIC.items()}
+    assert sum(map(len, found.values())) > 350
+    without = [name for name, own in found.items() if not all(has_types(*each) for each in own.items())]
+    assert without == WITHOUT["types"]
+
+
+def test_docstrings_begin_with_what_they_are_about():
+    """Not with a pronoun, which points to somewhere else."""
+    found = {}
+    for name, value in PUBLIC.items():
+        found |= {name: value} | functions(name, value)
+    first = {name: (inspect.getdoc(value) or "").split(maxsplit=1)[:1] for name, value in found.items()}
+    begun = [name for name, words in first.items() if words and words[0].strip(".,:;").lower() in PRONOUNS]
+    assert sorted(begun) == sorted(WITHOUT["noun"])
