@@ -12,13 +12,8 @@ __version__ = "0.2.0.dev0"
 _NAMES = {
     "chain.forward": ["forward_marginal", "forward_posterior", "forward_step"],
     "chain.learned": ["LearnedSchedule"],
-    "chain.schedules": [
-        "NoiseSchedule",
-        "cosine_schedule",
-        "geometric_schedule",
-        "linear_schedule",
-        "log_snr_schedule",
-    ],
+    "chain.named_schedules": ["cosine_schedule", "geometric_schedule", "linear_schedule", "log_snr_schedule"],
+    "chain.schedules": ["NoiseSchedule"],
     "diagnostics.classification": ["classify"],
     "diagnostics.compare_estimators": ["compare_estimators"],
     "diagnostics.compare_models": ["compare_models"],

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from probdiff._checks import Whole, require_type
-from probdiff.chain.schedules import log_snr_schedule
+from probdiff.chain.named_schedules import log_snr_schedule
 from probdiff.datasets import Dataset
 from probdiff.diffusion import Diffusion
 from probdiff.networks.base import AbstractNetwork

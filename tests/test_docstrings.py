@@ -23,18 +23,6 @@ def examples(module):
 
 
 OTHERS = {
-    "probdiff.chain.reverse": ["AbstractKernel", "GaussianKernel", "MixtureKernel"],
-    "probdiff.chain.schedules": [
-        "AbstractSchedule",
-        "NoiseSchedule",
-        "ScheduleTables",
-        "cosine_schedule",
-        "geometric_schedule",
-        "linear_schedule",
-        "log_snr_schedule",
-    ],
-    "probdiff.chain.variances": ["AbstractReverseVariance"],
-    "probdiff.cli": ["UsageError", "main", "parser"],
     "probdiff.inference.likelihood": ["ConditionalBound", "ConditionalEstimate"],
     "probdiff.inference.observations": ["AbstractObservation", "Inpainting", "LinearGaussian", "Program"],
     "probdiff.inference.particles": ["log_evidence", "smc"],
@@ -50,7 +38,7 @@ OTHERS = {
 # What is still missing; a name is taken out when it has an example.
 WITHOUT = {
     "example": [f"{module}.{name}" for module, names in OTHERS.items() for name in names],
-    "types": ["probdiff.chain.schedules.AbstractSchedule"],
+    "types": [],
     "noun": [
         "probdiff.inference.observations.Inpainting.observed",
         "probdiff.inference.twists.AbstractTwist",

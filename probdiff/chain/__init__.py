@@ -6,16 +6,10 @@ Nothing here knows a network: a reverse kernel is given its prediction. Imports 
 from probdiff.chain import score
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step, prior_kl
 from probdiff.chain.learned import LearnedSchedule
-from probdiff.chain.reverse import AbstractKernel, GaussianKernel, MixtureKernel
-from probdiff.chain.schedules import (
-    AbstractSchedule,
-    NoiseSchedule,
-    ScheduleTables,
-    cosine_schedule,
-    geometric_schedule,
-    linear_schedule,
-    log_snr_schedule,
-)
+from probdiff.chain.mixture import MixtureKernel
+from probdiff.chain.named_schedules import cosine_schedule, geometric_schedule, linear_schedule, log_snr_schedule
+from probdiff.chain.reverse import AbstractKernel, GaussianKernel
+from probdiff.chain.schedules import AbstractSchedule, NoiseSchedule, ScheduleTables
 from probdiff.chain.variances import AbstractReverseVariance
 
 __all__ = [

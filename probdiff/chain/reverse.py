@@ -1,29 +1,16 @@
-r"""The reverse kernels :math:`p_\theta(z_{n-1} | z_n)`: what the model makes of the network's prediction.
-
-The mixture kernel is for data on a grid: every level that is still possible has a Gaussian of its own,
-
-    p(z_{n−1} | z_n) = ∏_i Σ_v p(v | z_n) q(z_{n−1,i} | z_{n,i}, v)
-
-with v the levels and p(v | z_n) from a :class:`~probdiff.networks.CategoricalHead`. A Gaussian kernel replaces the sum by one Gaussian
-of the same mean, which costs nats where steps are few and the sum has several humps. For one dimension the mixture is exact, whatever
-the number of steps. At n = 1 the level itself is drawn from p(v | z_1). Source of the idea, in discrete diffusion: Austin et al.
-(2021), arXiv:2107.03006, section 3.3.
-"""
+r"""The reverse kernels :math:`p_\theta(z_{n-1} | z_n)`: what the model makes of the network's prediction."""
 
 import abc
-import copy
 from collections.abc import Callable
 from types import ModuleType
 from typing import ClassVar, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Real
+from jaxtyping import Array, Float, Real
 from numpyro import distributions as dist
-from numpyro.distributions.batch_util import promote_batch_shape
 
-from probdiff._checks import AnyArray, Step, Whole, require, require_count, require_step
+from probdiff._checks import AnyArray, Step, Whole, require_step
 from probdiff.chain.schedules import AbstractSchedule, Table, TableByDim, array_module, at_dims, at_step
 from probdiff.chain.variances import AbstractReverseVariance, named_variance, variance_name
 from probdiff.likelihoods import AbstractLikelihood
@@ -75,6 +62,13 @@ class AbstractKernel(eqx.Module):
         prediction: What the network is asked for: ``"noise"``, or the name of a method of the network (called like the network itself).
         closed_form: Whether :meth:`excess` is exact given z_n; otherwise it is an unbiased sample.
         is_estimated: Whether the kernel has variances that are computed from a network's errors (:meth:`with_squared_error`).
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> kernel: probdiff.chain.AbstractKernel = probdiff.chain.GaussianKernel("posterior")
+        >>> schedule = probdiff.cosine_schedule(10)
+        >>> kernel(schedule, jnp.zeros((3, 2)), jnp.zeros((3, 2)), 5).event_shape  # p(z_4 | z_5) where no noise is predicted
+        (2,)
     """
 
     prediction: eqx.AbstractClassVar[str]
@@ -160,6 +154,12 @@ class GaussianKernel(AbstractKernel):
             :mod:`probdiff.chain.variances`.
         schedule: The noise schedule; ``"learned"`` and ``"optimal"`` start from it.
         dim: Dimension of the data; for ``"learned"``.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> schedule = probdiff.cosine_schedule(10)
+        >>> np.allclose(probdiff.chain.GaussianKernel("forward").variance(schedule)[1:], schedule.beta[1:])
+        True
     """
 
     reverse_variance: AbstractReverseVariance
@@ -267,125 +267,6 @@ class GaussianKernel(AbstractKernel):
     def with_squared_error(self, squared_error: Float[Array, "num_steps"]) -> "GaussianKernel":
         """The kernel with the reverse variance that is best for errors of this size."""
         return GaussianKernel(self.reverse_variance.with_squared_error(squared_error))
-
-
-class StepMixture(dist.MixtureSameFamily):
-    """NumPyro's mixture, which ``scan`` can stack."""
-
-
-@promote_batch_shape.register
-def _promote_mixture(d: StepMixture) -> StepMixture:
-    parts = promote_batch_shape(d.mixing_distribution), promote_batch_shape(d.component_distribution)
-    promoted = copy.copy(d)
-    promoted._mixing_distribution, promoted._component_distribution = parts
-    promoted._batch_shape = parts[0].batch_shape
-    return promoted
-
-
-class MixtureKernel(AbstractKernel):
-    """Mixture reverse steps; the network must be a :class:`~probdiff.networks.CategoricalHead` of as many levels.
-
-    Its KL has no closed form: the analytic bound has a sampled log-ratio in its place, unbiased and labelled as sampled.
-
-    Args:
-        levels: Number of levels L.
-    """
-
-    levels: int = eqx.field(static=True)
-    closed_form: ClassVar[bool] = False
-    prediction: ClassVar[str] = "log_probabilities"
-
-    def __init__(self, levels: Whole) -> None:
-        require_count("levels", levels)
-        self.levels = int(levels)
-
-    def prior(self, shape: tuple[int, ...]) -> dist.Distribution:
-        """N(0, I) as a distribution of the kernel's own kind, for latents of shape ``(*batch, dim)``: equal parts."""
-        shape = (*shape, self.levels)
-        return _mixture(jnp.full(shape, -jnp.log(self.levels)), jnp.zeros(shape), jnp.ones(shape))
-
-    def __call__(
-        self,
-        schedule: AbstractSchedule,
-        z: Float[Array, "*batch dim"],
-        log_probabilities: Float[Array, "*batch dim level"],
-        n: Step,
-    ) -> dist.Independent:
-        r"""The distribution of :math:`z_{n-1}` given :math:`z_n` and the probabilities of the levels.
-
-        Args:
-            schedule: The noise schedule.
-            z: :math:`z_n`, shape ``(*batch, dim)``.
-            log_probabilities: log p(v | z_n) of every level, the network's prediction, shape ``(*z.shape, levels)``.
-            n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``; at n = 1, where
-                :math:`q(z_0 | z_1, v)` has no width, one Gaussian of variance β_1 for each level.
-        """
-        require_step(n, 1, schedule.num_steps)
-        xp = array_module(schedule.beta)
-        previous_signal = xp.concatenate([xp.ones(1), schedule.signal_scale[:-1]])
-        variance = xp.concatenate([schedule.beta[:1], schedule.posterior_variance[1:]])
-        tables = (
-            previous_signal * schedule.beta / schedule.one_minus_alpha_bar,
-            schedule.alpha**0.5 * schedule.posterior_variance / schedule.beta,
-            variance**0.5,
-        )
-        from_level, from_z, scale = (at_step(table, n, z.dtype)[..., None, None] for table in tables)
-        loc = from_level * self._grid(z.dtype) + from_z * z[..., None]
-        return _mixture(log_probabilities, loc, jnp.broadcast_to(scale, loc.shape))
-
-    def observation(self, likelihood: AbstractLikelihood, last: dist.Independent) -> dist.Distribution:
-        """The distribution of the data: each level with its probability, independent over the dimensions."""
-        return dist.Categorical(logits=last.base_dist.mixing_distribution.logits).to_event(1)
-
-    def noise_free_reconstruction(
-        self,
-        schedule: AbstractSchedule,
-        likelihood: AbstractLikelihood,
-        x: Real[AnyArray, "datum column"],
-        x0: Float[Array, "datum dim"],
-    ) -> Float[Array, "datum"]:
-        """The reconstruction if the level were known: 0, shape ``(datum,)``."""
-        return jnp.zeros(len(x0), x0.dtype)
-
-    def excess(self, schedule: AbstractSchedule, step: SampledStep) -> Float[Array, "*batch"]:
-        r"""An unbiased sample of the KL of step n, shape ``batch``; it may be negative.
-
-        Given z_n, to see z_{n−1} is to see x_0 once more, with precision SNR_{n−1} − SNR_n. So with ξ the noise of
-        :math:`z_{n-1} \sim q(z_{n-1} | z_n, x_0)` and :math:`\delta_v = \sqrt{SNR_{n-1} - SNR_n}\,(x_0 - v)`, the log-ratio is
-        :math:`-\log \sum_v p(v | z_n) \exp(-\delta_v \xi - \delta_v^2 / 2)` in each dimension.
-        """
-        assert step.extra_noise is not None
-        x0, xp = step.x0, array_module(schedule.log_snr)
-        snr = xp.exp(schedule.log_snr)
-        gained = snr[:-1] * -xp.expm1(schedule.log_snr[1:] - schedule.log_snr[:-1])
-        root = at_step(xp.concatenate([xp.zeros(1), gained]) ** 0.5, step.n, x0.dtype)[..., None, None]
-        offset = root * (x0[..., None] - self._grid(x0.dtype))
-        xi = step.extra_noise()[..., None]
-        return -jax.nn.logsumexp(step.prediction - offset * (xi + offset / 2), -1).sum(-1)
-
-    def kl_weight(self, schedule: AbstractSchedule) -> TableByDim:
-        r"""About what a squared error of the noise costs: that of Gaussian steps, shape ``(num_steps,)``."""
-        return GaussianKernel("posterior").kl_weight(schedule)
-
-    def constants(self, schedule: AbstractSchedule, dim: int) -> Table:
-        """Zeros: a network that knows the level leaves no KL."""
-        return array_module(schedule.beta).zeros(schedule.num_steps)
-
-    def check_parts(self, network: Callable, likelihood: AbstractLikelihood) -> None:
-        """Refuse a network that has no probabilities of as many levels, and a likelihood of other data."""
-        for name, part, expected in (("network", network, "CategoricalHead"), ("likelihood", likelihood, "DiscretizedNormalLikelihood")):
-            levels = getattr(part, "levels", None)
-            got = f"a {type(part).__name__} of {levels}" if levels else f"a {type(part).__name__}"
-            require(levels == self.levels, name, f"a {expected} of {self.levels} levels for this MixtureKernel", got)
-
-    def _grid(self, dtype: DTypeLike) -> Float[Array, "level"]:
-        return jnp.linspace(-1.0, 1.0, self.levels, dtype=dtype)
-
-
-def _mixture(
-    logits: Float[Array, "*batch dim level"], loc: Float[Array, "*batch dim level"], scale: Float[Array, "*batch dim level"]
-) -> dist.Independent:
-    return StepMixture(dist.Categorical(logits=logits), dist.Normal(loc, scale)).to_event(1)
 
 
 def _columns(table: Table, like: TableByDim) -> Table | Float[AnyArray, "num_steps #dim"]:

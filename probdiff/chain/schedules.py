@@ -10,7 +10,6 @@ functions of its parameters: the guide is then fitted along with the model.
 """
 
 import abc
-import operator
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Float64, Integer
 
-from probdiff._checks import AnyArray, Number, Numbers, Whole, is_trainable, require
+from probdiff._checks import AnyArray, Numbers, Whole, is_trainable, require
 from probdiff._static import Static
 
 Table = Float[AnyArray, "num_steps"]
@@ -28,7 +27,13 @@ TableByDim = Table | Float[AnyArray, "num_steps dim"]
 
 
 class ScheduleTables(eqx.Module):
-    """The tables of a schedule, each of shape ``(num_steps,)``; see :class:`AbstractSchedule`."""
+    """The tables of a schedule, each of shape ``(num_steps,)``; see :class:`AbstractSchedule`.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> probdiff.chain.ScheduleTables.from_log_snr(jnp.array([2.0, 0.0])).alpha_bar.round(2)
+        Array([0.88, 0.5 ], dtype=float32)
+    """
 
     beta: Table
     alpha: Table
@@ -68,10 +73,6 @@ class ScheduleTables(eqx.Module):
         )
 
 
-def _table(name: str) -> property:
-    return property(lambda schedule: getattr(schedule.tables(), name))
-
-
 class AbstractSchedule(eqx.Module):
     r"""A noise schedule: the variances :math:`\beta_n` of a forward chain, and the tables that follow from them.
 
@@ -79,19 +80,15 @@ class AbstractSchedule(eqx.Module):
     already; what a class of your own can add is parameters, as in :class:`~probdiff.LearnedSchedule`: ``tables`` returns
     ``ScheduleTables.from_log_snr(log_snr)`` with the log-SNR of each step computed from the module's JAX arrays.
 
-    Attributes (each of shape ``(num_steps,)``):
-        beta: :math:`\beta_n`, strictly between 0 and 1.
-        alpha: :math:`\alpha_n = 1 - \beta_n`.
-        alpha_bar: :math:`\bar\alpha_n`, the squared signal coefficient of :math:`q(z_n | x_0)`.
-        one_minus_alpha_bar: :math:`1 - \bar\alpha_n`, the variance of :math:`q(z_n | x_0)`.
-        signal_scale, noise_scale: :math:`\sqrt{\bar\alpha_n}` and :math:`\sqrt{1-\bar\alpha_n}`, what multiplies the data and the noise in z_n.
-        log_snr: :math:`\log \bar\alpha_n / (1 - \bar\alpha_n)`.
-        sigma: :math:`\sigma_n = \sqrt{(1-\bar\alpha_n)/\bar\alpha_n}`, increasing: noise per signal, the standard deviation of
-            the same noising in variance-exploding coordinates, :math:`x_n = z_n / \sqrt{\bar\alpha_n}`
-            (:mod:`probdiff.chain.score`).
-        posterior_variance: :math:`\tilde\beta_n = \beta_n (1-\bar\alpha_{n-1})/(1-\bar\alpha_n)`, the
-            variance of :math:`q(z_{n-1} | z_n, x_0)`; zero at n = 1, where :math:`z_0 = x_0` is known.
-            Source: Ho et al. (2020), arXiv:2006.11239, eq. 7.
+    Example:
+        >>> import equinox as eqx, jax, jax.numpy as jnp, probdiff
+        >>> class Straight(probdiff.chain.AbstractSchedule):
+        ...     ends: jax.Array
+        ...     num_steps: int = eqx.field(static=True)
+        ...     def tables(self):
+        ...         return probdiff.chain.ScheduleTables.from_log_snr(jnp.linspace(*self.ends, self.num_steps))
+        >>> Straight(jnp.array([6.0, -6.0]), 4).log_snr.round(2)
+        Array([ 6.,  2., -2., -6.], dtype=float32)
     """
 
     if TYPE_CHECKING:  # a property, to a type checker, as it may be overridden by one and is no argument of ``__init__``
@@ -106,9 +103,56 @@ class AbstractSchedule(eqx.Module):
     def tables(self) -> ScheduleTables:
         """The tables, computed from the parameters that the schedule has now."""
 
-    beta, alpha, alpha_bar, one_minus_alpha_bar = map(_table, ("beta", "alpha", "alpha_bar", "one_minus_alpha_bar"))
-    signal_scale, noise_scale = map(_table, ("signal_scale", "noise_scale"))
-    log_snr, sigma, posterior_variance = map(_table, ("log_snr", "sigma", "posterior_variance"))
+    @property
+    def beta(self) -> Table:
+        r""":math:`\beta_n`, strictly between 0 and 1, shape ``(num_steps,)`` like the tables that follow."""
+        return self.tables().beta
+
+    @property
+    def alpha(self) -> Table:
+        r""":math:`\alpha_n = 1 - \beta_n`."""
+        return self.tables().alpha
+
+    @property
+    def alpha_bar(self) -> Table:
+        r""":math:`\bar\alpha_n`, the squared signal coefficient of :math:`q(z_n | x_0)`."""
+        return self.tables().alpha_bar
+
+    @property
+    def one_minus_alpha_bar(self) -> Table:
+        r""":math:`1 - \bar\alpha_n`, the variance of :math:`q(z_n | x_0)`."""
+        return self.tables().one_minus_alpha_bar
+
+    @property
+    def signal_scale(self) -> Table:
+        r""":math:`\sqrt{\bar\alpha_n}`, the factor of the data in z_n."""
+        return self.tables().signal_scale
+
+    @property
+    def noise_scale(self) -> Table:
+        r""":math:`\sqrt{1-\bar\alpha_n}`, the factor of the noise in z_n."""
+        return self.tables().noise_scale
+
+    @property
+    def log_snr(self) -> Table:
+        r""":math:`\log \bar\alpha_n / (1 - \bar\alpha_n)`, the log signal-to-noise ratio."""
+        return self.tables().log_snr
+
+    @property
+    def sigma(self) -> Table:
+        r""":math:`\sigma_n = \sqrt{(1-\bar\alpha_n)/\bar\alpha_n}`, increasing: noise per signal.
+
+        The standard deviation of the same noising in variance-exploding coordinates, :math:`x_n = z_n / \sqrt{\bar\alpha_n}` (:mod:`probdiff.chain.score`).
+        """
+        return self.tables().sigma
+
+    @property
+    def posterior_variance(self) -> Table:
+        r""":math:`\tilde\beta_n = \beta_n (1-\bar\alpha_{n-1})/(1-\bar\alpha_n)`, the variance of :math:`q(z_{n-1} | z_n, x_0)`.
+
+        Zero at n = 1, where :math:`z_0 = x_0` is known. Source: Ho et al. (2020), arXiv:2006.11239, eq. 7.
+        """
+        return self.tables().posterior_variance
 
     def tabulated(self) -> "AbstractSchedule":
         """The same schedule with its tables computed once, not at every look."""
@@ -150,7 +194,13 @@ class NoiseSchedule(AbstractSchedule):
 
     Immutable and hashable (two schedules with the same ``beta`` are equal): a static part of every compiled function, of
     float64 NumPy tables. Build one with :meth:`from_betas`, :meth:`from_sigmas`, :meth:`from_log_snr`,
-    :func:`linear_schedule`, :func:`cosine_schedule`, :func:`log_snr_schedule` or :func:`geometric_schedule`.
+    :func:`~probdiff.linear_schedule`, :func:`~probdiff.cosine_schedule`, :func:`~probdiff.log_snr_schedule` or :func:`~probdiff.geometric_schedule`.
+
+    Example:
+        >>> import probdiff
+        >>> schedule = probdiff.NoiseSchedule.from_betas([0.1, 0.2, 0.3])
+        >>> schedule.num_steps, schedule.alpha_bar.round(3)
+        (3, array([0.9  , 0.72 , 0.504]))
     """
 
     _tables: Static = eqx.field(static=True)
@@ -298,94 +348,6 @@ def per_step(table: TableByDim) -> Table:
 def array_module(*arrays: AnyArray) -> ModuleType:
     """NumPy for arrays of NumPy's, which are constants; otherwise jax.numpy."""
     return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
-
-
-def _num_steps(num_steps: Whole) -> int:
-    try:
-        count = operator.index(num_steps)
-    except TypeError:
-        raise TypeError(f"num_steps: Expected an integer; got {num_steps!r}") from None
-    require(count >= 1, "num_steps", "at least 1", count)
-    return count
-
-
-def linear_schedule(num_steps: Whole, beta_min: Number = 1e-4, beta_max: Number = 0.02) -> NoiseSchedule:
-    r"""The linear schedule of Ho et al. (2020), arXiv:2006.11239, section 4, at any number of steps.
-
-    At N = 1000 :math:`\beta_n` rises linearly from ``beta_min`` to ``beta_max``, as published. At other N the
-    *rate* :math:`-\log(1-\beta_n)` is scaled by 1000/N, so that the chain ends equally noisy and every
-    :math:`\beta_n` stays below 1. (Scaling :math:`\beta_n` itself gives :math:`\beta > 1` below N = 20.)
-
-    Args:
-        num_steps: N, at least 1.
-        beta_min: First variance, at N = 1000.
-        beta_max: Last variance, at N = 1000.
-    """
-    num_steps = _num_steps(num_steps)
-    require(
-        0 < beta_min <= beta_max < 1, "beta_min, beta_max", "0 < beta_min <= beta_max < 1", f"{beta_min}, {beta_max}"
-    )
-    middle = (beta_min + beta_max) / 2
-    beta = np.linspace(beta_min, beta_max, num_steps) if num_steps > 1 else np.array([middle])
-    if num_steps != 1000:
-        beta = -np.expm1(1000 / num_steps * np.log1p(-beta))
-    return NoiseSchedule.from_betas(beta)
-
-
-def cosine_schedule(num_steps: Whole) -> NoiseSchedule:
-    r"""The cosine schedule of Nichol and Dhariwal (2021), arXiv:2102.09672, eq. 17, offset s = 0.008.
-
-    :math:`\bar\alpha` follows a squared cosine; as published, :math:`\beta_n` is cut off at 0.999.
-
-    Args:
-        num_steps: N, at least 1.
-    """
-    num_steps = _num_steps(num_steps)
-    time = np.arange(num_steps + 1) / num_steps
-    log_f = 2 * np.log(np.cos((time + 0.008) / 1.008 * np.pi / 2))
-    return NoiseSchedule.from_betas(np.minimum(-np.expm1(np.diff(log_f)), 0.999))
-
-
-def log_snr_schedule(num_steps: Whole, log_snr_max: Number = 10.0, log_snr_min: Number = -8.0) -> NoiseSchedule:
-    r"""Log-SNR falling linearly from ``log_snr_max`` at n = 1 to ``log_snr_min`` at n = N.
-
-    Of the fixed schedules the one whose one-step estimator of the bound varies least. Source: Kingma et al.
-    (2021), arXiv:2107.00630, section 3.1 and fig. 4b. At N = 1 the only step is at ``log_snr_min``.
-
-    Args:
-        num_steps: N, at least 1.
-        log_snr_max: Log-SNR after the first step; :math:`\beta_1` = sigmoid(−``log_snr_max``).
-        log_snr_min: Log-SNR after the last step.
-    """
-    num_steps = _num_steps(num_steps)
-    require(
-        np.isfinite(log_snr_min) and np.isfinite(log_snr_max) and log_snr_min < log_snr_max,
-        "log_snr_max, log_snr_min",
-        "finite, log_snr_min < log_snr_max",
-        f"{log_snr_max}, {log_snr_min}",
-    )
-    return NoiseSchedule.from_log_snr(np.linspace(log_snr_min, log_snr_max, num_steps)[::-1])
-
-
-def geometric_schedule(num_steps: Whole, sigma_min: Number = 0.01, sigma_max: Number = 50.0) -> NoiseSchedule:
-    r"""Noise levels :math:`\sigma_n` in geometric progression from ``sigma_min`` to ``sigma_max``.
-
-    As :math:`\log \sigma_n^2` is minus the log-SNR, this is :func:`log_snr_schedule` by its other name: the same chain in
-    variance-exploding coordinates. Source: Song and Ermon (2019), arXiv:1907.05600, section 4; with ``sigma_max`` about the
-    largest distance between two data, Song and Ermon (2020), arXiv:2006.09011, technique 1.
-
-    Args:
-        num_steps: N, at least 1; at N = 1 the only level is ``sigma_max``.
-        sigma_min: :math:`\sigma_1`, the standard deviation of the least noise, in units of the encoded data.
-        sigma_max: :math:`\sigma_N`.
-    """
-    require(
-        0 < sigma_min < sigma_max < np.inf,
-        "sigma_min, sigma_max",
-        "0 < sigma_min < sigma_max, finite",
-        f"{sigma_min}, {sigma_max}",
-    )
-    return log_snr_schedule(num_steps, -2 * np.log(sigma_min), -2 * np.log(sigma_max))
 
 
 def require_schedule(schedule: AbstractSchedule) -> None:

@@ -23,6 +23,15 @@ class AbstractReverseVariance(eqx.Module):
     """The variances of the reverse steps.
 
     To write your own, give ``__call__``; JAX arrays of the module are trained along with the network.
+
+    Example:
+        >>> import numpy as np, probdiff
+        >>> class Twice(probdiff.chain.AbstractReverseVariance):
+        ...     def __call__(self, schedule):
+        ...         return np.full(schedule.num_steps, np.log(2.0))
+        >>> kernel, schedule = probdiff.chain.GaussianKernel(Twice()), probdiff.cosine_schedule(10)
+        >>> np.allclose(kernel.variance(schedule)[1:], 2 * schedule.posterior_variance[1:])
+        True
     """
 
     @abc.abstractmethod

@@ -29,11 +29,29 @@ SAMPLERS = ("ancestral", "ddim", "langevin", "ode")  # those of probdiff.sampler
 
 
 class UsageError(Exception):
-    """Something that the user gave cannot be used."""
+    """Something that the user gave cannot be used: the commands say so in a line, and end with exit code 2.
+
+    Example:
+        >>> from probdiff.cli import UsageError
+        >>> print(UsageError("--num-steps: Expected at least 1; got 0"))
+        --num-steps: Expected at least 1; got 0
+    """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    r"""Run a command; returns the exit code.
+
+    Args:
+        argv: The words after ``probdiff``; those of the process if not given.
+
+    Example:
+        >>> import contextlib, io
+        >>> from probdiff.cli import main
+        >>> with contextlib.redirect_stderr(io.StringIO()) as said:
+        ...     code = main(["fit", "--num-steps", "0"])
+        >>> code, said.getvalue()
+        (2, 'probdiff: error: --num-steps: Expected an integer of at least 1; got 0\n')
+    """
     try:
         with _on_signals(_end_at_once):
             arguments = parser().parse_args(argv)
@@ -165,7 +183,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """The parser of all commands.
+
+    Example:
+        >>> from probdiff.cli import parser
+        >>> parser().parse_args(["fit", "--data", "moons"]).data
+        'moons'
+    """
     parser = _Parser(prog="probdiff", description="Diffusion models as NumPyro programs.")
     parser.add_argument("--version", action="version", version=f"probdiff {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")

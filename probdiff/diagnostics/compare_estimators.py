@@ -52,7 +52,7 @@ class EstimatorComparison:
             to shape ``(draw, direction)``; empty if the model has no parameters.
         value_z, gradient_z: Pairwise z-scores of the means, DataFrames; of the directions, the largest is given. Both means are of the
             same items; NaN where there is no such pair: of gradients, and of ``kl_posterior_target``, between batches of different size.
-        z_limit: Largest |z| that is expected of the pairs together (family-wise error 0.27 %).
+        z_limit: Largest ``|z|`` that is expected of the pairs together (family-wise error 0.27 %).
         cost_errors: For each of the four costs the standard errors of the logarithms of the ratios of all pairs, DataFrames.
         iwae: The importance-weighted bound on all paths of ``trace``, an ``Estimate``; None without ``trace``.
         khat: Pareto k̂ of the weights of those paths, shape ``(item,)``; None without ``trace``.

@@ -155,7 +155,7 @@ def gap_decomposition(
         prior_kl=Estimate.of(own.prior_kl),
         step_kl=Estimate.of(np.asarray(own.step_kl.mean, np.float64).sum(0)),
         reconstruction=Estimate.of(own.reconstruction.mean),
-        log_snr=schedule.log_snr,
+        log_snr=np.asarray(schedule.log_snr),
         num_items=len(x),
     )
 

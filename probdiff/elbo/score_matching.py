@@ -32,7 +32,7 @@ from probdiff.elbo.steps import AbstractSteps
 
 def sigma_squared_weights(diffusion: Diffusion) -> Float[np.ndarray, "num_steps"]:
     r"""The usual weights, :math:`\lambda_n = \sigma_n^2`, shape ``(num_steps,)``, float64."""
-    return diffusion.schedule.sigma**2
+    return np.asarray(diffusion.schedule.sigma) ** 2
 
 
 def likelihood_weights(diffusion: Diffusion) -> Float[np.ndarray, "num_steps"]:
@@ -52,7 +52,7 @@ def likelihood_weights(diffusion: Diffusion) -> Float[np.ndarray, "num_steps"]:
     """
     require_type("diffusion", diffusion, Diffusion)
     _require_fixed(diffusion)
-    return diffusion.kernel.kl_weight(diffusion.schedule) * diffusion.schedule.sigma**2
+    return np.asarray(diffusion.kernel.kl_weight(diffusion.schedule) * diffusion.schedule.sigma**2)
 
 
 def _require_fixed(diffusion: Diffusion) -> None:

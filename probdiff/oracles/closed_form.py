@@ -162,7 +162,7 @@ def _reverse_mean(diffusion: _Model, n: int) -> tuple[Float[np.ndarray, "dim dim
 
 
 def _reverse_variance(diffusion: _Model, n: int) -> np.float64:
-    schedule = diffusion.schedule
+    beta, alpha_bar = (np.asarray(table, np.float64) for table in (diffusion.schedule.beta, diffusion.schedule.alpha_bar))
     if n == 1 or diffusion.kernel.name == "forward":
-        return schedule.beta[n - 1]
-    return schedule.beta[n - 1] * (1 - schedule.alpha_bar[n - 2]) / (1 - schedule.alpha_bar[n - 1])
+        return beta[n - 1]
+    return beta[n - 1] * (1 - alpha_bar[n - 2]) / (1 - alpha_bar[n - 1])

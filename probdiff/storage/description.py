@@ -7,7 +7,7 @@ import jax
 
 from probdiff._checks import require
 from probdiff.chain.learned import LearnedSchedule
-from probdiff.chain.reverse import MixtureKernel
+from probdiff.chain.mixture import MixtureKernel
 from probdiff.diffusion import Diffusion
 from probdiff.likelihoods import (
     AbstractLikelihood,

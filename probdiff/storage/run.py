@@ -32,7 +32,7 @@ from probdiff import datasets
 from probdiff._checks import require, require_type
 from probdiff._files import MAX_BYTES, read_json, read_npy, replace, write_bytes, write_json
 from probdiff.chain.learned import LearnedSchedule
-from probdiff.chain.reverse import MixtureKernel
+from probdiff.chain.mixture import MixtureKernel
 from probdiff.chain.schedules import AbstractSchedule, NoiseSchedule
 from probdiff.diagnostics.compare_estimators import EstimatorComparison
 from probdiff.diagnostics.datatree import from_datatree, to_datatree
