@@ -24,6 +24,7 @@ LINEAR = probdiff.oracles.GaussianOracle([0.0, 0.0], np.eye(2))
 MIXTURE = probdiff.Diffusion(
     SCHEDULE, probdiff.networks.CategoricalHead(NETWORK, 5), GRID.likelihood, kernel=probdiff.chain.MixtureKernel(5)
 )
+PREDICTED = probdiff.Diffusion(SCHEDULE, probdiff.networks.VarianceHead(lambda z, n: z), dim=2, reverse_variance="predicted")
 X = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
 KEY = jax.random.key(0)
 OF_VECTOR = probdiff.MLP(2, key=KEY, hidden=8, num_blocks=1, context_dim=3)
@@ -507,6 +508,41 @@ CALLS = {
         lambda: probdiff.Diffusion(SCHEDULE, probdiff.networks.CategoricalHead(NETWORK, 5), kernel=probdiff.chain.MixtureKernel(5)),
         ValueError,
         "likelihood: Expected a DiscretizedNormalLikelihood of 5 levels for this MixtureKernel; got a NormalLikelihood",
+    ),
+    "a predicted variance without a network for it": (
+        lambda: probdiff.Diffusion(SCHEDULE, NETWORK, kernel=probdiff.chain.PredictedVarianceKernel()),
+        ValueError,
+        "network: Expected a VarianceHead for predicted variances; got a MLP",
+    ),
+    "one output where two are needed": (
+        lambda: probdiff.Diffusion(SCHEDULE, probdiff.networks.VarianceHead(NETWORK), reverse_variance="predicted").predict(X, 1),
+        ValueError,
+        r"network\(z, n\): Expected shape \(6, 4\) or \(6, 2, 2\), for a VarianceHead; got \(6, 2\)",
+    ),
+    "a head of levels for a mean": (
+        lambda: probdiff.Diffusion(SCHEDULE, probdiff.networks.VarianceHead(MIXTURE.network)).predict(X, 1),
+        ValueError,
+        "network: Expected a network or a head with one output a dimension; got a CategoricalHead",
+    ),
+    "data cut off at nothing": (
+        lambda: probdiff.networks.ClipHead(NETWORK, 0),
+        ValueError,
+        "bound: Expected a positive number; got 0",
+    ),
+    "score matching of predicted variances": (
+        lambda: probdiff.elbo.ScoreMatching(PREDICTED),
+        ValueError,
+        "diffusion: Expected a Gaussian kernel with one variance a step for score matching; got predicted",
+    ),
+    "the gap of predicted variances": (
+        lambda: probdiff.diagnostics.gap_decomposition(PREDICTED, LINEAR, X, key=KEY),
+        ValueError,
+        "diffusion: Expected a reverse kernel that asks for the noise alone; got predicted",
+    ),
+    "guidance of predicted variances": (
+        lambda: probdiff.samplers.guided(PREDICTED, 1.0),
+        ValueError,
+        "diffusion: Expected a reverse kernel that asks for the noise; got a predicted",
     ),
     "a kernel's name for a kernel": (
         lambda: probdiff.Diffusion(SCHEDULE, NETWORK, kernel="mixture"),

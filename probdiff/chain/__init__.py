@@ -6,6 +6,7 @@ Nothing here knows a network: a reverse kernel is given its prediction. Imports 
 from probdiff.chain import score
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step, prior_kl
 from probdiff.chain.learned import LearnedSchedule
+from probdiff.chain.predicted import PredictedVarianceKernel
 from probdiff.chain.reverse import AbstractKernel, GaussianKernel, MixtureKernel
 from probdiff.chain.schedules import (
     AbstractSchedule,
@@ -26,6 +27,7 @@ __all__ = [
     "LearnedSchedule",
     "MixtureKernel",
     "NoiseSchedule",
+    "PredictedVarianceKernel",
     "ScheduleTables",
     "cosine_schedule",
     "forward_marginal",

@@ -9,7 +9,16 @@ from probdiff.networks.base import AbstractNetwork
 from probdiff.networks.context import ContextDropout, Embedding, unconditional
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.ensemble import Ensemble
-from probdiff.networks.heads import AbstractHead, CategoricalHead, ColumnHead, DensityHead, VHead, X0Head
+from probdiff.networks.heads import (
+    AbstractHead,
+    CategoricalHead,
+    ClipHead,
+    ColumnHead,
+    DensityHead,
+    VarianceHead,
+    VHead,
+    X0Head,
+)
 from probdiff.networks.mlp import MLP
 
 __all__ = [
@@ -17,6 +26,7 @@ __all__ = [
     "AbstractHead",
     "AbstractNetwork",
     "CategoricalHead",
+    "ClipHead",
     "ColumnHead",
     "ContextDropout",
     "ConvNet",
@@ -24,6 +34,7 @@ __all__ = [
     "Embedding",
     "Ensemble",
     "VHead",
+    "VarianceHead",
     "X0Head",
     "batched",
     "unconditional",
