@@ -4,6 +4,12 @@ Nothing here knows a network: a reverse kernel is given its prediction. Imports 
 """
 
 from probdiff.chain import score
+from probdiff.chain.conventions import (
+    diffusers_schedule,
+    edm_schedule,
+    improved_diffusion_schedule,
+    vdm_schedule,
+)
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step, prior_kl
 from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.predicted import PredictedVarianceKernel
@@ -30,12 +36,16 @@ __all__ = [
     "PredictedVarianceKernel",
     "ScheduleTables",
     "cosine_schedule",
+    "diffusers_schedule",
+    "edm_schedule",
     "forward_marginal",
     "forward_posterior",
     "forward_step",
     "geometric_schedule",
+    "improved_diffusion_schedule",
     "linear_schedule",
     "log_snr_schedule",
     "prior_kl",
     "score",
+    "vdm_schedule",
 ]

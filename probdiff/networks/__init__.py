@@ -7,6 +7,7 @@ they know no schedule. Imports only the likelihoods and the checks.
 from probdiff.networks.adapters import batched
 from probdiff.networks.base import AbstractNetwork
 from probdiff.networks.context import ContextDropout, Embedding, unconditional
+from probdiff.networks.conventions import from_denoiser, from_edm, from_timesteps, from_vdm
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.ensemble import Ensemble
 from probdiff.networks.heads import (
@@ -37,5 +38,9 @@ __all__ = [
     "VarianceHead",
     "X0Head",
     "batched",
+    "from_denoiser",
+    "from_edm",
+    "from_timesteps",
+    "from_vdm",
     "unconditional",
 ]
