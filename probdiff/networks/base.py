@@ -41,7 +41,7 @@ ONE_EXAMPLE = (
     "network: Expected network(z, n) with z of shape (*batch, dim) and n of shape batch, here {}; got one for a single example, "
     "z of shape ({},): give probdiff.networks.batched(network)"
 )
-Prediction = Float[Array, "*batch dim"] | Float[Array, "*batch dim output"]
+Prediction = Float[Array, "*batch dim"] | Float[Array, "*batch dim output"] | Float[Array, "*batch outputs"]
 
 
 class AbstractNetwork(eqx.Module):

@@ -79,7 +79,7 @@ class AtTimesteps(AbstractAdapter):
     ) -> Told:
         """z, and the number of the step; beyond the last of the numbers, NaN for z."""
         if n is None or self.timesteps is None:
-            return z, None if n is None else n - 1
+            return z, n - 1 if n is not None else None
         table = jnp.asarray(self.timesteps)
         return jnp.where((n <= len(table))[..., None], z, jnp.nan), table[n - 1]
 
