@@ -103,8 +103,8 @@ def from_diffusers(
     Their last step, at t = 0, gives the mean; here p(x | z_1) is a distribution around that mean.
 
     Args:
-        network: A callable ``network(z, t)`` on flat data, z of shape ``(*batch, dim)`` and t of shape ``batch``: images of C channels are flattened with the
-            channel first. Its output is shaped like z, or ``(*batch, 2 · dim)`` with ``"learned_range"``.
+        network: A callable ``network(z, t)`` on flat data, z of shape ``(*batch, dim)`` and t = 0 … N − 1 of shape ``batch`` (nothing must be subtracted from it
+            again): images of C channels are flattened with the channel first. Its output is shaped like z, or ``(*batch, 2 · dim)`` with ``"learned_range"``.
         config: The configuration, a dict such as that of a scheduler_config.json, or the scheduler itself (anything with ``.config``).
         likelihood: p(x | z_1); ``NormalLikelihood()`` if not given. For images of 256 levels, ``DiscretizedNormalLikelihood(256)``.
         dim: Dimension of the data; needed to generate.

@@ -110,6 +110,10 @@ def test_every_function_takes_it():
     model = predicted(varied)
     two = probdiff.diagnostics.compute_both_ways(model, X.astype(np.float32), key=KEY, num_draws=400)
     assert two.agree, (two.difference, two.z)
+    data = ORACLE.sample(np.random.default_rng(0), 100).astype(np.float32)
+    random_steps, all_steps = probdiff.elbo.data_set_elbo(model, data, key=KEY), probdiff.elbo_terms(model, data, key=KEY, num_draws=200).elbo.mean(0)
+    difference = random_steps.elbo - np.asarray(all_steps)
+    assert abs(difference.mean()) < Z_MAX * difference.std() / 10
     for sampler in probdiff.samplers.SAMPLERS.values():
         assert np.isfinite(sampler(model, key=KEY, num_samples=3)).all()
     assert np.isfinite(probdiff.sandwich(model, key=KEY, num_data=3, num_particles=2).upper[2]).all()
