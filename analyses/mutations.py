@@ -486,6 +486,47 @@ FIT = [
 ]  # fmt: skip
 
 # %%
+# Of other libraries and papers: variances that are predicted, networks and schedules of other conventions.
+CONVENTIONS = [
+    ("the predicted v_1 is β_1", "_span",
+     "xp.log(schedule.beta[:1] / schedule.posterior_variance[1:2])",
+     "span[:1]", "predicted"),
+    ("the second output for the share of the range", "VarianceHead.noise_and_share",
+     "(prediction[..., 1, :] + 1) / 2",
+     "prediction[..., 1, :]", "predicted"),
+    ("log-variance missing in the KL of a predicted variance", "PredictedVarianceKernel.excess",
+     "jnp.expm1(-log_ratio) + log_ratio",
+     "jnp.expm1(-log_ratio)", "predicted"),
+    ("errors weighed as if the predicted variance were the least", "PredictedVarianceKernel.excess",
+     "weight * jnp.exp(-log_ratio) * squared",
+     "weight * squared", "predicted"),
+    ("two outputs taken in turns for one after the other", "VarianceHead.output",
+     "output.reshape(*z.shape[:-1], 2, z.shape[-1])",
+     "jnp.moveaxis(output.reshape(*z.shape, 2), -1, -2)", "conventions"),
+    ("heads inside of a VarianceHead in the wrong order", "VarianceHead.noise",
+     "reversed(self._heads())",
+     "self._heads()", "conventions"),
+    ("what is clipped in the units of the data", "ClipHead.noise",
+     "signal * (x0 - jnp.clip(x0, -self.bound, self.bound))",
+     "x0 - jnp.clip(x0, -self.bound, self.bound)", "conventions"),
+    ("a network of timesteps is told the step", "AtTimesteps.inputs",
+     "n - 1 if n is not None else None",
+     "n", "conventions"),
+    ("SNR for 1/SNR in γ", "AtGamma.inputs",
+     "-log_snr",
+     "log_snr", "conventions"),
+    ("c_noise is ½ log σ", "Preconditioned.inputs",
+     "-log_snr / 8",
+     "-log_snr / 4", "conventions"),
+    ("the noise level at t = 0 left out", "vdm_schedule",
+     "np.linspace(0.0, 1.0, num_steps)",
+     "np.linspace(0.0, 1.0, num_steps + 1)[1:]", "conventional_schedules"),
+    ("the betas of 1000 steps at any number", "improved_diffusion_schedule",
+     "np.linspace(0.1 / num_steps, 20 / num_steps, num_steps)",
+     "np.linspace(0.0001, 0.02, num_steps)", "conventional_schedules"),
+]  # fmt: skip
+
+# %%
 # Which data a figure is of, and its error.
 TABLES = [
     ("the logits of categories without the scale of their points", "CategoricalLikelihood.__call__",
@@ -642,7 +683,7 @@ FIGURES = [
 
 BUGS = [
     Bug(*bug)
-    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *FILES, *FIT, *TABLES, *FIGURES)
+    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *FILES, *FIT, *TABLES, *FIGURES, *CONVENTIONS)
 ]
 
 

@@ -19,7 +19,8 @@ from probdiff._checks import AnyArray, Number, Step, Whole, is_concrete, is_trai
 from probdiff._chunks import take
 from probdiff._context import num_rows, of_batch, read_context
 from probdiff._static import Static
-from probdiff.chain.reverse import AbstractKernel, GaussianKernel, NoiseMoments, SampledStep
+from probdiff.chain.predicted import named_kernel
+from probdiff.chain.reverse import AbstractKernel, NoiseMoments, SampledStep
 from probdiff.chain.schedules import AbstractSchedule, at_step, require_schedule
 from probdiff.chain.variances import AbstractReverseVariance
 from probdiff.likelihoods import AbstractLikelihood, NormalLikelihood
@@ -48,8 +49,9 @@ class Diffusion(AbstractDiffusion):
             (:mod:`probdiff.networks.heads`). Its floating-point JAX arrays are trained.
         likelihood: :math:`p_\theta(x | z_1)`; ``NormalLikelihood()`` if not given.
         reverse_variance: ``"posterior"`` (:math:`v_n = \tilde\beta_n`), ``"forward"`` (:math:`v_n = \beta_n`), ``"learned"``
-            (between the two, by dimension) or ``"optimal"`` (the best for the network, estimated): see
-            :mod:`probdiff.chain.variances`; or an :class:`~probdiff.chain.AbstractReverseVariance`.
+            (between the two, by dimension), ``"optimal"`` (the best for the network, estimated): see
+            :mod:`probdiff.chain.variances`; an :class:`~probdiff.chain.AbstractReverseVariance`; or ``"predicted"`` (between the two, by the
+            network, a :class:`~probdiff.networks.VarianceHead`): :class:`~probdiff.chain.PredictedVarianceKernel`.
         dim: Dimension of the data; ``network.dim`` if not given. Needed only to generate, and for ``"learned"``.
         kernel: A reverse kernel in the place of the Gaussian one, such as a :class:`~probdiff.chain.MixtureKernel`.
 
@@ -103,7 +105,7 @@ class Diffusion(AbstractDiffusion):
         self._constants = Static(constants)
         self.likelihood = likelihood
         self.dim = own_dim if dim is None else int(dim)
-        self.kernel = GaussianKernel(reverse_variance, schedule, self.dim) if kernel is None else kernel
+        self.kernel = named_kernel(reverse_variance, schedule, self.dim) if kernel is None else kernel
         require_type("kernel", self.kernel, AbstractKernel)
         self.kernel.check_parts(network, likelihood)
         if isinstance(network, AbstractHead):
@@ -203,7 +205,7 @@ class Diffusion(AbstractDiffusion):
         return self.kernel(self.schedule, jnp.asarray(z), self.predict(z, n, key), n)
 
     def predict(self, z: Float[AnyArray, "*batch dim"], n: Step, key: PRNGKeyArray | None = None) -> Prediction:
-        """The network's prediction at ``z``, as the kernel needs it: the noise, shaped like ``z``, or probabilities of levels.
+        """The network's prediction at ``z``, as the kernel needs it: the noise, shaped like ``z``, or what else it asks for.
 
         Arguments as for :meth:`reverse_kernel`.
         """

@@ -1,21 +1,27 @@
-"""The model and the options of ``probdiff fit`` where nothing is given but the data, by the kind of data."""
+"""Models put together: what ``probdiff fit`` fits when it is told nothing but the data, and what the configuration of another library says."""
 
 from typing import Any
 
 import jax
 import numpy as np
 
-from probdiff._checks import Whole, require_type
+from probdiff._checks import Number, Whole, require, require_type
+from probdiff.chain.conventions import diffusers_schedule, settings_of
 from probdiff.chain.named_schedules import log_snr_schedule
 from probdiff.datasets import Dataset
 from probdiff.diffusion import Diffusion
-from probdiff.networks.base import AbstractNetwork
+from probdiff.likelihoods import AbstractLikelihood
+from probdiff.networks.base import AbstractNetwork, Network
+from probdiff.networks.conventions import from_timesteps
 from probdiff.networks.convnet import ConvNet
-from probdiff.networks.heads import CategoricalHead, ColumnHead, DensityHead
+from probdiff.networks.heads import CategoricalHead, ClipHead, ColumnHead, DensityHead, VarianceHead, VHead, X0Head
 from probdiff.networks.mlp import MLP
 
 MOST_LOGITS = 2**14
 ITERATIONS_PER_ROW, TABLE_ITERATIONS = 5, (500, 25_000)
+# Of a diffusers scheduler.
+PREDICTIONS = {"epsilon": None, "v_prediction": VHead, "sample": X0Head}
+VARIANCES = {"fixed_small": "posterior", "fixed_small_log": "posterior", "fixed_large": "forward", "learned_range": "predicted"}
 
 
 def default_options(dataset: Dataset) -> dict[str, Any]:
@@ -89,3 +95,55 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
 def _has_few_levels(dataset: Dataset) -> bool:
     """Whether a probability for each level of each dimension is not too much to ask of a network."""
     return dataset.levels is not None and dataset.levels * dataset.dim <= MOST_LOGITS
+
+
+def from_diffusers(
+    network: Network, config: Any, likelihood: AbstractLikelihood | None = None, dim: Whole | None = None
+) -> Diffusion:
+    r"""The model that a network trained with diffusers is, by the configuration of its scheduler: a step of the reverse chain is a step of the DDPMScheduler.
+
+    | entry | here |
+    |---|---|
+    | ``beta_schedule`` and the other entries of the schedule | :func:`probdiff.chain.diffusers_schedule` |
+    | timestep t = 0 … N − 1 | step n = t + 1: the network is told n − 1 |
+    | ``prediction_type``: ``"epsilon"`` (if absent), ``"v_prediction"``, ``"sample"`` | no head, :class:`~probdiff.networks.VHead`, :class:`~probdiff.networks.X0Head` |
+    | ``clip_sample``, ``clip_sample_range`` | :class:`~probdiff.networks.ClipHead` |
+    | ``variance_type``: ``"fixed_small"`` (if absent), ``"fixed_small_log"`` | ``reverse_variance="posterior"`` |
+    | ``"fixed_large"`` | ``reverse_variance="forward"`` |
+    | ``"learned_range"`` | :class:`~probdiff.networks.VarianceHead`, ``reverse_variance="predicted"`` |
+
+    Their last step, at t = 0, gives the mean; here p(x | z_1) is a distribution around that mean.
+
+    Args:
+        network: A callable ``network(z, t)`` on flat data, z of shape ``(*batch, dim)`` and t = 0 … N − 1 of shape ``batch`` (nothing must be subtracted from it
+            again): images of C channels are flattened with the channel first. Its output is shaped like z, or ``(*batch, 2 · dim)`` with ``"learned_range"``.
+        config: The configuration, a dict such as that of a scheduler_config.json, or the scheduler itself (anything with ``.config``).
+        likelihood: p(x | z_1); ``NormalLikelihood()`` if not given. For images of 256 levels, ``DiscretizedNormalLikelihood(256)``.
+        dim: Dimension of the data; needed to generate.
+
+    Raises:
+        ValueError, TypeError: If the configuration asks for what the chain cannot be: ``thresholding`` (by quantiles of a whole image),
+            ``rescale_betas_zero_snr``, ``variance_type`` ``"learned"`` (no range) or ``"fixed_large_log"`` (their step takes the root of a negative logarithm
+            for a standard deviation), a name that is not known; or does not say whether ``clip_sample``, for which schedulers have different defaults.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> config = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": True}
+        >>> probdiff.presets.from_diffusers(lambda z, t: 0 * z, config, dim=2)
+        Diffusion(N = 100 steps, dim = 2: NoiseSchedule, ClipHead, NormalLikelihood, reverse kernel posterior; 0 parameters, not bound)
+    """
+    settings = settings_of(config)
+    prediction: Any = settings.get("prediction_type", "epsilon")
+    require(prediction in list(PREDICTIONS), "prediction_type", f"one of {list(PREDICTIONS)}", repr(prediction))
+    variance: Any = settings.get("variance_type", "fixed_small")
+    require(variance in list(VARIANCES), "variance_type", f"one of {list(VARIANCES)}", repr(variance))
+    thresholding, clip, bound = settings.get("thresholding"), settings.get("clip_sample"), settings.get("clip_sample_range", 1.0)
+    require(not thresholding, "thresholding", "False: clip_sample cuts off at a fixed range", thresholding)
+    require(isinstance(clip, bool), "clip_sample", "True or False in the configuration", repr(clip))
+    require(isinstance(bound, Number) and bound > 0, "clip_sample_range", "a positive number", repr(bound))
+    schedule, told = diffusers_schedule(settings), from_timesteps(network)
+    head = PREDICTIONS[prediction]
+    own: AbstractNetwork = told if head is None else head(told)
+    own = ClipHead(own, bound) if clip else own
+    own = VarianceHead(own) if VARIANCES[variance] == "predicted" else own
+    return Diffusion(schedule, own, likelihood, VARIANCES[variance], dim)

@@ -24,6 +24,7 @@ LINEAR = probdiff.oracles.GaussianOracle([0.0, 0.0], np.eye(2))
 MIXTURE = probdiff.Diffusion(
     SCHEDULE, probdiff.networks.CategoricalHead(NETWORK, 5), GRID.likelihood, kernel=probdiff.chain.MixtureKernel(5)
 )
+PREDICTED = probdiff.Diffusion(SCHEDULE, probdiff.networks.VarianceHead(lambda z, n: z), dim=2, reverse_variance="predicted")
 X = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
 KEY = jax.random.key(0)
 OF_VECTOR = probdiff.MLP(2, key=KEY, hidden=8, num_blocks=1, context_dim=3)
@@ -76,6 +77,7 @@ def subsampled(x):
 
 program_of = probdiff.inference.Program
 HALF = probdiff.inference.Inpainting(np.array([True, False]), X[0])
+SCHEDULER = {"num_train_timesteps": 10, "beta_schedule": "linear", "beta_start": 0.01, "beta_end": 0.3, "clip_sample": False}
 CALLS = {
     "the likelihood of no context": (lambda: probdiff.inference.ConditionalBound(GIVEN_TWO, None, key=KEY), ValueError, "context: Expected a context"),
     "a likelihood with a number for a key": (
@@ -307,7 +309,7 @@ CALLS = {
     "reverse variance": (
         lambda: probdiff.Diffusion(SCHEDULE, NETWORK, reverse_variance="beta"),
         ValueError,
-        r"reverse_variance: Expected one of \['posterior', 'forward', 'learned', 'optimal'\] or an AbstractReverseVariance; got 'beta'",
+        r"reverse_variance: Expected one of \['posterior', 'forward', 'learned', 'optimal', 'predicted'\] or an AbstractReverseVariance; got 'beta'",
     ),
     "two dimensions": (lambda: probdiff.Diffusion(SCHEDULE, NETWORK, dim=3), ValueError, "dim: Expected 2"),
     "one level": (lambda: probdiff.DiscretizedNormalLikelihood(1), ValueError, "levels: Expected at least 2; got 1"),
@@ -507,6 +509,154 @@ CALLS = {
         lambda: probdiff.Diffusion(SCHEDULE, probdiff.networks.CategoricalHead(NETWORK, 5), kernel=probdiff.chain.MixtureKernel(5)),
         ValueError,
         "likelihood: Expected a DiscretizedNormalLikelihood of 5 levels for this MixtureKernel; got a NormalLikelihood",
+    ),
+    "a predicted variance without a network for it": (
+        lambda: probdiff.Diffusion(SCHEDULE, NETWORK, kernel=probdiff.chain.PredictedVarianceKernel()),
+        ValueError,
+        "network: Expected a VarianceHead for predicted variances; got a MLP",
+    ),
+    "one output where two are needed": (
+        lambda: probdiff.Diffusion(SCHEDULE, probdiff.networks.VarianceHead(NETWORK), reverse_variance="predicted").predict(X, 1),
+        ValueError,
+        r"network\(z, n\): Expected shape \(6, 4\) or \(6, 2, 2\), for a VarianceHead; got \(6, 2\)",
+    ),
+    "a head of levels for a mean": (
+        lambda: probdiff.Diffusion(SCHEDULE, probdiff.networks.VarianceHead(MIXTURE.network)).predict(X, 1),
+        ValueError,
+        "network: Expected a network or a head with one output a dimension; got a CategoricalHead",
+    ),
+    "data cut off at nothing": (
+        lambda: probdiff.networks.ClipHead(NETWORK, 0),
+        ValueError,
+        "bound: Expected a positive number; got 0",
+    ),
+    "score matching of predicted variances": (
+        lambda: probdiff.elbo.ScoreMatching(PREDICTED),
+        ValueError,
+        "diffusion: Expected a Gaussian kernel with one variance a step for score matching; got predicted",
+    ),
+    "the gap of predicted variances": (
+        lambda: probdiff.diagnostics.gap_decomposition(PREDICTED, LINEAR, X, key=KEY),
+        ValueError,
+        "diffusion: Expected a reverse kernel that asks for the noise alone; got predicted",
+    ),
+    "guidance of predicted variances": (
+        lambda: probdiff.samplers.guided(PREDICTED, 1.0),
+        ValueError,
+        "diffusion: Expected a reverse kernel that asks for the noise; got a predicted",
+    ),
+    "a scheduler that is a name": (
+        lambda: probdiff.chain.diffusers_schedule("DDPMScheduler"),
+        TypeError,
+        "config: Expected a dict, or a scheduler with .config; got str",
+    ),
+    "no signal at step N": (
+        lambda: probdiff.chain.diffusers_schedule(SCHEDULER | {"rescale_betas_zero_snr": True}),
+        ValueError,
+        "rescale_betas_zero_snr: Expected False: .*ᾱ_N = 0; got True",
+    ),
+    "trained betas of no signal": (
+        lambda: probdiff.chain.diffusers_schedule({"trained_betas": [0.1, 1.0]}),
+        ValueError,
+        "betas: Expected 0 < beta < 1 at every step; got 1.0 at step n = 2",
+    ),
+    "an unknown beta_schedule": (
+        lambda: probdiff.chain.diffusers_schedule(SCHEDULER | {"beta_schedule": "laplace"}),
+        ValueError,
+        r"beta_schedule: Expected one of \['linear', 'scaled_linear', 'squaredcos_cap_v2', 'sigmoid'\], or trained_betas; got 'laplace'",
+    ),
+    "betas from nowhere": (
+        lambda: probdiff.chain.diffusers_schedule({"beta_schedule": "linear", "beta_end": 0.02, "num_train_timesteps": 10}),
+        ValueError,
+        "beta_start: Expected a number in the configuration; got None",
+    ),
+    "betas that fall": (
+        lambda: probdiff.chain.diffusers_schedule(SCHEDULER | {"beta_end": 0.001}),
+        ValueError,
+        "beta_start, beta_end: Expected 0 < beta_start <= beta_end < 1; got 0.01, 0.001",
+    ),
+    "no number of timesteps": (
+        lambda: probdiff.chain.diffusers_schedule(SCHEDULER | {"num_train_timesteps": 10.0}),
+        ValueError,
+        "num_train_timesteps: Expected a number of steps in the configuration; got 10.0",
+    ),
+    "thresholding": (
+        lambda: probdiff.presets.from_diffusers(lambda z, t: z, SCHEDULER | {"thresholding": True}),
+        ValueError,
+        "thresholding: Expected False: .*; got True",
+    ),
+    "clipping that is not said": (
+        lambda: probdiff.presets.from_diffusers(lambda z, t: z, {name: value for name, value in SCHEDULER.items() if name != "clip_sample"}),
+        ValueError,
+        "clip_sample: Expected True or False in the configuration; got None",
+    ),
+    "clipping at nothing": (
+        lambda: probdiff.presets.from_diffusers(lambda z, t: z, SCHEDULER | {"clip_sample_range": None}),
+        ValueError,
+        "clip_sample_range: Expected a positive number; got None",
+    ),
+    "a flow's prediction": (
+        lambda: probdiff.presets.from_diffusers(lambda z, t: z, SCHEDULER | {"prediction_type": "flow_prediction"}),
+        ValueError,
+        r"prediction_type: Expected one of \['epsilon', 'v_prediction', 'sample'\]; got 'flow_prediction'",
+    ),
+    "a variance without a range": (
+        lambda: probdiff.presets.from_diffusers(lambda z, t: z, SCHEDULER | {"variance_type": "learned"}),
+        ValueError,
+        r"variance_type: Expected one of \['fixed_small', .*'learned_range'\]; got 'learned'",
+    ),
+    "the root of a logarithm": (
+        lambda: probdiff.presets.from_diffusers(lambda z, t: z, SCHEDULER | {"variance_type": "fixed_large_log"}),
+        ValueError,
+        "variance_type: Expected one of .*; got 'fixed_large_log'",
+    ),
+    "an unknown schedule of improved-diffusion": (
+        lambda: probdiff.chain.improved_diffusion_schedule("sqrt", 100),
+        ValueError,
+        "name: Expected 'linear' or 'cosine'; got 'sqrt'",
+    ),
+    "too few steps of a scaled schedule": (
+        lambda: probdiff.chain.improved_diffusion_schedule("linear", 20),
+        ValueError,
+        "num_steps: Expected more than 20 for 'linear', whose last beta is 20/N; got 20",
+    ),
+    "numbers for gamma": (
+        lambda: probdiff.chain.vdm_schedule(np.linspace(-13, 5, 10), 10),
+        TypeError,
+        "gamma: Expected a function of an array of times; got ndarray",
+    ),
+    "a constant gamma": (
+        lambda: probdiff.chain.vdm_schedule(lambda t: 5.0, 10),
+        ValueError,
+        r"gamma: Expected an array of shape \(10,\), as the times have; got shape \(\)",
+    ),
+    "a gamma that falls": (
+        lambda: probdiff.chain.vdm_schedule(lambda t: -t, 10),
+        ValueError,
+        "log_snr: Expected finite numbers that decrease with the step; got .* at step n = 2",
+    ),
+    "one noise level of a VDM": (lambda: probdiff.chain.vdm_schedule(lambda t: t, 1), ValueError, "num_steps: Expected at least 2"),
+    "noise levels of EDM in the wrong order": (
+        lambda: probdiff.chain.edm_schedule(10, 80.0, 0.002),
+        ValueError,
+        "sigma_min, sigma_max, rho: Expected 0 < sigma_min < sigma_max and rho > 0, finite; got 80.0, 0.002, 7.0",
+    ),
+    "a network of the log-SNR, told a timestep": (
+        lambda: probdiff.networks.from_timesteps(NETWORK),
+        ValueError,
+        r"network: Expected a callable network\(z, t\); got a MLP, which is told the log-SNR",
+    ),
+    "timesteps in a table": (
+        lambda: probdiff.networks.from_timesteps(lambda z, t: z, [[0, 1]]),
+        ValueError,
+        r"timesteps: Expected N numbers; got shape \(1, 2\) of int64",
+    ),
+    "no network of a VDM": (lambda: probdiff.networks.from_vdm(None), TypeError, r"network: Expected a callable network\(z, gamma\); got NoneType"),
+    "no denoiser": (lambda: probdiff.networks.from_denoiser(3), TypeError, r"network: Expected a callable network\(x, sigma\); got int"),
+    "data without a scale": (
+        lambda: probdiff.networks.from_edm(lambda x, c: x, 0.0),
+        ValueError,
+        "sigma_data: Expected a positive number; got 0.0",
     ),
     "a kernel's name for a kernel": (
         lambda: probdiff.Diffusion(SCHEDULE, NETWORK, kernel="mixture"),

@@ -4,10 +4,17 @@ Nothing here knows a network: a reverse kernel is given its prediction. Imports 
 """
 
 from probdiff.chain import score
+from probdiff.chain.conventions import (
+    diffusers_schedule,
+    edm_schedule,
+    improved_diffusion_schedule,
+    vdm_schedule,
+)
 from probdiff.chain.forward import forward_marginal, forward_posterior, forward_step, prior_kl
 from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.mixture import MixtureKernel
 from probdiff.chain.named_schedules import cosine_schedule, geometric_schedule, linear_schedule, log_snr_schedule
+from probdiff.chain.predicted import PredictedVarianceKernel
 from probdiff.chain.reverse import AbstractKernel, GaussianKernel
 from probdiff.chain.schedules import AbstractSchedule, NoiseSchedule, ScheduleTables
 from probdiff.chain.variances import AbstractReverseVariance
@@ -20,14 +27,19 @@ __all__ = [
     "LearnedSchedule",
     "MixtureKernel",
     "NoiseSchedule",
+    "PredictedVarianceKernel",
     "ScheduleTables",
     "cosine_schedule",
+    "diffusers_schedule",
+    "edm_schedule",
     "forward_marginal",
     "forward_posterior",
     "forward_step",
     "geometric_schedule",
+    "improved_diffusion_schedule",
     "linear_schedule",
     "log_snr_schedule",
     "prior_kl",
     "score",
+    "vdm_schedule",
 ]

@@ -111,8 +111,8 @@ def gap_decomposition(
         A :class:`GapDecomposition`.
 
     Raises:
-        ValueError, TypeError: If the data do not suit the model, the model has another likelihood, or the oracle has no
-            density.
+        ValueError, TypeError: If the data do not suit the model, the model has another likelihood, its reverse kernel asks the network
+            for more than the noise, or the oracle has no density.
 
     Example:
         >>> import jax, numpy as np, probdiff
@@ -127,6 +127,8 @@ def gap_decomposition(
     likelihood: Any = diffusion.likelihood
     kind = type(likelihood).__name__
     require(isinstance(likelihood, NormalLikelihood), "diffusion.likelihood", "a NormalLikelihood", kind, TypeError)
+    kernel = diffusion.kernel
+    require(kernel.prediction == "noise", "diffusion", "a reverse kernel that asks for the noise alone", kernel.name)
     known = all(hasattr(oracle, name) for name in ("log_prob", "entropy", "standardized"))
     require(known, "oracle", "a distribution out of probdiff.oracles", type(oracle).__name__, TypeError)
     diffusion = diffusion.evaluated().given(context)

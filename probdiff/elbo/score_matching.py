@@ -59,8 +59,9 @@ def _require_fixed(diffusion: Diffusion) -> None:
     """Refuse a model whose terms are not N numbers times squared errors of the noise."""
     schedule = type(diffusion.schedule).__name__
     require(not diffusion.schedule.is_trained, "diffusion", "a NoiseSchedule for score matching", f"a {schedule}")
-    fixed = diffusion.kernel.closed_form and np.ndim(diffusion.kernel.kl_weight(diffusion.schedule)) == 1
-    require(fixed, "diffusion", "a Gaussian kernel with one variance a step for score matching", diffusion.kernel.name)
+    kernel = diffusion.kernel
+    fixed = kernel.closed_form and kernel.prediction == "noise" and np.ndim(kernel.kl_weight(diffusion.schedule)) == 1
+    require(fixed, "diffusion", "a Gaussian kernel with one variance a step for score matching", kernel.name)
 
 
 WEIGHTS = {"sigma_squared": sigma_squared_weights, "likelihood": likelihood_weights}

@@ -137,8 +137,9 @@ class ChainPrior:
 
     def __init__(self, diffusion: Diffusion, *, context: PyTree = None) -> None:
         self.diffusion, self.dim = _with_density(diffusion, context)
-        kernel = self.diffusion.kernel
-        require(kernel.prediction == "noise", "diffusion", "Gaussian reverse steps", kernel.name)
+        step = jax.eval_shape(lambda z: self.diffusion.reverse_kernel(z, 1), jnp.zeros(self.dim))
+        gaussian = isinstance(step, dist.Independent) and isinstance(step.base_dist, dist.Normal)
+        require(gaussian, "diffusion", "Gaussian reverse steps", self.diffusion.kernel.name)
 
     def __call__(self) -> Float[Array, "dim"]:
         """Sample x, shape ``(dim,)``, in the program that this is called in."""

@@ -7,9 +7,19 @@ they know no schedule. Imports only the likelihoods and the checks.
 from probdiff.networks.adapters import batched
 from probdiff.networks.base import AbstractNetwork
 from probdiff.networks.context import ContextDropout, Embedding, unconditional
+from probdiff.networks.conventions import from_denoiser, from_edm, from_timesteps, from_vdm
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.ensemble import Ensemble
-from probdiff.networks.heads import AbstractHead, CategoricalHead, ColumnHead, DensityHead, VHead, X0Head
+from probdiff.networks.heads import (
+    AbstractHead,
+    CategoricalHead,
+    ClipHead,
+    ColumnHead,
+    DensityHead,
+    VarianceHead,
+    VHead,
+    X0Head,
+)
 from probdiff.networks.mlp import MLP
 
 __all__ = [
@@ -17,6 +27,7 @@ __all__ = [
     "AbstractHead",
     "AbstractNetwork",
     "CategoricalHead",
+    "ClipHead",
     "ColumnHead",
     "ContextDropout",
     "ConvNet",
@@ -24,7 +35,12 @@ __all__ = [
     "Embedding",
     "Ensemble",
     "VHead",
+    "VarianceHead",
     "X0Head",
     "batched",
+    "from_denoiser",
+    "from_edm",
+    "from_timesteps",
+    "from_vdm",
     "unconditional",
 ]

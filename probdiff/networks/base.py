@@ -41,7 +41,7 @@ ONE_EXAMPLE = (
     "network: Expected network(z, n) with z of shape (*batch, dim) and n of shape batch, here {}; got one for a single example, "
     "z of shape ({},): give probdiff.networks.batched(network)"
 )
-Prediction = Float[Array, "*batch dim"] | Float[Array, "*batch dim output"]
+Prediction = Float[Array, "*batch dim"] | Float[Array, "*batch dim output"] | Float[Array, "*batch outputs"]
 
 
 class AbstractNetwork(eqx.Module):
@@ -156,7 +156,7 @@ def evaluate(
     network: Network,
     z: Float[Array, "*batch dim"],
     log_snr: Float[Array, "*batch"],
-    n: Int[Array, "*batch"] | None = None,
+    n: Real[Array, "*batch"] | None = None,
     key: PRNGKeyArray | None = None,
     context: PyTree = None,
     *,
@@ -168,7 +168,7 @@ def evaluate(
         network: The network.
         z: Latents, shape ``(*batch, dim)``.
         log_snr: Their log-SNR, shape ``batch``.
-        n: Their step, shape ``batch``; None between steps.
+        n: Their step, or what the network is told in its place, shape ``batch``; None between steps.
         key: Passed on if the network takes one; give one only while training.
         context: Passed on if the network takes one, a tree of arrays of shape ``(*batch, …)``.
         method: Name of the method to call in the place of the network itself.
@@ -189,7 +189,7 @@ def evaluate(
     return _call_at_step(call, z, n, **options)
 
 
-def _call_at_step(call: Network, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"] | None, **options: Any) -> Any:
+def _call_at_step(call: Network, z: Float[Array, "*batch dim"], n: Real[Array, "*batch"] | None, **options: Any) -> Any:
     """``call(z, n, **options)``; one that is written for a single example is told apart, and named with the remedy."""
     try:
         output = call(z, n, **options)

@@ -11,9 +11,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from probdiff._checks import Whole, require, require_count, require_type
+from probdiff._checks import Number, Whole, require, require_count, require_type
 from probdiff._static import Static
 from probdiff.likelihoods import AbstractLikelihood
 from probdiff.networks.base import AbstractWrapper, Network, evaluate, require_shape, signal_and_noise
@@ -246,6 +247,123 @@ class ColumnHead(AbstractHead):
             else:
                 found.append((own - signal * _mean_of_points(said, own, signal, noise, jnp.asarray(points, z.dtype))) / noise)
         return jnp.concatenate(found, -1)
+
+
+class ClipHead(AbstractHead):
+    r"""A network whose prediction of the data is cut off at the ends of their range: :math:`\hat x_0` is clipped to [−bound, bound].
+
+    :math:`\hat\epsilon` is the noise that the clipped data leave. It is what other libraries do in every step (``clip_sample``, ``clip_denoised``) to
+    networks that know nothing of the range; where nothing is clipped, nothing is changed. Source: Ho et al. (2020), arXiv:2006.11239, in the code.
+
+    Args:
+        network: An ε-network, such as another head.
+        bound: The largest absolute value of encoded data, positive: 1 for a grid in [−1, 1].
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> head = probdiff.networks.ClipHead(lambda z, n: -3.0 * z)
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(10), head, dim=2)
+        >>> probdiff.inference.twists.predicted_x0(diffusion, jnp.array([2.0, -2.0]), jnp.array(5)).round(3)
+        Array([ 1., -1.], dtype=float32)
+    """
+
+    bound: float = eqx.field(static=True)
+
+    def __init__(self, network: Network, bound: Number = 1.0) -> None:
+        super().__init__(network)
+        require(isinstance(bound, Number) and 0 < bound < np.inf, "bound", "a positive number", repr(bound))
+        self.bound = float(bound)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that this head was made with."""
+        return {"network": self.network, "bound": self.bound}
+
+    def noise(
+        self, prediction: Float[Array, "*batch dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch dim"]:
+        """The noise in ``z`` if the data are as predicted, but for what is outside their range."""
+        signal, noise = signal_and_noise(log_snr)
+        x0 = (z - noise * prediction) / signal
+        # (A difference that is exactly 0 where nothing is clipped.)
+        return prediction + signal * (x0 - jnp.clip(x0, -self.bound, self.bound)) / noise
+
+
+class VarianceHead(AbstractHead):
+    r"""The network predicts the variance of each reverse step along with the noise; for :class:`~probdiff.chain.PredictedVarianceKernel`.
+
+    Each dimension has a second output r, which says where between :math:`\tilde\beta_n` (r = −1) and :math:`\beta_n` (r = 1) the variance is, in
+    logarithms: :math:`\log v = s \log \beta_n + (1-s) \log \tilde\beta_n` with s = (r + 1)/2. What takes the noise only, such as the probability flow, takes
+    the first output. Source: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.1 (where r is not named; the code has −1 to 1).
+
+    Args:
+        network: An ε-network, or heads around a network that predicts something else, ``VarianceHead(ClipHead(VHead(network)))``; of which the innermost
+            network returns two outputs for each dimension, of shape ``(*batch, 2 · dim)``, all of the first and then all of the second (as images
+            of 2 C channels are), or of shape ``(*batch, dim, 2)`` (as ``MLP(…, outputs=2)`` gives).
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> head = probdiff.networks.VarianceHead(lambda z, n: jnp.concatenate([0.5 * z, jnp.ones_like(z)], -1))
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(10), head, dim=2, reverse_variance="predicted")
+        >>> diffusion.predict(jnp.ones((3, 2)), 5)[0]
+        Array([[0.5, 1. ],
+               [0.5, 1. ]], dtype=float32)
+    """
+
+    def output(
+        self,
+        z: Float[Array, "*batch dim"],
+        log_snr: Float[Array, "*batch"],
+        n: Int[Array, "*batch"] | None = None,
+        key: PRNGKeyArray | None = None,
+        context: PyTree = None,
+    ) -> Float[Array, "*batch 2 dim"]:
+        """Both outputs of the innermost network, one after the other, shape ``(*batch, 2, dim)``."""
+        innermost = self.network
+        for head in self._heads():
+            shaped = head.output_shape(z) == z.shape
+            require(shaped, "network", "a network or a head with one output a dimension", f"a {type(head).__name__}")
+            innermost = head.network
+        output = evaluate(innermost, z, log_snr, n, key, context)
+        flat, last = (*z.shape[:-1], 2 * z.shape[-1]), (*z.shape, 2)
+        got = getattr(output, "shape", type(output).__name__)
+        require(got in (flat, last), "network(z, n)", f"shape {flat} or {last}, for a VarianceHead", got)
+        return (output.reshape(*z.shape[:-1], 2, z.shape[-1]) if got == flat else jnp.moveaxis(output, -1, -2)).astype(z.dtype)
+
+    def noise(
+        self, prediction: Float[Array, "*batch 2 dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch dim"]:
+        """The noise in ``z`` by the first output and the heads inside."""
+        found = prediction[..., 0, :]
+        for head in reversed(self._heads()):
+            found = head.noise(found, z, log_snr)
+        return found
+
+    def noise_and_share(
+        self,
+        z: Float[Array, "*batch dim"],
+        log_snr: Float[Array, "*batch"],
+        *,
+        n: Int[Array, "*batch"] | None = None,
+        key: PRNGKeyArray | None = None,
+        context: PyTree = None,
+    ) -> Float[Array, "*batch dim 2"]:
+        """The noise and s = (r + 1)/2, on a new last axis; arguments as of the head itself."""
+        prediction = self.output(z, log_snr, n, key, context)
+        return jnp.stack([self.noise(prediction, z, log_snr), (prediction[..., 1, :] + 1) / 2], -1)
+
+    def check_likelihood(self, likelihood: AbstractLikelihood) -> None:
+        """Refuse a likelihood that a head inside does not suit."""
+        for head in self._heads():
+            head.check_likelihood(likelihood)
+
+    def _heads(self) -> list[AbstractHead]:
+        """The heads inside, from the outermost on."""
+        found, network = [], self.network
+        while isinstance(network, AbstractHead):
+            found.append(network)
+            network = network.network
+        return found
 
 
 def _mean_of_points(

@@ -19,10 +19,10 @@ from probdiff.likelihoods import (
 from probdiff.networks.base import takes
 from probdiff.networks.context import ContextDropout, Embedding
 from probdiff.networks.convnet import ConvNet
-from probdiff.networks.heads import CategoricalHead, ColumnHead, DensityHead, VHead, X0Head
+from probdiff.networks.heads import CategoricalHead, ClipHead, ColumnHead, DensityHead, VarianceHead, VHead, X0Head
 from probdiff.networks.mlp import MLP
 
-_KINDS = (MLP, ConvNet, X0Head, VHead, DensityHead, CategoricalHead, ColumnHead, Embedding, ContextDropout)
+_KINDS = (MLP, ConvNet, X0Head, VHead, DensityHead, ClipHead, VarianceHead, CategoricalHead, ColumnHead, Embedding, ContextDropout)
 NETWORKS: dict[str, Callable] = {kind.__name__: kind for kind in _KINDS}
 LIKELIHOODS: dict[str, Callable] = {
     kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood, CategoricalLikelihood, ColumnLikelihood)

@@ -56,9 +56,25 @@ class TiltedGiven(Tilted):
         return self.scale * self.network(z, n, context=context) + self.shift * n.astype(z.dtype)[..., None] / N
 
 
+class TiltedBoth(Tilted):
+    """The same, and the second output that predicts the variance β_n."""
+
+    def __call__(self, z, n):
+        return jnp.stack([super().__call__(z, n), jnp.ones_like(z)], -1)
+
+
+class Variances(probdiff.networks.VarianceHead):
+    """Of a network whose parameters are read through the head."""
+
+    scale = property(lambda self: self.network.scale)
+    shift = property(lambda self: self.network.shift)
+
+
 def make(oracle=GAUSSIAN, **kwargs):
     exact = oracle.network(SCHEDULE) if oracle is GIVEN else probdiff.Diffusion(SCHEDULE, oracle.network(SCHEDULE)).predict_noise  # by the step
-    network = (TiltedGiven if oracle is GIVEN else Tilted)(jnp.array(0.8), jnp.array(0.1), exact)
+    predicted = kwargs.get("reverse_variance") == "predicted"
+    network = (TiltedGiven if oracle is GIVEN else TiltedBoth if predicted else Tilted)(jnp.array(0.8), jnp.array(0.1), exact)
+    network = Variances(network) if predicted else network
     return probdiff.Diffusion(SCHEDULE, network, **kwargs)
 
 
@@ -125,12 +141,14 @@ POWER = np.array([0.5, 3.0, 3.0])
 
 CASES = [(name, "posterior", GAUSSIAN) for name in NAMES] + [(name, "forward", GAUSSIAN) for name in ("trace", "kl_path", "kl_combined")]
 CONDITIONAL = [(name, "posterior", GIVEN) for name in NAMES]
-QUICK = [case for case in CASES + CONDITIONAL if case[2] is GAUSSIAN or case[0] in ("trace", "kl_combined")]
+PREDICTED = [(name, "predicted", GAUSSIAN) for name in NAMES]
+QUICK = CASES + [case for case in CONDITIONAL if case[0] in ("trace", "kl_combined")] + [("kl_combined", "predicted", GAUSSIAN)]
 
 
-@pytest.mark.parametrize("name, reverse_variance, oracle", long_but(QUICK, CASES + CONDITIONAL))
+@pytest.mark.parametrize("name, reverse_variance, oracle", long_but(QUICK, CASES + CONDITIONAL + PREDICTED))
 def test_value_and_gradient_against_the_closed_form(name, reverse_variance, oracle, float64):
-    assert_mean(drawn(name, oracle, reverse_variance), exact(reverse_variance, oracle), power=POWER)
+    known = "forward" if reverse_variance == "predicted" else reverse_variance  # as β_n is what is predicted
+    assert_mean(drawn(name, oracle, reverse_variance), exact(known, oracle), power=POWER)
 
 
 @pytest.mark.long

@@ -30,12 +30,19 @@ def mixture():
     return probdiff.Diffusion(schedule, network, likelihood, dim=2, kernel=probdiff.chain.MixtureKernel(3))
 
 
+def predicted():
+    schedule = probdiff.log_snr_schedule(4, 4.0, -2.0)
+    head = probdiff.networks.VarianceHead(lambda z, n: jnp.stack([0.5 * z, jnp.sin(z + n[..., None])], -1))
+    return probdiff.Diffusion(schedule, head, dim=2, reverse_variance="predicted")
+
+
 MODELS = {
     "one step": lambda: diffusion(1),
     "three steps": lambda: diffusion(3),
     "forward": lambda: diffusion(8, reverse_variance="forward"),
     "learned": lambda: probdiff.Diffusion(probdiff.LearnedSchedule(5, 4.0, -2.0), lambda z, n: 0.5 * z, dim=2),
     "mixture": mixture,
+    "predicted": predicted,
 }
 
 

@@ -1,0 +1,186 @@
+r"""Noise schedules in the words of other libraries and papers.
+
+What is the same under another name, with their time t on the left:
+
+    diffusers, improved-diffusion     t = 0 … N−1 is step n = t + 1;  alphas_cumprod[t] = ᾱ_n
+    VDM                               γ(t) = −log SNR, so ᾱ = sigmoid(−γ); T steps from t = 0 to 1 are N = T + 1 noise levels, the first at t = 0
+    EDM, variance-exploding           x = x_0 + σ ε is z_n / √ᾱ_n, with σ_n² = (1−ᾱ_n)/ᾱ_n and log SNR = −2 log σ
+
+Networks of these conventions are adapted by :mod:`probdiff.networks.conventions`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float64
+
+from probdiff._checks import Number, Whole, require, require_count
+from probdiff.chain.named_schedules import cosine_schedule
+from probdiff.chain.schedules import NoiseSchedule
+
+Betas = Float64[np.ndarray, "num_steps"]
+
+
+def diffusers_schedule(config: Any) -> NoiseSchedule:
+    r"""The noise schedule of a diffusers scheduler, in float64 where theirs is float32.
+
+    Step n is their timestep t = n − 1. ``trained_betas`` are taken as they are; otherwise ``beta_schedule`` is ``"linear"``, ``"scaled_linear"``,
+    ``"sigmoid"`` (each of ``beta_start`` and ``beta_end``) or ``"squaredcos_cap_v2"``, at ``num_train_timesteps``. The other entries are not looked
+    at: ``timestep_spacing`` and ``steps_offset`` are about samples in fewer steps, and the chain has all of them.
+
+    Args:
+        config: The configuration, a dict such as that of a scheduler_config.json, or the scheduler itself (anything with ``.config``).
+
+    Raises:
+        ValueError, TypeError: If an entry is missing or has a value that is not one of these; and if ``rescale_betas_zero_snr`` is set: with
+            :math:`\bar\alpha_N = 0` there is no log-SNR at step N, and no noise that a prediction of the data could be turned into.
+
+    Example:
+        >>> import probdiff
+        >>> config = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+        >>> probdiff.chain.diffusers_schedule(config) == probdiff.linear_schedule(1000)
+        True
+    """
+    settings = settings_of(config)
+    rescaled = settings.get("rescale_betas_zero_snr")
+    require(not rescaled, "rescale_betas_zero_snr", "False: the chain has no step without any signal, ᾱ_N = 0", rescaled)
+    betas = settings.get("trained_betas")
+    if betas is None:
+        name: Any = settings.get("beta_schedule")
+        known = isinstance(name, str) and name in BETAS
+        require(known, "beta_schedule", f"one of {list(BETAS)}, or trained_betas", repr(name))
+        betas = BETAS[name](settings)
+    return NoiseSchedule.from_betas(betas)
+
+
+def improved_diffusion_schedule(name: str, num_steps: Whole) -> NoiseSchedule:
+    r"""The noise schedule of a name in improved-diffusion and guided-diffusion.
+
+    ``"linear"``: :math:`\beta_n` rises linearly from 1e-4 · 1000/N to 0.02 · 1000/N, which :func:`~probdiff.linear_schedule` does at N = 1000 only.
+    ``"cosine"``: :func:`~probdiff.cosine_schedule`. Step n is their timestep t = n − 1.
+    Source: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.2, and the code.
+
+    Args:
+        name: ``"linear"`` or ``"cosine"``.
+        num_steps: N, their ``diffusion_steps``; more than 20 for ``"linear"``, so that :math:`\beta_N < 1`.
+
+    Raises:
+        ValueError: If there is no schedule of the name, or N is too small for it.
+
+    Example:
+        >>> import probdiff
+        >>> probdiff.chain.improved_diffusion_schedule("linear", 4000).beta[[0, -1]]
+        array([2.5e-05, 5.0e-03])
+    """
+    require_count("num_steps", num_steps)
+    require(name in ("linear", "cosine"), "name", "'linear' or 'cosine'", repr(name))
+    if name == "cosine":
+        return cosine_schedule(num_steps)
+    require(num_steps > 20, "num_steps", "more than 20 for 'linear', whose last beta is 20/N", num_steps)
+    return NoiseSchedule.from_betas(np.linspace(0.1 / num_steps, 20 / num_steps, num_steps))
+
+
+def vdm_schedule(gamma: Callable[[Float[np.ndarray, "num_steps"]], Any], num_steps: Whole) -> NoiseSchedule:
+    r"""The noise schedule of a variational diffusion model, by its :math:`\gamma(t) = -\log SNR(t)`, at evenly spread times from 0 to 1.
+
+    :math:`\log SNR_n = -\gamma((n-1)/(N-1))`. Their chain of T steps has T + 1 noise levels: :math:`z_1` is theirs at t = 0, which they reconstruct the data
+    from, and N = T + 1. Source: Kingma et al. (2021), arXiv:2107.00630, sections 3.1 and 3.2 and appendix A.
+
+    Args:
+        gamma: A function of an array of times, increasing; float64 if it keeps that.
+        num_steps: N, at least 2.
+
+    Raises:
+        ValueError: If N is too small, or :math:`\gamma` does not increase or is not finite.
+
+    Example:
+        >>> import probdiff
+        >>> probdiff.chain.vdm_schedule(lambda t: -13.3 + 18.3 * t, 1001)
+        NoiseSchedule(num_steps=1001, log_snr=13.30 … -5.00)
+    """
+    require_count("num_steps", num_steps)
+    require(callable(gamma), "gamma", "a function of an array of times", type(gamma).__name__, TypeError)
+    require(num_steps >= 2, "num_steps", "at least 2, one more than their T", num_steps)
+    values = np.asarray(gamma(np.linspace(0.0, 1.0, num_steps)), np.float64)
+    require(values.shape == (num_steps,), "gamma", f"an array of shape ({num_steps},), as the times have", f"shape {values.shape}")
+    return NoiseSchedule.from_log_snr(-values)
+
+
+def edm_schedule(
+    num_steps: Whole, sigma_min: Number = 0.002, sigma_max: Number = 80.0, rho: Number = 7.0
+) -> NoiseSchedule:
+    r"""The noise levels of EDM, :math:`\sigma_n = (\sigma_{min}^{1/\rho} + \tfrac{n-1}{N-1} (\sigma_{max}^{1/\rho} - \sigma_{min}^{1/\rho}))^\rho`.
+
+    Their index i = 0 is step N. Source: Karras et al. (2022), arXiv:2206.00364, eq. 5 and table 1.
+
+    Args:
+        num_steps: N, at least 1; at N = 1 the only level is ``sigma_max``.
+        sigma_min, sigma_max: :math:`\sigma_1` and :math:`\sigma_N`, standard deviations of the noise in units of the encoded data.
+        rho: ρ, positive; the larger, the more of the levels are small.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import probdiff
+        >>> probdiff.chain.edm_schedule(3).sigma.round(3)
+        array([2.000e-03, 2.515e+00, 8.000e+01])
+    """
+    require_count("num_steps", num_steps)
+    good = 0 < sigma_min < sigma_max < np.inf and 0 < rho < np.inf
+    require(good, "sigma_min, sigma_max, rho", "0 < sigma_min < sigma_max and rho > 0, finite", f"{sigma_min}, {sigma_max}, {rho}")
+    low, high = float(sigma_min) ** (1 / rho), float(sigma_max) ** (1 / rho)
+    return NoiseSchedule.from_sigmas(np.linspace(high, low, num_steps)[::-1] ** float(rho))
+
+
+def settings_of(config: Any) -> Mapping[str, Any]:
+    """The entries of a configuration: a mapping, or what has one as its ``.config``."""
+    settings = getattr(config, "config", config)
+    require(isinstance(settings, Mapping), "config", "a dict, or a scheduler with .config", type(config).__name__, TypeError)
+    return settings
+
+
+def _setting(settings: Mapping[str, Any], name: str, kind: Any, words: str) -> Any:
+    value = settings.get(name)
+    require(isinstance(value, kind) and not isinstance(value, bool), name, f"{words} in the configuration", repr(value))
+    return value
+
+
+def _num_steps(settings: Mapping[str, Any]) -> int:
+    num_steps = _setting(settings, "num_train_timesteps", Whole, "a number of steps")
+    require_count("num_train_timesteps", num_steps)
+    return int(num_steps)
+
+
+def _ends(settings: Mapping[str, Any]) -> tuple[float, float]:
+    start, end = (float(_setting(settings, name, Number, "a number")) for name in ("beta_start", "beta_end"))
+    require(0 < start <= end < 1, "beta_start, beta_end", "0 < beta_start <= beta_end < 1", f"{start}, {end}")
+    return start, end
+
+
+def _linear(settings: Mapping[str, Any]) -> Betas:
+    start, end = _ends(settings)
+    return np.linspace(start, end, _num_steps(settings))
+
+
+def _scaled_linear(settings: Mapping[str, Any]) -> Betas:
+    start, end = _ends(settings)
+    return np.linspace(start**0.5, end**0.5, _num_steps(settings)) ** 2
+
+
+def _sigmoid(settings: Mapping[str, Any]) -> Betas:
+    start, end = _ends(settings)
+    return start + (end - start) / (1 + np.exp(-np.linspace(-6.0, 6.0, _num_steps(settings))))
+
+
+def _squared_cosine(settings: Mapping[str, Any]) -> Betas:
+    return cosine_schedule(_num_steps(settings)).beta
+
+
+BETAS: dict[str, Callable[[Mapping[str, Any]], Betas]] = {
+    "linear": _linear,
+    "scaled_linear": _scaled_linear,
+    "squaredcos_cap_v2": _squared_cosine,
+    "sigmoid": _sigmoid,
+}
