@@ -175,7 +175,7 @@ def _sigmoid(settings: Mapping[str, Any]) -> Betas:
 
 
 def _squared_cosine(settings: Mapping[str, Any]) -> Betas:
-    return cosine_schedule(_num_steps(settings)).beta
+    return np.asarray(cosine_schedule(_num_steps(settings)).beta)
 
 
 BETAS: dict[str, Callable[[Mapping[str, Any]], Betas]] = {
