@@ -1,0 +1,140 @@
+"""Networks that are computed outside of JAX, such as those of PyTorch: for evaluation. Imports PyTorch only when it is given a module."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree, Real
+
+from probdiff._checks import require
+from probdiff.networks.base import Prediction, flattened
+
+NO_DERIVATIVE = (
+    "network: Expected one that JAX can differentiate; got one of another library, which can only be evaluated. It has no gradient for a schedule that is "
+    'learned around it, a twist of particles (but twist="none"), or the divergence of a flow. Fit it where it is from, or write it in JAX: '
+    "probdiff.networks.from_apply"
+)
+
+
+class HostNetwork(eqx.Module):
+    """A network that is told the step, and computed outside of JAX.
+
+    Attributes:
+        function: Computes ``function(z, n)``, with ``context=`` if it takes one by name, of rows: NumPy arrays of shape ``(rows, dim)`` and ``(rows,)``.
+    """
+
+    function: Callable[..., np.ndarray] = eqx.field(static=True)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        """The function, whose signature is the network's."""
+        return self.function
+
+    def __call__(
+        self, z: Float[Array, "*batch dim"], n: Real[Array, "*batch"], *, context: PyTree = None
+    ) -> Prediction:
+        """The prediction in ``z`` after ``n`` steps, given ``context``."""
+        return _on_host(self.function, z, n, {} if context is None else {"context": context})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A function of rows, for arrays with any batch axes, as words (:func:`_words`); ``dtypes`` are those of the numbers that they stand for."""
+
+    function: Callable[..., np.ndarray]
+    dtypes: tuple[np.dtype, ...]
+
+    def __call__(self, *words: Any) -> np.ndarray:
+        leaves, structure = jax.tree.flatten(words)
+        z, n, given = jax.tree.unflatten(structure, map(_numbers, map(np.asarray, leaves), self.dtypes))
+        z_rows, n_rows, given = flattened(z.ndim - 1, (z, n, given))
+        output = self.function(z_rows, n_rows, **given).astype(z.dtype)
+        output = output.reshape(*z.shape[:-1], *output.shape[1:])
+        return np.ascontiguousarray(output)[..., None].view(np.uint32) if z.dtype == np.float64 else output
+
+
+def _words(array: Array) -> Array:
+    """float64 as pairs of integers: JAX calls the host from a thread of its own, and rounds all to float32 if that is the precision of the thread."""
+    return jax.lax.bitcast_convert_type(array, jnp.uint32) if array.dtype == jnp.float64 else array
+
+
+def _numbers(words: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return np.ascontiguousarray(words).view(dtype)[..., 0] if dtype == np.float64 else words
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _on_host(function: Callable[..., np.ndarray], z: Array, n: Array, given: dict[str, PyTree]) -> Array:
+    # Asked for two rows first: for its shape, and so that a mistake shows where it can be told in a line.
+    two_z, two_n, two_given = jax.tree.map(lambda leaf: np.zeros((2, *leaf.shape[z.ndim - 1 :]), leaf.dtype), (z, n, given))
+    output = function(two_z, two_n + 1, **two_given)
+    rows_alike = output.ndim > 1 and len(output) == 2
+    require(rows_alike, "network(z, n)", f"shape (2, …) for z of shape {two_z.shape}", f"shape {output.shape}")
+    result = jax.eval_shape(_words, jax.ShapeDtypeStruct((*z.shape[:-1], *output.shape[1:]), z.dtype))
+    rows = _Rows(function, tuple(leaf.dtype for leaf in jax.tree.leaves((z, n, given))))
+    words = jax.pure_callback(rows, result, *jax.tree.map(_words, (z, n, given)), vmap_method="broadcast_all")
+    return jax.lax.bitcast_convert_type(words, z.dtype)
+
+
+@_on_host.defjvp
+def _refuse_derivative(function: Callable, primals: Any, tangents: Any) -> NoReturn:
+    raise NotImplementedError(NO_DERIVATIVE)
+
+
+def from_torch(module: Any) -> HostNetwork:
+    """A network of PyTorch, to be evaluated as it is: in bounds, estimators, samplers and exports. Nothing here trains it.
+
+    It is called from compiled programs, on as many rows as there are, without gradients. Its parameters are looked up at each call, and not copied.
+
+    Args:
+        module: A ``torch.nn.Module`` in evaluation mode, or any function of tensors: ``module(z, n)`` of latents z of shape ``(rows, dim)`` and steps n,
+            int64 from 1 to N of shape ``(rows,)``, is the prediction, shaped like z. With ``context`` among the arguments of its ``forward``, it is that of a
+            conditional model. Floating-point tensors come in the precision of the module's parameters, and on their device; for a function they are on the CPU,
+            in the precision of JAX. A function is what steps from 0, images or small batches take:
+            ``lambda z, n: torch.cat([unet(a.view(-1, 1, 28, 28), b - 1).flatten(1) for a, b in zip(z.split(64), n.split(64))])``.
+
+    Returns:
+        The network ``network(z, n)``, of float32 or float64 as ``z`` is.
+
+    Raises:
+        ImportError: If PyTorch is not installed.
+        TypeError: If ``module`` is not callable.
+        ValueError: If the module is in training mode, which would drop and normalise at random: give ``module.eval()``.
+        NotImplementedError: Where a derivative of the network is asked for.
+
+    Example:
+        >>> import jax, numpy as np, probdiff, pytest
+        >>> torch = pytest.importorskip("torch")
+        >>> network = probdiff.networks.from_torch(lambda z, n: z / 2)
+        >>> model = probdiff.Diffusion(probdiff.cosine_schedule(10), network, dim=2)
+        >>> probdiff.elbo_terms(model, np.ones((3, 2)), key=jax.random.key(0)).step_kl.shape
+        (1, 9, 3)
+    """
+    require(callable(module), "module", "a torch.nn.Module or a function of tensors", type(module).__name__, TypeError)
+    import torch
+
+    is_module = isinstance(module, torch.nn.Module)
+    require(not (is_module and module.training), "module", "one in evaluation mode, module.eval()", "training mode")
+
+    def place() -> dict[str, Any]:
+        """The device and the precision of the module's floating-point parameters."""
+        own = itertools.chain(module.parameters(), module.buffers()) if is_module else ()
+        return next(({"device": each.device, "dtype": each.dtype} for each in own if each.is_floating_point()), {})
+
+    def tensor(array: np.ndarray, where: dict[str, Any]) -> Any:
+        value = torch.from_numpy(np.array(array))  # a copy, as it may be written to
+        return value.to(**where) if value.is_floating_point() else value.to(where.get("device"), torch.int64)
+
+    @functools.wraps(getattr(module, "forward", module))
+    def function(z: np.ndarray, n: np.ndarray, **context: PyTree) -> np.ndarray:
+        where = place()
+        with torch.no_grad():
+            z, n, context = jax.tree.map(lambda array: tensor(array, where), (z, n, context))
+            return module(z, n, **context).cpu().numpy()
+
+    return HostNetwork(function)
