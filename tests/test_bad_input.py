@@ -328,7 +328,7 @@ CALLS = {
         ValueError,
         r"""params: Expected the collection "params" of Flax linen alone; got \['batch_stats'\] beside it: lambda params""",
     ),
-    "a module of no library": (lambda: probdiff.networks.from_torch("unet"), TypeError, "module: Expected a torch.nn.Module or a function of tensors; got str"),
+    "a module of no library": (lambda: probdiff.networks.from_torch("unet"), TypeError, "module: Expected a torch.nn.Module; got str"),
     "a list to split": (lambda: probdiff.datasets.split([[1.0, 2.0]]), ValueError, "at least 10 rows"),
     "an index of an array": (lambda: probdiff.datasets.split(np.ones((20, 2)), index="a"), ValueError, "index: Expected none for an array"),
     "an index of digits": (lambda: probdiff.datasets.load("digits", index="a"), ValueError, "index: Expected none for digits"),

@@ -1,8 +1,9 @@
-"""Networks that are computed outside of JAX, such as those of PyTorch: for evaluation. Imports PyTorch only when it is given a module."""
+"""Networks that are computed outside of JAX, such as those of PyTorch: for evaluation. Imports no PyTorch."""
 
 import dataclasses
 import functools
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -86,55 +87,57 @@ def _refuse_derivative(function: Callable, primals: Any, tangents: Any) -> NoRet
     raise NotImplementedError(NO_DERIVATIVE)
 
 
-def from_torch(module: Any) -> HostNetwork:
+def from_torch(module: Any, apply: Callable | None = None) -> HostNetwork:
     """A network of PyTorch, to be evaluated as it is: in bounds, estimators, samplers and exports. Nothing here trains it.
 
     It is called from compiled programs, on as many rows as there are, without gradients. Its parameters are looked up at each call, and not copied.
 
     Args:
-        module: A ``torch.nn.Module`` in evaluation mode, or any function of tensors: ``module(z, n)`` of latents z of shape ``(rows, dim)`` and steps n,
-            int64 from 1 to N of shape ``(rows,)``, is the prediction, shaped like z. With ``context`` among the arguments of its ``forward``, it is that of a
-            conditional model. Floating-point tensors come in the precision of the module's parameters, and on their device; for a function they are on the CPU,
-            in the precision of JAX. A function is what steps from 0, images or small batches take:
-            ``lambda z, n: torch.cat([unet(a.view(-1, 1, 28, 28), b - 1).flatten(1) for a, b in zip(z.split(64), n.split(64))])``.
+        module: A ``torch.nn.Module`` in evaluation mode.
+        apply: A function ``apply(module, z, n) -> eps_hat``; ``module(z, n)`` if not given. It is given latents z of shape ``(rows, dim)`` and steps n, int64 from
+            1 to N of shape ``(rows,)``, and gives what is shaped like z; if it, or else ``module.forward``, takes ``context`` by name, that of a conditional model.
+            Floating-point tensors are of the precision of the module's parameters, and all are on their device. It is what steps from 0, images and small
+            batches are written in:
+            ``lambda unet, z, n: torch.cat([unet(a.view(-1, 1, 28, 28), b - 1).flatten(1) for a, b in zip(z.split(64), n.split(64))])``.
 
     Returns:
-        The network ``network(z, n)``, of float32 or float64 as ``z`` is.
+        The network ``network(z, n)``, whose predictions are of float32 or float64 as ``z`` is.
 
     Raises:
-        ImportError: If PyTorch is not installed.
-        TypeError: If ``module`` is not callable.
-        ValueError: If the module is in training mode, which would drop and normalise at random: give ``module.eval()``.
+        TypeError: If ``module`` is not a ``torch.nn.Module``, or ``apply`` is not callable.
+        ValueError: If the module is in training mode, in which it would drop out and normalise at random: give ``module.eval()``.
         NotImplementedError: Where a derivative of the network is asked for.
 
     Example:
         >>> import jax, numpy as np, probdiff, pytest
         >>> torch = pytest.importorskip("torch")
-        >>> network = probdiff.networks.from_torch(lambda z, n: z / 2)
+        >>> network = probdiff.networks.from_torch(torch.nn.Linear(2, 2).eval(), lambda linear, z, n: linear(z) / n[:, None])
         >>> model = probdiff.Diffusion(probdiff.cosine_schedule(10), network, dim=2)
-        >>> probdiff.elbo_terms(model, np.ones((3, 2)), key=jax.random.key(0)).step_kl.shape
+        >>> probdiff.elbo_terms(model, np.ones((3, 2), np.float32), key=jax.random.key(0)).step_kl.shape
         (1, 9, 3)
     """
-    require(callable(module), "module", "a torch.nn.Module or a function of tensors", type(module).__name__, TypeError)
-    import torch
-
-    is_module = isinstance(module, torch.nn.Module)
-    require(not (is_module and module.training), "module", "one in evaluation mode, module.eval()", "training mode")
+    torch = sys.modules.get("torch")  # who has not imported it has no module of it
+    own = torch is not None and isinstance(module, torch.nn.Module)
+    require(own, "module", "a torch.nn.Module", type(module).__name__, TypeError)
+    require(apply is None or callable(apply), "apply", "a callable apply(module, z, n)", type(apply).__name__, TypeError)
+    require(not module.training, "module", "one in evaluation mode, module.eval()", "training mode")
+    assert torch is not None
 
     def place() -> dict[str, Any]:
-        """The device and the precision of the module's floating-point parameters."""
-        own = itertools.chain(module.parameters(), module.buffers()) if is_module else ()
-        return next(({"device": each.device, "dtype": each.dtype} for each in own if each.is_floating_point()), {})
+        """The device and the precision of the module's floating-point numbers."""
+        numbers = itertools.chain(module.parameters(), module.buffers())
+        return next(({"device": each.device, "dtype": each.dtype} for each in numbers if each.is_floating_point()), {})
 
-    def tensor(array: np.ndarray, where: dict[str, Any]) -> Any:
+    def tensor(array: np.ndarray, place: dict[str, Any]) -> Any:
         value = torch.from_numpy(np.array(array))  # a copy, as it may be written to
-        return value.to(**where) if value.is_floating_point() else value.to(where.get("device"), torch.int64)
+        return value.to(**place) if value.is_floating_point() else value.to(place.get("device"), torch.int64)
 
-    @functools.wraps(getattr(module, "forward", module))
+    call = module if apply is None else functools.partial(apply, module)
+
+    @functools.wraps(module.forward if apply is None else call)
     def function(z: np.ndarray, n: np.ndarray, **context: PyTree) -> np.ndarray:
-        where = place()
         with torch.no_grad():
-            z, n, context = jax.tree.map(lambda array: tensor(array, where), (z, n, context))
-            return module(z, n, **context).cpu().numpy()
+            z, n, context = jax.tree.map(functools.partial(tensor, place=place()), (z, n, context))
+            return call(z, n, **context).cpu().numpy()
 
     return HostNetwork(function)
