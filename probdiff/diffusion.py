@@ -354,12 +354,10 @@ class Diffusion(AbstractDiffusion):
 
     def from_param_site(self) -> "Diffusion":
         """:meth:`with_param_site` before :meth:`tabulated`."""
-        if self.frozen:
-            return self
-        if svi_begins() and not any(map(is_trainable, jax.tree.leaves(self._arrays))):
-            warnings.warn(UNTRAINED.format(type(self.network).__name__), stacklevel=2)
         own = self.trainable()
-        return self._with(numpyro.param(PARAMS, own)) if jax.tree.leaves(own) else self
+        if not self.frozen and not jax.tree.leaves(own._arrays) and svi_begins():
+            warnings.warn(UNTRAINED.format(type(self.network).__name__), stacklevel=2)
+        return self._with(numpyro.param(PARAMS, own)) if jax.tree.leaves(own) and not self.frozen else self
 
     def tabulated(self) -> "Diffusion":
         """This model with the tables of a learned schedule computed once, not in every step of a scan."""

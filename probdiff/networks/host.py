@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
 from probdiff._checks import require
-from probdiff.networks.base import Prediction, flattened
+from probdiff.networks.base import flattened
 
 NO_DERIVATIVE = (
     "network: Expected one that JAX can differentiate; got one of another library, which can only be evaluated. It has no gradient for a schedule that is "
@@ -37,9 +37,7 @@ class HostNetwork(eqx.Module):
         """The function, whose signature is the network's."""
         return self.function
 
-    def __call__(
-        self, z: Float[Array, "*batch dim"], n: Real[Array, "*batch"], *, context: PyTree = None
-    ) -> Prediction:
+    def __call__(self, z: Float[Array, "*batch dim"], n: Real[Array, "*batch"], *, context: PyTree = None) -> Array:
         """The prediction in ``z`` after ``n`` steps, given ``context``."""
         return _on_host(self.function, z, n, {} if context is None else {"context": context})
 
