@@ -27,13 +27,13 @@ import probdiff
 
 try:
     import torch
-except ImportError:  # an extra: pip install 'probdiff[torch]'
+except ImportError:  # an extra: pip install 'probdiff[frameworks]'
     torch = None
 
 parser = argparse.ArgumentParser(description="What does a probabilistic program cost?")
 parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
 parser.add_argument("--json", action="store_true", help="print one JSON document")
-parser.add_argument("--only", metavar="SECTION", help="step, quality, elbo, parallel, compile, evaluation, costs, precision or start")
+parser.add_argument("--only", metavar="SECTION", help="step, quality, elbo, parallel, compile, evaluation, costs, torch, precision or start")
 arguments = parser.parse_args()
 quick = arguments.quick
 
@@ -144,9 +144,8 @@ def loop_by_hand(diffusion, data, batch, iterations):
     return run
 
 
-def loop_in_torch(diffusion, data, batch, iterations):
-    """The same network, loss and optimiser in eager PyTorch."""
-    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+def net_in_torch(diffusion):
+    """The same network in PyTorch, told the step."""
     network, tables = diffusion.network, Tables(diffusion.schedule)
     hidden, dim = network.hidden, network.dim
     linear, silu = torch.nn.Linear, torch.nn.functional.silu
@@ -170,7 +169,14 @@ def loop_in_torch(diffusion, data, batch, iterations):
                 h = h + down(silu(up(norm(h)) * (1 + scale) + shift))
             return self.write(silu(h)) + z * self.skip(embedding)
 
-    net = Net().to(device)
+    return Net()
+
+
+def loop_in_torch(diffusion, data, batch, iterations):
+    """The same network, loss and optimiser in eager PyTorch."""
+    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    tables = Tables(diffusion.schedule)
+    net = net_in_torch(diffusion).to(device)
     data, weight, alpha_bar = (torch.tensor(np.array(a), device=device) for a in (data, tables.weight, tables.alpha_bar))
     optimiser = torch.optim.Adam(net.parameters(), 1e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
@@ -524,6 +530,36 @@ if wanted("costs"):
     for name, row in comparison.table.iterrows():
         there = 1e6 * row["seconds"] / (row["evaluations"] * 8)
         report("costs", f"compare_estimators, {name}", [there], [1e3 * np.median(alone)], ("there", "network"), "µs")
+
+# %% [markdown]
+# ## A network of PyTorch
+#
+# Calls of a module by `from_torch` in a compiled loop, against as many calls of the module itself; and all of a sampler against the calls that it needs.
+
+# %%
+if wanted("torch") and torch is not None:
+    dim, hidden, batch, num_steps = (2, 8, 4, 5) if quick else (64, 512, 256, 100)
+    diffusion = make(num_steps, dim, hidden)
+    module = net_in_torch(diffusion).eval()
+    network = probdiff.networks.from_torch(module)
+    z, n = jax.random.normal(KEY, (batch, dim)), jnp.full(batch, 3)
+    tensors = torch.from_numpy(np.array(z)), torch.from_numpy(np.array(n)).long()
+    np.testing.assert_allclose(network(z, n), module(*tensors).detach(), rtol=1e-3, atol=1e-4)
+
+    @jax.jit
+    def in_loop(z):
+        # (Each on what the one before gave, or they would be made one.)
+        return jax.lax.fori_loop(0, num_steps, lambda _, z: (z + network(z, n)) / 2, z)
+
+    @torch.no_grad()
+    def directly():
+        return sum(module(*tensors) for _ in range(num_steps))
+
+    sampled = diffusion.with_network(network).bind({})
+    times = in_turns(lambda: in_loop(z), directly, lambda: probdiff.samplers.ancestral(sampled, key=KEY, num_samples=batch))
+    setting = f"{num_steps} calls, dim {dim}, hidden {hidden}, batch {batch}"
+    report("torch", setting, times[0], times[1], ("from_torch", "module"))
+    report("torch", f"ancestral, {setting}", times[2], times[1], ("sampler", "module"))
 
 # %% [markdown]
 # ## Precision

@@ -681,9 +681,39 @@ FIGURES = [
      "density()", "flow"),
 ]  # fmt: skip
 
+LIBRARIES = [
+    ("parameters of NumPy are constants of from_apply", "from_apply",
+     "jnp.asarray(leaf) if _is_floating(leaf) else leaf",
+     "leaf", "adapters"),
+    ("the statistics of a linen network are trained", "from_apply",
+     "sorted(set(params) - {'params'}) if isinstance(params, Mapping) and 'params' in params else []",
+     "[]", "bad_input"),
+    ("a network is taken to want what its **kwargs would take", "takes",
+     "name in inspect.signature(network).parameters",
+     "name in inspect.signature(network).parameters or any(p.kind is p.VAR_KEYWORD for p in inspect.signature(network).parameters.values())", "adapters"),
+    ("a param site in a network goes unnoticed", "_NoParamSites.process_message",
+     "msg['type'] not in ('param', 'mutable')",
+     "True", "adapters"),
+    ("a network that trains nothing goes unnoticed", "Diffusion.from_param_site",
+     "svi_begins()",
+     "False", "adapters"),
+    ("whatever runs a program is taken for the beginning of an SVI", "svi_begins",
+     "frame.f_code is SVI.init.__code__",
+     "True", "adapters"),
+    ("the host gets float64 in the precision of its thread", "_words",
+     "jax.lax.bitcast_convert_type(array, jnp.uint32) if array.dtype == jnp.float64 else array",
+     "array", "adapters"),
+    ("latents and steps of a mapped call of the host do not go together", "_Rows.__call__",
+     "flattened(z.ndim - 1, (z, n, given))",
+     "flattened(z.ndim - 1, (z, np.sort(n), given))", "adapters"),
+    ("the derivative of a network on the host is 0", "_refuse_derivative",
+     "raise NotImplementedError(NO_DERIVATIVE)",
+     "return _on_host(function, *primals), jnp.zeros_like(primals[0])", "adapters"),
+]  # fmt: skip
+
 BUGS = [
     Bug(*bug)
-    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *FILES, *FIT, *TABLES, *FIGURES, *CONVENTIONS)
+    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *FILES, *FIT, *TABLES, *FIGURES, *CONVENTIONS, *LIBRARIES)
 ]
 
 
@@ -777,7 +807,7 @@ def survivors(bugs):
     folder = Path(tempfile.mkdtemp())
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    for name in ("probdiff", "tests"):
+    for name in ("probdiff", "tests", "docs/own_parts"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     modules, found = sources(folder), []
     for bug in tqdm(bugs, unit="bug"):

@@ -4,6 +4,7 @@ Its programs, its bounds and its samplers are ways to read it.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,8 +36,14 @@ from probdiff.networks.base import (
     takes,
 )
 from probdiff.networks.heads import AbstractHead
+from probdiff.networks.nnx import require_pure
 from probdiff.programs import scan
-from probdiff.programs.sites import PARAMS, AbstractDiffusion, Data, Size
+from probdiff.programs.sites import PARAMS, AbstractDiffusion, Data, Size, svi_begins
+
+UNTRAINED = (
+    "network: Expected something to train, the arrays of a module of equinox or Flax NNX or those of probdiff.networks.from_apply(apply, params); got a {} without "
+    "any: SVI trains nothing that a function closes over. diffusion.bind({{}}) is a model that is to stay as it is"
+)
 
 
 class Diffusion(AbstractDiffusion):
@@ -93,6 +100,7 @@ class Diffusion(AbstractDiffusion):
     ) -> None:
         require_schedule(schedule)
         require(callable(network), "network", "a callable network(z, n)", type(network).__name__, TypeError)
+        require_pure(network)
         likelihood = NormalLikelihood() if likelihood is None else likelihood
         own = isinstance(likelihood, AbstractLikelihood)
         require(own, "likelihood", "an instance of a likelihood", repr(likelihood), TypeError)
@@ -136,6 +144,7 @@ class Diffusion(AbstractDiffusion):
 
     def with_network(self, network: Network) -> "Diffusion":
         """This model with another network."""
+        require_pure(network)
         arrays, constants = eqx.partition(network, lambda leaf: isinstance(leaf, jax.Array))
         return self._replaced(_arrays=arrays, _constants=Static(constants))
 
@@ -355,6 +364,8 @@ class Diffusion(AbstractDiffusion):
     def from_param_site(self) -> "Diffusion":
         """:meth:`with_param_site` before :meth:`tabulated`."""
         own = self.trainable()
+        if not self.frozen and not jax.tree.leaves(own._arrays) and svi_begins():
+            warnings.warn(UNTRAINED.format(type(self.network).__name__), stacklevel=2)
         return self._with(numpyro.param(PARAMS, own)) if jax.tree.leaves(own) and not self.frozen else self
 
     def tabulated(self) -> "Diffusion":

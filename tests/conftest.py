@@ -4,7 +4,9 @@ Most of the time of the tests is compilation, of programs that run for milliseco
 optimisations, and all processes of a run share what was compiled.
 """
 
+import functools
 import gc
+import importlib.util
 import inspect
 import os
 import sys
@@ -39,6 +41,27 @@ gc.disable()  # going through all that JAX has traced takes long
 
 Z_MAX = 4.9
 COMPILED = type(eqx.filter_jit(lambda: None))
+
+
+@functools.cache
+def own_part(name):
+    """The script of that name in docs/own_parts, as a module; what it adds to the estimators is taken out again."""
+    path = Path(__file__).parent.parent / "docs" / "own_parts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"own_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    before = dict(probdiff.ESTIMATORS)
+    spec.loader.exec_module(module)
+    module.added = {name: probdiff.ESTIMATORS.pop(name) for name in set(probdiff.ESTIMATORS) - set(before)}
+    return module
+
+
+@pytest.fixture(scope="module")
+def own_estimator():
+    """The estimator of docs/own_parts is among the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, estimator in own_part("estimator").added.items():
+            patch.setitem(probdiff.ESTIMATORS, name, estimator)
+        yield
 
 
 def long_but(quick, cases):

@@ -321,6 +321,16 @@ CALLS = {
         TypeError,
         "likelihood: Expected an AbstractLikelihood; got int",
     ),
+    "parameters of no function": (lambda: probdiff.networks.from_apply(None, {"w": X}), TypeError, r"apply: Expected a callable apply\(params, z, n\); got NoneType"),
+    "a function of no parameters": (
+        lambda: probdiff.networks.from_apply(lambda params, z, n: z, {"w": 3}), ValueError, "params: Expected a tree with floating-point arrays, to be trained; got {'w': 3}"
+    ),
+    "parameters with batch statistics": (
+        lambda: probdiff.networks.from_apply(lambda params, z, n: z, {"params": {"w": X}, "batch_stats": {"mean": X}}),
+        ValueError,
+        r"""params: Expected the collection "params" of Flax linen alone; got \['batch_stats'\] beside it: lambda params""",
+    ),
+    "a module of no library": (lambda: probdiff.networks.from_torch("unet"), TypeError, "module: Expected a torch.nn.Module; got str"),
     "a list to split": (lambda: probdiff.datasets.split([[1.0, 2.0]]), ValueError, "at least 10 rows"),
     "an index of an array": (lambda: probdiff.datasets.split(np.ones((20, 2)), index="a"), ValueError, "index: Expected none for an array"),
     "an index of digits": (lambda: probdiff.datasets.load("digits", index="a"), ValueError, "index: Expected none for digits"),

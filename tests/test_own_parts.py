@@ -1,14 +1,14 @@
-"""Parts that a user wrote: a schedule, a likelihood, a kernel, a reverse variance, a network and a head, in everything that takes a model."""
+"""Parts that a user wrote, those of docs/own_parts among them: a schedule, a likelihood, kernels, a reverse variance, networks, a head and an estimator, in
+everything that takes a model."""
 
 from typing import ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import long_but
+from conftest import long_but, own_part
 from numpyro import distributions as dist
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
@@ -21,35 +21,10 @@ N = 4
 X = np.exp(np.random.default_rng(0).normal(size=(6, 2))).astype(np.float32)
 
 
-class Straight(probdiff.chain.AbstractSchedule):
-    """Log-SNR along a straight line between two trained ends."""
-
-    ends: jax.Array
-    num_steps: int = eqx.field(static=True)
-
-    def tables(self):
-        return probdiff.chain.ScheduleTables.from_log_snr(jnp.linspace(self.ends[0], self.ends[1], self.num_steps))
-
-
-class LogNormalLikelihood(probdiff.likelihoods.AbstractLikelihood):
-    """Positive data, whose logarithm is the chain's."""
-
-    levels = None
-
-    def check_data(self, x):
-        assert np.issubdtype(x.dtype, np.floating)
-
-    def encode(self, x):
-        return jnp.log(jnp.asarray(x))
-
-    def decode(self, x0):
-        return jnp.exp(x0)
-
-    def log_jacobian(self, dim):
-        return 0.0  # at x = 1: the flow's reading of log q(z_1) is not looked at here
-
-    def __call__(self, loc, scale):
-        return dist.LogNormal(loc, scale).to_event(1)
+Straight, StudentTLikelihood = own_part("schedule").Straight, own_part("likelihood").StudentTLikelihood
+Shrink, TwoHeadedKernel = own_part("network").Shrink, own_part("kernel").TwoHeadedKernel
+OWN = own_part("estimator").added
+pytestmark = pytest.mark.usefixtures("own_estimator")
 
 
 class Halfway(probdiff.chain.AbstractReverseVariance):
@@ -96,15 +71,14 @@ class LaplaceKernel(probdiff.chain.AbstractKernel):
         return np.ones(schedule.num_steps)
 
 
-class Shrink(probdiff.networks.AbstractNetwork):
-    """A trained share of the noise of standard normal data."""
+class TwoHeads(Shrink):
+    """The same, and a trained log-variance that grows with the noise level and differs by dimension."""
 
-    dim: int = eqx.field(static=True)
-    share: jax.Array
-    activation: object  # a foreign network's function among its fields
+    ratio: jax.Array
 
-    def __call__(self, z, log_snr):
-        return self.activation(self.share) * z * jax.nn.sigmoid(-log_snr)[..., None] ** 0.5
+    def noise_and_log_ratio(self, z, log_snr):
+        ratio = self.ratio * jax.nn.sigmoid(-log_snr)[..., None]
+        return jnp.stack([self(z, log_snr), jnp.broadcast_to(ratio, z.shape)], -1)
 
 
 class DoubleHead(probdiff.networks.AbstractHead):
@@ -118,24 +92,30 @@ def shrink():
     return Shrink(2, jnp.asarray(0.8), lambda share: jnp.sin(share))
 
 
+def two_heads():
+    return TwoHeads(2, jnp.asarray(0.8), jnp.sin, jnp.array([0.5, -0.3]))
+
+
 SCHEDULE = probdiff.log_snr_schedule(N, 4.0, -3.0)
 NETWORKS = {"network": shrink, "head": lambda: DoubleHead(shrink()), "callable": lambda: lambda z, n: 0.5 * z}
 # In one model, all parts that go together; a kernel of one's own has no reverse variance.
 TOGETHER = "schedule, head, network, likelihood and reverse variance"
 MODELS = {
     TOGETHER: lambda: probdiff.Diffusion(
-        Straight(jnp.array([4.0, -3.0]), N), DoubleHead(shrink()), LogNormalLikelihood(), Halfway(jnp.asarray(0.5))
+        Straight(jnp.array([4.0, -3.0]), N), DoubleHead(shrink()), StudentTLikelihood(jnp.log(4.0), 1.5), Halfway(jnp.asarray(0.5))
     ),
     **{name: lambda make=make: probdiff.Diffusion(SCHEDULE, make(), dim=2) for name, make in NETWORKS.items()},
     "schedule": lambda: probdiff.Diffusion(Straight(jnp.array([4.0, -3.0]), N), shrink()),
-    "likelihood": lambda: probdiff.Diffusion(SCHEDULE, shrink(), LogNormalLikelihood()),
+    "likelihood": lambda: probdiff.Diffusion(SCHEDULE, shrink(), StudentTLikelihood(jnp.log(4.0), 1.5)),
     "reverse variance": lambda: probdiff.Diffusion(SCHEDULE, shrink(), reverse_variance=Halfway(jnp.asarray(0.5))),
     "kernel": lambda: probdiff.Diffusion(SCHEDULE, shrink(), kernel=LaplaceKernel()),
+    "two-headed kernel": lambda: probdiff.Diffusion(SCHEDULE, two_heads(), kernel=TwoHeadedKernel("posterior")),
 }
 BOTH = [TOGETHER, "kernel"]
+KERNELS = long_but(BOTH, [*BOTH, "two-headed kernel"])
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", KERNELS)
 def test_every_function_takes_it(name):
     model = MODELS[name]()
     two = probdiff.diagnostics.compute_both_ways(model, X, key=KEY, num_draws=400)
@@ -147,14 +127,14 @@ def test_every_function_takes_it(name):
     assert np.isfinite(probdiff.chain.score.score(model, X, 2)).all()
 
 
-EVERY = [name for name in probdiff.ESTIMATORS if name != "mean_field"]
+EVERY = [*(name for name in probdiff.ESTIMATORS if name != "mean_field"), *OWN]
 # Paths, all steps, and one with a control variate; the others put the same things together in other ways.
 DISTINCT = ["trace", "kl_marginal", "kl_combined"]
 ESTIMATORS = {"distinct": DISTINCT, "others": ["kl_marginal", *(name for name in EVERY if name not in DISTINCT)]}
 
 
 @pytest.mark.parametrize("which", long_but(["distinct"], ESTIMATORS))
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", KERNELS)
 def test_every_estimator_agrees_on_it(name, which):
     model = MODELS[name]()
     estimators = [e for e in ESTIMATORS[which] if model.kernel.closed_form or e != "kl_posterior_target"]
@@ -169,7 +149,7 @@ def test_every_estimator_agrees_on_it(name, which):
         assert abs(np.mean(draws) - reference["elbo"]) < 4.9 * np.hypot(np.std(draws) / np.sqrt(30), reference["se"]) + 1e-5
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", KERNELS)
 def test_svi_and_fit_train_it(name):
     model = MODELS[name]()
     result = SVI(model.model, model.guide, optax.adam(1e-2), Trace_ELBO()).run(KEY, 5, X, progress_bar=False)

@@ -1,6 +1,11 @@
-"""Networks that are written in another way than :mod:`probdiff.networks.base` asks for."""
+"""Networks that are written in another way than :mod:`probdiff.networks.base` asks for: for one example, or in another library of JAX."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from probdiff._checks import require
@@ -50,3 +55,42 @@ def batched(network: Network) -> Batched:
     """
     require(callable(network), "network", "a callable network(z, n)", type(network).__name__, TypeError)
     return Batched(network)
+
+
+def from_apply(apply: Callable[..., Array], params: PyTree) -> jax.tree_util.Partial:
+    """A network of a library that keeps functions and parameters apart, such as Flax linen and Haiku.
+
+    Args:
+        apply: A function ``apply(params, z, n) -> eps_hat`` of a batch: of Flax linen ``module.apply``, of Haiku
+            ``haiku.without_apply_rng(transformed).apply``, or one of your own. If it takes ``key=`` or ``context=`` by name it is given them as any network
+            is (:mod:`probdiff.networks.base`): dropout of Flax linen is
+            ``lambda params, z, n, *, key=None: module.apply(params, z, n, key is not None, rngs=None if key is None else {"dropout": key})``, of Haiku
+            ``lambda params, z, n, *, key=None: transformed.apply(params, key, z, n, key is not None)``, where the modules take a last argument that says
+            whether to drop.
+        params: What is trained, a tree of arrays: the floating-point ones, be they of NumPy or of JAX.
+
+    Returns:
+        The network ``network(z, n)``, a tree whose leaves are ``params``.
+
+    Raises:
+        TypeError: If ``apply`` is not callable.
+        ValueError: If there is nothing to train in ``params``, or they have other collections of Flax linen in them beside ``"params"``, such as ``"batch_stats"``,
+            which must not be trained.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> network = probdiff.networks.from_apply(lambda params, z, n: params["scale"] * z, {"scale": jnp.array(0.5)})
+        >>> probdiff.Diffusion(probdiff.cosine_schedule(10), network, dim=2).trainable().network.args[0]
+        {'scale': Array(0.5, dtype=float32, weak_type=True)}
+    """
+    require(callable(apply), "apply", "a callable apply(params, z, n)", type(apply).__name__, TypeError)
+    others = sorted(set(params) - {"params"}) if isinstance(params, Mapping) and "params" in params else []
+    remedy = 'lambda params, z, n: apply({**others, "params": params}, z, n) holds the others as they are'
+    require(not others, "params", 'the collection "params" of Flax linen alone', f"{others} beside it: {remedy}")
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf) if _is_floating(leaf) else leaf, params)
+    require(any(map(_is_floating, jax.tree.leaves(params))), "params", "a tree with floating-point arrays, to be trained", repr(params)[:60])
+    return jax.tree_util.Partial(apply, params)
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray | jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)

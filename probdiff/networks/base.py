@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
+from numpyro.primitives import Messenger
 
 from probdiff._checks import require
 
@@ -181,18 +182,35 @@ def evaluate(
     call = network if method is None else getattr(network, method)
     given = {"key": key, "context": context}
     options = {name: value for name, value in given.items() if value is not None and takes(call, name)}
-    if isinstance(network, AbstractWrapper):
-        return call(z, log_snr, n=n, **options)
-    if isinstance(network, AbstractNetwork):
-        return call(z, log_snr, **options)
-    require(n is not None, "network", "an AbstractNetwork, to be asked between steps", f"a {type(network).__name__}, which is told the step")
-    return _call_at_step(call, z, n, **options)
+    with _NoParamSites():
+        if isinstance(network, AbstractWrapper):
+            return call(z, log_snr, n=n, **options)
+        if isinstance(network, AbstractNetwork):
+            return call(z, log_snr, **options)
+        require(n is not None, "network", "an AbstractNetwork, to be asked between steps", f"a {type(network).__name__}, which is told the step")
+        return _call_at_step(call, z, n, **options)
+
+
+class _NoParamSites(Messenger):
+    """Refuses a network that asks NumPyro for its parameters: it is called in loops, in which NumPyro has no ``param`` sites, and outside of programs."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """NumPyro's call for each message."""
+        require(
+            msg["type"] not in ("param", "mutable"),
+            "network",
+            "one that holds its parameters: a module of equinox or Flax NNX itself, or probdiff.networks.from_apply(module.apply, params) "
+            "of Flax linen or Haiku",
+            f"one with the NumPyro site {msg['name']!r}, as flax_module, nnx_module and eqx_module make",
+        )
 
 
 def _call_at_step(call: Network, z: Float[Array, "*batch dim"], n: Real[Array, "*batch"] | None, **options: Any) -> Any:
     """``call(z, n, **options)``; one that is written for a single example is told apart, and named with the remedy."""
     try:
         output = call(z, n, **options)
+    except NotImplementedError:
+        raise  # by name, already
     except Exception as error:
         if _takes_one_example(call, z, **options):
             raise ValueError(ONE_EXAMPLE.format(tuple(z.shape), z.shape[-1])) from error

@@ -6,6 +6,7 @@ z_1. The model also has the site ``x``. Both sit in the plate ``data``. The ``pa
 
 import abc
 import operator
+import traceback
 from typing import Any, NoReturn
 
 import equinox as eqx
@@ -14,6 +15,7 @@ import numpyro
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree, Real
 from numpyro import distributions as dist
 from numpyro.distributions.kl import kl_divergence
+from numpyro.infer import SVI
 from numpyro.primitives import Messenger
 
 from probdiff._checks import AnyArray, Step, Whole, is_concrete, require
@@ -152,6 +154,11 @@ def require_plates(highest: int | None) -> None:
             "data (-1) and of the steps (-2). Several data sets are the rows of one x; the programs of ParallelPrograms(diffusion) also "
             "work inside of numpyro.plate(…, dim=-3), as independent copies"
         )
+
+
+def svi_begins() -> bool:
+    """Whether NumPyro's ``SVI.init`` is what runs the program: none of its messages says so."""
+    return any(frame.f_code is SVI.init.__code__ for frame, _ in traceback.walk_stack(None))
 
 
 def minibatch(x: Data | None, num_data: Size | None) -> numpyro.handlers.scale:

@@ -179,8 +179,8 @@ def fit(
     require(
         jax.tree.leaves(diffusion.trainable()),
         "diffusion",
-        "something to train (an equinox module with JAX arrays)",
-        "a model without parameters",
+        "something to train: a network that is a module of equinox or Flax NNX, or probdiff.networks.from_apply(apply, params)",
+        f"a {type(diffusion.network).__name__} without parameters",
     )
     weights = None if weights is None else read_weights(weights, len(data))
     warn_of_unsuited(diffusion, data if weights is None else np.asarray(data)[weights > 0], names)

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import sampled_step
+from conftest import own_part, sampled_step
 from numpyro.distributions import Independent, Normal, kl_divergence
 
 import probdiff
 
-SCHEDULES = [probdiff.linear_schedule(7), probdiff.cosine_schedule(7), probdiff.log_snr_schedule(7)]
+STRAIGHT = own_part("schedule").Straight(jnp.array([5.0, -4.0]), 7).fixed()  # a user's
+SCHEDULES = [probdiff.linear_schedule(7), probdiff.cosine_schedule(7), probdiff.log_snr_schedule(7), STRAIGHT]
 
 
 def moments(distribution):

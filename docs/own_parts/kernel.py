@@ -1,0 +1,36 @@
+"""A kernel of one's own with two heads: the network predicts the noise and the log-variance of each dimension, in units of β̃_n."""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from numpyro import distributions as dist
+
+import probdiff
+from probdiff.chain.schedules import at_step
+
+
+class TwoHeadedKernel(probdiff.chain.GaussianKernel):
+    """N(μ, β̃_n exp(r)) for the two that the network's method ``noise_and_log_ratio`` gives, on a last axis; exp(r) β_1 at n = 1."""
+
+    prediction: ClassVar[str] = "noise_and_log_ratio"
+
+    def prior(self, shape):
+        """N(0, I), with a scale for each datum as the steps have, so that a scan can carry it."""
+        return dist.Normal(jnp.zeros(shape), jnp.ones(shape)).to_event(1)
+
+    def __call__(self, schedule, z, prediction, n):
+        """The Gaussian of β̃_n, with another scale."""
+        normal = super().__call__(schedule, z, prediction[..., 0], n).base_dist
+        return dist.Normal(normal.loc, normal.scale * jnp.exp(prediction[..., 1] / 2)).to_event(1)
+
+    def excess(self, schedule, step):
+        """All of the KL: Σ w_n e^{-r} (ε − ε̂)² + (e^{-r} − 1 + r) / 2."""
+        eps_hat, r = step.prediction[..., 0], step.prediction[..., 1]
+        error = jnp.square(step.noise.mean - eps_hat) + step.noise.variance
+        weight = at_step(self.kl_weight(schedule), step.n, r.dtype)[..., None]
+        return (weight * jnp.exp(-r) * error + (jnp.expm1(-r) + r) / 2).sum(-1)
+
+    def constants(self, schedule, dim):
+        """Nothing is known before the network is asked."""
+        return np.zeros(schedule.num_steps)

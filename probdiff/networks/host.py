@@ -1,0 +1,141 @@
+"""Networks that are computed outside of JAX, such as those of PyTorch: for evaluation. Imports no PyTorch."""
+
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree, Real
+
+from probdiff._checks import require
+from probdiff.networks.base import flattened
+
+NO_DERIVATIVE = (
+    "network: Expected one that JAX can differentiate; got one of another library, which can only be evaluated. It has no gradient for a schedule that is "
+    'learned around it, a twist of particles (but twist="none"), or the divergence of a flow. Fit it where it is from, or write it in JAX: '
+    "probdiff.networks.from_apply"
+)
+
+
+class HostNetwork(eqx.Module):
+    """A network that is told the step, and computed outside of JAX.
+
+    Attributes:
+        function: Computes ``function(z, n)``, with ``context=`` if it takes one by name, of rows: NumPy arrays of shape ``(rows, dim)`` and ``(rows,)``.
+    """
+
+    function: Callable[..., np.ndarray] = eqx.field(static=True)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        """The function, whose signature is the network's."""
+        return self.function
+
+    def __call__(self, z: Float[Array, "*batch dim"], n: Real[Array, "*batch"], *, context: PyTree = None) -> Array:
+        """The prediction in ``z`` after ``n`` steps, given ``context``."""
+        return _on_host(self.function, z, n, {} if context is None else {"context": context})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A function of rows, for arrays with any batch axes, as words (:func:`_words`); ``dtypes`` are those of the numbers that they stand for."""
+
+    function: Callable[..., np.ndarray]
+    dtypes: tuple[np.dtype, ...]
+
+    def __call__(self, *words: Any) -> np.ndarray:
+        leaves, structure = jax.tree.flatten(words)
+        z, n, given = jax.tree.unflatten(structure, map(_numbers, map(np.asarray, leaves), self.dtypes))
+        z_rows, n_rows, given = flattened(z.ndim - 1, (z, n, given))
+        output = self.function(z_rows, n_rows, **given).astype(z.dtype)
+        output = output.reshape(*z.shape[:-1], *output.shape[1:])
+        return np.ascontiguousarray(output)[..., None].view(np.uint32) if z.dtype == np.float64 else output
+
+
+def _words(array: Array) -> Array:
+    """float64 as pairs of integers: JAX calls the host from a thread of its own, and rounds all to float32 if that is the precision of the thread."""
+    return jax.lax.bitcast_convert_type(array, jnp.uint32) if array.dtype == jnp.float64 else array
+
+
+def _numbers(words: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return np.ascontiguousarray(words).view(dtype)[..., 0] if dtype == np.float64 else words
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _on_host(function: Callable[..., np.ndarray], z: Array, n: Array, given: dict[str, PyTree]) -> Array:
+    # Asked for two rows first: for its shape, and so that a mistake shows where it can be told in a line.
+    two_z, two_n, two_given = jax.tree.map(lambda leaf: np.zeros((2, *leaf.shape[z.ndim - 1 :]), leaf.dtype), (z, n, given))
+    output = function(two_z, two_n + 1, **two_given)
+    rows_alike = output.ndim > 1 and len(output) == 2
+    require(rows_alike, "network(z, n)", f"shape (2, …) for z of shape {two_z.shape}", f"shape {output.shape}")
+    result = jax.eval_shape(_words, jax.ShapeDtypeStruct((*z.shape[:-1], *output.shape[1:]), z.dtype))
+    rows = _Rows(function, tuple(leaf.dtype for leaf in jax.tree.leaves((z, n, given))))
+    words = jax.pure_callback(rows, result, *jax.tree.map(_words, (z, n, given)), vmap_method="broadcast_all")
+    return jax.lax.bitcast_convert_type(words, z.dtype)
+
+
+@_on_host.defjvp
+def _refuse_derivative(function: Callable, primals: Any, tangents: Any) -> NoReturn:
+    raise NotImplementedError(NO_DERIVATIVE)
+
+
+def from_torch(module: Any, apply: Callable | None = None) -> HostNetwork:
+    """A network of PyTorch, to be evaluated as it is: in bounds, estimators, samplers and exports. Nothing here trains it.
+
+    It is called from compiled programs, on as many rows as there are, without gradients. Its parameters are looked up at each call, and not copied.
+
+    Args:
+        module: A ``torch.nn.Module`` in evaluation mode.
+        apply: A function ``apply(module, z, n) -> eps_hat``; ``module(z, n)`` if not given. It is given latents z of shape ``(rows, dim)`` and steps n, int64 from
+            1 to N of shape ``(rows,)``, and gives what is shaped like z; if it, or else ``module.forward``, takes ``context`` by name, that of a conditional model.
+            Floating-point tensors are of the precision of the module's parameters, and all are on their device. It is what steps from 0, images and small
+            batches are written in:
+            ``lambda unet, z, n: torch.cat([unet(a.view(-1, 1, 28, 28), b - 1).flatten(1) for a, b in zip(z.split(64), n.split(64))])``.
+
+    Returns:
+        The network ``network(z, n)``, whose predictions are of float32 or float64 as ``z`` is.
+
+    Raises:
+        TypeError: If ``module`` is not a ``torch.nn.Module``, or ``apply`` is not callable.
+        ValueError: If the module is in training mode, in which it would drop out and normalise at random: give ``module.eval()``.
+        NotImplementedError: Where a derivative of the network is asked for.
+
+    Example:
+        >>> import jax, numpy as np, probdiff, pytest
+        >>> torch = pytest.importorskip("torch")
+        >>> network = probdiff.networks.from_torch(torch.nn.Linear(2, 2).eval(), lambda linear, z, n: linear(z) / n[:, None])
+        >>> model = probdiff.Diffusion(probdiff.cosine_schedule(10), network, dim=2)
+        >>> probdiff.elbo_terms(model, np.ones((3, 2), np.float32), key=jax.random.key(0)).step_kl.shape
+        (1, 9, 3)
+    """
+    torch = sys.modules.get("torch")  # who has not imported it has no module of it
+    own = torch is not None and isinstance(module, torch.nn.Module)
+    require(own, "module", "a torch.nn.Module", type(module).__name__, TypeError)
+    require(apply is None or callable(apply), "apply", "a callable apply(module, z, n)", type(apply).__name__, TypeError)
+    require(not module.training, "module", "one in evaluation mode, module.eval()", "training mode")
+    assert torch is not None
+
+    def place() -> dict[str, Any]:
+        """The device and the precision of the module's floating-point numbers."""
+        numbers = itertools.chain(module.parameters(), module.buffers())
+        return next(({"device": each.device, "dtype": each.dtype} for each in numbers if each.is_floating_point()), {})
+
+    def tensor(array: np.ndarray, place: dict[str, Any]) -> Any:
+        value = torch.from_numpy(np.array(array))  # a copy, as it may be written to
+        return value.to(**place) if value.is_floating_point() else value.to(place.get("device"), torch.int64)
+
+    call = module if apply is None else functools.partial(apply, module)
+
+    @functools.wraps(module.forward if apply is None else call)
+    def function(z: np.ndarray, n: np.ndarray, **context: PyTree) -> np.ndarray:
+        with torch.no_grad():
+            z, n, context = jax.tree.map(functools.partial(tensor, place=place()), (z, n, context))
+            return call(z, n, **context).cpu().numpy()
+
+    return HostNetwork(function)

@@ -1,0 +1,40 @@
+"""Modules of Flax NNX, which are networks as they are, if calling them changes nothing in them. Imports no Flax."""
+
+import sys
+from typing import Any
+
+import jax
+
+from probdiff._checks import require
+from probdiff.networks.base import Network
+
+SPLIT = (
+    "graphdef, params, rest = nnx.split(module, nnx.Param, ...) and probdiff.networks.from_apply("
+    "lambda params, z, n: nnx.merge(graphdef, params, rest)(z, n), params)"
+)
+
+
+def require_pure(network: Network) -> None:
+    """Refuse a network that has in it a module of Flax NNX that changes as it is called, or holds what must not be trained.
+
+    Raises:
+        ValueError: If there is dropout that is not switched off, or a variable that is neither an ``nnx.Param`` nor the state of a random generator,
+            such as the statistics of a batch normalisation.
+    """
+    nnx = sys.modules.get("flax.nnx")  # who has not imported it has no module of it
+    if nnx is None:
+        return
+
+    def drops(node: Any) -> bool:
+        rate = getattr(node, "rate", getattr(node, "dropout_rate", 0.0))
+        return isinstance(node, nnx.Module) and getattr(node, "deterministic", True) is False and rate > 0
+
+    def found(is_leaf: Any) -> dict[str, Any]:
+        leaves = jax.tree_util.tree_leaves_with_path(network, is_leaf=is_leaf)
+        return {f"{type(leaf).__name__} at network{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves if is_leaf(leaf)}
+
+    for name in found(drops):
+        require(False, "network", "a module of Flax NNX without dropout", f"{name}: module.eval() switches it off; to train with it, {SPLIT}, with key=")
+    for name, variable in found(lambda node: isinstance(node, nnx.Variable)).items():
+        known = isinstance(variable, nnx.Param | nnx.RngState)
+        require(known, "network", "a module of Flax NNX that has nnx.Param alone", f"{name}: {SPLIT} keeps it as it is")
