@@ -1,7 +1,7 @@
 r"""The audit of a network that was trained elsewhere: its bound, where its nats go, and what is wrong with it.
 
 Every diagnosis is a measurement in nats: what the repair would gain in the bound, on the same data and the same noise. It is named if the gain
-is more than five of its standard errors *and* more than 0.01 nats (0.014 bits) a dimension. The readings of the network
+is more than five of its standard errors *and* more than 0.01 nats (0.014 bits) a dimension; 0.05 nats where a factor is fitted, 0.1 where a range is. The readings of the network
 (:mod:`probdiff.diagnostics.readings`) compete; what else is wrong is measured with the network read as is best.
 """
 
@@ -22,12 +22,18 @@ from probdiff.diagnostics.agreement import TwoWays, compute_both_ways
 from probdiff.diagnostics.datatree import inspect_terms, to_datatree
 from probdiff.diagnostics.equal_calls import compare_equal_calls
 from probdiff.diagnostics.readings import (
+    ANSWERS,
+    BEYOND,
     EARLY,
     LATE,
+    NORMALS,
     OTHERS_CONTEXT,
     OWN,
+    RANGE,
+    RANGE_BY_DIM,
     REVERSED,
     SCALED,
+    STANDARD_NORMALS,
     Reading,
     ReadingComparison,
     compare_readings,
@@ -39,7 +45,8 @@ from probdiff.elbo.terms import bits_per_dim
 from probdiff.programs.sites import Data
 
 SURE = 5.0  # standard errors
-WORTH = 0.01  # nats a dimension
+# What a repair must gain, in nats a dimension; more if it has numbers that are fitted, of which a network of few iterations has some use.
+WORTH, WORTH_OF_FACTOR, WORTH_OF_RANGE = 0.01, 0.05, 0.1
 SAME = 1e-5  # relative: rounding of an excess in float32
 STEP_WORDS = {
     EARLY: "The network counts the steps from 0: asked for n − 1 in the place of n it does better",
@@ -217,31 +224,51 @@ def audit(
     )
 
 
-def _stands_out(gain: Float[np.ndarray, "datum"], dim: int) -> Estimate | None:
+def _stands_out(gain: Float[np.ndarray, "datum"], dim: int, worth: float = WORTH) -> Estimate | None:
     """The gain, if it is more than its error and chance allow, and worth something."""
     estimate = Estimate.of(gain)
-    return estimate if estimate.mean > max(SURE * estimate.error, WORTH * dim) else None
-
-
-def _dim(compared: ReadingComparison) -> int:
-    return compared.samples.shape[1]
+    return estimate if estimate.mean > max(SURE * estimate.error, worth * dim) else None
 
 
 def _best(compared: ReadingComparison) -> Reading:
-    """The reading that gains most; the model's own, if no other stands out. A multiple must gain more than what has no number to be fitted."""
-    own, scaled, dim = Reading(OWN, OWN), Reading(OWN, SCALED), _dim(compared)
-    others = {reading: each.mean() for reading, each in compared.gains.items() if reading not in (own, scaled) and reading.asked != OTHERS_CONTEXT}
-    best = max((reading for reading in others if np.isfinite(others[reading])), key=others.__getitem__, default=own)
-    if not _stands_out(compared.gains[best], dim):
-        best = own
-    return scaled if _stands_out(compared.gains[scaled] - compared.gains[best], dim) else best
+    """The reading that gains most; the model's own, if no other stands out.
+
+    A reading must predict a good part of the noise: of a network that knows nothing, one that predicts less would gain. Steps are off by
+    one if a step further would lose again; a factor is one if most ranges of steps have it. What has more numbers to be fitted must gain
+    more than what has less.
+    """
+    gains, dim = compared.gains, compared.dim
+    own, scaled, whole, by_dim = (Reading(*each) for each in ((OWN, OWN), (OWN, SCALED), (RANGE, OWN), (RANGE_BY_DIM, OWN)))
+    candidates = [r for r in gains if r.asked in (OWN, REVERSED) and r.answer in (OWN, *ANSWERS) and _predicts(compared, r)]
+    for r in gains:
+        if r.asked in BEYOND and _predicts(compared, r) and _stands_out(gains[r] - gains[r._replace(asked=BEYOND[r.asked])], dim):
+            candidates.append(r)
+    best = max(candidates, key=lambda reading: gains[reading].mean(), default=own)
+    best = best if _stands_out(gains[best], dim) else own
+    slopes, factor = compared.slopes.slope, compared.slopes.median
+    is_factor = np.median(np.abs(slopes - factor)) < abs(factor - 1) / 2
+    for r, worth in (*([(scaled, WORTH_OF_FACTOR)] if is_factor else []), (whole, WORTH_OF_RANGE), (by_dim, WORTH_OF_RANGE)):
+        if r in gains and _predicts(compared, r) and _stands_out(gains[r] - gains[best], dim, worth):
+            best = r
+    return best
+
+
+def _predicts(compared: ReadingComparison, reading: Reading) -> bool:
+    """Whether a reading predicts half as much of the noise as independent normals would, or more; and not by what v says if it is 0."""
+    share, normals, standard = (compared.explained(each) for each in (reading, Reading(OWN, NORMALS), Reading(OWN, STANDARD_NORMALS)))
+    more = Estimate.of(share - standard)
+    return bool(share.mean() > normals.mean() / 2) and ("v" not in reading.answer.split() or more.mean > SURE * more.error)
 
 
 def _misread(compared: ReadingComparison, best: Reading) -> Iterator[Finding]:
     """What is wrong with the model's own reading: of the best, how the network is asked and what its answer is, each beside the other."""
-    gains = compared.gains
+    gains, normals = compared.gains, Reading(OWN, NORMALS)
+    if not _predicts(compared, best) and (gain := _stands_out(gains[normals], compared.dim)):
+        shares = (f"{max(0, compared.explained(reading).mean()):.1%}" for reading in (best, normals))
+        words = "The network predicts {} of the noise, independent normals with the means and variances of the data {}: it is not trained, or read wrongly"
+        yield Finding("predicts no noise", words.format(*shares), *gain[:2])
     if best.answer != OWN:
-        gain = _stands_out(gains[best] - gains[Reading(best.asked, OWN)], _dim(compared))
+        gain = _stands_out(gains[best] - gains[Reading(best.asked, OWN)], compared.dim)
         if gain and best.answer == SCALED:
             parts = ", ".join(f"{slope:.3f}" for slope in compared.slopes.slope)
             words = f"The prediction is off by a factor: the noise is {compared.slopes.median:.3f} times it ({parts} in ranges of steps from n = 1 on)"
@@ -249,7 +276,7 @@ def _misread(compared: ReadingComparison, best: Reading) -> Iterator[Finding]:
         elif gain:
             yield Finding(f"predicts {best.answer}", f"The network predicts {best.answer}, and is taken to predict {_taken_for(compared)}", *gain[:2])
     if best.asked != OWN:
-        gain = _stands_out(gains[best] - gains[Reading(OWN, best.answer)], _dim(compared))
+        gain = _stands_out(gains[best] - gains[Reading(OWN, best.answer)], compared.dim)
         if gain and best.asked in STEP_WORDS:
             name = "steps out of order" if best.asked == REVERSED else "off by a step"
             yield Finding(name, STEP_WORDS[best.asked], *gain[:2])
@@ -266,7 +293,7 @@ def _taken_for(compared: ReadingComparison) -> str:
 def _range(compared: ReadingComparison, asked: str) -> str:
     """The range that the network knows beside that of the data, in words."""
     likelihood: Any = compared.models[asked].likelihood
-    samples, x0 = compared.samples, likelihood.likelihood
+    samples = compared.samples
     a, b = np.asarray(likelihood.scale), np.asarray(likelihood.shift)
     same = np.ptp(a) == np.ptp(b) == 0
     words = f"{a[0]:.3g} · x_0 {'+' if b[0] >= 0 else '−'} {abs(b[0]):.3g}" if same else f"a · x_0 + b with a from {a.min():.3g} to {a.max():.3g} and b from {b.min():.3g} to {b.max():.3g}"
@@ -325,7 +352,7 @@ def _optimal_variance(compared: ReadingComparison, best: Reading) -> tuple[Estim
     is least at :math:`e^r = 1 + 2 \tilde w_n m_n`, :math:`m_n` being the mean squared error of a dimension: that of one half of the data for
     the other.
     """
-    model, (nats, squared_error), dim = compared.models[best.asked], compared.excesses[best], _dim(compared)
+    model, (nats, squared_error), dim = compared.models[best.asked], compared.excesses[best], compared.dim
     kernel, schedule, halves = model.kernel, model.schedule, np.arange(nats.shape[1]) % 2
     own = (np.asarray(kernel.constants(schedule, dim), np.float64)[1:, None] + nats[1:]).sum(0)
     weight = np.asarray(GaussianKernel("posterior").kl_weight(schedule), np.float64)[1:, None]

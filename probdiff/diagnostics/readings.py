@@ -32,15 +32,19 @@ from probdiff.networks.heads import AbstractHead, VHead, X0Head
 
 OWN = "own"
 EARLY, LATE, REVERSED = "n − 1", "n + 1", "N + 1 − n"
+BEYOND = {EARLY: "n − 2", LATE: "n + 2"}  # a step further
 RANGE, RANGE_BY_DIM = "another range of the data", "another range of each dimension"
 OTHERS_CONTEXT = "another's context"
 SCALED = "a multiple"
+NORMALS, STANDARD_NORMALS = "independent normals", "independent standard normals"
 SLOPES = 5  # ranges of steps
 # The step that the network is asked for in the place of n; at the ends of the chain, the nearest that there is.
 ASKED: dict[str, Callable[[Any, int], Any]] = {
     OWN: lambda n, num_steps: n,
     EARLY: lambda n, num_steps: n - 1,
     LATE: lambda n, num_steps: n + 1,
+    BEYOND[EARLY]: lambda n, num_steps: n - 2,
+    BEYOND[LATE]: lambda n, num_steps: n + 2,
     REVERSED: lambda n, num_steps: num_steps + 1 - n,
 }
 NOISE = "the noise"
@@ -103,7 +107,8 @@ class Reading(NamedTuple):
 
     Attributes:
         asked: A key of :data:`ASKED`, or :data:`RANGE`, :data:`RANGE_BY_DIM` or :data:`OTHERS_CONTEXT`.
-        answer: A key of :data:`ANSWERS`, or :data:`OWN` for what the model takes it for, or :data:`SCALED` for a multiple of that.
+        answer: A key of :data:`ANSWERS`, or :data:`OWN` for what the model takes it for, or :data:`SCALED` for a multiple of that; or
+            :data:`NORMALS` or :data:`STANDARD_NORMALS`, for the best prediction if the dimensions were such, whatever the network.
     """
 
     asked: str
@@ -176,6 +181,8 @@ def _excesses(
             eps_hat = {name: read(model, name, answer, z, steps) for name in [OWN, *(others if asked in ASKED else ())]}
             if asked == OWN:
                 eps_hat[SCALED] = multiple.astype(x0.dtype) * eps_hat[OWN]
+                eps_hat[NORMALS] = noise * (z - signal * x0.mean(0)) / (signal**2 * x0.var(0) + noise**2)
+                eps_hat[STANDARD_NORMALS] = noise * z
             every = jnp.stack([*eps_hat.values()])
             n_of_every, z, eps = (jnp.broadcast_to(each, (len(every), *each.shape)) for each in (steps, z, eps))
             nats = BoundTerm()(model, SampledStep(x, x0, n_of_every, z, NoiseMoments(eps, 0.0), every, None))
@@ -273,6 +280,15 @@ class ReadingComparison(NamedTuple):
     models: dict[str, Diffusion]
     slopes: Slopes
     samples: Float[np.ndarray, "sample dim"]
+
+    @property
+    def dim(self) -> int:
+        """Number of dimensions of the chain."""
+        return self.samples.shape[1]
+
+    def explained(self, reading: Reading) -> Float[np.ndarray, "datum"]:
+        """The share of the noise that a reading predicts, 1 − Σ_n E‖ε − ε̂‖² / Σ_n E‖ε‖², shape ``(datum,)``: about 0 of one that predicts nothing."""
+        return 1 - self.excesses[reading].squared_error.mean(0) / self.dim
 
 
 def compare_readings(
