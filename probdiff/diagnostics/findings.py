@@ -233,16 +233,16 @@ def _stands_out(gain: Float[np.ndarray, "datum"], dim: int, worth: float = WORTH
 def _best(compared: ReadingComparison) -> Reading:
     """The reading that gains most; the model's own, if no other stands out.
 
-    A reading must predict a good part of the noise: of a network that knows nothing, one that predicts less would gain. Steps are off by
-    one if a step further would lose again; a factor is one if most ranges of steps have it. What has more numbers to be fitted must gain
-    more than what has less.
+    Of a network that knows little, one that says less would gain: a reading must predict the noise as well as independent normals do. Steps
+    are off by one if a step further would lose again; a factor is one if most ranges of steps have it. What has more numbers to be
+    fitted must gain more than what has less.
     """
     gains, dim = compared.gains, compared.dim
     own, scaled, whole, by_dim = (Reading(*each) for each in ((OWN, OWN), (OWN, SCALED), (RANGE, OWN), (RANGE_BY_DIM, OWN)))
-    candidates = [r for r in gains if r.asked in (OWN, REVERSED) and r.answer in (OWN, *ANSWERS) and _predicts(compared, r)]
-    for r in gains:
-        if r.asked in BEYOND and _predicts(compared, r) and _stands_out(gains[r] - gains[r._replace(asked=BEYOND[r.asked])], dim):
-            candidates.append(r)
+    candidates = [r for r in gains if r.asked in (OWN, EARLY, LATE, REVERSED) and r.answer in (OWN, *ANSWERS) and _is_as_good_as_normals(compared, r)]
+    for r in [r for r in candidates if r.asked in BEYOND]:
+        if not _stands_out(gains[r] - gains[r._replace(asked=BEYOND[r.asked])], dim):
+            candidates.remove(r)
     best = max(candidates, key=lambda reading: gains[reading].mean(), default=own)
     best = best if _stands_out(gains[best], dim) else own
     slopes, factor = compared.slopes.slope, compared.slopes.median
@@ -253,11 +253,15 @@ def _best(compared: ReadingComparison) -> Reading:
     return best
 
 
-def _predicts(compared: ReadingComparison, reading: Reading) -> bool:
-    """Whether a reading predicts half as much of the noise as independent normals would, or more; and not by what v says if it is 0."""
-    share, normals, standard = (compared.explained(each) for each in (reading, Reading(OWN, NORMALS), Reading(OWN, STANDARD_NORMALS)))
-    more = Estimate.of(share - standard)
-    return bool(share.mean() > normals.mean() / 2) and ("v" not in reading.answer.split() or more.mean > SURE * more.error)
+def _predicts(compared: ReadingComparison, reading: Reading, share: float = 0.5) -> bool:
+    """Whether a reading predicts a share of what independent normals predict of the noise, or more."""
+    return bool(compared.explained(reading).mean() > share * compared.explained(Reading(OWN, NORMALS)).mean())
+
+
+def _is_as_good_as_normals(compared: ReadingComparison, reading: Reading) -> bool:
+    """Whether a reading predicts as much as independent normals but for a hundredth; of v, more than is said by v = 0."""
+    more = Estimate.of(compared.explained(reading) - compared.explained(Reading(OWN, STANDARD_NORMALS)))
+    return _predicts(compared, reading, 0.99) and ("v" not in reading.answer.split() or more.mean > SURE * more.error)
 
 
 def _misread(compared: ReadingComparison, best: Reading) -> Iterator[Finding]:

@@ -170,7 +170,7 @@ def _excesses(
     others = other_answers(own, shape)
 
     def one(n: Int[Array, ""]) -> dict[Reading, Excesses]:
-        found = {}
+        found: dict[Reading, Excesses] = {}
         for asked, model in models.items():
             x0 = model.likelihood.encode(x)
             eps = jax.random.normal(jax.random.fold_in(key, n), shape, x0.dtype)
@@ -178,7 +178,7 @@ def _excesses(
             signal, noise = (at_step(table, n, x0.dtype) for table in (model.schedule.signal_scale, model.schedule.noise_scale))
             z = signal * x0 + noise * eps
             answer = ask(model, z, jnp.clip(ASKED.get(asked, ASKED[OWN])(steps, num_steps), 1, num_steps))
-            eps_hat = {name: read(model, name, answer, z, steps) for name in [OWN, *(others if asked in ASKED else ())]}
+            eps_hat: dict[str, Any] = {name: read(model, name, answer, z, steps) for name in [OWN, *(others if asked in ASKED else ())]}
             if asked == OWN:
                 eps_hat[SCALED] = multiple.astype(x0.dtype) * eps_hat[OWN]
                 eps_hat[NORMALS] = noise * (z - signal * x0.mean(0)) / (signal**2 * x0.var(0) + noise**2)
@@ -288,7 +288,7 @@ class ReadingComparison(NamedTuple):
 
     def explained(self, reading: Reading) -> Float[np.ndarray, "datum"]:
         """The share of the noise that a reading predicts, 1 − Σ_n E‖ε − ε̂‖² / Σ_n E‖ε‖², shape ``(datum,)``: about 0 of one that predicts nothing."""
-        return 1 - self.excesses[reading].squared_error.mean(0) / self.dim
+        return 1 - np.asarray(self.excesses[reading].squared_error).mean(0) / self.dim
 
 
 def compare_readings(
