@@ -711,9 +711,63 @@ LIBRARIES = [
      "return _on_host(function, *primals), jnp.zeros_like(primals[0])", "adapters"),
 ]  # fmt: skip
 
+AUDIT = [
+    ("a reading on noise of its own", "_excesses",
+     "jax.random.fold_in(key, n)",
+     "jax.random.fold_in(jax.random.fold_in(key, len(asked)), n)", "audit"),
+    ("a network that counts from 0 is asked for n + 1", "_excesses",
+     "jnp.clip(ASKED.get(asked, ASKED[OWN])(steps, num_steps), 1, num_steps)",
+     "jnp.clip(2 * steps - ASKED.get(asked, ASKED[OWN])(steps, num_steps), 1, num_steps)", "audit"),
+    ("the answer is read at the step that was asked for", "_excesses",
+     "read(model, name, answer, z, steps)",
+     "read(model, name, answer, z, jnp.clip(ASKED.get(asked, ASKED[OWN])(steps, num_steps), 1, num_steps))", "audit"),
+    ("another range without its Jacobian", "Recoded.__call__",
+     "scale / jnp.asarray(self.scale)",
+     "scale", "audit"),
+    ("the range of the samples the wrong way around", "_recoded",
+     "spread / spread0",
+     "spread0 / spread", "audit"),
+    ("the slope of the prediction on the noise", "fit_slopes",
+     "parts[:, 0].mean(1) / parts[:, 1].mean(1)",
+     "parts[:, 1].mean(1) / parts[:, 0].mean(1)", "audit"),
+    ("slopes that the bound does not weigh", "fit_slopes",
+     "weight[:, None, None] * np.mean(draws, 0)",
+     "np.mean(draws, 0)", "audit"),
+    ("what is worth nothing is named", "_stands_out",
+     "max(SURE * estimate.error, worth * dim)",
+     "-1.0", "audit"),
+    ("zeros are read as v", "_is_as_good_as_normals",
+     "more.mean > SURE * more.error",
+     "True", "audit"),
+    ("a multiple goes before a sign", "_best",
+     "_stands_out(gains[r] - gains[best], dim, worth)",
+     "_stands_out(gains[r], dim, worth)", "audit"),
+    ("two faults, each with what both gain", "_misread",
+     "gains[best] - gains[Reading(OWN, best.answer)]",
+     "gains[best]", "audit"),
+    ("the best variances without their constants", "_optimal_variance",
+     "dim / 2 * (np.expm1(-r) + r) + np.exp(-r) * weight * here",
+     "np.exp(-r) * weight * here", "audit"),
+    ("the difference of two calls, not halved", "compare_equal_calls",
+     "weight[each].sum() * own / 2",
+     "weight[each].sum() * own * 2", "audit"),
+    ("a batch of copies that is the batch", "_predictions",
+     "np.full(len(z), i)",
+     "np.roll(np.arange(len(z)), -i)", "audit"),
+    ("the error of the steps over draws and data", "audit",
+     "step_kl.std(-1, ddof=1) / np.sqrt(len(x))",
+     "step_kl.std(-1, ddof=1) / np.sqrt(len(x) * num_draws)", "audit"),
+    ("bits of data with a density", "Audit.bits_per_dim",
+     "self.levels is None",
+     "False", "audit"),
+    ("the audit of the training data", "run",
+     "dataset.test[:count]",
+     "dataset.train[:count]", "audit_command"),
+]  # fmt: skip
+
 BUGS = [
     Bug(*bug)
-    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *FILES, *FIT, *TABLES, *FIGURES, *CONVENTIONS, *LIBRARIES)
+    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *FILES, *FIT, *TABLES, *FIGURES, *CONVENTIONS, *LIBRARIES, *AUDIT)
 ]
 
 

@@ -18,6 +18,7 @@ _NAMES = {
     "diagnostics.compare_estimators": ["compare_estimators"],
     "diagnostics.compare_models": ["compare_models"],
     "diagnostics.datatree": ["to_datatree"],
+    "diagnostics.findings": ["audit"],
     "diffusion": ["Diffusion"],
     "elbo.analytic": ["AnalyticELBO"],
     "elbo.estimators": ["ESTIMATORS"],

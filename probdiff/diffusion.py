@@ -137,6 +137,10 @@ class Diffusion(AbstractDiffusion):
         """This model with another reverse kernel."""
         return self._replaced(kernel=kernel)
 
+    def with_likelihood(self, likelihood: AbstractLikelihood) -> "Diffusion":
+        """This model with another likelihood."""
+        return self._replaced(likelihood=likelihood)
+
     @property
     def network(self) -> Network:
         """The network as it was given, with the parameters that the model holds."""

@@ -442,6 +442,14 @@ CALLS = {
         TypeError,
         "diffusion: Expected a Diffusion; got MLP",
     ),
+    "an audit of nan": (
+        lambda: probdiff.audit(NORMAL, NAN, key=KEY),
+        ValueError,
+        r"x: Expected finite values; got nan at index \[2, 1\]",
+    ),
+    "an audit of a network": (lambda: probdiff.audit(NETWORK, X, key=KEY), TypeError, "diffusion: Expected a Diffusion; got MLP"),
+    "an audit of one draw": (lambda: probdiff.audit(NORMAL, X, key=KEY, num_draws=1), ValueError, "num_draws: Expected at least 2, for an error; got 1"),
+    "an audit on one datum": (lambda: probdiff.audit(NORMAL, X[:1], key=KEY), ValueError, "x: Expected at least two data; got 1"),
     "no oracle": (lambda: probdiff.diagnostics.gap_decomposition(NORMAL, None, X, key=KEY), TypeError, "oracle: Expected a distribution"),
     "both ways of nan": (
         lambda: probdiff.diagnostics.compute_both_ways(NORMAL, NAN, key=KEY, num_draws=2),
@@ -910,6 +918,7 @@ TAKES_KEY = {
     "compare_contexts": lambda key: probdiff.diagnostics.compare_contexts(GIVEN, X, np.ones((6, 3)), np.zeros((6, 3)), key=key),
     "compute_both_ways": lambda key: probdiff.diagnostics.compute_both_ways(NORMAL, X, key=key, num_draws=2),
     "compare_on_common_paths": lambda key: probdiff.diagnostics.compare_on_common_paths(NORMAL, X, key=key),
+    "audit": lambda key: probdiff.audit(NORMAL, X, key=key),
     "gap_decomposition": lambda key: probdiff.diagnostics.gap_decomposition(NORMAL, LINEAR, X, key=key),
     **{name: lambda key, draw=draw: draw(NORMAL, key=key, num_samples=2) for name, draw in probdiff.samplers.SAMPLERS.items()},
 }
@@ -925,7 +934,7 @@ def test_a_seed_in_the_place_of_a_key_is_refused_with_the_remedy(name, monkeypat
 SCORES = {"vp_conditional_score", "vp_from_ve", "ve_from_vp", "vp_score_from_eps", "eps_from_score", "eps_from_vp_score"}
 RESULTS = {"ELBOTerms", "ELBOMoments", "Moments", "Estimate", "Sandwich", "TwoWays", "bits_per_dim", "EstimatorComparison"}
 RESULTS |= {"Classification", "ContextDifference", "EvidenceBounds", "Posterior", "Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO"}
-RESULTS |= {"CommonPaths", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
+RESULTS |= {"Audit", "CommonPaths", "Finding", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
 # What takes a result, or encoded data; what an optimiser is made of.
 INNER = {"NoTwist", "PointTwist", "TweedieTwist", "Categories", "Columns", "DiscretizedNormal", "prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema"}
 # What a user makes a part of, in tests/test_own_parts.py.

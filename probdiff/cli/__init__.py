@@ -1,4 +1,4 @@
-"""The commands ``probdiff fit``, ``probdiff inspect``, ``probdiff compare``, ``probdiff sample``,
+"""The commands ``probdiff fit``, ``probdiff inspect``, ``probdiff audit``, ``probdiff compare``, ``probdiff sample``,
 ``probdiff posterior`` and ``probdiff verify``.
 
 Exit codes: 0, done; 1, the fit or a check failed; 2, something given was not usable (one line says what); 130, interrupted.
@@ -193,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="probdiff", description="Diffusion models as NumPyro programs.")
     parser.add_argument("--version", action="version", version=f"probdiff {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for add in (_add_fit, _add_inspect, _add_compare, _add_sample, _add_posterior, _add_verify):
+    for add in (_add_fit, _add_inspect, _add_audit, _add_compare, _add_sample, _add_posterior, _add_verify):
         add(commands)
     return parser
 
@@ -247,6 +247,14 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     known = "take the gap of the bound apart, of data of known density, and keep the account in RUN"
     inspect.add_argument("--ledger", action="store_true", help=known)
     _add_json(inspect)
+
+
+def _add_audit(commands: argparse._SubParsersAction) -> None:
+    audit = commands.add_parser("audit", help="what a network is worth: its bound both ways, where its nats go, and what is wrong with it")
+    audit.add_argument("run", metavar="RUN", help="run folder")
+    audit.add_argument("--num-items", type=_count, metavar="K", help="test items (default: 64 to 1024, as there are many steps or few)")
+    audit.add_argument("--num-draws", type=_count, default=8, metavar="S", help="draws of the noise for each (default 8)")
+    _add_json(audit)
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:

@@ -1,4 +1,5 @@
-"""What can be said of a fitted model: whether two ways agree, comparisons, the gap taken apart, DataTrees for ArviZ, and figures.
+"""What can be said of a fitted model: whether two ways agree, comparisons, the gap taken apart, what is wrong with a network that was trained
+elsewhere, DataTrees for ArviZ, and figures.
 
 Imports the bound and what it stands on. ``compare_estimators`` and ``compare_models`` are modules here; the functions are
 ``probdiff.compare_estimators`` and ``probdiff.compare_models``.
@@ -11,13 +12,16 @@ from probdiff.diagnostics.compare_estimators import EstimatorComparison
 from probdiff.diagnostics.compare_models import ModelComparison
 from probdiff.diagnostics.contexts import ContextDifference, compare_contexts
 from probdiff.diagnostics.datatree import arviz_dims, from_datatree, inspect_terms, to_datatree
+from probdiff.diagnostics.findings import Audit, Finding
 from probdiff.diagnostics.gap import GapDecomposition, gap_decomposition
 
 __all__ = [
+    "Audit",
     "Classification",
     "CommonPaths",
     "ContextDifference",
     "EstimatorComparison",
+    "Finding",
     "GapDecomposition",
     "ModelComparison",
     "TwoWays",

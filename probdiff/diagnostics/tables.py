@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     import probdiff.diagnostics.compare_estimators
     import probdiff.diagnostics.compare_models
+    import probdiff.diagnostics.findings
     import probdiff.diagnostics.gap
 
 BLOCKS = 8
@@ -263,3 +264,33 @@ def format_gap(decomposition: "probdiff.diagnostics.gap.GapDecomposition") -> st
         span = f"{decomposition.log_snr[first]:.1f} … {decomposition.log_snr[last - 1]:.1f}"
         lines.append(f"  n = {first + 1} … {last}".ljust(34) + f"{span:>16}{added:10.5f}" + (f"{added / per_step.sum():8.1%}" if per_step.any() else f"{'–':>8}"))
     return "\n".join(lines)
+
+
+def format_audit(audit: "probdiff.diagnostics.findings.Audit") -> str:
+    """An :class:`~probdiff.diagnostics.findings.Audit` as text of 80 columns: where the nats go, the bound two ways, and what is wrong."""
+    table, both = audit.inspection["table"], audit.two_ways
+    lines = [
+        f"Audit on {audit.inspection['num_items']} data of {audit.dim} dimensions, N = {audit.schedule.num_steps} steps",
+        f"{'':38}{'nats':>12}{'± s.e.':>10}{'share':>9}",
+    ]
+    for name, row in table.iterrows():
+        label = LABELS.get(str(name), str(name).replace("step_kl[", "KL of steps ").rstrip("]"))
+        share = f"{row['share']:9.1%}" if row["share"] >= 0 else ""
+        lines.append(f"{label:38}{row['nats']:12.4f}{row['error_over_items']:10.4f}{share}")
+    if audit.bits_per_dim is not None:
+        lines.append(f"{'bits/dim':38}{audit.bits_per_dim.mean:12.4f}{audit.bits_per_dim.error:10.4f}")
+    difference, error = both.difference
+    lines += [
+        f"{LABELS['trace_elbo']:38}{both.trace.mean:12.4f}{both.trace.error:10.4f}",
+        f"{'difference (± Monte Carlo error)':38}{difference:12.4f}{error:10.4f}   {'they agree' if both.agree else 'THEY DISAGREE'}",
+    ]
+    if audit.variance is not None:
+        lines.append(f"{'the best reverse variances would gain':38}{audit.variance.mean:12.4f}{audit.variance.error:10.4f}")
+    words = [f"{i}. {found.name}: {found.sentence} ({_gain(found)})" for i, found in enumerate(audit.findings, 1)]
+    lines += ["", f"What is wrong: {'' if words else 'nothing was found'}".rstrip()]
+    return "\n".join([*lines, *(line for each in words for line in textwrap.wrap(each, WIDTH, subsequent_indent="   "))])
+
+
+def _gain(found: "probdiff.diagnostics.findings.Finding") -> str:
+    """What a repair gains, in words."""
+    return f"{found.nats:.4g} ± {found.error:.2g} nats" if np.isfinite(found.nats) else "there is no bound"

@@ -1,0 +1,375 @@
+r"""The audit of a network that was trained elsewhere: its bound, where its nats go, and what is wrong with it.
+
+Every diagnosis is a measurement in nats: what the repair would gain in the bound, on the same data and the same noise. It is named if the gain
+is more than five of its standard errors *and* more than 0.01 nats (0.014 bits) a dimension; 0.05 nats where a factor is fitted, 0.1 where a range is. The readings of the network
+(:mod:`probdiff.diagnostics.readings`) compete; what else is wrong is measured with the network read as is best.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, PRNGKeyArray, PyTree
+
+from probdiff._checks import Whole, require, require_count, require_key, require_type
+from probdiff.chain.forward import prior_kl
+from probdiff.chain.reverse import GaussianKernel
+from probdiff.chain.schedules import AbstractSchedule
+from probdiff.diagnostics.agreement import TwoWays, compute_both_ways
+from probdiff.diagnostics.datatree import inspect_terms, to_datatree
+from probdiff.diagnostics.equal_calls import compare_equal_calls
+from probdiff.diagnostics.readings import (
+    ANSWERS,
+    BEYOND,
+    EARLY,
+    LATE,
+    NORMALS,
+    OTHERS_CONTEXT,
+    OWN,
+    RANGE,
+    RANGE_BY_DIM,
+    REVERSED,
+    SCALED,
+    STANDARD_NORMALS,
+    Reading,
+    ReadingComparison,
+    compare_readings,
+)
+from probdiff.diagnostics.tables import format_audit
+from probdiff.diffusion import Diffusion
+from probdiff.elbo.estimate import Estimate
+from probdiff.elbo.terms import bits_per_dim
+from probdiff.programs.sites import Data
+
+SURE = 5.0  # standard errors
+# What a repair must gain, in nats a dimension; more if it has numbers that are fitted, of which a network of few iterations has some use.
+WORTH, WORTH_OF_FACTOR, WORTH_OF_RANGE = 0.01, 0.05, 0.1
+SAME = 1e-5  # relative: rounding of an excess in float32
+STEP_WORDS = {
+    EARLY: "The network counts the steps from 0: asked for n − 1 in the place of n it does better",
+    LATE: "The network is asked a step too early: asked for n + 1 in the place of n it does better",
+    REVERSED: "The network counts the steps from the noisy end: asked for N + 1 − n in the place of n it does better",
+}
+
+
+class Finding(NamedTuple):
+    """Something that is wrong with a model.
+
+    Attributes:
+        name: What it is, in a few words that stay the same.
+        sentence: What was measured.
+        nats: What the repair would gain in the bound, nats per datum; infinite where there is no bound.
+        error: Its standard error over data.
+    """
+
+    name: str
+    sentence: str
+    nats: float
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """The result of :func:`audit`. Prints as a table; in nats per datum.
+
+    Attributes:
+        findings: What is wrong, a list of :class:`Finding`, the costliest first; empty if nothing is.
+        two_ways: The bound by its terms and by ``Trace_ELBO``, :class:`TwoWays`.
+        step_kl, step_kl_error: KL of each step n = 2 … N and its standard error over data, shape ``(num_steps - 1,)``.
+        inspection: Where the nats go, as :func:`~probdiff.diagnostics.inspect_terms` has it.
+        readings: What other readings of the network gain in the bound, a dict from :class:`Reading` to ``Estimate``; mostly they lose. Empty
+            if the kernel asks the network for something else than the noise.
+        slopes: The factor that ε̂ should have, :class:`Slopes`; None in that case.
+        variance: What the best reverse variances for the network would gain, an ``Estimate``; None in that case.
+        levels: Number of levels of data on a grid, so that bits/dim mean something; None for data with a density.
+        dim: Number of dimensions.
+        schedule: The noise schedule.
+    """
+
+    findings: list[Finding]
+    two_ways: TwoWays
+    step_kl: Float[np.ndarray, "step"]
+    step_kl_error: Float[np.ndarray, "step"]
+    inspection: dict[str, Any]
+    readings: dict[Reading, Estimate]
+    slopes: Any
+    variance: Estimate | None
+    levels: int | None
+    dim: int
+    schedule: AbstractSchedule
+
+    @property
+    def elbo(self) -> Estimate:
+        """The bound, nats per datum."""
+        return self.two_ways.analytic
+
+    @property
+    def bits_per_dim(self) -> Estimate | None:
+        """The code length in bits per dimension, of data on a grid."""
+        if self.levels is None:
+            return None
+        mean, *errors = (float(bits_per_dim(each, self.dim)) for each in self.elbo)
+        return Estimate(mean, *map(abs, errors))
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing was found, and the bound is the same both ways."""
+        return not self.findings and self.two_ways.agree
+
+    def plot(self, title: str = "") -> Any:
+        """A figure: the KL of each step."""
+        from probdiff.diagnostics.plots import plot_step_kl
+
+        return plot_step_kl(to_datatree(self.two_ways.terms), self.schedule, title)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        bits, (difference, error) = self.bits_per_dim, self.two_ways.difference
+        both = {"analytic": self.elbo._asdict(), "trace_elbo": self.two_ways.trace._asdict(), "difference": difference, "difference_error": error}
+        slopes = self.slopes and [{"steps": list(s), "slope": c, "error": e} for s, c, e in zip(*(list(each) for each in self.slopes))]
+        return {
+            "sound": self.sound,
+            "findings": [finding._asdict() for finding in self.findings],
+            "elbo": self.elbo._asdict(),
+            "bits_per_dim": bits and bits._asdict(),
+            "two_ways": both | {"agree": self.two_ways.agree},
+            "terms": self.inspection["table"].to_dict("index"),
+            "step_kl": self.step_kl.tolist(),
+            "step_kl_error": self.step_kl_error.tolist(),
+            "readings": [reading._asdict() | gain._asdict() for reading, gain in self.readings.items()],
+            "slopes": slopes,
+            "variance": self.variance and self.variance._asdict(),
+            "num_items": self.inspection["num_items"],
+            "num_draws": self.inspection["num_draws"],
+            "dim": self.dim,
+            "num_steps": self.schedule.num_steps,
+        }
+
+    def __repr__(self) -> str:
+        """The table, and what is wrong."""
+        return format_audit(self)
+
+
+def audit(
+    diffusion: Diffusion, x: Data, *, context: PyTree = None, key: PRNGKeyArray, num_draws: Whole = 8, progress: bool = False
+) -> Audit:
+    """What a network is worth on data, and what is wrong with it: for one that was trained elsewhere, by other conventions.
+
+    It looks for a prior KL that is not small; steps out of order or off by one; a prediction that is a multiple of the noise, minus the
+    noise, v, x_0 or a score; another range of the data; a context that is ignored; data of a batch that depend on each other; an output that is
+    random or not finite; reverse variances that are worse than both of Ho et al. (2020). Each is named if its repair gains more than five standard
+    errors and 0.01 nats a dimension; a network that is merely not trained to the end is sound. A step more or less is worth
+    little where there are many: at N = 1000 it is not seen, and does no harm.
+
+    The cost is that of about nine bounds of all steps, and of a sample for each datum.
+
+    Args:
+        diffusion: The model, with the network to be audited in it.
+        x: Data of the kind that the network was trained on, best held out; shape ``(datum, dim)``, at least two, a hundred or more to see
+            small things.
+        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        key: JAX key.
+        num_draws: Draws of the noise for each datum, at least two.
+        progress: Show progress bars.
+
+    Returns:
+        An :class:`Audit`.
+
+    Raises:
+        ValueError, TypeError: If the data do not suit the model, or there are fewer than two data or draws.
+
+    Example:
+        >>> import jax, numpy as np, probdiff
+        >>> oracle, schedule = probdiff.oracles.GaussianOracle([0.0], [[0.2]]), probdiff.log_snr_schedule(10)
+        >>> network = oracle.network(schedule)
+        >>> x = oracle.sample(np.random.default_rng(0), 64).astype(np.float32)
+        >>> wrong = probdiff.Diffusion(schedule, lambda z, n: -network(z, n), reverse_variance="forward")
+        >>> [finding.name for finding in probdiff.audit(wrong, x, key=jax.random.key(0)).findings]
+        ['predicts minus the noise']
+    """
+    require_type("diffusion", diffusion, Diffusion)
+    diffusion = diffusion.evaluated().given(context)
+    x = diffusion.read_data(x)
+    require_key(key)
+    require_count("num_draws", num_draws)
+    require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
+    require(len(x) >= 2, "x", "at least two data", len(x))
+    bound_key, call_key, reading_key = jax.random.split(key, 3)
+    both = compute_both_ways(diffusion, x, key=bound_key, num_draws=num_draws, progress=progress)
+    step_kl = np.asarray(both.terms.step_kl, np.float64).mean(0)
+    compared, gained, findings = None, None, [*_not_finite(both)]
+    if not findings and diffusion.kernel.prediction == "noise":
+        compared = compare_readings(diffusion, x, key=reading_key, num_draws=num_draws, progress=progress)
+        best = _best(compared)
+        gained, worse = _optimal_variance(compared, best)
+        findings += [*_misread(compared, best), *_context(diffusion, compared), *worse]
+        findings += [*_prior(compared.models[best.asked], x), *_calls(diffusion, x, call_key)]
+    elif not findings:
+        findings += _prior(diffusion, x)
+    return Audit(
+        findings=sorted(findings, key=lambda finding: -finding.nats),
+        two_ways=both,
+        step_kl=step_kl.mean(-1),
+        step_kl_error=step_kl.std(-1, ddof=1) / np.sqrt(len(x)),
+        inspection=inspect_terms(to_datatree(both.terms), None if diffusion.likelihood.levels is None else x.shape[1]),
+        readings={} if compared is None else {reading: Estimate.of(each) for reading, each in compared.gains.items() if reading != Reading(OWN, OWN)},
+        slopes=None if compared is None else compared.slopes,
+        variance=gained,
+        levels=diffusion.likelihood.levels,
+        dim=x.shape[1],
+        schedule=diffusion.schedule,
+    )
+
+
+def _stands_out(gain: Float[np.ndarray, "datum"], dim: int, worth: float = WORTH) -> Estimate | None:
+    """The gain, if it is more than its error and chance allow, and worth something."""
+    estimate = Estimate.of(gain)
+    return estimate if estimate.mean > max(SURE * estimate.error, worth * dim) else None
+
+
+def _best(compared: ReadingComparison) -> Reading:
+    """The reading that gains most; the model's own, if no other stands out.
+
+    Of a network that knows little, one that says less would gain: a reading must predict the noise as well as independent normals do. Steps
+    are off by one if a step further would lose again; a factor is one if most ranges of steps have it. What has more numbers to be
+    fitted must gain more than what has less.
+    """
+    gains, dim = compared.gains, compared.dim
+    own, scaled, whole, by_dim = (Reading(*each) for each in ((OWN, OWN), (OWN, SCALED), (RANGE, OWN), (RANGE_BY_DIM, OWN)))
+    candidates = [r for r in gains if r.asked in (OWN, EARLY, LATE, REVERSED) and r.answer in (OWN, *ANSWERS) and _is_as_good_as_normals(compared, r)]
+    for r in [r for r in candidates if r.asked in BEYOND]:
+        if not _stands_out(gains[r] - gains[r._replace(asked=BEYOND[r.asked])], dim):
+            candidates.remove(r)
+    best = max(candidates, key=lambda reading: gains[reading].mean(), default=own)
+    best = best if _stands_out(gains[best], dim) else own
+    slopes, factor = compared.slopes.slope, compared.slopes.median
+    is_factor = np.median(np.abs(slopes - factor)) < abs(factor - 1) / 2
+    for r, worth in (*([(scaled, WORTH_OF_FACTOR)] if is_factor else []), (whole, WORTH_OF_RANGE), (by_dim, WORTH_OF_RANGE)):
+        if r in gains and _predicts(compared, r) and _stands_out(gains[r] - gains[best], dim, worth):
+            best = r
+    return best
+
+
+def _predicts(compared: ReadingComparison, reading: Reading, share: float = 0.5) -> bool:
+    """Whether a reading predicts a share of what independent normals predict of the noise, or more."""
+    return bool(compared.explained(reading).mean() > share * compared.explained(Reading(OWN, NORMALS)).mean())
+
+
+def _is_as_good_as_normals(compared: ReadingComparison, reading: Reading) -> bool:
+    """Whether a reading predicts as much as independent normals but for a hundredth; of v, more than is said by v = 0."""
+    more = Estimate.of(compared.explained(reading) - compared.explained(Reading(OWN, STANDARD_NORMALS)))
+    return _predicts(compared, reading, 0.99) and ("v" not in reading.answer.split() or more.mean > SURE * more.error)
+
+
+def _misread(compared: ReadingComparison, best: Reading) -> Iterator[Finding]:
+    """What is wrong with the model's own reading: of the best, how the network is asked and what its answer is, each beside the other."""
+    gains, normals = compared.gains, Reading(OWN, NORMALS)
+    if not _predicts(compared, best) and (gain := _stands_out(gains[normals], compared.dim)):
+        shares = (f"{max(0, compared.explained(reading).mean()):.1%}" for reading in (best, normals))
+        words = "The network predicts {} of the noise, independent normals with the means and variances of the data {}: it is not trained, or read wrongly"
+        yield Finding("predicts no noise", words.format(*shares), *gain[:2])
+    if best.answer != OWN:
+        gain = _stands_out(gains[best] - gains[Reading(best.asked, OWN)], compared.dim)
+        if gain and best.answer == SCALED:
+            parts = ", ".join(f"{slope:.3f}" for slope in compared.slopes.slope)
+            words = f"The prediction is off by a factor: the noise is {compared.slopes.median:.3f} times it ({parts} in ranges of steps from n = 1 on)"
+            yield Finding("off by a scale", words, *gain[:2])
+        elif gain:
+            yield Finding(f"predicts {best.answer}", f"The network predicts {best.answer}, and is taken to predict {_taken_for(compared)}", *gain[:2])
+    if best.asked != OWN:
+        gain = _stands_out(gains[best] - gains[Reading(OWN, best.answer)], compared.dim)
+        if gain and best.asked in STEP_WORDS:
+            name = "steps out of order" if best.asked == REVERSED else "off by a step"
+            yield Finding(name, STEP_WORDS[best.asked], *gain[:2])
+        elif gain:
+            yield Finding("range of the data", _range(compared, best.asked), *gain[:2])
+
+
+def _taken_for(compared: ReadingComparison) -> str:
+    """What the model takes the network's answer for."""
+    name = type(compared.models[OWN].network).__name__
+    return {"VHead": "v", "X0Head": "x_0"}.get(name, f"what a {name} takes" if name.endswith("Head") else "the noise")
+
+
+def _range(compared: ReadingComparison, asked: str) -> str:
+    """The range that the network knows beside that of the data, in words."""
+    likelihood: Any = compared.models[asked].likelihood
+    samples = compared.samples
+    a, b = np.asarray(likelihood.scale), np.asarray(likelihood.shift)
+    same = np.ptp(a) == np.ptp(b) == 0
+    words = f"{a[0]:.3g} · x_0 {'+' if b[0] >= 0 else '−'} {abs(b[0]):.3g}" if same else f"a · x_0 + b with a from {a.min():.3g} to {a.max():.3g} and b from {b.min():.3g} to {b.max():.3g}"
+    return f"The network knows data of another range: its samples have mean {samples.mean():.3g}, and x_0 as the data are encoded should be {words}"
+
+
+def _not_finite(both: TwoWays) -> Iterator[Finding]:
+    """Terms that are no numbers."""
+    bad = ~np.isfinite(np.concatenate([both.terms.reconstruction[:, None], both.terms.step_kl], 1))
+    if bad.any():
+        steps = 1 + np.flatnonzero(bad.any((0, 2)))
+        where = f"n = {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps from n = {steps[0]} to {steps[-1]}"
+        words = f"The terms of {where} are not finite, for {bad[:, steps - 1].mean():.1%} of the predictions there"
+        yield Finding("output not finite", words, float("inf"), float("nan"))
+
+
+def _prior(diffusion: Diffusion, x: Data) -> Iterator[Finding]:
+    """A chain that ends before the data are noise."""
+    kl = np.asarray(prior_kl(diffusion.schedule, diffusion.likelihood.encode(x)), np.float64)
+    gain, dim = _stands_out(kl, diffusion.likelihood.encoded_dim(x.shape[1])), diffusion.likelihood.encoded_dim(x.shape[1])
+    if gain:
+        last = float(np.asarray(diffusion.schedule.log_snr)[-1])
+        words = f"The chain ends before the data are noise: the KL of q(z_N | x_0) to N(0, I) is {gain.mean / dim:.3g} nats a dimension, at a log-SNR of {last:.1f}"
+        yield Finding("prior KL", words, *gain[:2])
+
+
+def _context(diffusion: Diffusion, compared: ReadingComparison) -> Iterator[Finding]:
+    """A context that changes nothing."""
+    if OTHERS_CONTEXT not in compared.models:
+        return
+    leaves = zip(*(jax.tree.leaves(compared.models[name].context) for name in (OWN, OTHERS_CONTEXT)))
+    varies = any(bool(jnp.any(own != other)) for own, other in leaves)
+    excess = compared.excesses[Reading(OWN, OWN)].nats.sum(0)
+    gain = compared.gains[Reading(OTHERS_CONTEXT, OWN)]
+    if varies and (np.abs(gain) <= SAME * np.abs(excess)).all():
+        words = f"The context is ignored: given another's, the bound changes by {np.abs(gain).max():.1g} nats at most"
+        yield Finding("context ignored", words, 0.0, 0.0)
+
+
+def _calls(diffusion: Diffusion, x: Data, key: PRNGKeyArray) -> Iterator[Finding]:
+    """Predictions that should be equal and are not; what is random differs in a batch of its own, too."""
+    differences = compare_equal_calls(diffusion, diffusion.likelihood.encode(x), key=key)
+    twice, alone = differences["twice"], differences["alone"]
+    if twice.is_there:
+        words = f"The output is random, as with dropout: the same call twice differs by {twice.relative:.1%} of the prediction"
+        yield Finding("random output", words, *twice.nats[:2])
+    elif alone.is_there:
+        words = f"The data of a batch depend on each other, as with batch statistics: alone, a datum's prediction differs by {alone.relative:.1%}"
+        yield Finding("coupled batch", words, *alone.nats[:2])
+
+
+def _optimal_variance(compared: ReadingComparison, best: Reading) -> tuple[Estimate, list[Finding]]:
+    r"""What the best reverse variances gain for the network as it is best read; a finding, if β̃_n and β_n are both better, too.
+
+    At :math:`v_n = \tilde\beta_n e^r` the KL of a step is :math:`\tfrac d2 (e^{-r} - 1 + r) + e^{-r} \tilde w_n \|\epsilon - \hat\epsilon\|^2`, which
+    is least at :math:`e^r = 1 + 2 \tilde w_n m_n`, :math:`m_n` being the mean squared error of a dimension: that of one half of the data for
+    the other.
+    """
+    model, (nats, squared_error), dim = compared.models[best.asked], compared.excesses[best], compared.dim
+    kernel, schedule, halves = model.kernel, model.schedule, np.arange(nats.shape[1]) % 2
+    own = (np.asarray(kernel.constants(schedule, dim), np.float64)[1:, None] + nats[1:]).sum(0)
+    weight = np.asarray(GaussianKernel("posterior").kl_weight(schedule), np.float64)[1:, None]
+    least = np.zeros_like(own)
+    for half in (0, 1):
+        here, there = (squared_error[1:, halves == each] for each in (half, 1 - half))
+        r = np.log1p(2 * weight * there.mean(1, keepdims=True) / dim)
+        least[halves == half] = (dim / 2 * (np.expm1(-r) + r) + np.exp(-r) * weight * here).sum(0)
+    gains = []
+    for name in ("posterior", "forward"):
+        textbook = GaussianKernel(name)
+        constants, weights = (np.asarray(each, np.float64)[1:, None] for each in (textbook.constants(schedule, dim), textbook.kl_weight(schedule)))
+        gains.append(own - (constants + weights * squared_error[1:]).sum(0))
+    gain, worse = Estimate.of(own - least), all(_stands_out(each, dim) for each in gains)
+    words = "The reverse variances are worse than β̃_n and than β_n; this is what the best for the network gain"
+    return gain, [Finding("reverse variance", words, *gain[:2])] if worse else []

@@ -1,0 +1,35 @@
+"""``probdiff audit``."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from cli_runs import unmistakable_runs
+
+import probdiff
+from probdiff import cli
+
+pytestmark = pytest.mark.xdist_group("cli")  # its tests share what is costly to make
+FEW = ["--num-items", "16", "--num-draws", "2"]
+
+
+def test_the_audit_of_a_run_is_that_of_its_test_data(capsys, patched):
+    path = Path(next(iter(unmistakable_runs(patched)[0])))
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    assert cli.main(["audit", str(path), "--json", *FEW]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert cli.main(["audit", str(path), *FEW]) == 0
+    text = capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+    run = probdiff.open_run(path)
+    found = probdiff.audit(run.diffusion, run.data.test[:16], key=jax.random.key(0), num_draws=2)
+    assert document == json.loads(json.dumps(found.to_dict())) and text == f"{found}\n"
+    assert document["num_items"] == 16 and document["elbo"]["mean"] == pytest.approx(found.elbo.mean)
+
+
+@pytest.mark.parametrize("options, message", [(["--num-items", "1"], "--num-items: Expected 2 to"), (["--num-draws", "1"], "--num-draws: Expected an integer of at least 2; got 1")])
+def test_what_cannot_be_audited_is_refused_in_a_line(options, message, capsys, patched):
+    assert cli.main(["audit", next(iter(unmistakable_runs(patched)[0])), *options]) == 2
+    out, err = capsys.readouterr()
+    assert not out and message in err and err.count("\n") == 1

@@ -1,0 +1,54 @@
+"""``probdiff.audit`` on networks of 20 seeds, exact, briefly fitted and well fitted: nothing is named that is not there."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from audit_networks import DIM, OPTIONS, ORACLE, RANGES, SCHEDULE, broken
+
+import probdiff
+
+pytestmark = pytest.mark.long
+SEEDS, BRIEFLY, WELL = range(20), 150, 4000
+
+
+@functools.cache
+def network(iterations, seed):
+    """A network that was fitted to the oracle's data, or the oracle's own for no iterations."""
+    if not iterations:
+        return ORACLE.network(SCHEDULE)
+    mlp = probdiff.MLP(DIM, key=jax.random.key(seed), hidden=32, num_blocks=2)
+    model = probdiff.Diffusion(SCHEDULE, mlp, probdiff.NormalLikelihood())
+    x = ORACLE.sample(np.random.default_rng(1000 + seed), 4000).astype(np.float32)
+    options = {"iterations": iterations, "learning_rate": 2e-3, "key": jax.random.key(seed), "progress": False}
+    return probdiff.fit(model, x, **options).diffusion.network
+
+
+def audited(iterations, seed, options=None, change=(1.0, 0.0)):
+    x = ORACLE.sample(np.random.default_rng(seed), 256).astype(np.float32)
+    model = broken(**({} if options is None else options), network=network(iterations, seed))
+    return probdiff.audit(model, (x * change[0] + change[1]).astype(np.float32), key=jax.random.key(seed))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("iterations", [0, BRIEFLY, WELL])
+def test_nothing_is_named_on_a_sound_network(iterations, seed):
+    found = audited(iterations, seed)
+    assert not found.findings and abs(found.two_ways.z) < 4.9 and found.two_ways.common.agree
+
+
+@pytest.mark.parametrize("fault", OPTIONS)
+@pytest.mark.parametrize("iterations", [BRIEFLY, WELL])
+def test_a_fault_is_named_on_a_fitted_network(iterations, fault):
+    """A step more or less cannot be told of a network that was fitted briefly."""
+    names = [each.name for each in audited(iterations, 0, OPTIONS[fault]).findings]
+    name = fault.partition(":")[0]
+    assert names == [name] or (names == [] and iterations == BRIEFLY and name == "off by a step")
+
+
+@pytest.mark.parametrize("change", RANGES)
+@pytest.mark.parametrize("iterations", [BRIEFLY, WELL])
+def test_another_range_is_named_on_a_fitted_network(iterations, change):
+    found = audited(iterations, 0, change=RANGES[change])
+    assert [each.name for each in found.findings] == ["range of the data"]
