@@ -83,48 +83,82 @@ class PointTwist(AbstractTwist):
         return Twisted(*jax.value_and_grad(log_prob)(z))
 
 
+class DiagonalTwist(AbstractTwist):
+    r"""p(y | z_n) with the covariance of x_0 given z_n diagonal, for long y: one evaluation of the network and no derivative of it, however many values y has.
+
+    The mean is the network's. The variances V are those of a :class:`~probdiff.networks.CategoricalHead`'s probabilities, or :math:`1-\bar\alpha_n`, as if the
+    data were standard normal. By Tweedie's formula the derivative of the network is then diagonal, too, and the gradient is
+    :math:`\sqrt{\bar\alpha_n}/(1-\bar\alpha_n)\, V\, \partial \log p(y | \hat x_0, V) / \partial \hat x_0`. Of :class:`~probdiff.inference.Inpainting` it moves
+    observed coordinates as if x_0 were y there, which is right, and leaves the hidden ones to the network, which sees them both. What coordinates have to do with each other given
+    z_n is left out of the weights, which vary more for it; the estimate of the evidence is unbiased all the same.
+
+    Where the last step given y is known it is the same with as much noise as x_0 has given z_n, and then no matrix is made.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import probdiff
+        >>> from probdiff.inference import DiagonalTwist, Inpainting, smc
+        >>> schedule = probdiff.log_snr_schedule(10, 4.0, -4.0)
+        >>> diffusion = probdiff.Diffusion(schedule, probdiff.oracles.GaussianOracle([0.0] * 40, np.eye(40)).network(schedule))
+        >>> observation = Inpainting(np.arange(40) < 30, np.zeros(40))
+        >>> smc(diffusion, observation, key=jax.random.key(0), num_particles=4, twist=DiagonalTwist()).samples.shape
+        (4, 40)
+    """
+
+    def __call__(self, diffusion: Diffusion, observation: AbstractObservation, z: Float[Array, "dim"], n: Int[Array, ""]) -> Twisted:
+        """The log density of y, and the gradient through its mean."""
+        x0, variance = _moments(diffusion, z, n)
+        scale = jnp.sqrt(variance + _last_variance(diffusion, z))
+
+        def log_prob(x0: Float[Array, "dim"]) -> Float[Array, ""]:
+            last = observation.last_step(diffusion.likelihood(x0, scale))
+            if last is not None:
+                return last.log_prob
+            of_y = _linearised(diffusion, observation, x0)
+            covariance = jax.lax.stop_gradient(_product(of_y.slope * variance, of_y.slope.T) + of_y.noise)
+            return dist.MultivariateNormal(of_y.loc, covariance).log_prob(of_y.value)
+
+        value, gradient = jax.value_and_grad(log_prob)(x0)
+        schedule = diffusion.schedule
+        ratio = at_step(schedule.signal_scale / schedule.one_minus_alpha_bar, n, z.dtype)
+        return Twisted(value, ratio * variance * gradient)
+
+    def evaluations(self, observation: AbstractObservation, dim: int) -> int:
+        """2, that of the reverse kernel included."""
+        return 2
+
+
 class TweedieTwist(AbstractTwist):
     r"""p(y | z_n) with x_0 given z_n normal, by the network's mean and covariance.
 
-    With few values of y the covariance of A x_0 is :math:`A C A^T`, by as many vector-Jacobian products of the network as y has values; for networks that are not
-    exact it is symmetrised, and clipped to be positive semi-definite. With more than 16, C is taken for diagonal: the variances of a
-    :class:`~probdiff.networks.CategoricalHead`'s probabilities, or :math:`1-\bar\alpha_n`, as if the dimensions were standard normal and independent;
-    that takes one vector-Jacobian product. The gradient is that of the mean.
+    The covariance of A x_0 is :math:`A C A^T`, by as many vector-Jacobian products of the network as y has values; for networks that are not
+    exact it is symmetrised, and clipped to be positive semi-definite. The gradient is that of the mean. With more than 16 values of y it is the
+    :class:`DiagonalTwist`.
     """
 
     most_values: ClassVar[int] = MOST_VALUES
 
     def __call__(self, diffusion: Diffusion, observation: AbstractObservation, z: Float[Array, "dim"], n: Int[Array, ""]) -> Twisted:
         """The log density of y, and the gradient through its mean."""
-        schedule, likelihood = diffusion.schedule, diffusion.likelihood
-
-        def mean(x0: Float[Array, "dim"]) -> Float[Array, "observed"]:
-            return observation.mean(likelihood.unrounded(x0))
-
+        if self._is_long(observation, len(z)):
+            return DiagonalTwist()(diffusion, observation, z, n)
         x0, from_z = jax.vjp(lambda z: predicted_x0(diffusion, z, n), z)
-        x = likelihood.unrounded(x0)
-        loc, slope = mean(x0), jax.jacrev(mean)(x0)
-        residual = observation.observed(x).astype(z.dtype) - loc
-        # (What the last step adds is part of the noise in any case: then nothing is singular.)
-        last = at_step(schedule.beta, jnp.ones((), jnp.int32), z.dtype)
-        noise = observation.covariance(x).astype(z.dtype) + last * _product(slope, slope.T)
-        if len(residual) <= self.most_values:
-            rows = jax.vmap(lambda row: from_z(row)[0])(slope)
-            covariance = at_step(schedule.one_minus_alpha_bar / schedule.signal_scale, n, z.dtype) * _product(rows, slope.T)
-            of_y = dist.MultivariateNormal(loc, _positive(covariance) + noise)
-            weighted = jax.scipy.linalg.cho_solve((of_y.scale_tril, True), residual)
-            gradient = weighted @ rows
-        else:
-            covariance = _product(slope * _variances(diffusion, z, n), slope.T)
-            of_y = dist.MultivariateNormal(loc, covariance + noise)
-            weighted = jax.scipy.linalg.cho_solve((of_y.scale_tril, True), residual)
-            gradient = from_z(weighted @ slope)[0]
-        return Twisted(of_y.log_prob(loc + residual), gradient)
+        of_y = _linearised(diffusion, observation, x0)
+        rows = jax.vmap(lambda row: from_z(row)[0])(of_y.slope)
+        ratio = at_step(diffusion.schedule.one_minus_alpha_bar / diffusion.schedule.signal_scale, n, z.dtype)
+        normal = dist.MultivariateNormal(of_y.loc, _positive(ratio * _product(rows, of_y.slope.T)) + of_y.noise)
+        weighted = jax.scipy.linalg.cho_solve((normal.scale_tril, True), of_y.value - of_y.loc)
+        return Twisted(normal.log_prob(of_y.value), weighted @ rows)
 
     def evaluations(self, observation: AbstractObservation, dim: int) -> int:
         """The prediction, and two for each vector-Jacobian product."""
-        values = jax.eval_shape(observation.mean, jnp.zeros(dim)).shape[0]
-        return 1 + 2 * (values if values <= self.most_values else 1)
+        if self._is_long(observation, dim):
+            return DiagonalTwist().evaluations(observation, dim)
+        return 1 + 2 * jax.eval_shape(observation.mean, jnp.zeros(dim)).shape[0]
+
+    def _is_long(self, observation: AbstractObservation, dim: int) -> bool:
+        return jax.eval_shape(observation.mean, jnp.zeros(dim)).shape[0] > self.most_values
 
 
 TWISTS: dict[str, AbstractTwist] = {"none": NoTwist(), "point": PointTwist(), "tweedie": TweedieTwist()}
@@ -149,15 +183,40 @@ def predicted_x0(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""]
     return (z - noise * diffusion.predict_noise(z, n)) / signal
 
 
-def _variances(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""]) -> Float[Array, "dim"]:
-    """The variance of each dimension of x_0 given z_n, about."""
+def _moments(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""]) -> tuple[Float[Array, "dim"], Float[Array, "dim"]]:
+    """The mean of x_0 that the network predicts from z_n, and the variance of each dimension, about."""
     log_p = diffusion.log_probabilities(z, n)
     if log_p is None:
-        return jnp.broadcast_to(at_step(diffusion.schedule.one_minus_alpha_bar, n, z.dtype), z.shape)
-    grid = jnp.linspace(-1.0, 1.0, log_p.shape[-1], dtype=z.dtype)
-    probability = jnp.exp(log_p)
+        variance = at_step(diffusion.schedule.one_minus_alpha_bar, n, z.dtype)
+        return predicted_x0(diffusion, z, n), jnp.broadcast_to(variance, z.shape)
+    grid, probability = jnp.linspace(-1.0, 1.0, log_p.shape[-1], dtype=z.dtype), jnp.exp(log_p)
     mean = probability @ grid
-    return jnp.maximum((probability * jnp.square(grid - mean[..., None])).sum(-1), 0)
+    return mean, jnp.maximum((probability * jnp.square(grid - mean[..., None])).sum(-1), 0)
+
+
+class _Linearised(NamedTuple):
+    """y given x_0, linear about a point: its ``value``, and its mean there with the ``slope`` and the covariance of its ``noise``."""
+
+    value: Float[Array, "observed"]
+    loc: Float[Array, "observed"]
+    slope: Float[Array, "observed dim"]
+    noise: Float[Array, "observed observed"]
+
+
+def _linearised(diffusion: Diffusion, observation: AbstractObservation, x0: Float[Array, "dim"]) -> _Linearised:
+    """y given x_0 about a point; what the last step adds is part of the noise in any case: then nothing is singular."""
+
+    def mean(x0: Float[Array, "dim"]) -> Float[Array, "observed"]:
+        return observation.mean(diffusion.likelihood.unrounded(x0))
+
+    x, slope = diffusion.likelihood.unrounded(x0), jax.jacrev(mean)(x0)
+    noise = observation.covariance(x).astype(x0.dtype) + _last_variance(diffusion, x0) * _product(slope, slope.T)
+    return _Linearised(observation.observed(x).astype(x0.dtype), mean(x0), slope, noise)
+
+
+def _last_variance(diffusion: Diffusion, z: Float[Array, "dim"]) -> Float[Array, ""]:
+    """The variance of the last step."""
+    return at_step(diffusion.schedule.beta, jnp.ones((), jnp.int32), z.dtype)
 
 
 def _product(a: Float[Array, "i j"], b: Float[Array, "j k"]) -> Float[Array, "i k"]:
