@@ -10,7 +10,7 @@ from conftest import Z_MAX, assert_mean, long_but
 from scipy import stats
 
 import probdiff
-from probdiff.inference import DiagonalTwist, Inpainting, LinearGaussian, observed_log_prob
+from probdiff.inference import DiagonalTwist, Inpainting, LinearGaussian, TweedieTwist, observed_log_prob
 from probdiff.inference.particles import evidence, make_problem
 from probdiff.oracles import GaussianOracle, exact_moments
 
@@ -55,6 +55,19 @@ def test_the_diagonal_twist_is_unbiased(twist, float64):
     problem = make_problem(make(), observation, DiagonalTwist(), None)
     run = jax.jit(lambda keys: jax.lax.map(lambda key: evidence(problem, 4, key), keys, batch_size=1000))
     assert_mean(np.exp(np.asarray(run(jax.random.split(KEY, 4000)), float) - expected)[:, None], 1.0, power=0.5)
+
+
+def test_room_for_more_values_changes_no_twist(float64):
+    """But for a constant; nor does the diagonal twist make anything of what is hidden."""
+    rows = Inpainting.of_rows(GAPS, X, 3)
+    z, n = jnp.array([[0.3, -0.5, 0.9], [1.0, 0.2, -0.4]]), jnp.array(7)
+    for k in (0, 1, 4):
+        given, row = Inpainting(GAPS[k], X[k]), jax.tree.map(lambda leaf, k=k: leaf[k], rows)
+        for twist in (TweedieTwist(), DiagonalTwist()):
+            one, other = ([twist(make(), observation, each, n) for each in z] for observation in (given, row))
+            np.testing.assert_allclose(other[1].log_prob - other[0].log_prob, one[1].log_prob - one[0].log_prob, rtol=1e-9)
+            np.testing.assert_allclose(other[0].gradient, one[0].gradient, rtol=1e-9, atol=1e-12)
+        assert np.all((one[0].gradient != 0) == GAPS[k])
 
 
 def test_the_diagonal_twist_is_exact_for_independent_coordinates():
