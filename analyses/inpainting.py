@@ -3,8 +3,6 @@
 #
 # A diffusion fitted to whole digits knows what may be below a given upper half. Sequential Monte Carlo along the reverse chain
 # (`probdiff.inference`) gives completions as weighted samples, and an unbiased estimate of the probability of the visible half, which no sampler without weights has.
-#
-# With it log p(x) − log p(visible) is log p(hidden | visible): how much the model knows of the lower half from the upper one.
 # The figure is saved to the current directory.
 
 # %%
@@ -24,9 +22,8 @@ parser = argparse.ArgumentParser(description="Digits with the lower half hidden"
 parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
 quick = parser.parse_args().quick
 
-NUM_STEPS, PARTICLES, RUNS, ITEMS, SIMULATED = (4, 4, 2, 2, 2) if quick else (100, 64, 4, 64, 24)
+NUM_STEPS, PARTICLES, RUNS, ITEMS, SIMULATED = (4, 4, 2, 2, 2) if quick else (100, 64, 2, 64, 20)
 SHOWN, COMPLETIONS = (2, 2) if quick else (8, 8)
-SIZES = (4,) if quick else (16, 64, 256)  # numbers of particles, for how far the estimate has come
 HALF = np.arange(64) < 32  # True is visible: the upper four rows
 TWIST = DiagonalTwist()  # 32 observed values: what "tweedie" is for more than 16
 
@@ -49,7 +46,7 @@ fit = probdiff.fit(
     learning_rate=options["learning_rate"],
     validation=data.validation[:8] if quick else data.validation,
     validate_every=options["validate_every"],
-    key=jax.random.key(options["seed"]),
+    key=jax.random.split(jax.random.key(options["seed"]))[0],  # as the command does
     progress=False,
 )
 long = fit.diffusion
@@ -77,91 +74,89 @@ for num_steps, bound in bounds.items():
 # %% [markdown]
 # ## The probability of the visible half
 #
-# Of each item in independent runs, whose mean is the estimate. Beside it the halves by independent pixels, each by its frequencies in the training data;
-# and the whole item by the same particles with nothing hidden. The log of an unbiased estimate is too small on average, by about half of its variance. The difference of two of them is neither
-# a bound from below nor one from above; it is as good as the particles, of which the next section is.
+# Of each item in independent runs, whose mean is the estimate. Beside it the visible half by independent pixels, each by its frequencies in the training data. The log of an
+# unbiased estimate is too small on average.
 
 # %%
 start = time.process_time()
-given = {"num_particles": PARTICLES, "num_runs": RUNS, "twist": TWIST}
-visible = observed_log_prob(model, items, mask=np.tile(HALF, (ITEMS, 1)), key=jax.random.key(2), **given)
-whole = observed_log_prob(model, items, mask=np.full((ITEMS, 64), True), key=jax.random.key(3), **given)
+given = {"num_particles": PARTICLES, "twist": TWIST}
+visible = observed_log_prob(model, items, mask=np.tile(HALF, (ITEMS, 1)), key=jax.random.key(2), num_runs=RUNS, **given)
 counts = 0.5 + (data.train[:, :, None] == np.arange(17)).sum(0)
 by_pixel = np.log(counts / counts.sum(1, keepdims=True))[np.arange(64), items]
-
-
-def over_runs(*found):
-    """The error of a mean over the items from that of the particles."""
-    return np.sqrt(sum(np.square(each.error).sum() for each in found)) / ITEMS
-
-
+error = np.sqrt(np.square(visible.error).sum()) / ITEMS
 print(f"\n{ITEMS} test items, {RUNS} runs of {PARTICLES} particles each: nats per item, ± over the items")
-shown("log p(visible half)", visible.log_prob, over_runs(visible))
+shown("log p(visible half)", visible.log_prob, error)
 shown("the same by independent pixels", by_pixel[:, HALF].sum(1))
-shown("log p(x), of all pixels", whole.log_prob, over_runs(whole))
-shown("the bound of it", bounds[NUM_STEPS])
-shown("log p(hidden half | visible half)", whole.log_prob - visible.log_prob, over_runs(whole, visible))
-shown("the same by independent pixels", by_pixel[:, ~HALF].sum(1))
+shown("the bound of all pixels", bounds[NUM_STEPS])
+shown("the same by independent pixels", by_pixel.sum(1))
 print(f"effective sample size at the worst step, of {PARTICLES}: {np.median(visible.ess):.1f} (median), {visible.ess.min():.1f} to {visible.ess.max():.1f}")
-print(f"{time.process_time() - start:.0f} s of processor time")
+print(f"{time.process_time() - start:.0f} s of processor time", flush=True)
 
 # %% [markdown]
 # ## Are these particles enough?
 #
-# The estimate on the same items with fewer and more of them; and bounds on both sides, on visible halves of digits that were drawn from the model: between the two is
-# its log p(visible half).
+# Bounds on both sides, on visible halves of digits that were drawn from the model: between the two is its log p(visible half).
 
 # %%
-print("\nlog p(visible half) of the first items by number of particles, nats per item")
-for size in SIZES:
-    found = observed_log_prob(
-        model, items[:8], mask=np.tile(HALF, (len(items[:8]), 1)), key=jax.random.key(4), **(given | {"num_particles": size})
-    )
-    error = np.sqrt(np.square(found.error).sum()) / len(items[:8])
-    print(f"{size:5} particles: {found.log_prob.mean():8.3f} ± {error:.3f} of the particles; error of an item {np.median(found.error):.2f} (median)", flush=True)
 print()
-print(evidence_bounds(model, Inpainting(HALF, items[0]), key=jax.random.key(5), num_data=SIMULATED, num_particles=PARTICLES, twist=TWIST), flush=True)
+print(evidence_bounds(model, Inpainting(HALF, items[0]), key=jax.random.key(5), num_data=SIMULATED, **given), flush=True)
 
 # %% [markdown]
 # ## Completions
 #
 # Drawn by their weights, those of all runs together. Their visible half is that of the item. The mean of the completions against the mean of the training data, as a guess of the hidden pixels,
-# and how much they vary.
+# and how much they vary. Within a run particles have come to descend from a few at high noise, and resemble each other: so there are more runs here, and beside the effective sample size is how far two
+# particles of a run are apart, and two of different runs.
 
 # %%
 posteriors = [
-    smc(model, Inpainting(HALF, x), key=jax.random.key(6 + k), num_particles=PARTICLES, num_runs=RUNS, twist=TWIST) for k, x in enumerate(items[:SHOWN])
+    smc(model, Inpainting(HALF, x), key=jax.random.key(6 + k), num_runs=2 * RUNS, **given)
+    for k, x in enumerate(items[:SHOWN])
 ]
 hidden = np.array([posterior.mean[~HALF] for posterior in posteriors])
-spread = [np.sqrt(p.weights @ np.square(p.samples - p.mean)[:, ~HALF]) for p in posteriors]
-errors = {"the mean of the completions": hidden, "the mean of the training data": data.train.mean(0)[~HALF]}
-print(f"\nroot mean square error of the hidden pixels of the {SHOWN} items of the figure, levels of 0 … 16")
-for name, guess in errors.items():
-    print(f"{name:32}{np.sqrt(np.square(guess - items[:SHOWN, ~HALF]).mean()):6.2f}")
-print(f"{'spread of the completions':32}{np.sqrt(np.square(spread).mean()):6.2f}")
+spread = np.array([posterior.weights @ np.square(posterior.samples - posterior.mean)[:, ~HALF] for posterior in posteriors])
 
-figure = plt.figure(figsize=(9.5, 1.0 * SHOWN + 0.4), dpi=100, layout="constrained")
+
+def distances(posterior):
+    """The root mean square distance of two particles' hidden pixels, within runs and between."""
+    x = posterior.samples[:, ~HALF].astype(float).reshape(posterior.num_runs, -1, 32)
+    within = 2 * x.var(1, ddof=1).mean()
+    of_means = x.mean(1).var(0, ddof=1).mean() - within / 2 / x.shape[1]
+    return np.sqrt([within, within + 2 * max(of_means, 0)])
+
+
+rows = {
+    "error of the mean of the completions": np.square(hidden - items[:SHOWN, ~HALF]),
+    "error of the mean of the training data": np.square(data.train.mean(0)[~HALF] - items[:SHOWN, ~HALF]),
+    "spread of the completions": spread,
+}
+print(f"\nhidden pixels of the {SHOWN} items of the figure, {2 * RUNS} runs of {PARTICLES} particles: root mean squares, levels of 0 … 16")
+for name, squares in rows.items():
+    print(f"{name:40}{np.sqrt(squares.mean()):6.2f}")
+within, between = np.mean([distances(posterior) for posterior in posteriors], 0)
+print(f"two particles of a run are {within:.2f} apart, two of different runs {between:.2f}")
+
+figure = plt.figure(figsize=(9.5, 0.7 * SHOWN + 0.6), dpi=110, layout="constrained")
 left, right = figure.subfigures(1, 2, width_ratios=(2.4, 1))
 grid = left.subplots(SHOWN, 2 + COMPLETIONS, squeeze=False)
+colours = plt.get_cmap("gray_r").with_extremes(bad="#cfe3f3")
 for row, x, posterior in zip(grid, items, posteriors):
-    drawn = posterior.resample(jax.random.key(0), COMPLETIONS)
-    seen = np.where(HALF, x, np.nan)
-    for axes, image in zip(row, [x, seen, *drawn]):
-        axes.imshow(np.ma.masked_invalid(np.reshape(image, (8, 8)).astype(float)), cmap=plt.get_cmap("gray_r").with_extremes(bad="#cfe3f3"), vmin=0, vmax=16)
+    images = [x, np.where(HALF, x, np.nan), *posterior.resample(jax.random.key(0), COMPLETIONS)]
+    for axes, image in zip(row, images):
+        axes.imshow(np.ma.masked_invalid(np.reshape(image, (8, 8)).astype(float)), cmap=colours, vmin=0, vmax=16)
         axes.set(xticks=[], yticks=[])
     for axes in row[2:]:
         axes.axhline(3.5, color="C0", lw=1)
     row[0].set_ylabel(f"{posterior.log_evidence:.1f}", rotation=0, ha="right", va="center", fontsize=8)
-grid[0, 0].set_title("original", fontsize=8)
-grid[0, 1].set_title("visible", fontsize=8)
-grid[0, 2].set_title("completions, drawn by their weights", fontsize=8, loc="left")
+for axes, title in zip(grid[0], ("original", "visible", "completions, drawn by their weights")):
+    axes.set_title(title, fontsize=8, loc="left").set_in_layout(False)
 left.supylabel("log p(visible half), nats", fontsize=8)
 axes = right.subplots()
 for k, posterior in enumerate(posteriors):
-    axes.plot(np.arange(1, NUM_STEPS + 1), posterior.ess, lw=1, color=plt.get_cmap("viridis")(k / SHOWN))
+    axes.plot(np.arange(1, NUM_STEPS + 1), posterior.ess, lw=0.8, color=plt.get_cmap("viridis")(k / SHOWN))
 axes.axhline(PARTICLES / 2, color="k", lw=0.8, ls=":", label="resampled below")
-axes.set(xlabel="step n", ylabel=f"effective sample size, of {PARTICLES}", ylim=(0, PARTICLES * 1.05), title="of each row, mean of the runs")
-axes.title.set_fontsize(8)
+axes.set(xlabel="step n", ylabel=f"effective sample size, of {PARTICLES}", ylim=(0, PARTICLES * 1.05))
+axes.set_title("a line for each row, mean of its runs", fontsize=8)
 axes.legend(frameon=False, fontsize=8)
 figure.savefig("inpainting.png")
 print("figure: inpainting.png")

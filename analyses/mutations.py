@@ -282,12 +282,15 @@ MISSING = [
     ("the error of one run for that of their mean", "log_mean_with_error",
      "ratio.std(0, ddof=1) / np.sqrt(count)",
      "ratio.std(0, ddof=1)", "missing"),
-    ("the gradient of the diagonal twist without the variance", "DiagonalTwist.__call__",
-     "ratio * variance * gradient",
-     "ratio * gradient", "missing"),
-    ("the gradient of the diagonal twist in the other direction", "DiagonalTwist.__call__",
-     "ratio * variance * gradient",
-     "-ratio * variance * gradient", "missing"),
+    ("a normal tilted without its variance", "DiagonalTwist.__call__",
+     "x0 + variance * tilt",
+     "x0 + tilt", "missing"),
+    ("levels tilted the other way", "DiagonalTwist.__call__",
+     "log_p + tilt[:, None] * _grid(log_p)",
+     "log_p - tilt[:, None] * _grid(log_p)", "missing"),
+    ("the noise of the last step for that of x_0", "DiagonalTwist.__call__",
+     "variance + _last_variance(diffusion, z)",
+     "_last_variance(diffusion, z)", "missing"),
 ]  # fmt: skip
 
 CONTEXT_FILES = [

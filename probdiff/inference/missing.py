@@ -94,8 +94,9 @@ def observed_log_prob(
         >>> schedule = probdiff.log_snr_schedule(10, 4.0, -4.0)
         >>> diffusion = probdiff.Diffusion(schedule, GaussianOracle([0.0] * 3, np.eye(3)).network(schedule), reverse_variance="forward")
         >>> x = np.array([[0.5, np.nan, 0.2], [np.nan, np.nan, np.nan]])
-        >>> probdiff.inference.observed_log_prob(diffusion, x, key=jax.random.key(0), num_particles=16).log_prob.round(1).tolist()
-        [-2.0, 0.0]
+        >>> found = probdiff.inference.observed_log_prob(diffusion, x, key=jax.random.key(0), num_particles=16)
+        >>> found.log_prob.shape, found.observed.tolist(), float(found.log_prob[1])
+        ((2,), [2, 0], 0.0)
     """
     require_type("diffusion", diffusion, Diffusion)
     for name, value in (("num_particles", num_particles), ("num_runs", num_runs)):

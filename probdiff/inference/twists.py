@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 from numpyro import distributions as dist
 
@@ -23,6 +24,7 @@ from probdiff._checks import require
 from probdiff.chain.schedules import at_step
 from probdiff.diffusion import Diffusion
 from probdiff.inference.observations import AbstractObservation
+from probdiff.likelihoods import Categories
 
 MOST_VALUES = 16  # of y, for a covariance by as many vector-Jacobian products
 
@@ -84,15 +86,15 @@ class PointTwist(AbstractTwist):
 
 
 class DiagonalTwist(AbstractTwist):
-    r"""p(y | z_n) with the covariance of x_0 given z_n diagonal, for long y: one evaluation of the network and no derivative of it, however many values y has.
+    r"""p(y | z_n) with the dimensions of x_0 independent given z_n, for long y: one evaluation of the network and no derivative of it, however many values y has.
 
-    The mean is the network's. The variances V are those of a :class:`~probdiff.networks.CategoricalHead`'s probabilities, or :math:`1-\bar\alpha_n`, as if the
-    data were standard normal. By Tweedie's formula the derivative of the network is then diagonal, too, and the gradient is
-    :math:`\sqrt{\bar\alpha_n}/(1-\bar\alpha_n)\, V\, \partial \log p(y | \hat x_0, V) / \partial \hat x_0`. Of :class:`~probdiff.inference.Inpainting` it moves
+    Each dimension has the network's mean. With a :class:`~probdiff.networks.CategoricalHead` its distribution is that of the levels, otherwise normal with variance
+    :math:`1-\bar\alpha_n`, as if the data were standard normal. By Tweedie's formula the derivative of the mean is then diagonal, too: a change of z_n by δ
+    multiplies the distribution of x_0 by :math:`\exp(\delta \sqrt{\bar\alpha_n}/(1-\bar\alpha_n)\, x_0)`, and the gradient is that of the twist under such a tilt. Of :class:`~probdiff.inference.Inpainting` it moves
     observed coordinates as if x_0 were y there, which is right, and leaves the hidden ones to the network, which sees them both. What coordinates have to do with each other given
     z_n is left out of the weights, which vary more for it; the estimate of the evidence is unbiased all the same.
 
-    Where the last step given y is known it is the same with as much noise as x_0 has given z_n, and then no matrix is made.
+    Where the last step given y is known for such an x, no matrix is made.
 
     Example:
         >>> import jax
@@ -108,21 +110,26 @@ class DiagonalTwist(AbstractTwist):
 
     def __call__(self, diffusion: Diffusion, observation: AbstractObservation, z: Float[Array, "dim"], n: Int[Array, ""]) -> Twisted:
         """The log density of y, and the gradient through its mean."""
-        x0, variance = _moments(diffusion, z, n)
-        scale = jnp.sqrt(variance + _last_variance(diffusion, z))
+        log_p = _log_probabilities(diffusion, z, n)
+        x0, variance = _moments(diffusion, z, n, log_p)
 
-        def log_prob(x0: Float[Array, "dim"]) -> Float[Array, ""]:
-            last = observation.last_step(diffusion.likelihood(x0, scale))
+        def log_prob(tilt: Float[Array, "dim"]) -> Float[Array, ""]:
+            """log p(y) where the distribution of x_0 is multiplied by exp(tilt · x_0)."""
+            mean = x0 + variance * tilt
+            if log_p is None:
+                of_x = diffusion.likelihood(mean, jnp.sqrt(variance + _last_variance(diffusion, z)))
+            else:
+                of_x = _of_levels(diffusion, log_p + tilt[:, None] * _grid(log_p))
+            last = observation.last_step(of_x)
             if last is not None:
                 return last.log_prob
-            of_y = _linearised(diffusion, observation, x0)
+            of_y = _linearised(diffusion, observation, mean)
             covariance = jax.lax.stop_gradient(_product(of_y.slope * variance, of_y.slope.T) + of_y.noise)
             return dist.MultivariateNormal(of_y.loc, covariance).log_prob(of_y.value)
 
-        value, gradient = jax.value_and_grad(log_prob)(x0)
+        value, gradient = jax.value_and_grad(log_prob)(jnp.zeros_like(z))
         schedule = diffusion.schedule
-        ratio = at_step(schedule.signal_scale / schedule.one_minus_alpha_bar, n, z.dtype)
-        return Twisted(value, ratio * variance * gradient)
+        return Twisted(value, at_step(schedule.signal_scale / schedule.one_minus_alpha_bar, n, z.dtype) * gradient)
 
     def evaluations(self, observation: AbstractObservation, dim: int) -> int:
         """2, that of the reverse kernel included."""
@@ -183,13 +190,32 @@ def predicted_x0(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""]
     return (z - noise * diffusion.predict_noise(z, n)) / signal
 
 
-def _moments(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""]) -> tuple[Float[Array, "dim"], Float[Array, "dim"]]:
-    """The mean of x_0 that the network predicts from z_n, and the variance of each dimension, about."""
+def _log_probabilities(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""]) -> Float[Array, "dim level"] | None:
+    """log p(v | z_n) of the levels of the data, if the network predicts those."""
     log_p = diffusion.log_probabilities(z, n)
+    return None if log_p is None or log_p.shape[-1] != diffusion.likelihood.levels else log_p
+
+
+def _grid(log_p: Float[Array, "dim level"]) -> Float[Array, "level"]:
+    """The levels as the chain sees them."""
+    return jnp.linspace(-1.0, 1.0, log_p.shape[-1], dtype=log_p.dtype)
+
+
+def _of_levels(diffusion: Diffusion, logits: Float[Array, "dim level"]) -> dist.Distribution:
+    """The distribution of x by the probabilities of its levels, independent over the dimensions."""
+    with jax.ensure_compile_time_eval():
+        values = np.asarray(diffusion.likelihood.decode(jnp.linspace(-1.0, 1.0, logits.shape[-1]))).tolist()
+    return Categories(logits, tuple(values)).to_event(1)
+
+
+def _moments(
+    diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""], log_p: Float[Array, "dim level"] | None
+) -> tuple[Float[Array, "dim"], Float[Array, "dim"]]:
+    """The mean of x_0 that the network predicts from z_n, and the variance of each dimension, about."""
     if log_p is None:
         variance = at_step(diffusion.schedule.one_minus_alpha_bar, n, z.dtype)
         return predicted_x0(diffusion, z, n), jnp.broadcast_to(variance, z.shape)
-    grid, probability = jnp.linspace(-1.0, 1.0, log_p.shape[-1], dtype=z.dtype), jnp.exp(log_p)
+    grid, probability = _grid(log_p), jnp.exp(log_p)
     mean = probability @ grid
     return mean, jnp.maximum((probability * jnp.square(grid - mean[..., None])).sum(-1), 0)
 

@@ -111,11 +111,26 @@ def test_each_datum_has_its_context(float64):
     assert np.all(np.abs(found.log_prob - expected) <= Z_MAX * found.error) and np.all(found.error < 0.1)
 
 
-def test_on_a_grid_it_is_a_probability(float64):
-    """A grid that begins at 3, of which one coordinate takes each level in turn: probabilities add up to 1."""
-    schedule = probdiff.log_snr_schedule(6, 4.0, -3.0)
+@functools.cache
+def grid():
+    """Two coordinates on a grid of three levels that begins at 3."""
     head = probdiff.networks.CategoricalHead(lambda z, n: jnp.stack([z[..., ::-1], 0 * z, -z], -1), 3)
-    model = probdiff.Diffusion(schedule, head, probdiff.DiscretizedNormalLikelihood(3, 3), dim=2).bind({})
+    return probdiff.Diffusion(probdiff.log_snr_schedule(6, 4.0, -3.0), head, probdiff.DiscretizedNormalLikelihood(3, 3), dim=2).bind({})
+
+
+def test_the_diagonal_twist_of_levels_is_their_probability(float64):
+    """And moves z as if x_0 were the level that was observed."""
+    z, n, model = jnp.array([0.4, -0.3]), jnp.array(4), grid()
+    twisted = DiagonalTwist()(model, Inpainting(np.array([False, True]), np.array([3, 5])), z, n)
+    log_p = model.log_probabilities(z, n)
+    np.testing.assert_allclose(twisted.log_prob, log_p[1, 2])
+    alpha_bar = float(model.schedule.alpha_bar[3])
+    np.testing.assert_allclose(twisted.gradient, [0, alpha_bar**0.5 / (1 - alpha_bar) * (1 - jnp.exp(log_p[1]) @ jnp.array([-1, 0, 1]))])
+
+
+def test_on_a_grid_it_is_a_probability(float64):
+    """One coordinate takes each level in turn: probabilities add up to 1."""
+    model = grid()
     x = np.array([[3, np.nan], [4, np.nan], [5, np.nan]])
     found = observed_log_prob(model, x, key=KEY, num_particles=64, num_runs=16, twist=DiagonalTwist())
     probability = np.exp(found.log_prob)
