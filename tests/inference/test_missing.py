@@ -105,10 +105,10 @@ def test_other_gaps_compile_nothing():
 def test_each_datum_has_its_context(float64):
     oracle = GaussianOracle(ORACLE.mean, ORACLE.covariance, [[1.0], [-0.5], [0.2]])
     model = probdiff.Diffusion(SCHEDULE, oracle.network(SCHEDULE), LIKELIHOOD, "forward").bind({})
-    context = np.array([[-1.0], [2.0]])
+    context = np.array([[-1.0], [4.0]])
     found = observed_log_prob(model, X[:2], context=context, key=KEY, num_particles=64, num_runs=8)
     expected = [exact(row, model, c[None]) for row, c in zip(X, context)]
-    assert np.all(np.abs(found.log_prob - expected) <= Z_MAX * found.error) and np.all(found.error < 0.1)
+    assert np.all(np.abs(found.log_prob - expected) <= Z_MAX * found.error) and np.all(found.error < 0.2)
 
 
 @functools.cache
