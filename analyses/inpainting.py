@@ -149,7 +149,7 @@ for row, x, posterior in zip(grid, items, posteriors):
         axes.axhline(3.5, color="C0", lw=1)
     row[0].set_ylabel(f"{posterior.log_evidence:.1f}", rotation=0, ha="right", va="center", fontsize=8)
 for axes, title in zip(grid[0], ("original", "visible", "completions, drawn by their weights")):
-    axes.set_title(title, fontsize=8, loc="left").set_in_layout(False)
+    axes.text(0, 1.08, title, fontsize=8, transform=axes.transAxes).set_in_layout(False)
 left.supylabel("log p(visible half), nats", fontsize=8)
 axes = right.subplots()
 for k, posterior in enumerate(posteriors):
