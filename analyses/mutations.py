@@ -256,8 +256,41 @@ PARTICLES = [
      "mask, values = ~np.isnan(known), np.nan_to_num(known)",
      "mask, values = np.isnan(known), np.nan_to_num(known)", "posterior"),
     ("hidden values are looked at", "Inpainting.last_step",
-     "jnp.where(self.mask, of_each.log_prob(values), 0).sum()",
-     "of_each.log_prob(values).sum()", "particles"),
+     "jnp.where(self.mask, of_each.log_prob(self.values), 0).sum()",
+     "of_each.log_prob(self.values).sum()", "particles"),
+]  # fmt: skip
+
+MISSING = [
+    ("room for a value that is not there has no noise", "Inpainting.covariance",
+     "1 - self.mask[self.index].astype(x.dtype)",
+     "jnp.zeros(len(self.index), x.dtype)", "missing"),
+    ("a hidden coordinate in the mean of y", "Inpainting.mean",
+     "jnp.where(self.mask, x, 0)[self.index]",
+     "x[self.index]", "missing"),
+    ("a hidden value is checked", "Inpainting.check",
+     "jnp.where(self.mask, self.values, somewhere)[None]",
+     "self.values[None]", "missing"),
+    ("a run with the gaps of another datum", "observed_log_prob",
+     "part // count",
+     "part % len(values)", "missing"),
+    ("all data given the context of the first", "_evidences",
+     "problem.diffusion.with_context(take(context, None))",
+     "problem.diffusion", "missing"),
+    ("the mask of a masked array is not looked at", "_read",
+     "mask & there",
+     "mask", "missing"),
+    ("the error of one run for that of their mean", "log_mean_with_error",
+     "ratio.std(0, ddof=1) / np.sqrt(count)",
+     "ratio.std(0, ddof=1)", "missing"),
+    ("a normal tilted without its variance", "DiagonalTwist.__call__",
+     "x0 + variance * tilt",
+     "x0 + tilt", "missing"),
+    ("levels tilted the other way", "DiagonalTwist.__call__",
+     "log_p + tilt[:, None] * _grid(log_p)",
+     "log_p - tilt[:, None] * _grid(log_p)", "missing"),
+    ("the noise of the last step for that of x_0", "DiagonalTwist.__call__",
+     "variance + _last_variance(diffusion, z)",
+     "_last_variance(diffusion, z)", "missing"),
 ]  # fmt: skip
 
 CONTEXT_FILES = [
@@ -767,7 +800,7 @@ AUDIT = [
 
 BUGS = [
     Bug(*bug)
-    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *FILES, *FIT, *TABLES, *FIGURES, *CONVENTIONS, *LIBRARIES, *AUDIT)
+    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *MISSING, *FILES, *FIT, *TABLES, *FIGURES, *CONVENTIONS, *LIBRARIES, *AUDIT)
 ]
 
 

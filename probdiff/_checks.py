@@ -9,6 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Integer
 
+GAPS = (
+    "fit to the complete rows; of the others, probdiff.inference.observed_log_prob(fitted, x, …) has the density of what is there, and "
+    "probdiff.inference.smc(fitted, Inpainting(mask, values), …) draws what is missing"
+)
 AnyArray = jax.Array | np.ndarray
 Whole = int | np.integer
 Number = float | int | np.floating | np.integer

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int, Real
+from jaxtyping import Float, Int, Real
 
-from probdiff._checks import require
+from probdiff._checks import GAPS, require
 
 if TYPE_CHECKING:
     import narwhals
@@ -41,20 +41,36 @@ def as_array(x: Any, name: str = "x") -> Any:
     return np.column_stack([numbers(column, name) for column in columns.values()])
 
 
+def with_gaps(frame: Any) -> Float[np.ndarray, "row column"]:
+    """A data frame, whose columns must be numbers, as an array of shape ``(row, column)``, NaN where a cell is missing."""
+    found = []
+    for column in columns_of(frame).values():
+        require_numbers(column)
+        there, cells = ~column.is_null().to_numpy(), np.full(len(column), np.nan)
+        cells[there] = column.drop_nulls().to_numpy()
+        found.append(cells)
+    return np.column_stack(found)
+
+
 def numbers(column: "narwhals.Series", name: str = "x") -> Real[np.ndarray, "row"]:
     """The numbers of a column, truth values as 0 and 1.
 
     Raises:
         TypeError: If the cells are not numbers; ValueError for one that is missing or not finite, by column and row.
     """
-    of_numbers = column.dtype.is_numeric() or is_boolean(column)
-    remedy = "; leave the column out, or make categories of it (in pandas, x.astype({column: 'category'})) for a ColumnLikelihood"
-    require(of_numbers, name, "columns of numbers", f"{column.dtype} in column {column.name!r}{remedy}", TypeError)
+    require_numbers(column, name)
     require_complete(column, name)
     values = column.to_numpy()
     values = values.astype(np.int32) if values.dtype == bool else values
     require_finite_column(values, str(column.name), name)
     return values
+
+
+def require_numbers(column: "narwhals.Series", name: str = "x") -> None:
+    """Refuse a column of anything but numbers and truth values."""
+    of_numbers = column.dtype.is_numeric() or is_boolean(column)
+    remedy = "; leave the column out, or make categories of it (in pandas, x.astype({column: 'category'})) for a ColumnLikelihood"
+    require(of_numbers, name, "columns of numbers", f"{column.dtype} in column {column.name!r}{remedy}", TypeError)
 
 
 def is_boolean(column: "narwhals.Series") -> bool:
@@ -101,7 +117,8 @@ def codes(column: "narwhals.Series", labels: tuple[str, ...], name: str = "x") -
 def require_complete(column: "narwhals.Series", name: str = "x") -> None:
     """Refuse a column with a missing cell."""
     missing = np.flatnonzero(column.is_null().to_numpy())
-    require(missing.size == 0, name, "a value in every cell", f"none in {place(missing, str(column.name))}")
+    remedy = f": {GAPS}" if name == "x" else ""
+    require(missing.size == 0, name, "a value in every cell", f"none in {place(missing, str(column.name))}{remedy}")
 
 
 def require_finite_column(values: np.ndarray, column: str, name: str = "x") -> None:

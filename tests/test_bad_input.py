@@ -35,7 +35,7 @@ OF_LABELS = probdiff.Diffusion(SCHEDULE, LABELLED)
 NAN = np.where(np.arange(12).reshape(6, 2) == 5, np.nan, X).astype(np.float32)
 
 DATA = {
-    "nan": (NORMAL, NAN, ValueError, r"x: Expected finite values; got nan at index \[2, 1\]"),
+    "nan": (NORMAL, NAN, ValueError, r"x: Expected finite values; got nan at index \[2, 1\]: fit to the complete rows; .*observed_log_prob"),
     "infinity": (NORMAL, np.where(np.isnan(NAN), np.inf, X), ValueError, r"got inf at index \[2, 1\]"),
     "integers for a density": (NORMAL, np.ones((6, 2), int), TypeError, "floats for NormalLikelihood.*got dtype int"),
     "complex": (NORMAL, X + 1j, TypeError, "got dtype complex"),
@@ -73,6 +73,10 @@ GIVEN_TWO = probdiff.Diffusion(SCHEDULE, probdiff.MLP(2, key=KEY, hidden=8, num_
 def subsampled(x):
     with numpyro.plate("rows", 10, subsample_size=2) as rows:
         numpyro.sample("y", dist.Normal(x[0], 1.0), obs=jnp.arange(10.0)[rows])
+
+
+def observed(diffusion, x, **options):
+    return probdiff.inference.observed_log_prob(diffusion, x, **({"key": KEY, "num_particles": 2} | options))
 
 
 program_of = probdiff.inference.Program
@@ -178,6 +182,20 @@ CALLS = {
     "bounds of the evidence by one particle": (
         lambda: probdiff.inference.evidence_bounds(NORMAL, HALF, key=KEY, num_data=2, num_particles=1), ValueError, "num_particles: Expected at least 2; got 1"
     ),
+    "what was observed of no model": (lambda: observed(NETWORK, X), TypeError, "diffusion: Expected a Diffusion; got MLP"),
+    "what was observed by no particles": (lambda: observed(NORMAL, NAN, num_particles=0), ValueError, "num_particles: Expected a positive integer; got 0"),
+    "what was observed in no runs": (lambda: observed(NORMAL, NAN, num_runs=0), ValueError, "num_runs: Expected a positive integer; got 0"),
+    "what was observed of another dimension": (lambda: observed(NORMAL, NAN[:, :1]), ValueError, r"x: Expected shape \(datum, 2\), .*; got shape \(6, 1\)"),
+    "what was observed, in a list": (lambda: observed(NORMAL, [[1.0, 2.0]]), TypeError, "x: Expected an array; got list"),
+    "infinity, observed": (lambda: observed(NORMAL, np.where(np.isnan(NAN), np.inf, X)), ValueError, r"x: Expected finite values; got inf at index \[2, 1\]"),
+    "NaN, observed": (lambda: observed(NORMAL, NAN, mask=X == X), ValueError, r"x: Expected finite values; got nan at index \[2, 1\]"),
+    "a mask of one datum": (lambda: observed(NORMAL, X, mask=X[0] > 0), ValueError, r"mask: Expected shape \(6, 2\), that of x; got shape \(2,\)"),
+    "a mask of numbers by datum": (lambda: observed(NORMAL, X, mask=np.ones((6, 2))), TypeError, "mask: Expected truth values"),
+    "halves of levels, observed": (lambda: observed(GRID, np.array([[0.5, np.nan]])), TypeError, "x: Expected integers for DiscretizedNormalLikelihood"),
+    "what was observed of too few contexts": (
+        lambda: observed(GIVEN_TWO, NAN, context=X[:2]), ValueError, "context: Expected as many rows as there are data, 6; got 2 rows"
+    ),
+    "what was observed without a context": (lambda: observed(GIVEN_TWO, NAN), ValueError, "context: Expected .*; got None"),
     "the flow of a grid as a prior": (lambda: probdiff.inference.FlowPrior(GRID), TypeError, "diffusion: Expected a NormalLikelihood, for a density"),
     "a flow of no steps": (lambda: probdiff.inference.FlowPrior(NORMAL, steps=0), ValueError, "steps: Expected a positive integer; got 0"),
     "a prior without its context": (lambda: probdiff.inference.ChainPrior(GIVEN_TWO), ValueError, "context: Expected .*; got None"),
@@ -933,10 +951,10 @@ def test_a_seed_in_the_place_of_a_key_is_refused_with_the_remedy(name, monkeypat
 
 SCORES = {"vp_conditional_score", "vp_from_ve", "ve_from_vp", "vp_score_from_eps", "eps_from_score", "eps_from_vp_score"}
 RESULTS = {"ELBOTerms", "ELBOMoments", "Moments", "Estimate", "Sandwich", "TwoWays", "bits_per_dim", "EstimatorComparison"}
-RESULTS |= {"Classification", "ContextDifference", "EvidenceBounds", "Posterior", "Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO"}
+RESULTS |= {"Classification", "ContextDifference", "EvidenceBounds", "ObservedLogProb", "Posterior", "Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO"}
 RESULTS |= {"Audit", "CommonPaths", "Finding", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
 # What takes a result, or encoded data; what an optimiser is made of.
-INNER = {"NoTwist", "PointTwist", "TweedieTwist", "Categories", "Columns", "DiscretizedNormal", "prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema"}
+INNER = {"NoTwist", "PointTwist", "DiagonalTwist", "TweedieTwist", "Categories", "Columns", "DiscretizedNormal", "prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema"}
 # What a user makes a part of, in tests/test_own_parts.py.
 ABSTRACT = {"AbstractHead", "AbstractKernel", "AbstractLikelihood", "AbstractNetwork", "AbstractReverseVariance", "AbstractSchedule"}
 ABSTRACT |= {"AbstractObservation", "AbstractTwist", "CheckpointLike", "AbstractControl", "AbstractNoise", "AbstractSteps", "AbstractTerm"}

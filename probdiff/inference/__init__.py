@@ -4,12 +4,13 @@ Imports the bound and what it stands on.
 """
 
 from probdiff.inference.likelihood import ConditionalBound, ConditionalEstimate
+from probdiff.inference.missing import ObservedLogProb, observed_log_prob
 from probdiff.inference.observations import AbstractObservation, Inpainting, LinearGaussian, Program
 from probdiff.inference.particles import log_evidence, smc
 from probdiff.inference.posterior import Posterior
 from probdiff.inference.priors import ChainPrior, FlowPrior
 from probdiff.inference.pseudo_marginal import PseudoMarginal
-from probdiff.inference.twists import AbstractTwist, NoTwist, PointTwist, TweedieTwist
+from probdiff.inference.twists import AbstractTwist, DiagonalTwist, NoTwist, PointTwist, TweedieTwist
 from probdiff.inference.two_sided import EvidenceBounds, evidence_bounds
 
 __all__ = [
@@ -18,11 +19,13 @@ __all__ = [
     "ChainPrior",
     "ConditionalBound",
     "ConditionalEstimate",
+    "DiagonalTwist",
     "EvidenceBounds",
     "FlowPrior",
     "Inpainting",
     "LinearGaussian",
     "NoTwist",
+    "ObservedLogProb",
     "PointTwist",
     "Posterior",
     "Program",
@@ -30,5 +33,6 @@ __all__ = [
     "TweedieTwist",
     "evidence_bounds",
     "log_evidence",
+    "observed_log_prob",
     "smc",
 ]

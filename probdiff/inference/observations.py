@@ -12,11 +12,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, Real
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 from numpyro import distributions as dist
 from numpyro import handlers
 
-from probdiff._checks import AnyArray, Numbers, require, require_finite
+from probdiff._checks import AnyArray, Numbers, Whole, require, require_finite
 from probdiff.likelihoods import AbstractLikelihood
 
 
@@ -182,9 +182,9 @@ class Inpainting(AbstractObservation):
         ValueError: If the shapes differ, nothing or everything is observed, or an observed value is not finite. TypeError if ``mask`` holds no truth values.
     """
 
-    mask: Bool[Array, "dim"]
-    index: Array
-    y: Real[Array, "observed"]
+    mask: Bool[Array, "*datum dim"]
+    values: Real[Array, "*datum dim"]
+    index: Int[Array, "*datum observed"]
 
     def __init__(self, mask: Bool[AnyArray, "dim"], values: Numbers) -> None:
         mask, x = np.asarray(mask), np.asarray(values)
@@ -194,19 +194,28 @@ class Inpainting(AbstractObservation):
         require(mask.any(), "mask", "at least one observed coordinate", "none")
         require(not mask.all(), "mask", "at least one hidden coordinate", "none: then the evidence is p(x), see probdiff.iwae")
         require_finite("values", np.where(mask, x, 0))
-        self.mask, self.index = jnp.asarray(mask), jnp.asarray(np.flatnonzero(mask))
-        self.y = jnp.asarray(x[mask])
+        self.mask, self.values = jnp.asarray(mask), jnp.asarray(np.where(mask, x, 0).astype(x.dtype))
+        self.index = jnp.asarray(np.flatnonzero(mask))
 
-    @property
-    def values(self) -> Real[Array, "dim"]:
-        """Every coordinate, 0 where it is hidden."""
-        return jnp.zeros(self.mask.shape, self.y.dtype).at[self.index].set(self.y)
+    @classmethod
+    def of_rows(cls, mask: Bool[np.ndarray, "datum dim"], values: Real[np.ndarray, "datum dim"], room: Whole) -> "Inpainting":
+        """The observations of some data, each with a mask of its own, as one whose arrays have an axis of the data in front, for JAX to map over.
+
+        Whatever the masks, shapes are the same: each row has room for ``room`` observed values, at least as many as there are. Where there are fewer,
+        the rest of its y is 0 with a variance of 1, whatever x is. Nothing is checked.
+        """
+        rows = object.__new__(cls)
+        index = np.argsort(~mask, 1, kind="stable")[:, : int(room)]
+        for name, array in (("mask", mask), ("values", np.where(mask, values, 0)), ("index", index)):
+            object.__setattr__(rows, name, jnp.asarray(array))
+        return rows
 
     def check(self, dim: int, likelihood: AbstractLikelihood, of_x: dist.Distribution) -> None:
         """Refuse a model of another dimension, a likelihood that is not independent over the coordinates, and values that it does not take."""
         require(self.mask.shape == (dim,), "mask", f"shape ({dim},)", f"shape {self.mask.shape}")
         require(_by_coordinate(of_x) is not None, "observation", "a likelihood that is independent over the coordinates", type(likelihood).__name__)
-        likelihood.check_data(self.values[None])
+        somewhere = likelihood.decode(jnp.zeros(dim)).astype(self.values.dtype)  # a hidden 0 may be off the grid
+        likelihood.check_data(jnp.where(self.mask, self.values, somewhere)[None])
 
     def log_prob(self, x: Real[Array, "*batch dim"]) -> Float[Array, "*batch"]:
         """None: there is no density of coordinates that are known exactly."""
@@ -214,30 +223,29 @@ class Inpainting(AbstractObservation):
 
     def observed(self, x: Float[Array, "dim"]) -> Real[Array, "observed"]:
         """Their values."""
-        return self.y
+        return self.values[self.index]
 
     def mean(self, x: Float[Array, "dim"]) -> Float[Array, "observed"]:
         """The coordinates that are observed."""
-        return x[self.index]
+        return jnp.where(self.mask, x, 0)[self.index]
 
     def covariance(self, x: Float[Array, "dim"]) -> Float[Array, "observed observed"]:
         """Zeros."""
-        return jnp.zeros(2 * self.y.shape, x.dtype)
+        return jnp.diag(1 - self.mask[self.index].astype(x.dtype))
 
     def last_step(self, of_x: dist.Distribution) -> LastStep | None:
         """The coordinates are independent given z_1."""
         of_each = _by_coordinate(of_x)
         assert of_each is not None
-        values = self.values
 
         def sample(key: PRNGKeyArray) -> Real[Array, "dim"]:
-            return jnp.where(self.mask, values, of_each.sample(key))
+            return jnp.where(self.mask, self.values, of_each.sample(key))
 
-        return LastStep(jnp.where(self.mask, of_each.log_prob(values), 0).sum(), sample)
+        return LastStep(jnp.where(self.mask, of_each.log_prob(self.values), 0).sum(), sample)
 
     def simulated(self, x: Real[Array, "dim"], key: PRNGKeyArray) -> "Inpainting":
         """An observation of the same coordinates of ``x``."""
-        return eqx.tree_at(lambda observation: observation.y, self, x[self.index].astype(self.y.dtype))
+        return eqx.tree_at(lambda observation: observation.values, self, jnp.where(self.mask, x, 0).astype(self.values.dtype))
 
 
 def _by_coordinate(of_x: dist.Distribution) -> dist.Distribution | None:

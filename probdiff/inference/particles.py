@@ -349,7 +349,18 @@ def evidence(
     path: tuple[Float[Array, "num_steps dim"], Real[Array, "dim"]] | None = None,
 ) -> Float[Array, ""]:
     """The log of the estimate of one run, all steps at once; arguments as of :func:`run_particles`."""
+    return evidence_and_ess(problem, size, key, path)[0]
+
+
+def evidence_and_ess(
+    problem: Problem,
+    size: int,
+    key: PRNGKeyArray,
+    path: tuple[Float[Array, "num_steps dim"], Real[Array, "dim"]] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The log of the estimate of one run, all steps at once, and the least effective sample size; arguments as of :func:`run_particles`."""
     latents, x = (None, None) if path is None else path
     steps = jnp.arange(problem.diffusion.schedule.num_steps, 1, -1)
-    state, _ = _steps(problem, _begin(problem, size, key, latents), steps, key, latents, None)
-    return _end(problem, state, key, x, None)[3]
+    state, ess = _steps(problem, _begin(problem, size, key, latents), steps, key, latents, None)
+    _, _, last, log_evidence = _end(problem, state, key, x, None)
+    return log_evidence, jnp.minimum(last, ess.min(initial=size))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray, Real
+from numpy.typing import ArrayLike
 from scipy.special import logsumexp, softmax
 
 from probdiff._checks import Whole, require_count, require_key
@@ -42,10 +43,7 @@ class Posterior(NamedTuple):
     @classmethod
     def of_runs(cls, runs: Sequence[Any]) -> "Posterior":
         """Put independent runs together; a warning if their particles have collapsed."""
-        evidences = np.array([run.log_evidence for run in runs])
-        total = logsumexp(evidences) - np.log(len(runs))
-        ratio = np.exp(evidences - total) if np.isfinite(total) else np.full(len(runs), np.nan)
-        error = float(ratio.std(ddof=1) / np.sqrt(len(runs))) if len(runs) > 1 else float("nan")
+        total, error = log_mean_with_error([run.log_evidence for run in runs])
         # Within a run the weights add up to its evidence; where that is 0 they are 0 already.
         missing = [run.log_evidence - logsumexp(run.log_weights) if np.isfinite(run.log_evidence) else 0.0 for run in runs]
         log_weights = np.concatenate([run.log_weights + change for run, change in zip(runs, missing)])
@@ -58,7 +56,7 @@ class Posterior(NamedTuple):
                 "evidence is uncertain; take more particles, or another twist",
                 stacklevel=3,
             )
-        return cls(samples, log_weights, float(total), error, ess, len(runs))
+        return cls(samples, log_weights, float(total), float(error), ess, len(runs))
 
     @property
     def weights(self) -> Float[np.ndarray, "particle"]:
@@ -110,3 +108,14 @@ class Posterior(NamedTuple):
             f"log p(y) of the model: {self.log_evidence:.4f}{error} nats\n"
             f"effective sample size {self.ess[0]:.0f} at the end, {self.ess.min():.0f} at the least (step n = {int(np.argmin(self.ess)) + 1})"
         )
+
+
+def log_mean_with_error(log_evidences: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """The log of the mean over the first axis, of independent runs, and its standard error; NaN of one run, and where the mean is 0."""
+    log_evidences = np.asarray(log_evidences, np.float64)
+    count = len(log_evidences)
+    total = logsumexp(log_evidences, 0) - np.log(count)
+    known = np.isfinite(total)
+    ratio = np.exp(np.where(known, log_evidences - np.where(known, total, 0), np.nan))
+    error = ratio.std(0, ddof=1) / np.sqrt(count) if count > 1 else np.full(np.shape(total), np.nan)
+    return total, error

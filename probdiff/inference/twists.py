@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 from numpyro import distributions as dist
 
@@ -23,6 +24,7 @@ from probdiff._checks import require
 from probdiff.chain.schedules import at_step
 from probdiff.diffusion import Diffusion
 from probdiff.inference.observations import AbstractObservation
+from probdiff.likelihoods import Categories
 
 MOST_VALUES = 16  # of y, for a covariance by as many vector-Jacobian products
 
@@ -83,48 +85,87 @@ class PointTwist(AbstractTwist):
         return Twisted(*jax.value_and_grad(log_prob)(z))
 
 
+class DiagonalTwist(AbstractTwist):
+    r"""p(y | z_n) with the dimensions of x_0 independent given z_n, for long y: one evaluation of the network and no derivative of it, however many values y has.
+
+    Each dimension has the network's mean. With a :class:`~probdiff.networks.CategoricalHead` its distribution is that of the levels, otherwise normal with variance
+    :math:`1-\bar\alpha_n`, as if the data were standard normal. By Tweedie's formula the derivative of the mean is then diagonal, too: a change of z_n by δ
+    multiplies the distribution of x_0 by :math:`\exp(\delta \sqrt{\bar\alpha_n}/(1-\bar\alpha_n)\, x_0)`, and the gradient is that of the twist under such a tilt. Of :class:`~probdiff.inference.Inpainting` it moves
+    observed coordinates as if x_0 were y there, which is right, and leaves the hidden ones to the network, which sees them both. What coordinates have to do with each other given
+    z_n is left out of the weights, which vary more for it; the estimate of the evidence is unbiased all the same.
+
+    Where the last step given y is known for such an x, no matrix is made.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> import probdiff
+        >>> from probdiff.inference import DiagonalTwist, Inpainting, smc
+        >>> schedule = probdiff.log_snr_schedule(10, 4.0, -4.0)
+        >>> diffusion = probdiff.Diffusion(schedule, probdiff.oracles.GaussianOracle([0.0] * 40, np.eye(40)).network(schedule))
+        >>> observation = Inpainting(np.arange(40) < 30, np.zeros(40))
+        >>> smc(diffusion, observation, key=jax.random.key(0), num_particles=4, twist=DiagonalTwist()).samples.shape
+        (4, 40)
+    """
+
+    def __call__(self, diffusion: Diffusion, observation: AbstractObservation, z: Float[Array, "dim"], n: Int[Array, ""]) -> Twisted:
+        """The log density of y, and the gradient through its mean."""
+        log_p = _log_probabilities(diffusion, z, n)
+        x0, variance = _moments(diffusion, z, n, log_p)
+
+        def log_prob(tilt: Float[Array, "dim"]) -> Float[Array, ""]:
+            """log p(y) where the distribution of x_0 is multiplied by exp(tilt · x_0)."""
+            mean = x0 + variance * tilt
+            if log_p is None:
+                of_x = diffusion.likelihood(mean, jnp.sqrt(variance + _last_variance(diffusion, z)))
+            else:
+                of_x = _of_levels(diffusion, log_p + tilt[:, None] * _grid(log_p))
+            last = observation.last_step(of_x)
+            if last is not None:
+                return last.log_prob
+            of_y = _linearised(diffusion, observation, mean)
+            covariance = jax.lax.stop_gradient(_product(of_y.slope * variance, of_y.slope.T) + of_y.noise)
+            return dist.MultivariateNormal(of_y.loc, covariance).log_prob(of_y.value)
+
+        value, gradient = jax.value_and_grad(log_prob)(jnp.zeros_like(z))
+        schedule = diffusion.schedule
+        return Twisted(value, at_step(schedule.signal_scale / schedule.one_minus_alpha_bar, n, z.dtype) * gradient)
+
+    def evaluations(self, observation: AbstractObservation, dim: int) -> int:
+        """2, that of the reverse kernel included."""
+        return 2
+
+
 class TweedieTwist(AbstractTwist):
     r"""p(y | z_n) with x_0 given z_n normal, by the network's mean and covariance.
 
-    With few values of y the covariance of A x_0 is :math:`A C A^T`, by as many vector-Jacobian products of the network as y has values; for networks that are not
-    exact it is symmetrised, and clipped to be positive semi-definite. With more than 16, C is taken for diagonal: the variances of a
-    :class:`~probdiff.networks.CategoricalHead`'s probabilities, or :math:`1-\bar\alpha_n`, as if the dimensions were standard normal and independent;
-    that takes one vector-Jacobian product. The gradient is that of the mean.
+    The covariance of A x_0 is :math:`A C A^T`, by as many vector-Jacobian products of the network as y has values; for networks that are not
+    exact it is symmetrised, and clipped to be positive semi-definite. The gradient is that of the mean. With more than 16 values of y it is the
+    :class:`DiagonalTwist`.
     """
 
     most_values: ClassVar[int] = MOST_VALUES
 
     def __call__(self, diffusion: Diffusion, observation: AbstractObservation, z: Float[Array, "dim"], n: Int[Array, ""]) -> Twisted:
         """The log density of y, and the gradient through its mean."""
-        schedule, likelihood = diffusion.schedule, diffusion.likelihood
-
-        def mean(x0: Float[Array, "dim"]) -> Float[Array, "observed"]:
-            return observation.mean(likelihood.unrounded(x0))
-
+        if self._is_long(observation, len(z)):
+            return DiagonalTwist()(diffusion, observation, z, n)
         x0, from_z = jax.vjp(lambda z: predicted_x0(diffusion, z, n), z)
-        x = likelihood.unrounded(x0)
-        loc, slope = mean(x0), jax.jacrev(mean)(x0)
-        residual = observation.observed(x).astype(z.dtype) - loc
-        # (What the last step adds is part of the noise in any case: then nothing is singular.)
-        last = at_step(schedule.beta, jnp.ones((), jnp.int32), z.dtype)
-        noise = observation.covariance(x).astype(z.dtype) + last * _product(slope, slope.T)
-        if len(residual) <= self.most_values:
-            rows = jax.vmap(lambda row: from_z(row)[0])(slope)
-            covariance = at_step(schedule.one_minus_alpha_bar / schedule.signal_scale, n, z.dtype) * _product(rows, slope.T)
-            of_y = dist.MultivariateNormal(loc, _positive(covariance) + noise)
-            weighted = jax.scipy.linalg.cho_solve((of_y.scale_tril, True), residual)
-            gradient = weighted @ rows
-        else:
-            covariance = _product(slope * _variances(diffusion, z, n), slope.T)
-            of_y = dist.MultivariateNormal(loc, covariance + noise)
-            weighted = jax.scipy.linalg.cho_solve((of_y.scale_tril, True), residual)
-            gradient = from_z(weighted @ slope)[0]
-        return Twisted(of_y.log_prob(loc + residual), gradient)
+        of_y = _linearised(diffusion, observation, x0)
+        rows = jax.vmap(lambda row: from_z(row)[0])(of_y.slope)
+        ratio = at_step(diffusion.schedule.one_minus_alpha_bar / diffusion.schedule.signal_scale, n, z.dtype)
+        normal = dist.MultivariateNormal(of_y.loc, _positive(ratio * _product(rows, of_y.slope.T)) + of_y.noise)
+        weighted = jax.scipy.linalg.cho_solve((normal.scale_tril, True), of_y.value - of_y.loc)
+        return Twisted(normal.log_prob(of_y.value), weighted @ rows)
 
     def evaluations(self, observation: AbstractObservation, dim: int) -> int:
         """The prediction, and two for each vector-Jacobian product."""
-        values = jax.eval_shape(observation.mean, jnp.zeros(dim)).shape[0]
-        return 1 + 2 * (values if values <= self.most_values else 1)
+        if self._is_long(observation, dim):
+            return DiagonalTwist().evaluations(observation, dim)
+        return 1 + 2 * jax.eval_shape(observation.mean, jnp.zeros(dim)).shape[0]
+
+    def _is_long(self, observation: AbstractObservation, dim: int) -> bool:
+        return jax.eval_shape(observation.mean, jnp.zeros(dim)).shape[0] > self.most_values
 
 
 TWISTS: dict[str, AbstractTwist] = {"none": NoTwist(), "point": PointTwist(), "tweedie": TweedieTwist()}
@@ -149,15 +190,59 @@ def predicted_x0(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""]
     return (z - noise * diffusion.predict_noise(z, n)) / signal
 
 
-def _variances(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""]) -> Float[Array, "dim"]:
-    """The variance of each dimension of x_0 given z_n, about."""
+def _log_probabilities(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""]) -> Float[Array, "dim level"] | None:
+    """log p(v | z_n) of the levels of the data, if the network predicts those."""
     log_p = diffusion.log_probabilities(z, n)
+    return None if log_p is None or log_p.shape[-1] != diffusion.likelihood.levels else log_p
+
+
+def _grid(log_p: Float[Array, "dim level"]) -> Float[Array, "level"]:
+    """The levels as the chain sees them."""
+    return jnp.linspace(-1.0, 1.0, log_p.shape[-1], dtype=log_p.dtype)
+
+
+def _of_levels(diffusion: Diffusion, logits: Float[Array, "dim level"]) -> dist.Distribution:
+    """The distribution of x by the probabilities of its levels, independent over the dimensions."""
+    with jax.ensure_compile_time_eval():
+        values = np.asarray(diffusion.likelihood.decode(jnp.linspace(-1.0, 1.0, logits.shape[-1]))).tolist()
+    return Categories(logits, tuple(values)).to_event(1)
+
+
+def _moments(
+    diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""], log_p: Float[Array, "dim level"] | None
+) -> tuple[Float[Array, "dim"], Float[Array, "dim"]]:
+    """The mean of x_0 that the network predicts from z_n, and the variance of each dimension, about."""
     if log_p is None:
-        return jnp.broadcast_to(at_step(diffusion.schedule.one_minus_alpha_bar, n, z.dtype), z.shape)
-    grid = jnp.linspace(-1.0, 1.0, log_p.shape[-1], dtype=z.dtype)
-    probability = jnp.exp(log_p)
+        variance = at_step(diffusion.schedule.one_minus_alpha_bar, n, z.dtype)
+        return predicted_x0(diffusion, z, n), jnp.broadcast_to(variance, z.shape)
+    grid, probability = _grid(log_p), jnp.exp(log_p)
     mean = probability @ grid
-    return jnp.maximum((probability * jnp.square(grid - mean[..., None])).sum(-1), 0)
+    return mean, jnp.maximum((probability * jnp.square(grid - mean[..., None])).sum(-1), 0)
+
+
+class _Linearised(NamedTuple):
+    """y given x_0, linear about a point: its ``value``, and its mean there with the ``slope`` and the covariance of its ``noise``."""
+
+    value: Float[Array, "observed"]
+    loc: Float[Array, "observed"]
+    slope: Float[Array, "observed dim"]
+    noise: Float[Array, "observed observed"]
+
+
+def _linearised(diffusion: Diffusion, observation: AbstractObservation, x0: Float[Array, "dim"]) -> _Linearised:
+    """y given x_0 about a point; what the last step adds is part of the noise in any case: then nothing is singular."""
+
+    def mean(x0: Float[Array, "dim"]) -> Float[Array, "observed"]:
+        return observation.mean(diffusion.likelihood.unrounded(x0))
+
+    x, slope = diffusion.likelihood.unrounded(x0), jax.jacrev(mean)(x0)
+    noise = observation.covariance(x).astype(x0.dtype) + _last_variance(diffusion, x0) * _product(slope, slope.T)
+    return _Linearised(observation.observed(x).astype(x0.dtype), mean(x0), slope, noise)
+
+
+def _last_variance(diffusion: Diffusion, z: Float[Array, "dim"]) -> Float[Array, ""]:
+    """The variance of the last step."""
+    return at_step(diffusion.schedule.beta, jnp.ones((), jnp.int32), z.dtype)
 
 
 def _product(a: Float[Array, "i j"], b: Float[Array, "j k"]) -> Float[Array, "i k"]:

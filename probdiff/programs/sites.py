@@ -18,7 +18,7 @@ from numpyro.distributions.kl import kl_divergence
 from numpyro.infer import SVI
 from numpyro.primitives import Messenger
 
-from probdiff._checks import AnyArray, Step, Whole, is_concrete, require
+from probdiff._checks import GAPS, AnyArray, Step, Whole, is_concrete, require
 from probdiff._context import EXPECTED, num_rows
 from probdiff._frames import is_frame
 from probdiff.chain.reverse import AbstractKernel
@@ -84,14 +84,18 @@ class AbstractDiffusion(eqx.Module):
         """
         remedy = "; probdiff.datasets.split makes arrays of a data frame" if is_frame(x) else ""
         require(hasattr(x, "shape") and hasattr(x, "dtype"), "x", "an array", f"{type(x).__name__}{remedy}", TypeError)
-        complete = "complete data: fit to the complete rows, and condition the fitted model on the others, probdiff.inference.smc(fitted, Inpainting(mask, values), …)"
-        require(not isinstance(x, np.ma.MaskedArray), "x", complete, "a masked array", TypeError)
+        require(not isinstance(x, np.ma.MaskedArray), "x", f"complete data: {GAPS}", "a masked array", TypeError)
         require(len(x.shape) == 2, "x", f"shape (datum, {self.dim or 'dim'})", f"shape {tuple(x.shape)}")
         require(x.shape[0] > 0, "x", "at least one datum", f"shape {tuple(x.shape)}")
         dim = self.likelihood.encoded_dim(x.shape[1])
         encoded = "" if dim == x.shape[1] else f", which the likelihood encodes in {dim} dimensions"
         require(self.dim in (None, dim), "x", f"shape (datum, {self.dim})", f"shape {tuple(x.shape)}{encoded}")
-        self.likelihood.check_data(x)
+        try:
+            self.likelihood.check_data(x)
+        except ValueError as error:
+            if not (is_concrete(x) and x.dtype.kind == "f" and np.isnan(x).any()):
+                raise
+            raise ValueError(f"{error}: {GAPS}") from None
         self.require_context(len(x))
 
     def encode(self, x: Data | None) -> tuple[int, Float[Array, "datum dim"]]:
