@@ -260,6 +260,25 @@ PARTICLES = [
      "of_each.log_prob(values).sum()", "particles"),
 ]  # fmt: skip
 
+# Priors and likelihoods in programs of one's own.
+PRIORS = [
+    ("the Jacobian of the flow left out of the prior", "FlowPrior.log_prob",
+     "self.base_dist.log_prob(z) + log_det",
+     "self.base_dist.log_prob(z)", "priors"),
+    ("Euler's steps for Heun's", "solve",
+     "length / 2 * (a + b)",
+     "length * a", "priors"),
+    ("under plates the first axis is taken for that of the steps", "ChainPrior.__call__",
+     "jnp.moveaxis(sampled, -2, 0)",
+     "sampled", "priors"),
+    ("the pieces of the effective sample sizes change places", "run_particles",
+     "ess[::-1]",
+     "ess", "particles"),
+    ("the columns of categories are the dimensions of the chain", "_ConditionalLikelihood.__init__",
+     "datum.shape",
+     "(diffusion.dim,)", "likelihood"),
+]  # fmt: skip
+
 CONTEXT_FILES = [
     ("the rows of the context are not shuffled with those of x", "split_table",
      "covariates.encode(table.context)[order]",
@@ -642,7 +661,7 @@ FIGURES = [
 
 BUGS = [
     Bug(*bug)
-    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *FILES, *FIT, *TABLES, *FIGURES)
+    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *PRIORS, *FILES, *FIT, *TABLES, *FIGURES)
 ]
 
 
