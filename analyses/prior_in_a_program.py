@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from matplotlib.figure import Figure
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, Predictive
