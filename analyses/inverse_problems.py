@@ -487,6 +487,6 @@ for label, each in pit.items():
     print(f"p-values of uniformity {float(p_values[label].min()):.2g} to {float(p_values[label].max()):.2g}")
     for axes, name in zip(plots.viz["plot"][label].values, OF):
         axes.fill_between(points, lower - points, upper - points, step="mid", color="C2", alpha=0.2, lw=0)
-        axes.set(title=f"{name}, {label}", ylim=(-0.2, 0.2) if label == "own y" else (-1, 1), xlabel="rank, as a share", ylabel="Δ ECDF" if axes.get_subplotspec().is_first_col() else "")
+        axes.set(title=f"{name}, {label}", ylim=(-1, 1), xlabel="rank, as a share", ylabel="Δ ECDF" if axes.get_subplotspec().is_first_col() else "")
 plots.savefig("inverse_problems_calibration.png")
 print("figure: inverse_problems_calibration.png")

@@ -222,14 +222,14 @@ for place in np.random.default_rng(0).choice(len(weight), 5 if quick else 200, p
     conditional = zip(weights[place], means[place], covariances[place])
     density += sum(w * stats.multivariate_normal(mean, covariance).pdf(points) for w, mean, covariance in conditional)
 plane.contour(axis, axis, density, levels=5, colors="k", linewidths=0.8)
-plane.set(xlabel="x₁", ylabel="x₂", title=f"unit {shown_unit}: prior (grey), exact posterior (lines), draws", aspect="equal")
+plane.set(xlabel="x₁", ylabel="x₂", title=f"unit {shown_unit}: prior (grey), posterior (lines)", aspect="equal")
 plane.legend(frameon=False, fontsize=8, loc="lower left")
 both.contour(offsets, scales, weight.reshape(len(offsets), -1).T / scales[:, None], levels=6, colors="k", linewidths=0.8)
 for way in ("NUTS, FlowPrior", "SMC"):
     each = [draws[way][name].ravel() for name in ("offset", "scale")]
     both.plot(*(values[:: max(1, len(values) // 300)] for values in each), ".", ms=4, color=COLOURS[way], label=way)
 both.plot(OFFSET, SCALE, "k*", ms=12, label="true values")
-both.set(xlabel="offset", ylabel="scale of the noise", title="what the units share: exact posterior (lines), draws", xlim=(-1, 2), ylim=(0, 1.3))
+both.set(xlabel="offset", ylabel="scale of the noise", title="shared by the units: posterior (lines)", xlim=(-1, 2), ylim=(0, 1.3))
 both.legend(frameon=False, fontsize=8, loc="upper right")
 names = list(EXACT)
 for k, (way, of_way) in enumerate(draws.items()):
