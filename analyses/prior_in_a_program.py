@@ -38,8 +38,8 @@ quick = parser.parse_args().quick
 UNITS, CHAINS = (2, 2) if quick else (4, 4)
 NUM_STEPS, FLOW_STEPS = (4, 3) if quick else (30, 25)
 WARMUP, DRAWS = (5, 10) if quick else (200, 400)  # of NUTS, for each chain
-WALK_WARMUP, WALK, PARTICLES = (5, 10, 4) if quick else (200, 800, 16)  # of the random walk, for each chain
-PLACES, PLACE_PARTICLES = (2, 4) if quick else (100, 64)  # draws of offset and scale, for which x is drawn
+WALK_WARMUP, WALK, PARTICLES = (5, 60, 4) if quick else (200, 800, 16)  # of the random walk, for each chain
+PLACES, PLACE_PARTICLES = (8, 4) if quick else (100, 64)  # draws of offset and scale, for which x is drawn
 ITERATIONS = 5 if quick else 2_000  # of the fit
 
 # %% [markdown]
