@@ -415,15 +415,78 @@ for dim in DIMS:
 
 # %% [markdown]
 # ## Time against particles, and against N
+#
+# Both should be linear: the last column is the time over what it would be, were it in proportion to that of the second row.
 
 # %%
-print("\nseconds of a core, compiled; 8 dimensions, 2 observed; |log Ẑ − log p(y)| of one run")
 case = mixture_case(8, 2, 0)
 observation = LinearGaussian(case.matrix, case.y, case.noise)
-SIZES = [(PARTICLES, NUM_STEPS)] if quick else [(256, 200), (1024, 200), (4096, 200), (1024, 50), (1024, 100), (1024, 400)]
+
+
+def model_of_steps(num_steps):
+    """The chain with another number of steps, and the same network."""
+    schedule = probdiff.log_snr_schedule(num_steps, 10.0, -8.0)
+    return probdiff.Diffusion(schedule, model_of(case).network, probdiff.NormalLikelihood(0.0, SCALE), reverse_variance="forward")
+
+
+print("\nseconds of a core, compiled; 8 dimensions, 2 observed; |log Ẑ − log p(y)| of one run")
+SIZES = [(32, NUM_STEPS), (PARTICLES, NUM_STEPS)] if quick else [(256, 200), (1024, 200), (4096, 200), (1024, 50), (1024, 100), (1024, 400)]
+times = {}
 for particles, num_steps in SIZES:
-    schedule, network = probdiff.log_snr_schedule(num_steps, 10.0, -8.0), model_of(case).network
-    model = probdiff.Diffusion(schedule, network, probdiff.NormalLikelihood(0.0, SCALE), reverse_variance="forward")
     for key in jax.random.split(jax.random.key(2), 2):
-        found, seconds = timed(smc, model, observation, key=key, num_particles=particles)
-    print(f"{particles:6} particles, N = {num_steps:4}: {seconds:6.2f} s, {abs(found.log_evidence - case.log_evidence):.3f}", flush=True)
+        found, times[particles, num_steps] = timed(smc, model_of_steps(num_steps), observation, key=key, num_particles=particles)
+of_each = times[SIZES[1]] / np.prod(SIZES[1])
+for (particles, num_steps), seconds in times.items():
+    print(f"{particles:6} particles, N = {num_steps:4}: {seconds:6.2f} s, {seconds / of_each / particles / num_steps:5.2f}", flush=True)
+
+# %% [markdown]
+# ## Calibration
+#
+# Simulation-based calibration (Talts et al. 2018, arXiv:1804.06788): x is drawn from the model, y given it, and the rank of x among draws from its posterior is uniform if that is right. Of two coordinates,
+# and of log p(y | x), which a posterior that ignores y would show (Modrák et al. 2023, arXiv:2211.02383). The difference of the ECDF of the ranks from that of the uniform distribution, by ArviZ, with its
+# simultaneous band of 98.5 %, so that all three are inside theirs with at least 95 %. Then the same with the y of another x.
+
+# %%
+import arviz as az
+from arviz_stats.ecdf_utils import compute_ecdf, ecdf_pit
+
+PAIRS, RANKS, KEPT = (10, 9, 8) if quick else (200, 99, 256)
+BAND, OF = 0.985, ("x₁", "x₂", "log p(y | x)")
+model = model_of_steps(8 if quick else 50)
+true = probdiff.samplers.ancestral(model, key=jax.random.key(4), num_samples=PAIRS)
+seen = true @ case.matrix.T + case.noise * np.random.default_rng(4).normal(size=(PAIRS, 2))
+
+
+def ranks(y, key):
+    """How many of the draws given each y are below the true x, in each quantity: (pair, quantity)."""
+    found = []
+    for x, each, keys in zip(true, y, jax.random.split(key, (PAIRS, 2))):
+        observed = LinearGaussian(case.matrix, each, case.noise)
+        drawn = smc(model, observed, key=keys[0], num_particles=KEPT).resample(keys[1], RANKS)
+        both = np.concatenate([x[None], drawn])
+        quantities = np.column_stack([both[:, :2], np.asarray(observed.log_prob(jnp.asarray(both, jnp.float32)))])
+        found.append((quantities[1:] < quantities[0]).sum(0))
+    return np.array(found)
+
+
+uniform = np.random.default_rng(0).uniform(size=(PAIRS, len(OF)))
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # particles that have collapsed, of a y that the model does not know
+    pit = {label: (ranks(y, jax.random.key(5)) + uniform) / (RANKS + 1) for label, y in (("own y", seen), ("y of another", np.roll(seen, 1, 0)))}
+dims = {label: ["quantity"] for label in pit}
+tree = az.from_dict({"prior_sbc": {label: each[None] for label, each in pit.items()}}, dims=dims, coords={"quantity": list(OF)})
+p_values = tree["prior_sbc"].dataset.azstats.uniformity_test(dim=["chain", "draw"], method="pot_c")[0]
+layout = {"col_wrap": len(OF), "figure_kwargs": {"figsize": (9, 5), "layout": "constrained"}}
+plots = az.plot_ecdf_pit(tree, group="prior_sbc", envelope_prob=BAND, backend="matplotlib", visuals={"p_value_text": False}, **layout)
+points, _, lower, upper = ecdf_pit(uniform[:, 0], BAND, n_simulations=200 if quick else 10_000)
+print(f"\ncalibration: ranks of {PAIRS} x among {RANKS} draws of their posterior, {KEPT} particles, N = {model.schedule.num_steps}")
+for label, each in pit.items():
+    curves = np.stack([compute_ecdf(values, points) for values in each.T])
+    out = np.maximum(curves - upper, lower - curves).max(1)
+    print(f"{label}: {(out <= 0).sum()} of {len(out)} inside the band; furthest out by {out.max():.3f}; ", end="")
+    print(f"p-values of uniformity {float(p_values[label].min()):.2g} to {float(p_values[label].max()):.2g}")
+    for axes, name in zip(plots.viz["plot"][label].values, OF):
+        axes.fill_between(points, lower - points, upper - points, step="mid", color="C2", alpha=0.2, lw=0)
+        axes.set(title=f"{name}, {label}", ylim=(-1, 1), xlabel="rank, as a share", ylabel="Δ ECDF" if axes.get_subplotspec().is_first_col() else "")
+plots.savefig("inverse_problems_calibration.png")
+print("figure: inverse_problems_calibration.png")

@@ -293,6 +293,25 @@ MISSING = [
      "_last_variance(diffusion, z)", "missing"),
 ]  # fmt: skip
 
+# Priors and likelihoods in programs of one's own.
+PRIORS = [
+    ("the Jacobian of the flow left out of the prior", "FlowPrior.log_prob",
+     "self.base_dist.log_prob(z) + log_det",
+     "self.base_dist.log_prob(z)", "priors"),
+    ("Euler's steps for Heun's", "solve",
+     "length / 2 * (a + b)",
+     "length * a", "priors"),
+    ("under plates the first axis is taken for that of the steps", "ChainPrior.__call__",
+     "jnp.moveaxis(sampled, -2, 0)",
+     "sampled", "priors"),
+    ("the pieces of the effective sample sizes change places", "run_particles",
+     "ess[::-1]",
+     "ess", "particles"),
+    ("the columns of categories are the dimensions of the chain", "_ConditionalLikelihood.__init__",
+     "datum.shape",
+     "(diffusion.dim,)", "likelihood"),
+]  # fmt: skip
+
 CONTEXT_FILES = [
     ("the rows of the context are not shuffled with those of x", "split_table",
      "covariates.encode(table.context)[order]",
@@ -800,7 +819,7 @@ AUDIT = [
 
 BUGS = [
     Bug(*bug)
-    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *MISSING, *FILES, *FIT, *TABLES, *FIGURES, *CONVENTIONS, *LIBRARIES, *AUDIT)
+    for bug in (*MATHEMATICS, *MODEL, *PARALLEL, *CONTEXT, *CONTEXT_FILES, *LABELS, *PARTICLES, *MISSING, *PRIORS, *FILES, *FIT, *TABLES, *FIGURES, *CONVENTIONS, *LIBRARIES, *AUDIT)
 ]
 
 

@@ -296,7 +296,7 @@ def _add_posterior(commands: argparse._SubParsersAction) -> None:
     posterior.add_argument("--particles", type=_count, default=256, metavar="K", help="particles of each run (default 256)")
     posterior.add_argument("--runs", type=_count, default=4, metavar="R", help="independent runs, for an error of the evidence (default 4)")
     posterior.add_argument("--twist", choices=TWISTS, default="tweedie", help="what particles know of the observation on their way (default tweedie)")
-    posterior.add_argument("--context", metavar="VALUES", help="what a conditional model is given: 7, or age=0.3,sex=1")
+    posterior.add_argument("--context", metavar="VALUES|FILE", help="what a conditional model is given: 7, or age=0.3,sex=1, or a .csv or .npy file of one row")
     posterior.add_argument("--seed", type=_seed, default=0, metavar="S", help="seed (default 0)")
     _add_devices(posterior)
     _add_json(posterior)

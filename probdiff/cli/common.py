@@ -14,6 +14,8 @@ from probdiff._checks import AnyArray, require
 from probdiff._sharding import data_mesh
 from probdiff.cli import UsageError
 from probdiff.datasets import Dataset
+from probdiff.datasets.covariates import Covariates
+from probdiff.datasets.files import read_rows
 from probdiff.diagnostics.plots import plot_loss, plot_marginals, plot_pairs, plot_samples, plot_step_kl
 from probdiff.diffusion import Diffusion
 
@@ -57,6 +59,12 @@ def default_count(dataset: Dataset) -> int:
 def contexts_of_test_data(dataset: Dataset, count: int) -> Real[np.ndarray, "count width"] | None:
     """The contexts of so many test data, from the first on again where there are fewer; None without a context."""
     return None if dataset.test_context is None else dataset.test_context[np.arange(count) % len(dataset.test)]
+
+
+def read_contexts(covariates: Covariates, text: str) -> tuple[Real[np.ndarray, "row width"], bool]:
+    """Rows of a context as the user gives them, in words or in a .csv or .npy file; and whether it is a file."""
+    in_file = Path(text).suffix in (".csv", ".npy")
+    return covariates.encode(read_rows(Path(text))) if in_file else covariates.parse(text), in_file
 
 
 def given(what: str) -> str:

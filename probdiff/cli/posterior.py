@@ -13,7 +13,7 @@ from jaxtyping import Real
 
 from probdiff._checks import require
 from probdiff._files import write_bytes
-from probdiff.cli.common import check_devices, usage
+from probdiff.cli.common import check_devices, read_contexts, usage
 from probdiff.datasets import Dataset
 from probdiff.datasets.files import read_rows
 from probdiff.diagnostics.plots import plot_samples
@@ -117,7 +117,9 @@ def _context(dataset: Dataset, text: str | None) -> Real[np.ndarray, "1 width"] 
     covariates = dataset.covariates
     require(covariates is not None, "--context", "data that say what their context is of", None)
     assert covariates is not None
-    return covariates.parse(text)
+    rows, _ = read_contexts(covariates, text)
+    require(len(rows) == 1, "--context", "the values of one row", f"{len(rows)} rows")
+    return rows
 
 
 def _figure(posterior: Posterior, observation: AbstractObservation, dataset: Dataset, title: str) -> "Figure":

@@ -4,16 +4,22 @@ import argparse
 import inspect
 import json
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Real
 
 from probdiff._checks import require
-from probdiff.cli.common import check_devices, contexts_of_test_data, default_count, given, sample_figures, usage
+from probdiff.cli.common import (
+    check_devices,
+    contexts_of_test_data,
+    default_count,
+    given,
+    read_contexts,
+    sample_figures,
+    usage,
+)
 from probdiff.datasets import Dataset
-from probdiff.datasets.files import read_rows
 from probdiff.samplers import SAMPLERS
 from probdiff.storage.run import open_run
 
@@ -65,8 +71,7 @@ def _context(dataset: Dataset, text: str | None, num_samples: int | None) -> Rea
     covariates = dataset.covariates
     require(covariates is not None, "--context", "none, for data that do not say what their context is of: sample in Python", text)
     assert covariates is not None
-    in_file = Path(text).suffix in (".csv", ".npy")
-    rows = covariates.encode(read_rows(Path(text))) if in_file else covariates.parse(text)
+    rows, in_file = read_contexts(covariates, text)
     count = num_samples or (len(rows) if in_file else default_count(dataset))
     require(len(rows) in (1, count), "--num-samples", f"none, or {len(rows)} as {text} has rows", num_samples)
     return rows if len(rows) == count else np.repeat(rows, count, 0)

@@ -43,9 +43,9 @@ class _ConditionalLikelihood(dist.Distribution):
         require(diffusion.dim is not None, "diffusion", f"one that knows its dimension: {dim}", None)
         require_key(key)
         self.diffusion, self.key, self.count = diffusion.evaluated().given(context), key, int(count)
-        columns = diffusion.dim
-        assert columns is not None
-        super().__init__((num_rows(self.diffusion.context),), (columns,), validate_args=False)
+        # (Of categories the chain has more dimensions than the data have columns.)
+        datum = jax.eval_shape(diffusion.likelihood.decode, jnp.zeros(diffusion.dim))
+        super().__init__((num_rows(self.diffusion.context),), datum.shape, validate_args=False)
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Rows:
         """Draws from the model, shape ``(*sample_shape, datum, dim)``."""

@@ -125,7 +125,8 @@ class ChainPrior:
     r"""The reverse chain as part of a program: its noise are the sites, and x a function of them (non-centred).
 
     ``with numpyro.handlers.scope(prefix="prior"): x = ChainPrior(fitted)()`` in any program. Sites: ``noise``, standard normal, shape ``(num_steps + 1, dim)``, step n of the chain
-    at ``[n]``; ``deterministic`` ``x``, shape ``(dim,)``, in the user's units. The law of x is :math:`p_\theta(x)` itself. There are (N + 1) · dim latents: for short chains.
+    at ``[n]``; ``deterministic`` ``x``, shape ``(dim,)``, in the user's units; under plates both have the axes of the plates in front, an independent x for each place. The law of
+    x is :math:`p_\theta(x)` itself. There are (N + 1) · dim latents for each x: for short chains.
 
     Args:
         diffusion: A fitted model, with a :class:`~probdiff.NormalLikelihood` and Gaussian reverse steps.
@@ -141,12 +142,13 @@ class ChainPrior:
         gaussian = isinstance(step, dist.Independent) and isinstance(step.base_dist, dist.Normal)
         require(gaussian, "diffusion", "Gaussian reverse steps", self.diffusion.kernel.name)
 
-    def __call__(self) -> Float[Array, "dim"]:
-        """Sample x, shape ``(dim,)``, in the program that this is called in."""
+    def __call__(self) -> Float[Array, "*plate dim"]:
+        """Sample x, shape ``(*plate, dim)``, in the program that this is called in."""
         diffusion, num_steps = self.diffusion, self.diffusion.schedule.num_steps
-        noise = numpyro.sample("noise", dist.Normal(0, 1).expand([num_steps + 1, self.dim]).to_event(2))
+        sampled = numpyro.sample("noise", dist.Normal(0, 1).expand([num_steps + 1, self.dim]).to_event(2))
+        noise = jnp.moveaxis(sampled, -2, 0)
 
-        def step(z: Float[Array, "dim"], each: tuple[Array, Array]) -> tuple[Float[Array, "dim"], None]:
+        def step(z: Float[Array, "*plate dim"], each: tuple[Array, Array]) -> tuple[Float[Array, "*plate dim"], None]:
             n, xi = each
             normal: Any = diffusion.reverse_kernel(z, n)
             return normal.base_dist.loc + normal.base_dist.scale * xi, None

@@ -98,9 +98,11 @@ class PseudoMarginal(MCMCKernel):
             init_strategy=self._init_strategy,
             model_args=(noise_key, *model_args),
             model_kwargs=model_kwargs,
+            validate_grad=False,
         )
-        z = start.z if init_params is None else init_params
-        energy = self._potential(noise_key, *model_args, **model_kwargs)(z)
+        z, energy = start.z, start.potential_energy
+        if init_params is not None:
+            z, energy = init_params, self._potential(noise_key, *model_args, **model_kwargs)(init_params)
         start_adapting, self._adapt = warmup_adapter(
             num_warmup, adapt_step_size=False, adapt_mass_matrix=True, dense_mass=True
         )

@@ -307,6 +307,19 @@ def test_sample_refuses_in_one_line_before_anything_is_compiled(case, tmp_path, 
     assert sorted(runs[0].path.rglob("*")) == before
 
 
+def test_a_posterior_given_one_row_in_a_file(tmp_path, runs, monkeypatch):
+    """The same context as in words; of several rows there is no posterior."""
+    seen = spy(monkeypatch, probdiff.inference.smc)
+    (tmp_path / "seen.csv").write_text("x,y\n0.5,\n")
+    FRAME.iloc[[7, 3]].to_csv(tmp_path / "two.csv", index=False)
+    FRAME.iloc[[7]].to_csv(tmp_path / "one.csv", index=False)
+    for context in (tmp_path / "one.csv", f"{AGE[7]},{SITE[7]}"):
+        assert command("posterior", runs[0].path, "--observe", tmp_path / "seen.csv", "--context", context)[0] == 130
+        np.testing.assert_allclose(seen.pop("context"), DATA.covariates.encode(FRAME.iloc[[7]]), rtol=1e-5)
+    code, _, error = command("posterior", runs[0].path, "--observe", tmp_path / "seen.csv", "--context", tmp_path / "two.csv")
+    assert code == 2 and "--context: Expected the values of one row; got 2 rows" in error
+
+
 def test_a_context_of_a_model_without(runs):
     code, _, error = command("sample", runs[1].path, "--context", "40,north")
     assert code == 2 and "--context: Expected none, for a run whose model is given none; got 40,north" in error

@@ -149,6 +149,14 @@ def test_as_a_distribution():
     assert handlers.trace(handlers.seed(rows, 0)).get_trace(context)["x"]["value"].shape == (400, 1)
 
 
+def test_categories_have_fewer_columns_than_the_chain_has_dimensions():
+    categories = probdiff.likelihoods.CategoricalLikelihood(3)
+    model = probdiff.Diffusion(SCHEDULE, lambda z, n, context: z + context, categories, dim=6).bind({})
+    likelihood = ConditionalEstimate(model, jnp.ones((5, 1)), key=KEY, num_particles=2)
+    x = likelihood.sample(KEY)
+    assert likelihood.event_shape == (2,) and x.shape == (5, 2) and np.all(np.isfinite(likelihood.log_prob(x)))
+
+
 def on_mean(c):
     """The mean of the model given c, from its density on a grid."""
     weight = np.exp(exact_log_prob(FITTED, GRID[:, None], context=np.full((len(GRID), 1), c)))

@@ -23,6 +23,7 @@ from probdiff.inference import (
     smc,
 )
 from probdiff.inference.particles import evidence, make_problem
+from probdiff.inference.twists import Twisted
 from probdiff.oracles import GaussianOracle, exact_moments
 
 KEY = jax.random.key(0)
@@ -149,6 +150,41 @@ def test_a_latent_of_the_observation_is_sampled_exactly(float64):
     for scale in (0.6, 2.0):
         draws = jax.jit(lambda keys, scale=scale: jax.lax.map(lambda key: one(scale, key), keys, batch_size=200))(keys)
         assert_mean(np.exp(np.asarray(draws) - log_ratio(scale))[:, None], 1.0, power=0.3)
+
+
+def ranks_of(draws, x, y, key):
+    """The share of the posterior of each y below the x, for each coordinate."""
+    found = []
+    for k, each in enumerate(jax.random.split(key, len(x))):
+        posterior = smc(make(), LinearGaussian(MATRIX, y[k], 0.3), key=each, num_particles=64)
+        found.append((posterior.resample(each, draws) < x[k]).mean(0))
+    return np.array(found)
+
+
+@pytest.mark.long
+def test_the_posterior_is_calibrated():
+    """Simulation-based calibration: x and y from the model, the rank of x among draws of its posterior is uniform, and not among those of another y."""
+    x = probdiff.samplers.ancestral(make(), key=KEY, num_samples=150)
+    y = x @ MATRIX.T + 0.3 * np.random.default_rng(0).normal(size=(150, 2))
+    jitter = np.random.default_rng(1).uniform(0, 1 / 40, (150, 3))
+    own, of_another = (ranks_of(39, x, each, jax.random.key(2)) * 39 / 40 + jitter for each in (y, np.roll(y, 1, 0)))
+    assert all(stats.kstest(ranks, "uniform").pvalue > 1e-3 for ranks in own.T)
+    assert min(stats.kstest(ranks, "uniform").pvalue for ranks in of_another.T) < 1e-4
+
+
+class UnequalAtFive(NoTwist):
+    """A twist that makes the weights unequal at z_5, after which the particles are resampled."""
+
+    def __call__(self, diffusion, observation, z, n):
+        return Twisted(jnp.where(n == 5, 40.0, 0.0) * z[0], jnp.zeros_like(z))
+
+
+def test_the_effective_sample_sizes_are_in_the_order_of_the_steps(constant):
+    """Each at the step that it is of, with some steps at a time."""
+    constant("EVALUATIONS", 64 * 7)
+    ess = smc(make(), OBSERVATIONS["linear"](), key=KEY, num_particles=64, twist=UnequalAtFive()).ess
+    assert ess.shape == (24,) and ess[4] < 16
+    np.testing.assert_allclose(ess[5:], 64, rtol=1e-4)
 
 
 def test_particles_without_weight_are_in_no_export():

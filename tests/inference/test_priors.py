@@ -117,6 +117,57 @@ def test_nuts_under_both_priors(which):
     assert_posterior(np.asarray(samples["x"], float), *exact_posterior(mean, covariance, y))
 
 
+# Three components that overlap, in the user's units, and one coordinate of x, observed with noise.
+PLANE = GaussianMixture([0.4, 0.35, 0.25], [[-0.5, -2.2], [1.1, -1.7], [2.4, -2.3]], [[[0.5, 0.1], [0.1, 0.08]], [[0.6, -0.1], [-0.1, 0.05]], [[0.3, -0.1], [-0.1, 0.1]]])
+Y = 1.1
+
+
+def of_plane(y):
+    network = PLANE.standardized(LIKELIHOOD.loc, LIKELIHOOD.scale).network(SCHEDULE)
+    x = numpyro.sample("x", FlowPrior(probdiff.Diffusion(SCHEDULE, network, LIKELIHOOD), steps=40))
+    numpyro.sample("y", dist.Normal(x @ jnp.array([0.6, -0.8]), 0.6), obs=y)
+
+
+def on_a_grid():
+    """Means and variances of x given y, and the probability of each component, by quadrature: data with the noise of the first step."""
+    first, second = np.linspace(-5, 7, 400), np.linspace(-5, 1, 400)
+    x = np.stack(np.meshgrid(first, second, indexing="ij"), -1).reshape(-1, 2)
+    weight = np.exp(-np.square((Y - x @ [0.6, -0.8]) / 0.6) / 2) * np.stack(of_each(x)).sum(0)
+    weight /= weight.sum()
+    mean = weight @ x
+    return [*mean, *(weight @ (x - mean) ** 2), *shares(x) @ weight]
+
+
+def of_each(x):
+    """The density of each component, times its weight."""
+    noise = SCHEDULE.sigma[0] ** 2 * np.diag(np.square(LIKELIHOOD.scale))
+    parts = zip(PLANE.weights, PLANE.means, PLANE.covariances)
+    return [weight * stats.multivariate_normal(mean, covariance + noise).pdf(x) for weight, mean, covariance in parts]
+
+
+def shares(x):
+    density = np.stack(of_each(x))
+    return density / density.sum(0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("space", ["x", "z_N"])
+def test_nuts_on_a_mixture(space):
+    """Means, variances and probabilities of the components within their Monte Carlo error of quadrature; chains that agree."""
+    program = of_plane if space == "x" else handlers.reparam(of_plane, {"x": TransformReparam()})
+    mcmc = MCMC(NUTS(program), num_warmup=400, num_samples=2000, num_chains=4, chain_method="vectorized", progress_bar=False)
+    mcmc.run(KEY, y=Y)
+    samples = mcmc.get_samples(group_by_chain=True)
+    if "x" not in samples:
+        samples = {"x": Predictive(program, samples, batch_ndims=2, return_sites=["x"])(KEY, y=Y)["x"]}
+    x, exact = np.asarray(samples["x"], float), on_a_grid()
+    quantities = [x[..., 0], x[..., 1], *np.moveaxis((x - exact[:2]) ** 2, -1, 0), *shares(x.reshape(-1, 2)).reshape(3, *x.shape[:2])]
+    for k, (values, expected) in enumerate(zip(quantities, exact)):
+        error = float(az.mcse(values, method="mean"))
+        assert abs(values.mean() - expected) <= Z_MAX * error, (k, values.mean(), expected, error)
+        assert error < 0.1 * values.std() and float(az.rhat(values)) <= 1.01, (k, error, values.std(), float(az.rhat(values)))
+
+
 def of_three(y=None):
     with numpyro.plate("units", 3):
         x = numpyro.sample("x", FlowPrior(FITTED, steps=10))
@@ -127,6 +178,17 @@ def test_under_plates():
     """One independent x for each of a plate."""
     assert handlers.trace(handlers.seed(of_three, 0)).get_trace()["x"]["value"].shape == (3, 2)
     assert FlowPrior(FITTED, steps=10).expand([4]).sample(KEY).shape == (4, 2)
+    chain = ChainPrior(probdiff.Diffusion(probdiff.log_snr_schedule(4, 5.0, -4.0), lambda z, n: 0.5 * z, LIKELIHOOD, dim=2))
+
+    def of_many():
+        with numpyro.plate("columns", 3, dim=-1), numpyro.plate("rows", 4, dim=-2):
+            return chain()
+
+    trace = handlers.trace(handlers.seed(of_many, 0)).get_trace()
+    noise, x = trace["noise"]["value"], trace["x"]["value"]
+    assert noise.shape == (4, 3, 5, 2) and x.shape == (4, 3, 2)
+    alone = handlers.substitute(handlers.seed(chain, 0), {"noise": noise[2, 1]})()
+    np.testing.assert_allclose(alone, x[2, 1], rtol=1e-5)
 
 
 @pytest.mark.long
