@@ -4,15 +4,12 @@ With the log-SNR λ for time, :math:`\bar\alpha = sigmoid(\lambda)`, and an ε-n
 
     dz/dλ = ½ √(1−ᾱ) (√(1−ᾱ) z − ε̂(z, λ)),        log q(z_1) = log q(z_N) + ∫ ∇·(dz/dλ) dλ  from λ_1 to λ_N
 
-(in VE coordinates, dx/dσ = ε̂). A network that is told the noise level is asked between the steps of the chain; the prediction of one
-that is told the step is interpolated linearly in λ.
+(in VE coordinates, dx/dσ = ε̂). A network that is told the noise level is asked between the steps; the prediction of one that is told the step is interpolated linearly in λ.
 
-The flow is another model than the reverse chain :math:`p_\theta`, made of the same network. Its density of z_1 has two
-approximations in it, the interpolation, if there is one, and the base N(0, I) in the place of q(z_N), and it is not the density of the data: z_1
-has the noise of the first step. :func:`flow_likelihood` reports the three apart.
+The flow is another model than the reverse chain :math:`p_\theta`, made of the same network. Its density of z_1 has two approximations in it, the interpolation, if there is one, and the
+base N(0, I) in the place of q(z_N), and it is not the density of the data: z_1 has the noise of the first step. :func:`flow_likelihood` reports the three apart.
 
-Sources: Song et al. (2021), arXiv:2011.13456, eqs. 13 and 39; Karras et al. (2022), arXiv:2206.00364, eq. 1, with σ for time.
-Hutchinson's estimator: Grathwohl et al. (2019), arXiv:1810.01367, section 3.1.
+Sources: Song et al. (2021), arXiv:2011.13456, eqs. 13 and 39; Karras et al. (2022), arXiv:2206.00364, eq. 1, with σ for time; Grathwohl et al. (2019), arXiv:1810.01367, section 3.1, for Hutchinson's estimator.
 """
 
 from collections.abc import Callable
@@ -33,7 +30,6 @@ from probdiff.programs.sites import Data
 
 MAX_STEPS = 100_000
 LOOSER = 10  # times the tolerances, for what the solver's error is
-
 
 Eps = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -116,9 +112,9 @@ def solve(
         >>> round(end.item(), 2)  # exp(−1)
         0.37
     """
+    dtype = jax.tree.leaves(state)[0].dtype
     if start == end:
         return state, jnp.zeros((), jnp.int32)
-    dtype = jax.tree.leaves(state)[0].dtype
     if steps is not None:
         times = jnp.asarray(np.linspace(start, end, steps + 1), dtype)
 
