@@ -14,7 +14,8 @@ from probdiff.likelihoods import AbstractLikelihood
 from probdiff.networks.base import AbstractNetwork, Network
 from probdiff.networks.conventions import from_timesteps
 from probdiff.networks.convnet import ConvNet
-from probdiff.networks.heads import CategoricalHead, ClipHead, ColumnHead, DensityHead, VarianceHead, VHead, X0Head
+from probdiff.networks.heads import ClipHead, DensityHead, VarianceHead, VHead, X0Head
+from probdiff.networks.level_heads import CategoricalHead, ColumnHead
 from probdiff.networks.mlp import MLP
 
 MOST_LOGITS = 2**14

@@ -22,28 +22,6 @@ def examples(module):
     return [test for test in doctest.DocTestFinder(exclude_empty=True).find(module) if test.examples]
 
 
-OTHERS = {
-    "probdiff.inference.likelihood": ["ConditionalBound", "ConditionalEstimate"],
-    "probdiff.inference.observations": ["AbstractObservation", "Inpainting", "LinearGaussian", "Program"],
-    "probdiff.inference.particles": ["log_evidence", "smc"],
-    "probdiff.inference.posterior": ["Posterior"],
-    "probdiff.inference.priors": ["ChainPrior", "FlowPrior"],
-    "probdiff.inference.pseudo_marginal": ["PseudoMarginal"],
-    "probdiff.inference.twists": ["AbstractTwist", "NoTwist", "PointTwist", "TweedieTwist"],
-    "probdiff.inference.two_sided": ["EvidenceBounds", "evidence_bounds"],
-    "probdiff.networks.adapters": ["batched"],
-    "probdiff.networks.base": ["AbstractNetwork"],
-    "probdiff.networks.heads": ["AbstractHead", "CategoricalHead", "ColumnHead", "DensityHead", "VHead", "X0Head"],
-}
-# What is still missing; a name is taken out when it has an example.
-WITHOUT = {
-    "example": [f"{module}.{name}" for module, names in OTHERS.items() for name in names],
-    "types": [],
-    "noun": [
-        "probdiff.inference.observations.Inpainting.observed",
-        "probdiff.inference.twists.AbstractTwist",
-    ],
-}
 WITH_EXAMPLES = [name for name, module in MODULES.items() if examples(module)]
 QUICK = [
     "probdiff.chain.forward",
@@ -88,8 +66,7 @@ PUBLIC = public()
 
 def test_every_public_name_has_an_example():
     assert len(PUBLIC) > 150
-    without = [name for name, value in PUBLIC.items() if ">>> " not in (value.__doc__ or "")]
-    assert sorted(without) == sorted(WITHOUT["example"])
+    assert not [name for name, value in PUBLIC.items() if ">>> " not in (value.__doc__ or "")]
 
 
 def functions(name, value):
@@ -120,8 +97,7 @@ def has_types(name, function):
 def test_every_public_function_and_method_has_its_types():
     found = {name: functions(name, value) for name, value in PUBLIC.items()}
     assert sum(map(len, found.values())) > 350
-    without = [name for name, own in found.items() if not all(has_types(*each) for each in own.items())]
-    assert without == WITHOUT["types"]
+    assert not [name for name, own in found.items() if not all(has_types(*each) for each in own.items())]
 
 
 def test_docstrings_begin_with_what_they_are_about():
@@ -130,5 +106,4 @@ def test_docstrings_begin_with_what_they_are_about():
     for name, value in PUBLIC.items():
         found |= {name: value} | functions(name, value)
     first = {name: (inspect.getdoc(value) or "").split(maxsplit=1)[:1] for name, value in found.items()}
-    begun = [name for name, words in first.items() if words and words[0].strip(".,:;").lower() in PRONOUNS]
-    assert sorted(begun) == sorted(WITHOUT["noun"])
+    assert not [name for name, words in first.items() if words and words[0].strip(".,:;").lower() in PRONOUNS]

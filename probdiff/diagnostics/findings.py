@@ -63,6 +63,11 @@ class Finding(NamedTuple):
         sentence: What was measured.
         nats: What the repair would gain in the bound, nats per datum; infinite where there is no bound.
         error: Its standard error over data.
+
+    Example:
+        >>> from probdiff.diagnostics.findings import Finding
+        >>> Finding("off by a step", "The network counts the steps from 0", nats=0.4, error=0.02).name
+        'off by a step'
     """
 
     name: str
@@ -87,6 +92,14 @@ class Audit:
         levels: Number of levels of data on a grid, so that bits/dim mean something; None for data with a density.
         dim: Number of dimensions.
         schedule: The noise schedule.
+
+    Example:
+        >>> import jax, numpy as np, probdiff
+        >>> normal, schedule = probdiff.oracles.GaussianOracle([0.0], [[0.2]]), probdiff.log_snr_schedule(10)
+        >>> diffusion = probdiff.Diffusion(schedule, normal.network(schedule), reverse_variance="forward")
+        >>> found = probdiff.audit(diffusion, normal.sample(np.random.default_rng(0), 16).astype(np.float32), key=jax.random.key(0), num_draws=2)
+        >>> found.findings, found.step_kl.shape
+        ([], (9,))
     """
 
     findings: list[Finding]
@@ -156,7 +169,7 @@ class Audit:
 def audit(
     diffusion: Diffusion, x: Data, *, context: PyTree = None, key: PRNGKeyArray, num_draws: Whole = 8, progress: bool = False
 ) -> Audit:
-    """What a network is worth on data, and what is wrong with it: for one that was trained elsewhere, by other conventions.
+    """Audit of a network: what it is worth on data, and what is wrong with it: for one that was trained elsewhere, by other conventions.
 
     It looks for a prior KL that is not small; steps out of order or off by one; a prediction that is a multiple of the noise, minus the
     noise, v, x_0 or a score; another range of the data; a context that is ignored; data of a batch that depend on each other; an output that is

@@ -87,6 +87,13 @@ class ConditionalBound(_ConditionalLikelihood):
         context: As for :meth:`Diffusion.given`, a row for each datum: the batch shape.
         key: JAX key of the noise.
         num_draws: Draws of the noise, whose mean it is: N network evaluations a datum for each.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, context_dim=3))
+        >>> context, x = jnp.ones((4, 3)), jnp.zeros((4, 2))
+        >>> probdiff.inference.ConditionalBound(diffusion, context, key=jax.random.key(1), num_draws=2).log_prob(x).shape
+        (4,)
     """
 
     def __init__(
@@ -110,6 +117,13 @@ class ConditionalEstimate(_ConditionalLikelihood):
         context: As for :meth:`Diffusion.given`, a row for each datum: the batch shape.
         key: JAX key of the paths.
         num_particles: Paths K of each datum: N K network evaluations.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, context_dim=3))
+        >>> context, x = jnp.ones((4, 3)), jnp.zeros((4, 2))
+        >>> probdiff.inference.ConditionalEstimate(diffusion, context, key=jax.random.key(1), num_particles=2).log_prob(x).shape
+        (4,)
     """
 
     def __init__(

@@ -31,6 +31,13 @@ class ObservedLogProb(NamedTuple):
         error: Its standard error, from independent runs, shape ``(datum,)``; NaN of one run.
         ess: The least effective sample size of the particles over the steps, mean over the runs, shape ``(datum,)``.
         observed: The number of coordinates that were observed, shape ``(datum,)``.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff.inference import ObservedLogProb
+        >>> found = ObservedLogProb(np.array([-1.0, -2.0]), np.array([0.1, 0.1]), np.array([30.0, 20.0]), np.array([1, 2]))
+        >>> found.log_prob.mean()  # nats
+        np.float64(-1.5)
     """
 
     log_prob: Float[np.ndarray, "datum"]

@@ -36,6 +36,13 @@ class AbstractObservation(eqx.Module):
     """An observation of a datum x, shape ``(dim,)``, in the user's units.
 
     To write your own, give :meth:`log_prob`, :meth:`observed`, :meth:`mean` and :meth:`covariance`; and :meth:`last_step` where it is known.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff.inference import AbstractObservation, LinearGaussian
+        >>> observation: AbstractObservation = LinearGaussian([[1.0, -1.0]], y=[0.4], scale=0.1)
+        >>> observation.mean(jnp.array([2.0, 0.5])), observation.observed(jnp.zeros(2))
+        (Array([1.5], dtype=float32), Array([0.4], dtype=float32))
     """
 
     @abc.abstractmethod
@@ -77,6 +84,13 @@ class LinearGaussian(AbstractObservation):
 
     Raises:
         ValueError: If shapes do not fit, a number is not finite, ``scale`` is not positive or ``covariance`` is not positive definite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff.inference import LinearGaussian
+        >>> observation = LinearGaussian([[1.0, 0.0]], y=[0.5], scale=0.1)
+        >>> round(observation.log_prob(jnp.array([0.5, 3.0])).item(), 3)  # −log(0.1 √2π)
+        1.384
     """
 
     matrix: Float[Array, "observed dim"] | None
@@ -180,6 +194,12 @@ class Inpainting(AbstractObservation):
 
     Raises:
         ValueError: If the shapes differ, nothing or everything is observed, or an observed value is not finite. TypeError if ``mask`` holds no truth values.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff.inference import Inpainting
+        >>> Inpainting(np.array([True, False]), np.array([0.75, np.nan])).values.tolist()  # 0 where it is hidden
+        [0.75, 0.0]
     """
 
     mask: Bool[Array, "*datum dim"]
@@ -222,7 +242,7 @@ class Inpainting(AbstractObservation):
         raise TypeError("Inpainting: Expected to be conditioned on through the last step; got a call of log_prob: p(y | x) has no density")
 
     def observed(self, x: Float[Array, "dim"]) -> Real[Array, "observed"]:
-        """Their values."""
+        """The values that were observed."""
         return self.values[self.index]
 
     def mean(self, x: Float[Array, "dim"]) -> Float[Array, "observed"]:
@@ -261,6 +281,13 @@ class Program(AbstractObservation):
 
     Args:
         function: A program ``f(x)``, x of shape ``(dim,)``, whose ``sample`` sites are all observed and have mean and variance.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from probdiff.inference import Program
+        >>> observation = Program(lambda x: numpyro.sample("y", dist.Poisson(jnp.exp(x[0])), obs=2))
+        >>> round(observation.log_prob(jnp.array([0.0, 1.0])).item(), 3)  # log (e⁻¹ / 2!)
+        -1.693
     """
 
     function: Callable = eqx.field(static=True)

@@ -296,6 +296,15 @@ def smc(
 
     Raises:
         ValueError, TypeError: If the observation does not suit the model, or an argument is out of range.
+
+    Example:
+        >>> import jax, probdiff
+        >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0, 0.0], [[1.0, 0.5], [0.5, 1.0]])
+        >>> diffusion = probdiff.Diffusion(schedule, normal.network(schedule))
+        >>> observation = probdiff.inference.LinearGaussian([[1.0, -1.0]], y=[0.4], scale=0.5)
+        >>> posterior = probdiff.inference.smc(diffusion, observation, key=jax.random.key(0), num_particles=16, num_runs=2)
+        >>> posterior.samples.shape, posterior.ess.shape, posterior.log_evidence < 0
+        ((32, 2), (5,), True)
     """
     problem = make_problem(diffusion, observation, twist, context)
     require_count("num_particles", num_particles)
@@ -334,6 +343,14 @@ def log_evidence(
         diffusion, observation, twist, context: As for :func:`smc`.
         key: JAX key.
         num_particles: Number of particles.
+
+    Example:
+        >>> import jax, probdiff
+        >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0, 0.0], [[1.0, 0.5], [0.5, 1.0]])
+        >>> diffusion = probdiff.Diffusion(schedule, normal.network(schedule))
+        >>> observation = probdiff.inference.LinearGaussian([[1.0, -1.0]], y=[0.4], scale=0.5)
+        >>> probdiff.inference.log_evidence(diffusion, observation, key=jax.random.key(0), num_particles=16).shape
+        ()
     """
     problem = make_problem(diffusion, observation, twist, context)
     require_count("num_particles", num_particles)

@@ -31,6 +31,15 @@ class Posterior(NamedTuple):
         ess: Effective sample size of the weights at each step, that of z_n at ``[n - 1]``, shape ``(num_steps,)``; of several runs, the mean. The first is that
             of the particles themselves.
         num_runs: Number of independent runs.
+
+    Example:
+        >>> import jax, probdiff
+        >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0, 0.0], [[1.0, 0.5], [0.5, 1.0]])
+        >>> diffusion = probdiff.Diffusion(schedule, normal.network(schedule))
+        >>> observation = probdiff.inference.LinearGaussian([[1.0, -1.0]], y=[0.4], scale=0.5)
+        >>> posterior = probdiff.inference.smc(diffusion, observation, key=jax.random.key(0), num_particles=16)
+        >>> posterior.resample(jax.random.key(1), 5).shape, posterior.weights.sum().round(6).item()
+        ((5, 2), 1.0)
     """
 
     samples: Real[np.ndarray, "particle dim"]

@@ -105,6 +105,14 @@ class FlowPrior(dist.TransformedDistribution):
 
     Raises:
         ValueError, TypeError: If the model has no density, does not know its dimension, or an argument is out of range.
+
+    Example:
+        >>> import jax, probdiff
+        >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0, 0.0], [[1.0, 0.5], [0.5, 1.0]])
+        >>> diffusion = probdiff.Diffusion(schedule, normal.network(schedule))
+        >>> prior = probdiff.inference.FlowPrior(diffusion, steps=5)
+        >>> prior.sample(jax.random.key(0), (3,)).shape, prior.log_prob(jax.numpy.zeros((3, 2))).shape
+        ((3, 2), (3,))
     """
 
     pytree_data_fields = ("base_dist", "transforms")
@@ -134,6 +142,15 @@ class ChainPrior:
 
     Raises:
         ValueError, TypeError: If the model has no density or does not know its dimension, or its steps are not Gaussian.
+
+    Example:
+        >>> import jax, probdiff
+        >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0, 0.0], [[1.0, 0.5], [0.5, 1.0]])
+        >>> diffusion = probdiff.Diffusion(schedule, normal.network(schedule))
+        >>> from numpyro import handlers
+        >>> trace = handlers.trace(handlers.seed(probdiff.inference.ChainPrior(diffusion), 0)).get_trace()
+        >>> {name: site["value"].shape for name, site in trace.items()}
+        {'noise': (6, 2), 'x': (2,)}
     """
 
     def __init__(self, diffusion: Diffusion, *, context: PyTree = None) -> None:

@@ -61,6 +61,18 @@ class PseudoMarginal(MCMCKernel):
     Args:
         model: The program. Its log density must be that of its sites, plus the log of an unbiased estimate on the random numbers of the key.
         init_strategy: As of NumPyro's kernels.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC
+        >>> from probdiff.inference import PseudoMarginal
+        >>> def program(key):  # a noisy likelihood: the key is that of its noise
+        ...     c = numpyro.sample("c", dist.Normal(0, 1))
+        ...     numpyro.factor("likelihood", -c**2 + 0.1 * jax.random.normal(key))
+        >>> mcmc = MCMC(PseudoMarginal(program), num_warmup=5, num_samples=10, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0))
+        >>> mcmc.get_samples()["c"].shape
+        (10,)
     """
 
     def __init__(self, model: Callable, *, init_strategy: Callable = init_to_uniform) -> None:

@@ -11,17 +11,9 @@ from probdiff.networks.context import ContextDropout, Embedding, unconditional
 from probdiff.networks.conventions import from_denoiser, from_edm, from_timesteps, from_vdm
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.ensemble import Ensemble
-from probdiff.networks.heads import (
-    AbstractHead,
-    CategoricalHead,
-    ClipHead,
-    ColumnHead,
-    DensityHead,
-    VarianceHead,
-    VHead,
-    X0Head,
-)
+from probdiff.networks.heads import AbstractHead, ClipHead, DensityHead, VarianceHead, VHead, X0Head
 from probdiff.networks.host import from_torch
+from probdiff.networks.level_heads import CategoricalHead, ColumnHead
 from probdiff.networks.mlp import MLP
 
 __all__ = [

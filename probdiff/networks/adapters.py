@@ -52,6 +52,12 @@ def batched(network: Network) -> Batched:
 
     Raises:
         TypeError: If ``network`` is not callable.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probdiff
+        >>> network = probdiff.networks.batched(lambda z, n: z / (1 + n))  # of one z, shape (dim,)
+        >>> probdiff.Diffusion(probdiff.cosine_schedule(5), network, dim=2).predict_noise(jnp.ones((3, 2)), 3).shape
+        (3, 2)
     """
     require(callable(network), "network", "a callable network(z, n)", type(network).__name__, TypeError)
     return Batched(network)

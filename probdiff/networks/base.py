@@ -52,6 +52,15 @@ class AbstractNetwork(eqx.Module):
 
     Attributes:
         dim: Dimension of the data; None if the network takes any.
+
+    Example:
+        >>> import jax.numpy as jnp, probdiff
+        >>> class Shrink(probdiff.networks.AbstractNetwork):
+        ...     dim: None = None
+        ...     def __call__(self, z, log_snr):
+        ...         return z * jnp.exp(-log_snr / 2)[..., None]
+        >>> probdiff.Diffusion(probdiff.cosine_schedule(5), Shrink(), dim=2).predict_noise(jnp.ones((4, 2)), 3).shape
+        (4, 2)
     """
 
     if TYPE_CHECKING:  # a property, to a type checker, as it may be overridden by one and is no argument of ``__init__``

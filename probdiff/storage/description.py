@@ -19,7 +19,8 @@ from probdiff.likelihoods import (
 from probdiff.networks.base import takes
 from probdiff.networks.context import ContextDropout, Embedding
 from probdiff.networks.convnet import ConvNet
-from probdiff.networks.heads import CategoricalHead, ClipHead, ColumnHead, DensityHead, VarianceHead, VHead, X0Head
+from probdiff.networks.heads import ClipHead, DensityHead, VarianceHead, VHead, X0Head
+from probdiff.networks.level_heads import CategoricalHead, ColumnHead
 from probdiff.networks.mlp import MLP
 
 _KINDS = (MLP, ConvNet, X0Head, VHead, DensityHead, ClipHead, VarianceHead, CategoricalHead, ColumnHead, Embedding, ContextDropout)
