@@ -874,6 +874,7 @@ CALLS = {
         ValueError,
         r"prior: Expected shape \(4,\), one for each label; got shape \(3,\)",
     ),
+    "a prior by label": (lambda: probdiff.classify(OF_LABELS, X, range(4), prior={0: 1.0}, key=KEY), TypeError, "prior: Expected numbers.*; got dict"),
     "a prior of 0": (lambda: probdiff.classify(OF_LABELS, X, range(4), prior=[1, 1, 1, 0], key=KEY), ValueError, "prior: Expected positive numbers; leave out"),
     "too few evaluations": (
         lambda: probdiff.classify(OF_LABELS, X, range(4), key=KEY, num_evaluations=31),

@@ -9,7 +9,7 @@ import pytest
 
 import probdiff
 from probdiff.likelihoods import CategoricalLikelihood, ColumnLikelihood, NormalLikelihood
-from probdiff.training.suitability import warn_of_unsuited
+from probdiff.training.suitability import warn_of_raw_context, warn_of_unsuited
 
 RNG = np.random.default_rng(0)
 FRAME = pd.DataFrame({"hue": RNG.normal(1, 0.2, 50), "proline": RNG.normal(750, 300, 50), "wine": RNG.integers(0, 3, 50) + 0.5})
@@ -69,3 +69,15 @@ def test_a_fit_warns_before_it_begins():
     diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(dim=2, key=jax.random.key(0)), NormalLikelihood())
     with pytest.warns(UserWarning, match="in column proline"), pytest.raises(TypeError, match="key"):
         probdiff.fit(diffusion, FRAME[["hue", "proline"]], key=0)
+
+
+def test_raw_covariates_are_warned_of_and_labels_are_not():
+    raw = np.stack([RNG.normal(0, 1, 50), RNG.normal(40, 10, 50)], 1)
+    with pytest.warns(UserWarning, match=f"got mean {raw[:, 1].mean():.3g} and standard deviation {raw[:, 1].std():.3g} in column 1"):
+        warn_of_raw_context({"label": np.arange(50), "age": raw})
+    with warnings.catch_warnings(action="error"):
+        for each in (None, np.arange(50), (raw - raw.mean(0)) / raw.std(0), np.full((50, 3), 40)):
+            warn_of_raw_context(each)
+    diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(1, key=jax.random.key(0), context_dim=2))
+    with pytest.warns(UserWarning, match="context: Expected covariates"), pytest.raises(TypeError, match="key"):
+        probdiff.fit(diffusion, RNG.normal(size=(50, 1)), context=raw, key=3)

@@ -144,7 +144,10 @@ def _given_labels(diffusion: Diffusion, labels: Any) -> Diffusion:
 
 def _log_prior(prior: Numbers, num_labels: int) -> Float[np.ndarray, "label"]:
     """The logarithm of the prior, of which the sum is 1."""
-    prior = np.asarray(prior, np.float64)
+    try:
+        prior = np.asarray(prior, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"prior: Expected numbers, shape ({num_labels},); got {type(prior).__name__}") from None
     require(prior.shape == (num_labels,), "prior", f"shape ({num_labels},), one for each label", f"shape {prior.shape}")
     require_finite("prior", prior)
     require(np.all(prior > 0), "prior", "positive numbers; leave out a label that is impossible", prior)

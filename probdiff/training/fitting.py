@@ -31,7 +31,7 @@ from probdiff.programs.sites import PARAMS, Data
 from probdiff.training.loop import CHUNK, FitState, Loop
 from probdiff.training.minibatches import Minibatches, read_weights
 from probdiff.training.optimiser import build_optimiser
-from probdiff.training.suitability import warn_of_unsuited
+from probdiff.training.suitability import warn_of_raw_context, warn_of_unsuited
 
 VARIANCE_ROWS = 2**20  # network evaluations for the best reverse variances
 
@@ -184,6 +184,7 @@ def fit(
     )
     weights = None if weights is None else read_weights(weights, len(data))
     warn_of_unsuited(diffusion, data if weights is None else np.asarray(data)[weights > 0], names)
+    warn_of_raw_context(context)
     key = jax.random.key(0) if key is None else key
     require_key(key)
     mesh = data_mesh(devices)

@@ -1,10 +1,11 @@
-"""Words of warning before a fit: data with a density that the chain cannot take to noise, or that have none."""
+"""Words of warning before a fit: data with a density that the chain cannot take to noise, or that have none, and covariates on a raw scale."""
 
 import warnings
 from collections.abc import Sequence
 
+import jax
 import numpy as np
-from jaxtyping import Real
+from jaxtyping import PyTree, Real
 
 from probdiff._checks import AnyArray
 from probdiff.diffusion import Diffusion
@@ -55,3 +56,24 @@ def warn_of_unsuited(diffusion: Diffusion, x: Real[AnyArray, "datum column"], co
             stacklevel=3,
         )
         return
+
+
+def warn_of_raw_context(context: PyTree) -> None:
+    """Warn of covariates whose scale is far from that of a network's other inputs; labels and images of whole numbers are let pass.
+
+    Args:
+        context: The context of the training data, a tree of arrays with a row for each datum; None for none.
+    """
+    for leaf in jax.tree.leaves(context):
+        rows = np.asarray(leaf)[:ROWS]
+        if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.floating):
+            continue
+        square = np.square(rows, dtype=np.float64).mean(0)
+        if square.max(initial=0) > LARGEST_SQUARE:
+            worst = int(square.argmax())
+            warnings.warn(
+                f"context: Expected covariates of about mean 0 and standard deviation 1; got mean {rows[:, worst].mean():.3g} and standard deviation "
+                f"{rows[:, worst].std():.3g} in column {worst}. probdiff.datasets.split(frame, context=[…]) standardises them",
+                stacklevel=3,
+            )
+            return
