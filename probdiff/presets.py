@@ -103,15 +103,10 @@ def from_diffusers(
 ) -> Diffusion:
     r"""The model that a network trained with diffusers is, by the configuration of its scheduler: a step of the reverse chain is a step of the DDPMScheduler.
 
-    | entry | here |
-    |---|---|
-    | ``beta_schedule`` and the other entries of the schedule | :func:`probdiff.chain.diffusers_schedule` |
-    | timestep t = 0 … N − 1 | step n = t + 1: the network is told n − 1 |
-    | ``prediction_type``: ``"epsilon"`` (if absent), ``"v_prediction"``, ``"sample"`` | no head, :class:`~probdiff.networks.VHead`, :class:`~probdiff.networks.X0Head` |
-    | ``clip_sample``, ``clip_sample_range`` | :class:`~probdiff.networks.ClipHead` |
-    | ``variance_type``: ``"fixed_small"`` (if absent), ``"fixed_small_log"`` | ``reverse_variance="posterior"`` |
-    | ``"fixed_large"`` | ``reverse_variance="forward"`` |
-    | ``"learned_range"`` | :class:`~probdiff.networks.VarianceHead`, ``reverse_variance="predicted"`` |
+    ``beta_schedule`` and the other entries of the schedule are read by :func:`probdiff.chain.diffusers_schedule`; timestep t = 0 … N − 1 is step n = t + 1, and
+    the network is told n − 1. ``prediction_type`` is ``"epsilon"`` (if absent), ``"v_prediction"`` (a :class:`~probdiff.networks.VHead`) or ``"sample"`` (an
+    :class:`~probdiff.networks.X0Head`). ``clip_sample`` and ``clip_sample_range`` make a :class:`~probdiff.networks.ClipHead`. ``variance_type`` is ``"fixed_small"`` (if absent) or
+    ``"fixed_small_log"``, our ``"posterior"``; ``"fixed_large"``, our ``"forward"``; or ``"learned_range"``, our ``"predicted"`` with a :class:`~probdiff.networks.VarianceHead`.
 
     Their last step, at t = 0, gives the mean; here p(x | z_1) is a distribution around that mean.
 
