@@ -65,7 +65,7 @@ def test_columns_are_found_by_their_names(tmp_path):
     for text in ("height,weight\n,70\n", "weight,height\n70,\n", "age,weight\n3,70\n"):
         (tmp_path / "row.csv").write_text(text)
         observation = read_observation(tmp_path / "row.csv", dataset)
-        assert observation.mask.tolist() == [False, True] and observation.y.tolist() == [70.0], text
+        assert observation.mask.tolist() == [False, True] and observation.values[1] == 70.0, text
     (tmp_path / "row.csv").write_text("age,size\n3,70\n")
     with pytest.raises(ValueError, match="--observe: Expected some of the columns height, weight; got age, size"):
         read_observation(tmp_path / "row.csv", dataset)
