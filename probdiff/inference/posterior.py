@@ -119,7 +119,7 @@ class Posterior(NamedTuple):
         )
 
 
-def log_mean_with_error(log_evidences: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def log_mean_with_error(log_evidences: ArrayLike) -> tuple[np.ndarray | np.float64, np.ndarray | np.float64]:
     """The log of the mean over the first axis, of independent runs, and its standard error; NaN of one run, and where the mean is 0."""
     log_evidences = np.asarray(log_evidences, np.float64)
     count = len(log_evidences)
