@@ -110,12 +110,13 @@ def with_dropout():
     """A model whose prediction has a random factor of standard deviation 0.3, as of a module of another library with its dropout on."""
     rng, exact = np.random.default_rng(0), ORACLE.network(SCHEDULE)
 
-    def factor(z):
-        return rng.normal(1, 0.3, z.shape).astype(z.dtype)
-
     def network(z, n):
-        eps_hat = exact(z, jnp.asarray(SCHEDULE.log_snr, z.dtype)[n - 1])
-        return eps_hat * jax.pure_callback(factor, jax.ShapeDtypeStruct(z.shape, z.dtype), z, vmap_method="expand_dims")
+        eps_hat, dtype = exact(z, jnp.asarray(SCHEDULE.log_snr, z.dtype)[n - 1]), z.dtype
+
+        def factor(z):  # (which the host may be given in another precision)
+            return rng.normal(1, 0.3, z.shape).astype(dtype)
+
+        return eps_hat * jax.pure_callback(factor, jax.ShapeDtypeStruct(z.shape, dtype), z, vmap_method="expand_dims")
 
     return probdiff.Diffusion(SCHEDULE, network, dim=DIM)
 

@@ -1,4 +1,7 @@
-"""``probdiff.audit`` on networks of 20 seeds, exact, briefly fitted and well fitted: nothing is named that is not there."""
+"""``probdiff.audit`` on networks of several seeds, exact, briefly fitted and well fitted: nothing is named that is not there.
+
+Of 20 seeds nothing was; three are enough to find a rule that names too much, and each takes some ten seconds.
+"""
 
 import functools
 
@@ -10,7 +13,8 @@ from audit_networks import DIM, OPTIONS, ORACLE, RANGES, SCHEDULE, broken
 import probdiff
 
 pytestmark = pytest.mark.long
-SEEDS, BRIEFLY, WELL = range(20), 150, 4000
+SEEDS, BRIEFLY, WELL = range(3), 150, 4000
+IN_THE_ARRAYS = ["coupled batch", "output not finite", "predicts no noise"]  # whatever the network is
 
 
 @functools.cache
@@ -38,17 +42,13 @@ def test_nothing_is_named_on_a_sound_network(iterations, seed):
     assert not found.findings and abs(found.two_ways.z) < 4.9 and found.two_ways.common.agree
 
 
-@pytest.mark.parametrize("fault", OPTIONS)
-@pytest.mark.parametrize("iterations", [BRIEFLY, WELL])
-def test_a_fault_is_named_on_a_fitted_network(iterations, fault):
-    """A step more or less cannot be told of a network that was fitted briefly."""
-    names = [each.name for each in audited(iterations, 0, OPTIONS[fault]).findings]
-    name = fault.partition(":")[0]
-    assert names == [name] or (names == [] and iterations == BRIEFLY and name == "off by a step")
+@pytest.mark.parametrize("fault", [fault for fault in OPTIONS if fault not in IN_THE_ARRAYS])
+def test_a_fault_is_named_on_a_fitted_network(fault):
+    names = [each.name for each in audited(WELL, 0, OPTIONS[fault]).findings]
+    assert names == [fault.partition(":")[0]]
 
 
-@pytest.mark.parametrize("change", RANGES)
-@pytest.mark.parametrize("iterations", [BRIEFLY, WELL])
-def test_another_range_is_named_on_a_fitted_network(iterations, change):
-    found = audited(iterations, 0, change=RANGES[change])
+@pytest.mark.parametrize("change", ["half", "a shift", "not standardised"])
+def test_another_range_is_named_on_a_fitted_network(change):
+    found = audited(WELL, 0, change=RANGES[change])
     assert [each.name for each in found.findings] == ["range of the data"]
