@@ -44,6 +44,7 @@ from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.terms import bits_per_dim
 from probdiff.programs.sites import Data
 
+RANDOM = "random output"
 SURE = 5.0  # standard errors
 # What a repair must gain, in nats a dimension; more if it has numbers that are fitted, of which a network of few iterations has some use.
 WORTH, WORTH_OF_FACTOR, WORTH_OF_RANGE = 0.01, 0.05, 0.1
@@ -216,10 +217,13 @@ def audit(
     compared, gained, findings = None, None, [*_not_finite(both)]
     if not findings and diffusion.kernel.prediction == "noise":
         compared = compare_readings(diffusion, x, key=reading_key, num_draws=num_draws, progress=progress)
-        best = _best(compared)
+        calls = [*_calls(diffusion, x, call_key)]
+        # (Of an answer that is random another reading may have less noise, which says nothing of the network.)
+        random = any(finding.name == RANDOM for finding in calls)
+        best = Reading(OWN, OWN) if random else _best(compared)
         gained, worse = _optimal_variance(compared, best)
-        findings += [*_misread(compared, best), *_context(diffusion, compared), *worse]
-        findings += [*_prior(compared.models[best.asked], x), *_calls(diffusion, x, call_key)]
+        findings += [*([] if random else _misread(compared, best)), *_context(diffusion, compared), *worse]
+        findings += [*_prior(compared.models[best.asked], x), *calls]
     elif not findings:
         findings += _prior(diffusion, x)
     return Audit(
@@ -356,7 +360,7 @@ def _calls(diffusion: Diffusion, x: Data, key: PRNGKeyArray) -> Iterator[Finding
     twice, alone = differences["twice"], differences["alone"]
     if twice.is_there:
         words = f"The output is random, as with dropout: the same call twice differs by {twice.relative:.1%} of the prediction"
-        yield Finding("random output", words, *twice.nats[:2])
+        yield Finding(RANDOM, words, *twice.nats[:2])
     elif alone.is_there:
         words = f"The data of a batch depend on each other, as with batch statistics: alone, a datum's prediction differs by {alone.relative:.1%}"
         yield Finding("coupled batch", words, *alone.nats[:2])

@@ -110,13 +110,12 @@ def with_dropout():
     """A model whose prediction has a random factor of standard deviation 0.3, as of a module of another library with its dropout on."""
     rng, exact = np.random.default_rng(0), ORACLE.network(SCHEDULE)
 
+    def factor(z):
+        return rng.normal(1, 0.3, z.shape).astype(np.float32)
+
     def network(z, n):
-        eps_hat, dtype = exact(z, jnp.asarray(SCHEDULE.log_snr, z.dtype)[n - 1]), z.dtype
-
-        def factor(z):  # (which the host may be given in another precision)
-            return rng.normal(1, 0.3, z.shape).astype(dtype)
-
-        return eps_hat * jax.pure_callback(factor, jax.ShapeDtypeStruct(z.shape, dtype), z, vmap_method="expand_dims")
+        eps_hat = exact(z, jnp.asarray(SCHEDULE.log_snr, z.dtype)[n - 1])
+        return eps_hat * jax.pure_callback(factor, jax.ShapeDtypeStruct(z.shape, jnp.float32), z, vmap_method="expand_dims").astype(z.dtype)
 
     return probdiff.Diffusion(SCHEDULE, network, dim=DIM)
 
