@@ -68,7 +68,7 @@ def read_contexts(covariates: Covariates, text: str) -> tuple[Real[np.ndarray, "
 
 
 def given(what: str) -> str:
-    """What samples are given, for a title."""
+    """Name the context of samples, for a title."""
     return f", given {what if len(what) <= MOST_LETTERS else what[: MOST_LETTERS - 1] + '…'}"
 
 

@@ -181,7 +181,7 @@ class Covariates:
         return {column.name: column.decode(part) for column, part in zip(self.columns, np.split(np.asarray(array), cuts, 1))}
 
     def parse(self, text: str) -> Float[np.ndarray, "1 width"]:
-        """One row in words, ``"0.3,7"`` in the order of the covariates or ``"age=0.3,label=7"``, as :meth:`encode` gives it.
+        """Read one row in words, ``"0.3,7"`` in the order of the covariates or ``"age=0.3,label=7"``, as :meth:`encode` gives it.
 
         Raises:
             ValueError: If there is not one value for each covariate, or a value is unknown to its covariate.

@@ -79,7 +79,7 @@ def read_frame(frame: Any, name: str = "data", index: str | None = None, context
 
 
 def listed(context: Columns | None) -> list[str | int]:
-    """One column or several, or none, as a list."""
+    """List the columns: one, several or none were given."""
     return [] if context is None else [context] if isinstance(context, str | int) else list(context)
 
 

@@ -128,7 +128,7 @@ class Excesses(NamedTuple):
 
 
 def ask(diffusion: Diffusion, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"]) -> Prediction:
-    """What the network itself answers at step ``n``, before a head makes noise of it."""
+    """Answer of the network itself at step ``n``, before a head makes noise of it."""
     network = eqx.nn.inference_mode(diffusion.network)
     asked = z, at_step(diffusion.schedule.log_snr, n, z.dtype), n, None, of_batch(diffusion.context, z.shape[:-1])
     return network.output(*asked) if isinstance(network, AbstractHead) else predict_noise(network, *asked)
@@ -145,7 +145,7 @@ def read(diffusion: Diffusion, reading: str, answer: Prediction, z: Float[Array,
 
 
 def other_answers(diffusion: Diffusion, shape: tuple[int, ...]) -> list[str]:
-    """What else the answers may be than the model takes them for; nothing, if they are not shaped like the data, ``shape``."""
+    """Names of what else the answers may be than the model takes them for; nothing, if they are not shaped like the data, ``shape``."""
     network = diffusion.network
     if isinstance(network, AbstractHead) and network.output_shape(jnp.zeros(shape)) != shape:
         return []

@@ -37,7 +37,7 @@ class AbstractAdapter(AbstractWrapper):
     def inputs(
         self, z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"], n: Int[Array, "*batch"] | None
     ) -> Told:
-        """What the callable is given for ``z``, shaped like it, and for its noise level, shape ``batch``."""
+        """Inputs of the callable: what it is given for ``z``, shaped like it, and for its noise level, shape ``batch``."""
 
     @property
     def inside(self) -> tuple[Network]:
