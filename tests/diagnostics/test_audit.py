@@ -293,6 +293,10 @@ def test_a_model_whose_kernel_asks_for_something_else_has_its_bound():
 def test_the_document_is_json_and_the_figure_is_of_the_steps():
     found = of_fault("predicts v")
     document = json.loads(json.dumps(found.to_dict()))
+    slopes = [(*each["steps"], each["slope"], each["error"]) for each in document["slopes"]]
+    np.testing.assert_allclose(slopes, [(*steps, c, e) for steps, c, e in zip(*found.slopes)])
+    assert [(each["mean"], each["error"]) for each in document["readings"]] == [gain[:2] for gain in found.readings.values()]
+    assert document["step_kl"] == found.step_kl.tolist() and document["step_kl_error"] == found.step_kl_error.tolist()
     assert document["findings"][0]["name"] == "predicts v" and document["step_kl"] == pytest.approx(found.step_kl.tolist())
     assert {(each["asked"], each["answer"]) for each in document["readings"]} == {tuple(reading) for reading in found.readings}
     assert {*ASKED} <= {each["asked"] for each in document["readings"]} and {*ANSWERS} - {"the noise"} <= {each["answer"] for each in document["readings"]}
