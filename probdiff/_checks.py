@@ -18,6 +18,7 @@ Whole = int | np.integer
 Number = float | int | np.floating | np.integer
 Numbers = npt.ArrayLike | Sequence[Any] | float | int  # one by one, in sequences (NumPy's ArrayLike has no tuples at run time) or in arrays
 Step = Whole | Integer[AnyArray, "*#batch"]
+type PyTree = Any  # any tree of arrays: jaxtyping's PyTree, which type checkers cannot read
 
 
 def require(condition: object, name: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:

@@ -9,10 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 from tqdm import tqdm
 
-from probdiff._checks import Whole, is_trainable
+from probdiff._checks import PyTree, Whole, is_trainable
 
 HIDDEN_VALUES = 2**19  # of one layer, in the cache of a processor
 FEWEST_INPUTS, MOST_INPUTS = 2**8, 2**12  # of a network at a time, on a processor,

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool
 
-from probdiff._checks import require, require_finite
+from probdiff._checks import PyTree, require, require_finite
 from probdiff._frames import as_array, is_frame
 
 EXPECTED = "an array, or a tree of arrays, with a row for each datum"

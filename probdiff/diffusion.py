@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 from numpyro import distributions as dist
 
-from probdiff._checks import AnyArray, Number, Step, Whole, is_concrete, is_trainable, require, require_type
+from probdiff._checks import AnyArray, Number, PyTree, Step, Whole, is_concrete, is_trainable, require, require_type
 from probdiff._chunks import take
 from probdiff._context import num_rows, of_batch, read_context
 from probdiff._static import Static

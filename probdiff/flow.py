@@ -19,10 +19,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 from numpy.typing import ArrayLike
 
-from probdiff._checks import Number, Whole, require, require_count, require_finite, require_key, require_type
+from probdiff._checks import Number, PyTree, Whole, require, require_count, require_finite, require_key, require_type
 from probdiff._chunks import EACH, blocks, inputs_at_once, joined, repeat, take
 from probdiff.chain.forward import forward_marginal, prior_kl
 from probdiff.diffusion import Diffusion

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from numpyro import handlers
 
-from probdiff._checks import AnyArray, Number, Whole, require, require_count, require_key, require_type
+from probdiff._checks import AnyArray, Number, PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import EACH, EVALUATIONS, blocks, joined, take
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
 from probdiff.chain.schedules import AbstractSchedule, at_step

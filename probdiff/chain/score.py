@@ -24,10 +24,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 from numpyro import distributions as dist
 
-from probdiff._checks import AnyArray, Step, require, require_step
+from probdiff._checks import AnyArray, PyTree, Step, require, require_step
 from probdiff.chain.forward import isotropic_normal
 from probdiff.chain.schedules import AbstractSchedule, Table, at_step, require_schedule
 

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray
 
-from probdiff._checks import Whole, require, require_count, require_key, require_type
+from probdiff._checks import PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._sharding import Devices
 from probdiff.diagnostics.common_paths import CommonPaths, compare_on_common_paths
 from probdiff.diffusion import Diffusion

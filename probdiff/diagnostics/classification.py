@@ -11,10 +11,20 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 from scipy import special
 
-from probdiff._checks import Number, Numbers, Whole, require, require_count, require_finite, require_key, require_type
+from probdiff._checks import (
+    Number,
+    Numbers,
+    PyTree,
+    Whole,
+    require,
+    require_count,
+    require_finite,
+    require_key,
+    require_type,
+)
 from probdiff._chunks import blocks, joined
 from probdiff._context import named, num_rows, same_rows
 from probdiff.diagnostics.contexts import DATA_AT_ONCE, CommonTerms, Terms

@@ -15,11 +15,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro import distributions as dist
 from numpyro import handlers
 
-from probdiff._checks import require_key, require_type
+from probdiff._checks import PyTree, require_key, require_type
 from probdiff.chain.schedules import AbstractSchedule
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.terms import elbo_terms

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray, PyTree
+from jaxtyping import Float, PRNGKeyArray
 
-from probdiff._checks import Whole, require, require_count, require_type
+from probdiff._checks import PyTree, Whole, require, require_count, require_type
 from probdiff.diagnostics.tables import format_models
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate

@@ -12,9 +12,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from probdiff._checks import AnyArray, Whole, require, require_count, require_key, require_type
+from probdiff._checks import AnyArray, PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import blocks, joined
 from probdiff._context import named
 from probdiff.chain.schedules import per_step

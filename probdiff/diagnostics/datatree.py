@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
-from probdiff._checks import Whole, require_type
+from probdiff._checks import PyTree, Whole, require_type
 from probdiff.diagnostics.tables import format_terms
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate

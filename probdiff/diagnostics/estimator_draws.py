@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 from tqdm import tqdm
 
-from probdiff._checks import Number, Whole
+from probdiff._checks import Number, PyTree, Whole
 from probdiff._chunks import MOST_NUMBERS, inputs_at_once, repeat, take
 from probdiff._sharding import gather, replicate, shard
 from probdiff.diagnostics.cost_ratios import Variance

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray, PyTree
+from jaxtyping import Float, PRNGKeyArray
 
-from probdiff._checks import Whole, require, require_count, require_key, require_type
+from probdiff._checks import PyTree, Whole, require, require_count, require_key, require_type
 from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import GaussianKernel
 from probdiff.chain.schedules import AbstractSchedule

@@ -15,9 +15,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import require, require_key, require_type
+from probdiff._checks import PyTree, require, require_key, require_type
 from probdiff._chunks import EVALUATIONS, blocks, joined, over_steps, take
 from probdiff.chain.schedules import at_dims
 from probdiff.diagnostics.tables import format_gap

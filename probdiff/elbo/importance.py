@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from scipy.special import logsumexp
 
-from probdiff._checks import Number, Whole, require, require_count, require_key, require_type
+from probdiff._checks import Number, PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import EACH, MOST_NUMBERS, blocks, joined, take
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
 from probdiff.diffusion import Diffusion

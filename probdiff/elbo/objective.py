@@ -19,13 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from jaxtyping import PyTree
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.primitives import mutable
 
-from probdiff._checks import Whole, is_trainable, require, require_count, require_key, require_type
+from probdiff._checks import PyTree, Whole, is_trainable, require, require_count, require_key, require_type
 from probdiff._context import same_rows
 from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.schedules import per_step

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from probdiff._checks import Number, Whole, require, require_key, require_type
+from probdiff._checks import Number, PyTree, Whole, require, require_key, require_type
 from probdiff._chunks import blocks, joined, repeat
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.forward import prior_kl

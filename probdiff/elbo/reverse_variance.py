@@ -3,9 +3,9 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import Whole, require, require_count, require_key, require_type
+from probdiff._checks import PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import over_steps
 from probdiff.diffusion import Diffusion
 from probdiff.programs.sites import Data

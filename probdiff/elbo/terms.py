@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import AnyArray, Whole, require, require_count, require_key, require_type
+from probdiff._checks import AnyArray, PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import EVALUATIONS, blocks, filled, inputs_at_once, parts
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.forward import prior_kl

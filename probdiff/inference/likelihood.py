@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Real
+from jaxtyping import Array, Float, PRNGKeyArray, Real
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.distributions import constraints
 
-from probdiff._checks import AnyArray, Whole, require, require_count, require_key, require_type
+from probdiff._checks import AnyArray, PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._context import num_rows
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.importance import path_log_weight

@@ -11,9 +11,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Real
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Real
 
-from probdiff._checks import AnyArray, Whole, require, require_count, require_finite, require_key, require_type
+from probdiff._checks import AnyArray, PyTree, Whole, require, require_count, require_finite, require_key, require_type
 from probdiff._chunks import EVALUATIONS, blocks, joined, take
 from probdiff._frames import is_frame, with_gaps
 from probdiff.diffusion import Diffusion

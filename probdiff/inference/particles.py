@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
 from numpyro import distributions as dist
 from numpyro import handlers
 from tqdm import tqdm
 
-from probdiff._checks import Whole, require, require_count, require_key, require_type
+from probdiff._checks import PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import EVALUATIONS, even_chunk, inputs_at_once
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.diffusion import Diffusion

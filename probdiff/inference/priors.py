@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
-from probdiff._checks import Whole, require, require_count, require_type
+from probdiff._checks import PyTree, Whole, require, require_count, require_type
 from probdiff.chain.schedules import at_step
 from probdiff.diffusion import Diffusion
 from probdiff.flow import in_continuous_time, solve, velocity

@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import PyTree
 from numpyro.infer.hmc_util import warmup_adapter
 from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 from numpyro.util import is_prng_key
 
-from probdiff._checks import require
+from probdiff._checks import PyTree, require
 
 SCALING = 2.56  # of the steps of the walk, over the root of the dimension: Sherlock et al. (2015), arXiv:1309.7209, section 3.2
 

@@ -13,10 +13,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Real
+from jaxtyping import Array, Float, PRNGKeyArray, Real
 from numpyro import handlers
 
-from probdiff._checks import Whole, require, require_count, require_key
+from probdiff._checks import PyTree, Whole, require, require_count, require_key
 from probdiff._chunks import blocks, joined
 from probdiff.diffusion import Diffusion
 from probdiff.inference.observations import AbstractObservation

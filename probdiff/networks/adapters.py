@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import require
+from probdiff._checks import PyTree, require
 from probdiff.networks.base import AbstractWrapper, Network, Prediction, evaluate, flattened
 
 

@@ -28,10 +28,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
 from numpyro.primitives import Messenger
 
-from probdiff._checks import require
+from probdiff._checks import PyTree, require
 
 TIME_HARMONICS = 8
 EMBEDDING = 32

@@ -11,9 +11,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import Number, Whole, is_concrete, require, require_count, require_key
+from probdiff._checks import Number, PyTree, Whole, is_concrete, require, require_count, require_key
 from probdiff.networks.base import AbstractWrapper, Network, Prediction, evaluate, predict_noise
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
 
-from probdiff._checks import Number, Numbers, require, require_finite
+from probdiff._checks import Number, Numbers, PyTree, require, require_finite
 from probdiff.networks.base import AbstractNetwork, AbstractWrapper, Network, Prediction, evaluate, signal_and_noise
 from probdiff.networks.heads import AbstractHead, X0Head
 

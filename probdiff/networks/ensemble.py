@@ -5,9 +5,9 @@ import operator
 from collections.abc import Iterable
 
 import jax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import require
+from probdiff._checks import PyTree, require
 from probdiff.networks.base import AbstractWrapper, Network, predict_noise
 
 

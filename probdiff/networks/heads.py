@@ -11,9 +11,9 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import Number, require
+from probdiff._checks import Number, PyTree, require
 from probdiff.likelihoods import AbstractLikelihood
 from probdiff.networks.base import AbstractWrapper, Network, evaluate, require_shape, signal_and_noise
 

@@ -11,9 +11,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, Real
+from jaxtyping import Array, Float, Real
 
-from probdiff._checks import require
+from probdiff._checks import PyTree, require
 from probdiff.networks.base import flattened
 
 NO_DERIVATIVE = (

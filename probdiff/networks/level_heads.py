@@ -5,9 +5,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import Whole, require, require_count, require_type
+from probdiff._checks import PyTree, Whole, require, require_count, require_type
 from probdiff._static import Static
 from probdiff.likelihoods import AbstractLikelihood
 from probdiff.networks.base import Network, signal_and_noise

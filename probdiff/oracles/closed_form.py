@@ -7,9 +7,9 @@ computed here in float64 NumPy, from means and covariances: no sampling, and no 
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, PyTree, Real
+from jaxtyping import Float, Real
 
-from probdiff._checks import AnyArray, require
+from probdiff._checks import AnyArray, PyTree, require
 from probdiff.chain.reverse import AbstractKernel
 from probdiff.chain.schedules import AbstractSchedule
 from probdiff.likelihoods import AbstractLikelihood, NormalLikelihood

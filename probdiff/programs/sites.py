@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 import equinox as eqx
 import numpy as np
 import numpyro
-from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree, Real
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, Real
 from numpyro import distributions as dist
 from numpyro.distributions.kl import kl_divergence
 from numpyro.infer import SVI
 from numpyro.primitives import Messenger
 
-from probdiff._checks import GAPS, AnyArray, Step, Whole, is_concrete, require
+from probdiff._checks import GAPS, AnyArray, PyTree, Step, Whole, is_concrete, require
 from probdiff._context import EXPECTED, num_rows
 from probdiff._frames import is_frame
 from probdiff.chain.reverse import AbstractKernel

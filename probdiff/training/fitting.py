@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import PRNGKeyArray, PyTree, Real
+from jaxtyping import PRNGKeyArray, Real
 from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
-from probdiff._checks import AnyArray, Number, Numbers, Whole, require, require_count, require_key, require_type
+from probdiff._checks import AnyArray, Number, Numbers, PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import take
 from probdiff._context import named
 from probdiff._frames import column_names

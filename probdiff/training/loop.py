@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray
 from numpyro import handlers
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 
-from probdiff._checks import require
+from probdiff._checks import PyTree, require
 from probdiff._chunks import take
 from probdiff._sharding import gather, replicate, shard
 from probdiff.diffusion import Diffusion

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import PyTree, Real
+from jaxtyping import Real
 
-from probdiff._checks import AnyArray
+from probdiff._checks import AnyArray, PyTree
 from probdiff.diffusion import Diffusion
 from probdiff.likelihoods.density import atom, has_few_values
 
