@@ -60,7 +60,7 @@ def blocks(size: int, largest: int, *, unit: str, desc: str, progress: bool) -> 
             bar.update(min(length, size - start))
 
 
-def joined(results: list, size: int) -> Any:
+def joined(results: list[Any], size: int) -> Any:
     """The results of :func:`blocks`, trees of arrays, put together along the first axis on the host."""
     return jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts])[:size], *results)
 

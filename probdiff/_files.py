@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,12 +100,12 @@ def read_npy(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: Expected an intact .npy file; got: {error}") from None
 
 
-def write_json(path: Path, document: dict) -> None:
+def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a JSON document, all or none."""
     write_bytes(path, (json.dumps(document, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, as a dict.
 
     Raises:

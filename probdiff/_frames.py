@@ -20,7 +20,7 @@ def is_frame(x: object) -> bool:
     return narwhals.dependencies.is_into_dataframe(x)
 
 
-def columns_of(frame: Any) -> dict[str, "narwhals.Series"]:
+def columns_of(frame: Any) -> dict[str, "narwhals.Series[Any]"]:
     """The columns of a data frame by name."""
     import narwhals
 
@@ -52,7 +52,7 @@ def with_gaps(frame: Any) -> Float[np.ndarray, "row column"]:
     return np.column_stack(found)
 
 
-def numbers(column: "narwhals.Series", name: str = "x") -> Real[np.ndarray, "row"]:
+def numbers(column: "narwhals.Series[Any]", name: str = "x") -> Real[np.ndarray, "row"]:
     """The numbers of a column, truth values as 0 and 1.
 
     Raises:
@@ -66,28 +66,28 @@ def numbers(column: "narwhals.Series", name: str = "x") -> Real[np.ndarray, "row
     return values
 
 
-def require_numbers(column: "narwhals.Series", name: str = "x") -> None:
+def require_numbers(column: "narwhals.Series[Any]", name: str = "x") -> None:
     """Refuse a column of anything but numbers and truth values."""
     of_numbers = column.dtype.is_numeric() or is_boolean(column)
     remedy = "; leave the column out, or make categories of it (in pandas, x.astype({column: 'category'})) for a ColumnLikelihood"
     require(of_numbers, name, "columns of numbers", f"{column.dtype} in column {column.name!r}{remedy}", TypeError)
 
 
-def is_boolean(column: "narwhals.Series") -> bool:
+def is_boolean(column: "narwhals.Series[Any]") -> bool:
     """Whether a column holds truth values."""
     import narwhals
 
     return bool(column.dtype == narwhals.Boolean)
 
 
-def is_text(column: "narwhals.Series") -> bool:
+def is_text(column: "narwhals.Series[Any]") -> bool:
     """Whether a column holds text."""
     import narwhals
 
     return bool(column.dtype == narwhals.String)
 
 
-def labels(column: "narwhals.Series") -> tuple[str, ...] | None:
+def labels(column: "narwhals.Series[Any]") -> tuple[str, ...] | None:
     """The labels that are there in a column of categories or truth values, in order; None for any other column."""
     import narwhals
 
@@ -99,7 +99,7 @@ def labels(column: "narwhals.Series") -> tuple[str, ...] | None:
     return tuple(sorted(map(str, column.unique().to_list()))) if column.dtype == narwhals.Categorical else None
 
 
-def codes(column: "narwhals.Series", labels: tuple[str, ...], name: str = "x") -> Int[np.ndarray, "row"]:
+def codes(column: "narwhals.Series[Any]", labels: tuple[str, ...], name: str = "x") -> Int[np.ndarray, "row"]:
     """The place of each cell in ``labels``.
 
     Raises:
@@ -114,7 +114,7 @@ def codes(column: "narwhals.Series", labels: tuple[str, ...], name: str = "x") -
     return np.array([number[word] for word in words])
 
 
-def require_complete(column: "narwhals.Series", name: str = "x") -> None:
+def require_complete(column: "narwhals.Series[Any]", name: str = "x") -> None:
     """Refuse a column with a missing cell."""
     missing = np.flatnonzero(column.is_null().to_numpy())
     remedy = f": {GAPS}" if name == "x" else ""

@@ -346,7 +346,7 @@ def _subsequence(diffusion: Diffusion, steps: int | Sequence[int] | np.ndarray |
 def _draw(
     one: Callable[..., jax.Array],
     diffusion: Diffusion,
-    arguments: tuple,
+    arguments: tuple[Any, ...],
     key: PRNGKeyArray,
     num_samples: Whole | None,
     evaluations: int,
@@ -371,7 +371,7 @@ def _draw(
 def _draw_batch(
     one: Callable[..., jax.Array],
     diffusion: Diffusion,
-    arguments: tuple,
+    arguments: tuple[Any, ...],
     key: PRNGKeyArray,
     numbers: AnyArray,
     mesh: Mesh | None,

@@ -10,7 +10,7 @@ the number of steps. At n = 1 the level itself is drawn from p(v | z_1). Source 
 
 import copy
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -135,7 +135,7 @@ class MixtureKernel(AbstractKernel):
         """Zeros: a network that knows the level leaves no KL."""
         return array_module(schedule.beta).zeros(schedule.num_steps)
 
-    def check_parts(self, network: Callable, likelihood: AbstractLikelihood) -> None:
+    def check_parts(self, network: Callable[..., Any], likelihood: AbstractLikelihood) -> None:
         """Refuse a network that has no probabilities of as many levels, and a likelihood of other data."""
         for name, part, expected in (("network", network, "CategoricalHead"), ("likelihood", likelihood, "DiscretizedNormalLikelihood")):
             levels = getattr(part, "levels", None)

@@ -7,7 +7,7 @@ with r the second output of the network, so that s = 0 at r = −1 and s = 1 at 
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
@@ -109,7 +109,7 @@ class PredictedVarianceKernel(AbstractKernel):
         r"""About what a squared error of the noise costs: :math:`w_n` at the least variance, shape ``(num_steps,)``."""
         return _AT_LEAST.kl_weight(schedule)
 
-    def check_parts(self, network: Callable, likelihood: AbstractLikelihood) -> None:
+    def check_parts(self, network: Callable[..., Any], likelihood: AbstractLikelihood) -> None:
         """Refuse a network that predicts no variance."""
         predicts = hasattr(network, self.prediction)
         require(predicts, "network", "a VarianceHead for predicted variances", f"a {type(network).__name__}")

@@ -3,7 +3,7 @@ r"""The reverse kernels :math:`p_\theta(z_{n-1} | z_n)`: what the model makes of
 import abc
 from collections.abc import Callable
 from types import ModuleType
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -128,7 +128,7 @@ class AbstractKernel(eqx.Module):
         constant = at_step(self.constants(schedule, step.x0.shape[-1]), step.n, step.x0.dtype)
         return constant + self.excess(schedule, step)
 
-    def check_parts(self, network: Callable, likelihood: AbstractLikelihood) -> None:
+    def check_parts(self, network: Callable[..., Any], likelihood: AbstractLikelihood) -> None:
         """Refuse a network or a likelihood that the kernel does not suit."""
 
     @property

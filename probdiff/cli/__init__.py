@@ -77,7 +77,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _on_signals(handler: Callable) -> Iterator[None]:
+def _on_signals(handler: Callable[..., Any]) -> Iterator[None]:
     """Have Ctrl-C and SIGTERM call ``handler``; Ctrl-C only where it is not ignored, as in the background of a shell."""
     kinds = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -215,7 +215,7 @@ _seed = _number(int, lambda value: 0 <= value < 2**32, "an integer of at least 0
 _rate = _number(float, lambda value: 0 < value < float("inf"), "a positive number")
 
 
-def _add_fit(commands: argparse._SubParsersAction) -> None:
+def _add_fit(commands: "argparse._SubParsersAction[_Parser]") -> None:
     fit = commands.add_parser("fit", help="fit a diffusion model and compute its bound two ways")
     fit.add_argument(
         "--data",
@@ -240,7 +240,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     _add_json(fit)
 
 
-def _add_inspect(commands: argparse._SubParsersAction) -> None:
+def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
     inspect = commands.add_parser("inspect", help="what is known of a fitted model, and where it spends its nats")
     inspect.add_argument("run", metavar="RUN", help="run folder")
     inspect.add_argument("--figures", action="store_true", help="draw the figures anew, in place of those in RUN")
@@ -249,7 +249,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     _add_json(inspect)
 
 
-def _add_audit(commands: argparse._SubParsersAction) -> None:
+def _add_audit(commands: "argparse._SubParsersAction[_Parser]") -> None:
     audit = commands.add_parser("audit", help="what a network is worth: its bound both ways, where its nats go, and what is wrong with it")
     audit.add_argument("run", metavar="RUN", help="run folder")
     audit.add_argument("--num-items", type=_count, metavar="K", help="test items (default: 64 to 1024, as there are many steps or few)")
@@ -257,7 +257,7 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
     _add_json(audit)
 
 
-def _add_compare(commands: argparse._SubParsersAction) -> None:
+def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
     compare = commands.add_parser("compare", help="compare all estimators of the bound on one run, or several runs")
     compare.add_argument("runs", metavar="RUN", nargs="+", help="run folder; with several, the models are compared")
     compare.add_argument("--num-draws", type=int, metavar="S", help="draws of each estimator (default: as --minutes allow), of each model (4)")
@@ -269,7 +269,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     _add_json(compare)
 
 
-def _add_sample(commands: argparse._SubParsersAction) -> None:
+def _add_sample(commands: "argparse._SubParsersAction[_Parser]") -> None:
     sample = commands.add_parser("sample", help="draw from a fitted model")
     sample.add_argument("run", metavar="RUN", help="run folder")
     given = "what a conditional model is given: 7, or age=0.3,sex=1, for all samples, or a .csv or .npy file with a row for each (default: the test data's)"
@@ -288,7 +288,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     _add_json(sample, "print what was written as one JSON document")
 
 
-def _add_posterior(commands: argparse._SubParsersAction) -> None:
+def _add_posterior(commands: "argparse._SubParsersAction[_Parser]") -> None:
     posterior = commands.add_parser("posterior", help="condition a fitted model on an observation: weighted samples, and the evidence")
     posterior.add_argument("run", metavar="RUN", help="run folder")
     observe = "a .npz file with matrix, y and scale, or a .npy, .npz or .csv file of one datum with NaN where nothing is known"
@@ -302,7 +302,7 @@ def _add_posterior(commands: argparse._SubParsersAction) -> None:
     _add_json(posterior)
 
 
-def _add_verify(commands: argparse._SubParsersAction) -> None:
+def _add_verify(commands: "argparse._SubParsersAction[_Parser]") -> None:
     verify = commands.add_parser("verify", help="check the mathematics on this machine, in float32 and float64")
     _add_json(verify)
 

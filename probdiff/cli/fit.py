@@ -78,7 +78,7 @@ def _words(dataset: Dataset) -> str | None:
     return None if (dataset.oracle or dataset.image_shape) and dataset.covariates is None else dataset.describe()
 
 
-def _print_results(results: dict, folder: Run) -> None:
+def _print_results(results: dict[str, Any], folder: Run) -> None:
     print(f"\n{format_fit(results)}\n")
     if results["skipped_updates"]:
         print(f"{results['skipped_updates']} updates were skipped: their loss or gradient was not finite")
@@ -109,7 +109,7 @@ def _join(arguments: argparse.Namespace) -> bool:
     return jax.process_index() == 0
 
 
-def _prepare(given: dict, arguments: argparse.Namespace, first: bool) -> tuple[Run, Diffusion, Dataset, dict]:
+def _prepare(given: dict[str, Any], arguments: argparse.Namespace, first: bool) -> tuple[Run, Diffusion, Dataset, dict[str, Any]]:
     """The run folder, the model, the data and the options; nothing is compiled before this has passed."""
     if arguments.resume:
         return _reopen(given, arguments, first)
@@ -129,7 +129,7 @@ def _prepare(given: dict, arguments: argparse.Namespace, first: bool) -> tuple[R
     return open_run(path), diffusion, dataset, options
 
 
-def _reopen(given: dict, arguments: argparse.Namespace, first: bool) -> tuple[Run, Diffusion, Dataset, dict]:
+def _reopen(given: dict[str, Any], arguments: argparse.Namespace, first: bool) -> tuple[Run, Diffusion, Dataset, dict[str, Any]]:
     """The run to go on with, its model, its data and its options, of which none may be asked for anew but more iterations after the end."""
     folder = open_run(arguments.out)
     options = folder.config
@@ -166,8 +166,8 @@ def _data_name(name: str) -> str:
 
 
 def _fit_and_evaluate(
-    folder: Run, diffusion: Diffusion, dataset: Dataset, options: dict, devices: int | None, first: bool
-) -> dict:
+    folder: Run, diffusion: Diffusion, dataset: Dataset, options: dict[str, Any], devices: int | None, first: bool
+) -> dict[str, Any]:
     """Fit, evaluate and save; gives the results as they are saved. Of several processes, the first saves."""
     fit_key, evaluation_key = jax.random.split(jax.random.key(options["seed"]))
     start = time.monotonic()
@@ -204,7 +204,7 @@ def _fit_and_evaluate(
 
 def evaluate(
     diffusion: Diffusion, dataset: Dataset, *, key: jax.Array, devices: int | None = None, progress: bool = False
-) -> tuple[TwoWays, dict]:
+) -> tuple[TwoWays, dict[str, Any]]:
     """The bound on the test split.
 
     Of all items at random steps, with a Monte Carlo error of at most about a fifth of the error over the items; both ways on the first
@@ -256,12 +256,12 @@ def evaluate(
     return both, results
 
 
-def _common(common: CommonPaths) -> dict:
+def _common(common: CommonPaths) -> dict[str, Any]:
     num_steps, num_items = common.traced["step_kl"].shape
     return {"num_items": num_items, "num_terms": num_steps + 2, "largest": common.largest, "wrong": common.wrong}
 
 
-def _row(estimate: Estimate, dataset: Dataset, sign: int = 1) -> dict:
+def _row(estimate: Estimate, dataset: Dataset, sign: int = 1) -> dict[str, Any]:
     """Nats as they are; bits/dim as a code length, to which a KL (``sign`` −1) adds."""
     row = {"nats": estimate.mean, "error": estimate.error}
     if dataset.levels is not None:
@@ -270,7 +270,7 @@ def _row(estimate: Estimate, dataset: Dataset, sign: int = 1) -> dict:
     return row
 
 
-def _reference(dataset: Dataset, elbo: np.ndarray) -> dict:
+def _reference(dataset: Dataset, elbo: np.ndarray) -> dict[str, Any]:
     """The reference for the bound: the true density where it is known, else independent columns."""
     if dataset.log_prob is None:
         name = "independent_columns" if dataset.levels is None else "independent_dimensions"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any
 
 import jax
 
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _dim_of_a_grid(folder: Run, results: dict) -> int | None:
+def _dim_of_a_grid(folder: Run, results: dict[str, Any]) -> int | None:
     """Number of dimensions for figures in bits/dim, None for continuous data."""
     if results:
         return results["dim"] if "bits_per_dim" in results.get("test", {}).get("elbo", {}) else None

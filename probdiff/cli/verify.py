@@ -195,7 +195,7 @@ def mean_terms() -> Finding:
 
 class _Scaled(eqx.Module):
     scale: jax.Array
-    network: Callable
+    network: Callable[..., Any]
 
     def __call__(self, z: jax.Array, n: jax.Array) -> jax.Array:
         return self.scale * self.network(z, n)
@@ -245,7 +245,7 @@ def _log_mixture(x: Any, signal: Any, variance: Any) -> Any:
         return dist.MixtureSameFamily(mixing, dist.MultivariateNormal(mean, covariance)).log_prob(jnp.asarray(x))
 
 
-def _gradient(log_prob: Callable, x: Any) -> np.ndarray:
+def _gradient(log_prob: Callable[..., Any], x: Any) -> np.ndarray:
     """Autodiff in float64 of a function that maps ``(*batch, dim)`` to log densities of shape ``batch``."""
     with jax.enable_x64(True):
         return np.asarray(jax.jit(jax.grad(lambda x: log_prob(x).sum()))(np.asarray(x, np.float64)))

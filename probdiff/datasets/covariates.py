@@ -215,7 +215,7 @@ class Covariates:
         require(not missing, "context", f"the columns {', '.join(self.names)}", f"none named {', '.join(missing)}")
 
 
-def cells_of(column: "narwhals.Series") -> Cells:
+def cells_of(column: "narwhals.Series[Any]") -> Cells:
     """The cells of a column of a data frame: numbers, or labels as strings.
 
     Raises:

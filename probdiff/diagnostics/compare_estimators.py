@@ -70,11 +70,11 @@ class EstimatorComparison:
 
     table: Any
     draws: np.ndarray
-    projections: dict
+    projections: dict[str, np.ndarray]
     value_z: Any
     gradient_z: Any
     z_limit: float
-    cost_errors: dict
+    cost_errors: dict[str, Any]
     iwae: Estimate | None
     khat: np.ndarray | None
     dim: int

@@ -38,7 +38,7 @@ class ModelComparison:
     """
 
     table: Any
-    elbo: dict
+    elbo: dict[str, np.ndarray]
     num_draws: Whole
     levels: bool
     dim: int

@@ -161,7 +161,7 @@ class _Program(NamedTuple):
     """Draws that are being compiled: how often they are made, the program, and the blocks of data that it is called with."""
 
     turns: Turns
-    compiled: Future
+    compiled: Future[Any]
     blocks: list[Rows]
 
 
@@ -182,7 +182,7 @@ class _Estimator:
         few = max(FEWEST_ITEMS, ALL_STEPS_ROWS // num_steps)
         self.batch, self.items = rows, take(rows, slice(few)) if self.all_steps else rows
         self.state = {} if self.objective is None else replicate(self.objective.initial_state, mesh)
-        self.learning: tuple[Future, jax.Array] | None = None
+        self.learning: tuple[Future[Any], jax.Array] | None = None
 
     def start_to_learn(self, pool: ThreadPoolExecutor, key: PRNGKeyArray) -> None:
         """Have the state compiled, and then learned from repetitions of the data; most estimators have none."""
@@ -307,12 +307,12 @@ class _Kind:
 
     def __init__(self, key: PRNGKeyArray, turns: Turns) -> None:
         self.key, self.turns = key, turns
-        self.functions: dict[str, tuple[Callable, list[Rows]]] = {}
+        self.functions: dict[str, tuple[Callable[..., Any], list[Rows]]] = {}
         self.found: dict[str, list[list[Any]]] = {}
         self.seconds: dict[str, list[float]] = {}
         self.made, self.spent, self.last = 0, 0.0, 0.0
 
-    def add(self, name: str, function: Callable, blocks: list[Rows]) -> None:
+    def add(self, name: str, function: Callable[..., Any], blocks: list[Rows]) -> None:
         """Draw from this estimator, too: from a function of keys and data, for each block of data."""
         self.functions[name], self.found[name], self.seconds[name] = (function, blocks), [], []
 
@@ -350,7 +350,7 @@ class _Kind:
         return [jax.tree.map(joined, *turns) for turns in zip(*self.found[name])]
 
 
-def _adapted(name: str, diffusion: Diffusion, purpose: str) -> tuple[Callable, Any]:
+def _adapted(name: str, diffusion: Diffusion, purpose: str) -> tuple[Callable[..., Any], Any]:
     guide, elbo = ESTIMATORS[name](diffusion)
     if not isinstance(elbo, StepObjective):
         return guide, elbo

@@ -54,7 +54,7 @@ class GapDecomposition:
         (4, True)
     """
 
-    entropy: tuple
+    entropy: tuple[float, float]
     gap: Estimate
     irreducible: Estimate
     network: Estimate

@@ -32,11 +32,11 @@ from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
 
 
-def _numpyro(elbo: type[ELBO], guide: str, diffusion: Diffusion, **options: Any) -> tuple[Callable, ELBO]:
+def _numpyro(elbo: type[ELBO], guide: str, diffusion: Diffusion, **options: Any) -> tuple[Callable[..., Any], ELBO]:
     return getattr(diffusion, guide), elbo(**options)
 
 
-def _analytic(preset: dict[str, Any], diffusion: Diffusion, **options: Any) -> tuple[Callable, ELBO]:
+def _analytic(preset: dict[str, Any], diffusion: Diffusion, **options: Any) -> tuple[Callable[..., Any], ELBO]:
     objective = AnalyticELBO(diffusion, **(preset | options))
     return objective.guide, objective
 

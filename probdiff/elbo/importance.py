@@ -222,8 +222,8 @@ class Sandwich(NamedTuple):
     """
 
     x: jax.Array
-    lower: dict
-    upper: dict
+    lower: dict[int, np.ndarray]
+    upper: dict[int, np.ndarray]
 
     def __repr__(self) -> str:
         """The bounds from below to above, each with its error and its paired distance to the one before."""

@@ -256,7 +256,7 @@ class StepObjective(ELBO):
         return PosteriorNoise(x0, jnp.where(same_rows(context), of_same, -jnp.inf))
 
     def loss_with_mutable_state(
-        self, rng_key: jax.Array, param_map: Mapping, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+        self, rng_key: jax.Array, param_map: Mapping[str, Any], model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Minus the bound, summed over the data; called by ``SVI``."""
         own_model, scale, weight = unwrapped(model, "model")
@@ -292,7 +292,7 @@ class StepObjective(ELBO):
             loss, state = jax.tree.map(lambda each: each.mean(0), particles)
         return {"loss": loss, "mutable_state": state}
 
-    def _owner(self, program: Callable, name: str, expected: str) -> Diffusion:
+    def _owner(self, program: Callable[..., Any], name: str, expected: str) -> Diffusion:
         """The Diffusion that a program is a method of, which must differ from this objective's by its parameters only."""
         owner, method = getattr(program, "__self__", None), getattr(program, "__name__", None)
         methods = [each.rpartition(".")[2] for each in expected.split(" or ") if not each.startswith("objective")]
@@ -326,7 +326,7 @@ class StepObjective(ELBO):
         return trace["noise_free_bound"]["value"] - trace["excess"]["value"], given
 
 
-def named(name: str, value: Any, known: Mapping, is_part: Callable[[Any], bool]) -> Any:
+def named(name: str, value: Any, known: Mapping[Any, Any], is_part: Callable[[Any], bool]) -> Any:
     """A part, given as an object or by its name.
 
     Raises:

@@ -71,7 +71,7 @@ class SampledTerms(eqx.Module):
     network_key: jax.Array | None
     extra_key: jax.Array
 
-    def evaluate(self, diffusion: Diffusion, rows: jax.Array) -> tuple[jax.Array, Callable]:
+    def evaluate(self, diffusion: Diffusion, rows: jax.Array) -> tuple[jax.Array, Callable[[], tuple[jax.Array, ...]]]:
         """The corrected terms of some rows over their probabilities, shape ``(row, datum)``; and what can be learned from them."""
         n, eps, inverse_probability = self.n[rows], self.noise(rows), self.inverse_probability[rows]
         key = None if self.network_key is None else jax.random.fold_in(self.network_key, rows[0])
@@ -105,7 +105,7 @@ class SampledTerms(eqx.Module):
         return (self.weight * per_datum).sum(), per_datum
 
 
-def sum_terms(diffusion: Diffusion, terms: SampledTerms) -> tuple[jax.Array, jax.Array, Callable | None]:
+def sum_terms(diffusion: Diffusion, terms: SampledTerms) -> tuple[jax.Array, jax.Array, Callable[[], tuple[jax.Array, ...]] | None]:
     """The weighted sum over rows and data, and that over rows of each datum; and, of one or two rows, what can be learned."""
     size = len(terms.n)
     chunk = even_chunk(size, max(2, inputs_at_once(diffusion.network) // len(terms.x)))

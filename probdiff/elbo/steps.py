@@ -178,7 +178,7 @@ class Learner:
     """
 
     schedule: NoiseSchedule
-    kl_weight: tuple
+    kl_weight: tuple[float, ...]
     centred: bool
     bins: np.ndarray = dataclasses.field(init=False, compare=False)
     values: np.ndarray = dataclasses.field(init=False, compare=False)

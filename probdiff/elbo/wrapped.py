@@ -21,7 +21,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(np.all(np.asarray(a) == np.asarray(b)))
 
 
-def unwrapped(program: Callable, name: str) -> tuple[Callable, Any, jax.Array | None]:
+def unwrapped(program: Callable[..., Any], name: str) -> tuple[Callable[..., Any], Any, jax.Array | None]:
     """The program inside of ``handlers.scale`` and ``handlers.mask``, the number that they multiply its log density by, and
     what they multiply that of each datum by (None for 1)."""
     scale, weight = 1.0, None

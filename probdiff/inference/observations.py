@@ -94,12 +94,12 @@ class LinearGaussian(AbstractObservation):
     """
 
     matrix: Float[Array, "observed dim"] | None
-    function: Callable | None = eqx.field(static=True)
+    function: Callable[[Array], Array] | None = eqx.field(static=True)
     y: Float[Array, "observed"]
     noise: Float[Array, "observed observed"]
 
     def __init__(
-        self, matrix: Numbers | Callable, y: Numbers, scale: Numbers | None = None, *, covariance: Numbers | None = None
+        self, matrix: Numbers | Callable[[Array], Array], y: Numbers, scale: Numbers | None = None, *, covariance: Numbers | None = None
     ) -> None:
         y = np.asarray(y, float)
         require(y.ndim == 1 and y.size > 0, "y", "shape (observed,)", f"shape {y.shape}")
@@ -290,9 +290,9 @@ class Program(AbstractObservation):
         -1.693
     """
 
-    function: Callable = eqx.field(static=True)
+    function: Callable[[Array], Any] = eqx.field(static=True)
 
-    def __init__(self, function: Callable) -> None:
+    def __init__(self, function: Callable[[Array], Any]) -> None:
         require(callable(function), "function", "a NumPyro program f(x)", type(function).__name__, TypeError)
         self.function = function
 
@@ -336,7 +336,7 @@ class Program(AbstractObservation):
         """The variances of the sites, on the diagonal."""
         return jnp.diag(self._of_sites(x, lambda fn: fn.variance))
 
-    def _of_sites(self, x: Float[Array, "dim"], moment: Callable) -> Float[Array, "observed"]:
+    def _of_sites(self, x: Float[Array, "dim"], moment: Callable[[Any], Any]) -> Float[Array, "observed"]:
         each = []
         for site in self._sites(x):
             try:

@@ -74,12 +74,12 @@ class PseudoMarginal(MCMCKernel):
         (10,)
     """
 
-    def __init__(self, model: Callable, *, init_strategy: Callable = init_to_uniform) -> None:
+    def __init__(self, model: Callable[..., Any], *, init_strategy: Callable[..., Any] = init_to_uniform) -> None:
         require(callable(model), "model", "a program of a key and what else it needs", type(model).__name__, TypeError)
         self._model, self._init_strategy = model, init_strategy
 
     @property
-    def model(self) -> Callable:
+    def model(self) -> Callable[..., Any]:
         """The program."""
         return self._model
 
@@ -97,7 +97,7 @@ class PseudoMarginal(MCMCKernel):
         """For the progress bar."""
         return f"acc. prob={state.mean_accept_prob:.2f}"
 
-    def init(self, rng_key: jax.Array, num_warmup: int, init_params: Any, model_args: tuple, model_kwargs: dict | None) -> PseudoMarginalState:
+    def init(self, rng_key: jax.Array, num_warmup: int, init_params: Any, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> PseudoMarginalState:
         """NumPyro's call before the first iteration."""
         require(is_prng_key(rng_key), "chain_method", "'sequential' or 'parallel' with PseudoMarginal", "'vectorized'")
         model_kwargs, self._num_warmup = model_kwargs or {}, num_warmup
@@ -122,11 +122,11 @@ class PseudoMarginal(MCMCKernel):
         zero = jnp.zeros((), energy.dtype)
         return PseudoMarginalState(jnp.array(0), z, energy, zero, zero, adapt_state._replace(rng_key=None), rng_key)
 
-    def postprocess_fn(self, args: tuple, kwargs: dict | None) -> Callable:
+    def postprocess_fn(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Callable[..., Any]:
         """NumPyro's call for the function from unconstrained values to those of the sites."""
         return self._postprocess(jax.random.key(0), *args, **(kwargs or {}))
 
-    def sample(self, state: PseudoMarginalState, model_args: tuple, model_kwargs: dict | None) -> PseudoMarginalState:
+    def sample(self, state: PseudoMarginalState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> PseudoMarginalState:
         """Propose a state, with an estimate of its own, and accept or keep."""
         rng_key, walk_key, noise_key, accept_key = jax.random.split(state.rng_key, 4)
         flat, unravel = ravel_pytree(state.z)

@@ -154,7 +154,7 @@ def check_context(network: Network, context: PyTree) -> None:
         network.check_context(context)
 
 
-def takes(network: Callable, name: str) -> bool:
+def takes(network: Callable[..., Any], name: str) -> bool:
     """Whether the network accepts ``key=`` or ``context=`` by name; ``**kwargs`` does not say so."""
     try:
         return name in inspect.signature(network).parameters

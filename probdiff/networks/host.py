@@ -33,7 +33,7 @@ class HostNetwork(eqx.Module):
     function: Callable[..., np.ndarray] = eqx.field(static=True)
 
     @property
-    def __wrapped__(self) -> Callable:
+    def __wrapped__(self) -> Callable[..., Any]:
         """The function, whose signature is the network's."""
         return self.function
 
@@ -81,11 +81,11 @@ def _on_host(function: Callable[..., np.ndarray], z: Array, n: Array, given: dic
 
 
 @_on_host.defjvp
-def _refuse_derivative(function: Callable, primals: Any, tangents: Any) -> NoReturn:
+def _refuse_derivative(function: Callable[..., Any], primals: Any, tangents: Any) -> NoReturn:
     raise NotImplementedError(NO_DERIVATIVE)
 
 
-def from_torch(module: Any, apply: Callable | None = None) -> HostNetwork:
+def from_torch(module: Any, apply: Callable[..., Any] | None = None) -> HostNetwork:
     """A network of PyTorch, to be evaluated as it is: in bounds, estimators, samplers and exports. Nothing here trains it.
 
     It is called from compiled programs, on as many rows as there are, without gradients. Its parameters are looked up at each call, and not copied.

@@ -26,7 +26,7 @@ def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _leaves(tree: Any) -> list:
+def _leaves(tree: Any) -> list[Any]:
     """The leaves of a tree, typed keys as the integers that they hold."""
     return [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
 
@@ -40,7 +40,7 @@ def save_tree(path: Path, tree: Any, **about: Any) -> None:
     write_checked(path, file.getvalue())
 
 
-def read_leaves(path: Path) -> tuple[dict, list]:
+def read_leaves(path: Path) -> tuple[dict[str, Any], list[Any]]:
     """Description and leaves of a tree that :func:`save_tree` wrote, as they were written.
 
     Raises:
@@ -58,7 +58,7 @@ def read_leaves(path: Path) -> tuple[dict, list]:
         raise ValueError(f"{path}: Expected arrays of probdiff; got: {error}") from None
 
 
-def _read_npz_leaves(file: io.BytesIO) -> tuple[dict, list]:
+def _read_npz_leaves(file: io.BytesIO) -> tuple[dict[str, Any], list[Any]]:
     """The same from the format of probdiff 0.1, an ``.npz`` file."""
     with np.load(file, allow_pickle=False) as arrays:
         names = sorted(name for name in arrays if name.startswith("leaf_"))
@@ -67,7 +67,7 @@ def _read_npz_leaves(file: io.BytesIO) -> tuple[dict, list]:
         return about, [arrays[name] for name in names]
 
 
-def load_tree(path: Path, template: Any, wider: bool = False) -> tuple[Any, dict]:
+def load_tree(path: Path, template: Any, wider: bool = False) -> tuple[Any, dict[str, Any]]:
     """A tree that :func:`save_tree` wrote, and what it was told about it.
 
     Args:
@@ -92,7 +92,7 @@ def load_tree(path: Path, template: Any, wider: bool = False) -> tuple[Any, dict
     return jax.tree.unflatten(structure, map(_like, found, old)), about
 
 
-def _form(leaf: Any, like: Any) -> tuple:
+def _form(leaf: Any, like: Any) -> tuple[Any, ...]:
     """What a leaf shares with that of the template; of a history, the number of rows is free."""
     return leaf.dtype.kind, leaf.ndim, leaf.shape[int(isinstance(like, np.ndarray)) :]
 

@@ -24,14 +24,14 @@ from probdiff.networks.level_heads import CategoricalHead, ColumnHead
 from probdiff.networks.mlp import MLP
 
 _KINDS = (MLP, ConvNet, X0Head, VHead, DensityHead, ClipHead, VarianceHead, CategoricalHead, ColumnHead, Embedding, ContextDropout)
-NETWORKS: dict[str, Callable] = {kind.__name__: kind for kind in _KINDS}
-LIKELIHOODS: dict[str, Callable] = {
+NETWORKS: dict[str, Callable[..., Any]] = {kind.__name__: kind for kind in _KINDS}
+LIKELIHOODS: dict[str, Callable[..., Any]] = {
     kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood, CategoricalLikelihood, ColumnLikelihood)
 }
 REMEDY = ": Python code is needed to make it, probdiff.open_run(path, like=…)"
 
 
-def describe(diffusion: Diffusion) -> dict:
+def describe(diffusion: Diffusion) -> dict[str, Any]:
     """The model in words that JSON can hold; the schedule's variances and the parameters are kept apart."""
     kernel, schedule = diffusion.kernel, diffusion.schedule
     kept: dict[str, Any] = {"reverse_variance": kernel.name}
@@ -47,7 +47,7 @@ def describe(diffusion: Diffusion) -> dict:
     }
 
 
-def _describe_network(network: Any) -> dict:
+def _describe_network(network: Any) -> dict[str, Any]:
     """The class of a network and its arguments, of which one may be a network; None for arguments that are not known."""
     name = type(network).__name__
     if NETWORKS.get(name) is not type(network):
@@ -56,7 +56,7 @@ def _describe_network(network: Any) -> dict:
     return {"name": name, "arguments": {k: _describe_network(v) if callable(v) else v for k, v in arguments.items()}}
 
 
-def describe_likelihood(likelihood: AbstractLikelihood) -> dict:
+def describe_likelihood(likelihood: AbstractLikelihood) -> dict[str, Any]:
     """The class of a likelihood and its arguments; None for arguments that are not known."""
     name = type(likelihood).__name__
     if LIKELIHOODS.get(name) is not type(likelihood):
@@ -69,7 +69,7 @@ def describe_likelihood(likelihood: AbstractLikelihood) -> dict:
     return {"name": name, "arguments": arguments}
 
 
-def make_likelihood(description: dict) -> AbstractLikelihood:
+def make_likelihood(description: dict[str, Any]) -> AbstractLikelihood:
     """The likelihood that was described.
 
     Raises:
@@ -83,7 +83,7 @@ def make_likelihood(description: dict) -> AbstractLikelihood:
     return LIKELIHOODS[name](**arguments)
 
 
-def make_network(description: dict, key: jax.Array) -> Callable:
+def make_network(description: dict[str, Any], key: jax.Array) -> Callable[..., Any]:
     """A network as it was described, with initial weights.
 
     Raises:

@@ -71,7 +71,7 @@ class Run:
     like: Any = None
 
     @property
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """The options of the fit, a dict; ``config["model"]`` describes the model."""
         return read_json(self.path / "config.json")
 
@@ -115,7 +115,7 @@ class Run:
             got = f"{type(error).__name__}: {error}"
             raise ValueError(f"{self.path}: Expected the description of a model in config.json; got {got}") from None
 
-    def _described(self, config: dict, betas: np.ndarray | None) -> Diffusion:
+    def _described(self, config: dict[str, Any], betas: np.ndarray | None) -> Diffusion:
         """The model that ``config`` describes; its network is not made before it is known to be of a sensible size."""
         model, network = config["model"], self.like
         if betas is None:
@@ -124,7 +124,7 @@ class Run:
             schedule = NoiseSchedule.from_betas(betas)
         if network is None:
 
-            def make() -> Callable:
+            def make() -> Callable[..., Any]:
                 return make_network(model["network"], jax.random.key(config.get("seed", 0)))
 
             leaves = jax.tree.leaves(eqx.filter(eqx.filter_eval_shape(make), lambda leaf: hasattr(leaf, "dtype")))
@@ -184,7 +184,7 @@ class Run:
             raise ValueError(f"{path}: Expected an intact netCDF file; got: {error}") from None
 
     @property
-    def results(self) -> dict:
+    def results(self) -> dict[str, Any]:
         """The final table, a dict.
 
         Raises:
@@ -212,7 +212,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def save(self, fit: Fit | None = None, terms: ELBOTerms | None = None, results: dict | None = None) -> None:
+    def save(self, fit: Fit | None = None, terms: ELBOTerms | None = None, results: dict[str, Any] | None = None) -> None:
         """Write the parts that are given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.elbo.ELBOTerms`, a dict of results."""
         if fit is not None:
             save_tree(self.path / "parameters.eqx", fit.params[PARAMS], iterations=len(fit.losses))
@@ -280,7 +280,7 @@ def _csv_writer(table: np.ndarray, header: str) -> Callable[[Path], None]:
 
 
 def create_run(
-    path: str | Path, diffusion: Diffusion, config: dict | None = None, data: datasets.Dataset | None = None
+    path: str | Path, diffusion: Diffusion, config: dict[str, Any] | None = None, data: datasets.Dataset | None = None
 ) -> Run:
     """Make a run folder for a model that is to be fitted.
 

@@ -111,7 +111,7 @@ def fit(
     validation: Real[AnyArray, "held_out dim"] | None = None,
     validation_context: PyTree = None,
     validate_every: Whole = 500,
-    elbo: ELBO | str | tuple[Callable, ELBO] | None = None,
+    elbo: ELBO | str | tuple[Callable[..., Any], ELBO] | None = None,
     ema_decay: Number = 0.999,
     checkpoint: CheckpointLike | None = None,
     devices: Devices = None,

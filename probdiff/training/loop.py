@@ -52,8 +52,8 @@ class FitState(NamedTuple):
     """
 
     svi: Any
-    keys: tuple
-    best: dict
+    keys: tuple[PRNGKeyArray, ...]
+    best: dict[str, Any]
     best_bound: jax.Array
     losses: np.ndarray
     validation: np.ndarray
@@ -66,7 +66,7 @@ def _all_finite(*trees: Any) -> jax.Array:
     return jnp.isfinite(jnp.concatenate(leaves)).all()
 
 
-def _guide_and_elbo(diffusion: Diffusion, elbo: ELBO | str | tuple[Callable, ELBO] | None) -> tuple[Callable, ELBO]:
+def _guide_and_elbo(diffusion: Diffusion, elbo: ELBO | str | tuple[Callable[..., Any], ELBO] | None) -> tuple[Callable[..., Any], ELBO]:
     """The objective of a fit, and the guide that goes with it."""
     if elbo is None:
         points: Literal["batch"] | None = "batch" if diffusion.kernel.closed_form else None
@@ -108,7 +108,7 @@ class Loop:
         context: PyTree,
         minibatches: Minibatches,
         optimiser: optax.GradientTransformation,
-        elbo: ELBO | str | tuple[Callable, ELBO] | None,
+        elbo: ELBO | str | tuple[Callable[..., Any], ELBO] | None,
         mesh: Mesh | None,
     ) -> None:
         self.diffusion, self.minibatches, self.mesh = diffusion, minibatches, mesh
