@@ -21,7 +21,7 @@ from probdiff.networks.mlp import MLP
 MOST_LOGITS = 2**14
 ITERATIONS_PER_ROW, TABLE_ITERATIONS = 5, (500, 25_000)
 # Of a diffusers scheduler.
-PREDICTIONS = {"epsilon": None, "v_prediction": VHead, "sample": X0Head}
+PREDICTIONS: dict[str, type[VHead] | type[X0Head] | None] = {"epsilon": None, "v_prediction": VHead, "sample": X0Head}
 VARIANCES = {"fixed_small": "posterior", "fixed_small_log": "posterior", "fixed_large": "forward", "learned_range": "predicted"}
 
 

@@ -301,7 +301,7 @@ def guided(diffusion: Diffusion, weight: Number) -> Diffusion:
     return diffusion.with_network(Guided(diffusion.network, weight)).bind({})
 
 
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "langevin": annealed_langevin, "ode": probability_flow}
+SAMPLERS: dict[str, Callable[..., Samples]] = {"ancestral": ancestral, "ddim": ddim, "langevin": annealed_langevin, "ode": probability_flow}
 
 
 def _denoised(diffusion: Diffusion, z: Float[Array, "*batch dim"], n: Any) -> jax.Array:

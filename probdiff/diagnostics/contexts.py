@@ -51,12 +51,15 @@ class CommonTerms:
         self, diffusion: Diffusion, x: Data, rows: Int[np.ndarray, "datum context"], num_terms: int, all_steps: bool, key: PRNGKeyArray
     ) -> None:
         num_steps = diffusion.schedule.num_steps
-        self.diffusion, self.x, self.rows = diffusion, jnp.asarray(x), rows
-        self.all_steps, self.num_terms = all_steps, num_steps if all_steps else num_terms
+        self.diffusion: Diffusion = diffusion
+        self.x: jax.Array = jnp.asarray(x)
+        self.rows: Int[np.ndarray, "datum context"] = rows
+        self.all_steps: bool = all_steps
+        self.num_terms: int = num_steps if all_steps else num_terms
         weight = per_step(np.asarray(diffusion.kernel.kl_weight(diffusion.schedule), np.float64))
         self._learner = Learner(diffusion.schedule.fixed(), tuple(weight.tolist()), centred=False)
         self._learned = self._learner.initial()
-        self.num_pilot = np.zeros(len(rows), int)
+        self.num_pilot: Int[np.ndarray, "datum"] = np.zeros(len(rows), int)
         if not self.all_steps:
             some = np.unique(np.linspace(0, len(rows) - 1, PILOT).astype(int))
             self.draw(key, some, np.ones((len(some), rows.shape[1]), bool))

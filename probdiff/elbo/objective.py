@@ -368,7 +368,7 @@ def _with_trained_logits_only(diffusion: Diffusion) -> Diffusion:
     return eqx.tree_at(_logits, fixed, _logits(diffusion))
 
 
-SCHEDULE_LOSSES = {"bound": lambda diffusion: diffusion, "variance": _with_fixed_logits}
+SCHEDULE_LOSSES: dict[str, Callable[[Diffusion], Diffusion]] = {"bound": lambda diffusion: diffusion, "variance": _with_fixed_logits}
 
 
 def _empty_guide(*args: Any, **kwargs: Any) -> None:

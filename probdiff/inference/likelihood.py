@@ -31,10 +31,10 @@ Rows = Real[AnyArray, "*sample datum column"]
 class _ConditionalLikelihood(dist.Distribution):
     """What both have in common: the model given a context, a key and a number of draws; one datum is of each row of the context."""
 
-    support = constraints.real_vector
+    support: constraints.Constraint = constraints.real_vector
     reparametrized_params: list[str] = []
-    pytree_data_fields = ("diffusion", "key")
-    pytree_aux_fields = ("count",)
+    pytree_data_fields: tuple[str, ...] = ("diffusion", "key")
+    pytree_aux_fields: tuple[str, ...] = ("count",)
 
     def __init__(self, diffusion: Diffusion, context: PyTree, key: PRNGKeyArray, count: Whole, validate_args: bool | None) -> None:
         require_type("diffusion", diffusion, Diffusion)
@@ -42,7 +42,9 @@ class _ConditionalLikelihood(dist.Distribution):
         dim = "Diffusion(…, dim=…) or a network with .dim"
         require(diffusion.dim is not None, "diffusion", f"one that knows its dimension: {dim}", None)
         require_key(key)
-        self.diffusion, self.key, self.count = diffusion.evaluated().given(context), key, int(count)
+        self.diffusion: Diffusion = diffusion.evaluated().given(context)
+        self.key: PRNGKeyArray = key
+        self.count: int = int(count)
         # (Of categories the chain has more dimensions than the data have columns.)
         datum = jax.eval_shape(diffusion.likelihood.decode, jnp.zeros(diffusion.dim))
         super().__init__((num_rows(self.diffusion.context),), datum.shape, validate_args=False)

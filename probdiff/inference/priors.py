@@ -33,11 +33,12 @@ class FlowTransform(Transform):
         steps: Number of steps of the solver, of equal length in log-SNR.
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
+    domain: constraints.Constraint = constraints.real_vector
+    codomain: constraints.Constraint = constraints.real_vector
 
     def __init__(self, diffusion: Diffusion, steps: int) -> None:
-        self.diffusion, self.steps = diffusion, steps
+        self.diffusion: Diffusion = diffusion
+        self.steps: int = steps
 
     def tree_flatten(self) -> tuple[Any, Any]:
         """The model is data, the number of steps is not."""
@@ -115,7 +116,7 @@ class FlowPrior(dist.TransformedDistribution):
         ((3, 2), (3,))
     """
 
-    pytree_data_fields = ("base_dist", "transforms")
+    pytree_data_fields: tuple[str, ...] = ("base_dist", "transforms")
 
     def __init__(self, diffusion: Diffusion, *, steps: Whole = 50, context: PyTree = None, validate_args: bool | None = None) -> None:
         diffusion, dim = _with_density(diffusion, context)
@@ -154,6 +155,8 @@ class ChainPrior:
     """
 
     def __init__(self, diffusion: Diffusion, *, context: PyTree = None) -> None:
+        self.diffusion: Diffusion
+        self.dim: int
         self.diffusion, self.dim = _with_density(diffusion, context)
         step = jax.eval_shape(lambda z: self.diffusion.reverse_kernel(z, 1), jnp.zeros(self.dim))
         gaussian = isinstance(step, dist.Independent) and isinstance(step.base_dist, dist.Normal)

@@ -146,14 +146,15 @@ class Categories(dist.Distribution):
         0.25
     """
 
-    arg_constraints = {"logits": constraints.real_vector}
-    pytree_data_fields = ("logits",)
-    pytree_aux_fields = ("values",)
+    arg_constraints: dict[str, Any] = {"logits": constraints.real_vector}
+    pytree_data_fields: tuple[str, ...] = ("logits",)
+    pytree_aux_fields: tuple[str, ...] = ("values",)
 
     def __init__(
         self, logits: Float[Array, "*batch category"], values: tuple[float, ...], *, validate_args: bool | None = None
     ) -> None:
-        self.logits, self.values = logits, values
+        self.logits: Float[Array, "*batch category"] = logits
+        self.values: tuple[float, ...] = values
         super().__init__(jnp.shape(logits)[:-1], validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)

@@ -199,8 +199,8 @@ class Columns(dist.Distribution):
         -1.612
     """
 
-    pytree_data_fields = ("parts",)
-    pytree_aux_fields = ("positions", "whole")
+    pytree_data_fields: tuple[str, ...] = ("parts",)
+    pytree_aux_fields: tuple[str, ...] = ("positions", "whole")
 
     def __init__(
         self,
@@ -210,7 +210,9 @@ class Columns(dist.Distribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        self.parts, self.positions, self.whole = parts, positions, whole
+        self.parts: tuple[dist.Distribution, ...] = parts
+        self.positions: Positions = positions
+        self.whole: tuple[bool, ...] = whole
         super().__init__(parts[0].batch_shape, (sum(map(len, positions)),), validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)

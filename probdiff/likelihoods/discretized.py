@@ -116,9 +116,9 @@ class DiscretizedNormal(dist.Distribution):
         1.0
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
-    pytree_data_fields = ("loc", "scale")
-    pytree_aux_fields = ("levels", "first")
+    arg_constraints: dict[str, Any] = {"loc": constraints.real, "scale": constraints.positive}
+    pytree_data_fields: tuple[str, ...] = ("loc", "scale")
+    pytree_aux_fields: tuple[str, ...] = ("levels", "first")
 
     def __init__(
         self,
@@ -129,7 +129,10 @@ class DiscretizedNormal(dist.Distribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        self.levels, self.first = levels, first
+        self.levels: int = levels
+        self.first: int = first
+        self.loc: Float[Array, "*#batch"]
+        self.scale: Float[Array, "*#batch"]
         self.loc, self.scale = promote_shapes(loc, scale)
         super().__init__(jnp.broadcast_shapes(jnp.shape(loc), jnp.shape(scale)), validate_args=validate_args)
 

@@ -46,9 +46,9 @@ class GaussianOracle:
     """
 
     def __init__(self, mean: Numbers, covariance: Numbers, slope: Numbers | None = None) -> None:
-        self.mean = np.asarray(mean, np.float64)
-        self.covariance = np.asarray(covariance, np.float64)
-        self.slope = None if slope is None else np.asarray(slope, np.float64)
+        self.mean: Float[np.ndarray, "dim"] = np.asarray(mean, np.float64)
+        self.covariance: Float[np.ndarray, "dim dim"] = np.asarray(covariance, np.float64)
+        self.slope: Float[np.ndarray, "dim context"] | None = None if slope is None else np.asarray(slope, np.float64)
         require_finite("mean", self.mean)
         require(self.mean.ndim == 1, "mean", "shape (dim,)", f"shape {self.mean.shape}")
         require(
@@ -129,7 +129,9 @@ class GaussianMixture:
     """
 
     def __init__(self, weights: Numbers, means: Numbers, covariances: Numbers) -> None:
-        self.weights, self.means, covariances = (np.asarray(a, np.float64) for a in (weights, means, covariances))
+        self.weights: Float[np.ndarray, "component"] = np.asarray(weights, np.float64)
+        self.means: Float[np.ndarray, "component dim"] = np.asarray(means, np.float64)
+        covariances = np.asarray(covariances, np.float64)
         require_finite("weights", self.weights)
         require_finite("means", self.means)
         require(self.weights.ndim == 1, "weights", "shape (K,)", f"shape {self.weights.shape}")
@@ -154,7 +156,7 @@ class GaussianMixture:
             f"shape {(size, *one)} or {one}",
             f"shape {covariances.shape}",
         )
-        self.covariances = covariances.reshape(-1, *one)
+        self.covariances: Float[np.ndarray, "component dim dim"] = covariances.reshape(-1, *one)
         for k, covariance in enumerate(self.covariances):
             _require_positive_definite(f"covariances[{k}]", covariance)
 
@@ -243,7 +245,8 @@ class UniformBoxes:
     """
 
     def __init__(self, lower: Numbers, upper: Numbers) -> None:
-        self.lower, self.upper = np.asarray(lower, np.float64), np.asarray(upper, np.float64)
+        self.lower: Float[np.ndarray, "box dim"] = np.asarray(lower, np.float64)
+        self.upper: Float[np.ndarray, "box dim"] = np.asarray(upper, np.float64)
         require_finite("lower", self.lower)
         require_finite("upper", self.upper)
         require(self.lower.ndim == 2 and self.lower.size > 0, "lower", "shape (K, dim)", f"shape {self.lower.shape}")

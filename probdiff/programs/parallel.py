@@ -38,9 +38,9 @@ Affine = tuple[Float[Array, "..."], Float[Array, "..."]]
 class Chain(dist.Distribution):
     """A distribution over paths z_N … z_1, shape ``(num_steps, datum, dim)``, made from a tree of arrays, ``parts``."""
 
-    support = constraints.real_vector
+    support: constraints.Constraint = constraints.real_vector
     reparametrized_params: list[str] = []
-    pytree_data_fields = ("parts",)
+    pytree_data_fields: tuple[str, ...] = ("parts",)
 
     def __init__(self, parts: tuple[Any, ...], shape: tuple[int, ...], *, validate_args: bool | None = None) -> None:
         self.parts = parts

@@ -125,8 +125,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.previous = self.path.with_suffix(f".previous{self.path.suffix}")
+        self.path: Path = Path(path)
+        self.previous: Path = self.path.with_suffix(f".previous{self.path.suffix}")
         older = [self.path.with_suffix(suffix) for suffix in (".npz", ".previous.npz")]
         self._paths = list(dict.fromkeys([self.path, self.previous, *older]))
 

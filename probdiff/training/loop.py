@@ -111,11 +111,14 @@ class Loop:
         elbo: ELBO | str | tuple[Callable[..., Any], ELBO] | None,
         mesh: Mesh | None,
     ) -> None:
-        self.diffusion, self.minibatches, self.mesh = diffusion, minibatches, mesh
-        self.data = replicate((jnp.asarray(data), context), mesh)
+        self.diffusion: Diffusion = diffusion
+        self.minibatches: Minibatches = minibatches
+        self.mesh: Mesh | None = mesh
+        self.data: tuple[jax.Array, PyTree] = replicate((jnp.asarray(data), context), mesh)
+        self.elbo: ELBO
         guide, self.elbo = _guide_and_elbo(diffusion, elbo)
         model, guide = (handlers.scale(program, scale=1 / minibatches.size) for program in (diffusion.model, guide))
-        self.svi = SVI(model, guide, optimiser, self.elbo)
+        self.svi: SVI = SVI(model, guide, optimiser, self.elbo)
         self._bound = jax.jit(self._validation_bound)
         self._advance = jax.jit(self._updates, static_argnames="guarded")
 

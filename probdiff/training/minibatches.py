@@ -40,9 +40,10 @@ class Minibatches:
     """
 
     def __init__(self, num_data: int, size: int, weights: Float[np.ndarray, "datum"] | None) -> None:
-        self.num_data, self.size = num_data, size
+        self.num_data: int = num_data
+        self.size: int = size
         self._counted = None if weights is None else np.flatnonzero(weights)
-        self.num_counted = num_data if self._counted is None else len(self._counted)
+        self.num_counted: int = num_data if self._counted is None else len(self._counted)
         if weights is not None:
             # A row is drawn by 32 random bits; these are the first that belong to the next row.
             share = np.cumsum(weights[self._counted] / weights.max())
