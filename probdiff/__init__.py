@@ -1,6 +1,6 @@
 """Denoising diffusion models as pairs of NumPyro programs, with the bound computed two ways.
 
-Every name is imported when it is first asked for, so that ``import probdiff`` is quick and Ctrl-C is heard meanwhile.
+Every name is imported when it is first used, so that ``import probdiff`` is quick.
 """
 
 import importlib
@@ -8,7 +8,7 @@ from typing import Any
 
 __version__ = "0.2.0.dev0"
 
-# The everyday names, by the module that has them. What else there is, is in the namespaces.
+# The names used most, with their modules. All others are in the namespaces.
 _NAMES = {
     "chain.forward": ["forward_marginal", "forward_posterior", "forward_step"],
     "chain.learned": ["LearnedSchedule"],
@@ -30,7 +30,7 @@ _NAMES = {
     "storage.run": ["open_run"],
     "training": ["fit"],
 }
-# The namespaces, by the module that each is.
+# The namespaces, with their modules.
 _NAMESPACES = {
     "chain": "chain",
     "cli": "cli",

@@ -1,4 +1,4 @@
-"""Checks of what a user gave, and the types of it: one form of message, before any long work starts."""
+"""Checks of arguments, made before any long computation, with messages of one form; and types of arguments."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ GAPS = (
 AnyArray = jax.Array | np.ndarray
 Whole = int | np.integer
 Number = float | int | np.floating | np.integer
-Numbers = npt.ArrayLike | Sequence[Any] | float | int  # one by one, in sequences (NumPy's ArrayLike has no tuples at run time) or in arrays
+Numbers = npt.ArrayLike | Sequence[Any] | float | int  # a number, a sequence (NumPy's ArrayLike has no tuples at run time) or an array
 Step = Whole | Integer[AnyArray, "*#batch"]
 type PyTree = Any  # any tree of arrays: jaxtyping's PyTree, which type checkers cannot read
 
@@ -57,7 +57,7 @@ def is_trainable(leaf: object) -> bool:
 
 
 def require_finite(name: str, x: Numbers) -> None:
-    """Refuse NaN and infinity, naming the first place; values that JAX is tracing are not looked at."""
+    """Refuse NaN and infinity, naming the first place; traced values are not checked."""
     if is_concrete(x):
         bad = ~np.isfinite(np.asarray(x))
         if bad.any():
@@ -66,7 +66,7 @@ def require_finite(name: str, x: Numbers) -> None:
 
 
 def require_step(n: Numbers, lowest: int, num_steps: int) -> None:
-    """Refuse a step that is not an integer in ``lowest`` … N; traced values are not looked at."""
+    """Refuse a step that is not an integer in ``lowest`` … N; traced values are not checked."""
     dtype = jnp.result_type(n)
     require(jnp.issubdtype(dtype, jnp.integer), "n", "an integer step", f"dtype {dtype}", TypeError)
     if is_concrete(n):

@@ -1,5 +1,5 @@
-"""Work cut in pieces: how much at a time, so that what is at hand stays in a processor's cache, memory does not grow with the whole, a
-progress bar moves and Ctrl-C is heard."""
+"""Computations in chunks, so that the arrays of a chunk stay in a processor's cache, memory does not grow with the size of the whole, a
+progress bar moves, and Ctrl-C interrupts."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,16 +15,16 @@ from probdiff._checks import PyTree, Whole, is_trainable
 
 HIDDEN_VALUES = 2**19  # of one layer, in the cache of a processor
 FEWEST_INPUTS, MOST_INPUTS = 2**8, 2**12  # of a network at a time, on a processor,
-ACCELERATOR_INPUTS = 2**16  # and on an accelerator, which wants as many as there are
-EVALUATIONS = 2**20  # of a network between two looks at Ctrl-C: a second or so
-EACH = (slice(None), None)  # :func:`take` of this: each row as an array of one row, to be mapped over
+ACCELERATOR_INPUTS = 2**16  # and on an accelerator, which is fastest with as many as possible
+EVALUATIONS = 2**20  # of a network between two checks for Ctrl-C: about a second
+EACH = (slice(None), None)  # for :func:`take`: each row as an array of one row, to be mapped over
 MOST_NUMBERS = 2**24  # side by side: gradients, paths, distances to points
 
 
 def inputs_at_once(network: Any) -> int:
-    """How many inputs of a network to evaluate at a time: its hidden layers then stay in the cache of a processor.
+    """The number of inputs of a network to evaluate at a time, so that its hidden layers stay in the cache of a processor.
 
-    Taken from the longest side of its weights.
+    It is computed from the longest side of the weights.
     """
     if jax.default_backend() != "cpu":
         return ACCELERATOR_INPUTS
@@ -51,7 +51,7 @@ def even_chunk(size: int, largest: int) -> int:
 def blocks(size: int, largest: int, *, unit: str, desc: str, progress: bool) -> Iterator[np.ndarray]:
     """The numbers 0 … ``size`` − 1 in blocks of one length, at most ``largest``, with a progress bar that moves after each.
 
-    The last number is repeated to fill the last block; :func:`joined` leaves out what comes of that.
+    The last number is repeated to fill the last block; :func:`joined` drops the surplus results.
     """
     length = even_chunk(size, largest)
     with tqdm(total=size, unit=unit, desc=desc, disable=not progress) as bar:
@@ -92,14 +92,14 @@ def filled(function: Callable[[jax.Array], jax.Array], size: int, largest: int, 
 
 
 def over_steps(function: Callable[[jax.Array], Any], num_steps: int, network: Any, inputs: int) -> Any:
-    """``function(n)`` for n = 1 … N, stacked; each asks the network for ``inputs`` predictions."""
+    """``function(n)`` for n = 1 … N, stacked; each call evaluates the network on ``inputs`` inputs."""
     return jax.lax.map(function, jnp.arange(1, num_steps + 1), batch_size=max(1, inputs_at_once(network) // inputs))
 
 
 def checkpointed(function: Callable[..., jax.Array], largest: int, *arrays: jax.Array) -> jax.Array:
     """``function`` of arrays along their first axis, in equal parts of about ``largest`` inputs, and the rest.
 
-    Inner values are computed again for the gradient: memory then does not grow with the number of parts.
+    Intermediate values are computed again for the gradient: memory then does not grow with the number of parts.
     """
     size, rows = len(arrays[0]), math.prod(arrays[1].shape[1:-1])
     part = max(1, largest // rows)
@@ -114,7 +114,7 @@ def checkpointed(function: Callable[..., jax.Array], largest: int, *arrays: jax.
 
 @runtime_checkable
 class Summands(Protocol):
-    """What :func:`sum_in_chunks` adds up."""
+    """The interface of terms that :func:`sum_in_chunks` adds up."""
 
     def sums(self, diffusion: Any, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The sum over the chosen rows, a number; and another result, which is not differentiated."""

@@ -16,7 +16,7 @@ EXPECTED = "an array, or a tree of arrays, with a row for each datum"
 
 
 def read_context(context: Any) -> PyTree:
-    """A context as JAX arrays, checked; data frames in it by their columns, which must be numbers.
+    """A context as checked JAX arrays; data frames in it become arrays of their columns, which must be numbers.
 
     Raises:
         ValueError: If it is empty, the numbers of rows differ, or a value is not finite.
@@ -42,7 +42,7 @@ def read_context(context: Any) -> PyTree:
 
 @contextlib.contextmanager
 def named(name: str) -> Iterator[None]:
-    """Errors that come of a context call it by another name."""
+    """Replace the name ``context`` by another one in the messages of errors."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -50,7 +50,7 @@ def named(name: str) -> Iterator[None]:
 
 
 def _array(leaf: Any) -> Any:
-    """A data frame or a column of one as an array, whose cells must be numbers; anything else as it is."""
+    """A data frame or a column of one as an array, whose cells must be numbers; anything else unchanged."""
     try:
         return as_array(leaf.to_frame() if hasattr(leaf, "to_frame") and not hasattr(leaf, "columns") else leaf, "context")
     except TypeError as error:
@@ -66,7 +66,7 @@ def num_rows(context: PyTree) -> int:
 def of_batch(context: PyTree, batch: tuple[int, ...]) -> PyTree:
     """A context of shape ``(datum, …)`` with the axes of a batch, the last of which is the datum, in front: ``(*batch, …)``.
 
-    The context of one datum is that of any batch.
+    The context of a single datum is broadcast to any batch.
     """
 
     def leaf_of_batch(leaf: jax.Array) -> jax.Array:
@@ -77,6 +77,6 @@ def of_batch(context: PyTree, batch: tuple[int, ...]) -> PyTree:
 
 
 def same_rows(context: PyTree) -> Bool[Array, "datum datum"]:
-    """Which data have the same context: shape ``(datum, datum)``."""
+    """Whether two data have the same context, for all pairs: shape ``(datum, datum)``."""
     of_leaves = [(leaf[:, None] == leaf).reshape(len(leaf), len(leaf), -1).all(-1) for leaf in jax.tree.leaves(context)]
     return jnp.stack(of_leaves).all(0)

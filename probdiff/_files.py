@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, and that are read without being trusted.
+"""Files that are complete or absent, and that are read without being trusted.
 
-A file is written under another name, flushed to the disk and renamed, which no library of ours does; where a single bit matters, a
-SHA-256 of all that comes before it is its end. Arrays are read by NumPy, which is not allowed to execute anything.
+A file is written under another name, flushed to the disk and renamed; no library that we use does this. Where every bit matters, the file ends
+with a SHA-256 checksum of its contents. Arrays are read by NumPy without pickle, so that no code is executed.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ import numpy as np
 
 from probdiff._checks import require
 
-MAX_BYTES = 2**32  # of the arrays that a file of the user's, or the description of a model, may ask for
+MAX_BYTES = 2**32  # limit on arrays in a user's file or in the description of a model
 DIGEST = hashlib.sha256().digest_size
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Give ``path`` the contents that ``write(temporary)`` writes: all of them, or what was there before."""
+    """Give ``path`` the contents that ``write(temporary)`` writes: completely, or else the old contents stay."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         write(temporary)
@@ -55,7 +55,7 @@ def read_checked(path: Path) -> bytes:
     """The bytes that :func:`write_checked` wrote.
 
     Raises:
-        ValueError: If a single bit is not as it was written; FileNotFoundError if there is no such file.
+        ValueError: If the checksum does not match; FileNotFoundError if there is no such file.
     """
     content = path.read_bytes()
     whole = hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
@@ -64,7 +64,7 @@ def read_checked(path: Path) -> bytes:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether :func:`read_checked` would find every bit as it was written."""
+    """Whether the checksum of a file matches."""
     try:
         read_checked(path)
     except (ValueError, OSError):

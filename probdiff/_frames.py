@@ -33,7 +33,7 @@ def column_names(x: Any) -> list[str] | None:
 
 
 def as_array(x: Any, name: str = "x") -> Any:
-    """An array as it is; a data frame, whose columns must be numbers, as an array of shape ``(row, column)``."""
+    """An array unchanged; a data frame, whose columns must be numbers, as an array of shape ``(row, column)``."""
     if not is_frame(x):
         return x
     columns = columns_of(x)
@@ -88,7 +88,7 @@ def is_text(column: "narwhals.Series[Any]") -> bool:
 
 
 def labels(column: "narwhals.Series[Any]") -> tuple[str, ...] | None:
-    """The labels that are there in a column of categories or truth values, in order; None for any other column."""
+    """The labels that occur in a column of categories or truth values, in order; None for any other column."""
     import narwhals
 
     if is_boolean(column):
@@ -103,7 +103,7 @@ def codes(column: "narwhals.Series[Any]", labels: tuple[str, ...], name: str = "
     """The place of each cell in ``labels``.
 
     Raises:
-        ValueError: If a cell is missing, or is none of them.
+        ValueError: If a cell is missing, or is not one of the labels.
     """
     require_complete(column, name)
     number = {label: code for code, label in enumerate(labels)}
@@ -128,5 +128,5 @@ def require_finite_column(values: np.ndarray, column: str, name: str = "x") -> N
 
 
 def place(rows: np.ndarray, column: str) -> str:
-    """The first of some rows, and the column, in words."""
+    """The first of some rows, and the column, as text for a message."""
     return f"row {rows[0]} (counted from 0) of column {column!r}" if rows.size else ""

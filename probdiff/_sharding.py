@@ -1,8 +1,8 @@
-"""Several devices, of one process or of many: the data axis is spread over them, everything else is on each.
+"""Several devices, of one process or of many: the data axis is divided among them, everything else is replicated.
 
-What is computed is the program of one device: XLA's partitioner cuts it along the data. An element of random noise depends on the key and
-on its place in the array alone, so that the noise is that of one device, too, and results differ by rounding only.
-Processes are JAX's (``jax.distributed.initialize``); all of them make the same calls with the same arguments.
+The computation is the program of one device, which XLA's partitioner divides along the data. An element of random noise depends only on the key and
+on its position in the array, so that the noise does not depend on the number of devices, and results differ by rounding only.
+Processes are those of JAX (``jax.distributed.initialize``); all of them make the same calls with the same arguments.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def data_mesh(devices: Devices) -> Mesh | None:
         devices: Number of devices, out of those that JAX has; or JAX devices; None for JAX's default device and no mesh.
 
     Raises:
-        ValueError: If there are not so many; TypeError if it is neither.
+        ValueError: If JAX has fewer devices; TypeError if the argument is neither a number nor a list of devices.
     """
     if devices is None:
         return None
@@ -55,7 +55,7 @@ def replicate[T](tree: T, mesh: Mesh | None) -> T:
 
 
 def _from_each_process(array: Shaped[AnyArray, "*shape"], sharding: NamedSharding) -> Shaped[Array, "*shape"]:
-    """An array that each process has, on devices of all of them."""
+    """An array that every process holds, placed on the devices of all processes."""
     if _is_key(array):
         return jax.random.wrap_key_data(
             _from_each_process(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array)
@@ -69,7 +69,7 @@ def _is_key(array: AnyArray) -> bool:
 
 
 def to_default_device[T](tree: T, mesh: Mesh | None) -> T:
-    """The arrays of a tree, there on every device of the mesh, on JAX's default device (that of each process)."""
+    """The arrays of a tree that are replicated on the mesh, on JAX's default device of each process."""
     if mesh is None:
         return tree
     arrays, rest = eqx.partition(tree, eqx.is_array)
@@ -96,7 +96,7 @@ def gather[T](tree: T, mesh: Mesh | None) -> T:
 
 
 def wait_for_all(name: str) -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has reached this call."""
     if jax.process_count() > 1:
         from jax.experimental.multihost_utils import sync_global_devices
 

@@ -1,4 +1,4 @@
-"""Constants of a module as a hashable value, for its static fields: JAX then sees only what is computed with."""
+"""Constants of a module as a hashable value, for its static fields, which JAX does not trace."""
 
 import hashlib
 from collections.abc import Hashable
@@ -9,10 +9,10 @@ import numpy as np
 
 
 class Static:
-    """A tree without JAX arrays, equal to another if the structures are and every leaf is.
+    """A tree without JAX arrays, equal to another if structures and leaves are equal.
 
-    NumPy arrays in it keep their float64 and are never traced: as leaves of a module they would become float32 tracers that look
-    trainable. Leaves that cannot be hashed are told apart by identity.
+    NumPy arrays in it keep their float64 and are never traced: as leaves of a module they would become float32 tracers that are treated
+    as trainable. Leaves that cannot be hashed are compared by identity.
 
     Args:
         tree: Any tree of constants: NumPy arrays, numbers, functions.

@@ -1,6 +1,6 @@
-r"""A diffusion model as data: schedule, network, reverse kernel and likelihood, and their parameters.
+r"""A diffusion model: schedule, network, reverse kernel and likelihood, with their parameters.
 
-Its programs, its bounds and its samplers are ways to read it.
+Programs, bounds, estimators and samplers are functions or methods of it.
 """
 
 import dataclasses
@@ -56,20 +56,20 @@ class Diffusion(AbstractDiffusion):
             (:mod:`probdiff.networks.heads`). Its floating-point JAX arrays are trained.
         likelihood: :math:`p_\theta(x | z_1)`; ``NormalLikelihood()`` if not given.
         reverse_variance: ``"posterior"`` (:math:`v_n = \tilde\beta_n`), ``"forward"`` (:math:`v_n = \beta_n`), ``"learned"``
-            (between the two, by dimension), ``"optimal"`` (the best for the network, estimated): see
+            (between the two, by dimension), ``"optimal"`` (of least expected KL for the network, estimated): see
             :mod:`probdiff.chain.variances`; an :class:`~probdiff.chain.AbstractReverseVariance`; or ``"predicted"`` (between the two, by the
             network, a :class:`~probdiff.networks.VarianceHead`): :class:`~probdiff.chain.PredictedVarianceKernel`.
         dim: Dimension of the data; ``network.dim`` if not given. Needed only to generate, and for ``"learned"``.
         kernel: A reverse kernel in the place of the Gaussian one, such as a :class:`~probdiff.chain.MixtureKernel`.
 
-    It is a tree of JAX arrays alone: ``jax.jit(f)(diffusion)`` works, with whatever else the network holds static.
+    It is a tree of JAX arrays alone: ``jax.jit(f)(diffusion)`` works; everything else in the network is static.
 
     Until it is bound (:meth:`bind`), its programs have the parameters as a NumPyro ``param`` site, and a model that is given
-    data is taken to be training: its network gets ``key=``, also in ``svi.evaluate``, which NumPyro does not tell apart.
-    A bound model is frozen: inside of another program nothing trains it. :meth:`unbind` goes back.
+    data is assumed to be in training: its network is given ``key=``, also in ``svi.evaluate``, as NumPyro does not distinguish the two.
+    A bound model is frozen: inside another program it is not trained. :meth:`unbind` is the inverse.
 
-    A network that takes ``context=`` makes it a conditional model, p(x | c): its programs, and all that takes data, take ``context=`` with a row
-    for each datum. Or it is :meth:`given` one for all of them.
+    With a network that accepts ``context=`` the model is conditional, p(x | c): its programs, and all functions of data, take ``context=`` with a row
+    for each datum. Or the model is :meth:`given` the context once.
 
     Example:
         >>> import jax, probdiff
@@ -87,7 +87,7 @@ class Diffusion(AbstractDiffusion):
     dim: int | None = eqx.field(static=True)
     training: bool = eqx.field(static=True)
     frozen: bool = eqx.field(static=True)
-    context: PyTree  # of each datum, where the model was given one; otherwise None
+    context: PyTree  # a row for each datum, if the model was given a context; otherwise None
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Diffusion(AbstractDiffusion):
 
     @property
     def network(self) -> Network:
-        """The network as it was given, with the parameters that the model holds."""
+        """The network, with the current parameters of the model."""
         return eqx.combine(self._arrays, self._constants.tree)
 
     def with_network(self, network: Network) -> "Diffusion":
@@ -158,15 +158,15 @@ class Diffusion(AbstractDiffusion):
         return is_conditional(self.network)
 
     def given(self, context: Any) -> "Diffusion":
-        """This model given a context, p(x | c) for each row c of it: a Diffusion of as many data, in their order.
+        """This model given a context, p(x | c) for each row c: a Diffusion for as many data as the context has rows, in the same order.
 
         Args:
-            context: Covariates or labels, an array or a tree of arrays (or data frames of numbers) whose leading axis is the datum, as the
-                network takes them; None for this model as it is.
+            context: Covariates or labels, an array or a tree of arrays (or data frames of numbers) whose leading axis is the datum, in the form that the
+                network needs; None for this model unchanged.
 
         Raises:
             ValueError: If the model takes no context or has been given one, or the context is empty, not finite or of the wrong shape.
-            TypeError: If there is something in it but numbers.
+            TypeError: If it contains anything but numbers.
         """
         if context is None:
             return self
@@ -178,7 +178,7 @@ class Diffusion(AbstractDiffusion):
         return self._replaced(context=context)
 
     def take(self, rows: Any) -> "Diffusion":
-        """This model at some rows of its context, where it was given one; as ``x[rows]`` of the data."""
+        """This model with some rows of its context, if it was given one; corresponds to ``x[rows]`` of the data."""
         return self.with_context(take(self.context, rows))
 
     def with_context(self, context: PyTree) -> "Diffusion":
@@ -208,7 +208,7 @@ class Diffusion(AbstractDiffusion):
         scan.posterior_guide(self.given(context), x, num_data)
 
     def reverse_kernel(self, z: Float[AnyArray, "*batch dim"], n: Step, key: PRNGKeyArray | None = None) -> dist.Distribution:
-        r"""The distribution :math:`p_\theta(z_{n-1} | z_n)`; at n = 1, the Gaussian that the likelihood reads.
+        r"""The distribution :math:`p_\theta(z_{n-1} | z_n)`; at n = 1, the Gaussian from which the likelihood is made.
 
         Args:
             z: :math:`z_n`, shape ``(*batch, dim)``.
@@ -218,7 +218,7 @@ class Diffusion(AbstractDiffusion):
         return self.kernel(self.schedule, jnp.asarray(z), self.predict(z, n, key), n)
 
     def predict(self, z: Float[AnyArray, "*batch dim"], n: Step, key: PRNGKeyArray | None = None) -> Prediction:
-        """The network's prediction at ``z``, as the kernel needs it: the noise, shaped like ``z``, or what else it asks for.
+        """The network's prediction at ``z``: the noise, shaped like ``z``, or another quantity that the kernel needs.
 
         Arguments as for :meth:`reverse_kernel`.
         """
@@ -230,7 +230,7 @@ class Diffusion(AbstractDiffusion):
         return predict_noise(self._network(), *self._noise_level(z, n), context=self._context(jnp.shape(z)[:-1]))
 
     def log_probabilities(self, z: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim level"] | None:
-        """log p(v | z_n) of every level, if the network is one that predicts probabilities of levels; otherwise None."""
+        """log p(v | z_n) of every level, nats, if the network predicts probabilities of levels; otherwise None."""
         if not hasattr(self.network, "log_probabilities"):
             return None
         asked = *self._noise_level(z, n), None, self._context(jnp.shape(z)[:-1])
@@ -250,11 +250,11 @@ class Diffusion(AbstractDiffusion):
 
     @property
     def is_told_step(self) -> bool:
-        """Whether the network knows the steps only, and not the noise levels between."""
+        """Whether the network is told the step, and not the log-SNR: it is then defined at the steps only."""
         return is_told_step(self.network)
 
     def _network(self, key: PRNGKeyArray | None = None) -> Network:
-        """The network, without dropout unless there is a key for it."""
+        """The network; without a key, its dropout is off."""
         return eqx.nn.inference_mode(self.network) if key is None else self.network
 
     def _context(self, batch: tuple[int, ...]) -> PyTree:
@@ -280,15 +280,15 @@ class Diffusion(AbstractDiffusion):
         known_noise: Callable[..., NoiseMoments] | None = None,
         extra_noise: Callable[[], Array] | None = None,
     ) -> SampledStep:
-        """z_n made from encoded data and ``eps``, and what the network says there: a :class:`~probdiff.chain.reverse.SampledStep`.
+        """z_n made from encoded data and ``eps``, and the prediction of the network: a :class:`~probdiff.chain.reverse.SampledStep`.
 
         Args:
             x, x0: Data, and the same encoded, shape ``(datum, dim)``.
-            n: Step, an integer array of shape ``(*batch, datum)``, or what broadcasts to it.
+            n: Step, an integer array of shape ``(*batch, datum)`` or of one that broadcasts to it.
             eps: Noise, shape ``(*batch, datum, dim)``.
             key: For the network's dropout while training.
-            known_noise: A function of the schedule, z_n and n that gives the :class:`~probdiff.chain.reverse.NoiseMoments` of what
-                is taken to be known of the noise; ``eps`` itself if not given.
+            known_noise: A function of the schedule, z_n and n that returns the conditional :class:`~probdiff.chain.reverse.NoiseMoments`
+                of the noise; mean ``eps`` and variance 0 if not given.
             extra_noise: A function that gives noise shaped like ``eps``, for a kernel whose KL is sampled.
         """
         signal = at_step(self.schedule.signal_scale, n, x0.dtype)
@@ -298,7 +298,7 @@ class Diffusion(AbstractDiffusion):
         return SampledStep(x, x0, n, z, known, self.predict(z, n, key), extra_noise)
 
     def step_kl(self, step: SampledStep) -> Float[Array, "*batch"]:
-        """KL of steps 2 … N, in nats, shape ``batch``; an entry of n = 1 means nothing.
+        """KL of steps 2 … N, in nats, shape ``batch``; entries of n = 1 have no meaning.
 
         Args:
             step: A :class:`~probdiff.chain.reverse.SampledStep`.
@@ -306,7 +306,7 @@ class Diffusion(AbstractDiffusion):
         return self.kernel.step_kl(self.schedule, step)
 
     def log_likelihood(self, step: SampledStep) -> Float[Array, "*batch"]:
-        """The reconstruction log p(x | z_1), in nats, shape ``batch``; an entry of n > 1 means nothing. Argument as for :meth:`step_kl`."""
+        """The reconstruction log p(x | z_1), in nats, shape ``batch``; entries of n > 1 have no meaning. Argument as for :meth:`step_kl`."""
         last = self.kernel(self.schedule, step.z, step.prediction, step.n)
         return self.kernel.observation(self.likelihood, last).log_prob(step.x)
 
@@ -314,7 +314,7 @@ class Diffusion(AbstractDiffusion):
         """The trained model: these parameters in place of the initial ones, frozen, dropout off.
 
         Its programs have no ``param`` site, so that it can be part of another program without being trained along with it. JAX
-        gradients with respect to its arrays are as ever.
+        gradients with respect to its arrays are unchanged.
 
         Args:
             params: ``SVIRunResult.params`` or ``svi.get_params(state)``; an empty mapping keeps the weights.
@@ -331,7 +331,7 @@ class Diffusion(AbstractDiffusion):
         return trained._replaced(frozen=True, training=False)
 
     def unbind(self) -> "Diffusion":
-        """The model before it was bound, at the parameters it has now: with its ``param`` site and dropout, to train on."""
+        """The model with its present parameters as a ``param`` site, and with dropout: the inverse of :meth:`bind`, for further training."""
         return self._replaced(frozen=False, training=True)
 
     def evaluated(self) -> "Diffusion":
@@ -340,16 +340,16 @@ class Diffusion(AbstractDiffusion):
         return self._replaced(frozen=True, training=False, schedule=self.schedule.fixed() if known else self.schedule)
 
     def is_like(self, other: "Diffusion") -> bool:
-        """Whether another model differs by its parameters only, and by being bound or not."""
+        """Whether another model has the same structure: it may differ in its parameters and in being bound or not."""
         own: object = jax.tree.structure(self.unbind().with_context(None))
         return own == jax.tree.structure(other.unbind().with_context(None))
 
     def trainable_without_dropout(self) -> "Diffusion":
-        """The model with its ``param`` site, whose network gets no ``key=``: for gradients of what :meth:`evaluated` gives."""
+        """The model with its ``param`` site and without dropout: for gradients of the function that :meth:`evaluated` computes."""
         return self._replaced(frozen=False, training=False)
 
     def _replaced(self, **parts: Any) -> "Diffusion":
-        """This model with other parts or marks."""
+        """This model with some of its fields replaced."""
         if all(getattr(self, name) is part for name, part in parts.items()):
             return self
         other = object.__new__(type(self))
@@ -362,7 +362,7 @@ class Diffusion(AbstractDiffusion):
         return eqx.filter(self.with_context(None), is_trainable)
 
     def with_param_site(self) -> "Diffusion":
-        """This model with its parameters taken from the NumPyro ``param`` site (if it has any), for a program to run."""
+        """This model with its parameters taken from the NumPyro ``param`` site (if it has any), for use inside a program."""
         return self.from_param_site().tabulated()
 
     def from_param_site(self) -> "Diffusion":

@@ -1,15 +1,15 @@
 r"""The probability flow: the ordinary differential equation whose solutions have the marginals of the forward chain.
 
-With the log-SNR λ for time, :math:`\bar\alpha = sigmoid(\lambda)`, and an ε-network in continuous time,
+With the log-SNR λ as time, :math:`\bar\alpha = sigmoid(\lambda)`, and an ε-network in continuous time,
 
     dz/dλ = ½ √(1−ᾱ) (√(1−ᾱ) z − ε̂(z, λ)),        log q(z_1) = log q(z_N) + ∫ ∇·(dz/dλ) dλ  from λ_1 to λ_N
 
-(in VE coordinates, dx/dσ = ε̂). A network that is told the noise level is asked between the steps; the prediction of one that is told the step is interpolated linearly in λ.
+(in VE coordinates, dx/dσ = ε̂). A network that is told the log-SNR is evaluated between the steps; the prediction of a network that is told the step is interpolated linearly in λ.
 
-The flow is another model than the reverse chain :math:`p_\theta`, made of the same network. Its density of z_1 has two approximations in it, the interpolation, if there is one, and the
-base N(0, I) in the place of q(z_N), and it is not the density of the data: z_1 has the noise of the first step. :func:`flow_likelihood` reports the three apart.
+The flow is another model than the reverse chain :math:`p_\theta`, with the same network. Its density of z_1 contains two approximations: the interpolation, if there is one, and the
+base distribution N(0, I) in place of q(z_N). It is not the density of the data either, as z_1 has the noise of the first step. :func:`flow_likelihood` reports the three errors separately.
 
-Sources: Song et al. (2021), arXiv:2011.13456, eqs. 13 and 39; Karras et al. (2022), arXiv:2206.00364, eq. 1, with σ for time; Grathwohl et al. (2019), arXiv:1810.01367, section 3.1, for Hutchinson's estimator.
+Sources: Song et al. (2021), arXiv:2011.13456, eqs. 13 and 39; Karras et al. (2022), arXiv:2206.00364, eq. 1, with σ as time; Grathwohl et al. (2019), arXiv:1810.01367, section 3.1, for Hutchinson's estimator.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from probdiff.diffusion import Diffusion
 from probdiff.programs.sites import Data
 
 MAX_STEPS = 100_000
-LOOSER = 10  # times the tolerances, for what the solver's error is
+LOOSER = 10  # factor on the tolerances, to estimate the error of the solver
 
 Eps = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -39,7 +39,7 @@ def in_continuous_time(diffusion: Diffusion, every: int = 1) -> Eps:
 
     Args:
         diffusion: A trained Diffusion.
-        every: Where it has to be interpolated, take only each ``every``-th step, and the last.
+        every: If the network is interpolated, use only each ``every``-th step, and the last.
 
     Example:
         >>> import probdiff
@@ -51,11 +51,11 @@ def in_continuous_time(diffusion: Diffusion, every: int = 1) -> Eps:
 
 
 class Interpolated(eqx.Module):
-    """The network of a model, told the step, between the steps of the chain: linear in log-SNR.
+    """The network of a model, if it is told the step, interpolated between the steps of the chain, linearly in log-SNR.
 
     Args:
         diffusion: A trained Diffusion.
-        every: Take only each ``every``-th step, and the last.
+        every: Use only each ``every``-th step, and the last.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -104,7 +104,7 @@ def solve(
 ) -> tuple[Any, jax.Array]:
     """The state at log-SNR ``end`` of d state/dλ = ``field(λ, state)``, and the number of evaluations of ``field``.
 
-    By a method of fifth order that chooses its steps within the tolerances, or in ``steps`` equal steps of Heun's.
+    The solver is an adaptive method of fifth order with these tolerances, or Heun's method with ``steps`` equal steps.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -125,7 +125,7 @@ def solve(
             return jax.tree.map(lambda leaf, a, b: leaf + length / 2 * (a + b), state, first, second), None
 
         return jax.lax.scan(heun, state, (times[:-1], times[1:]))[0], jnp.asarray(2 * steps, jnp.int32)
-    import diffrax  # here, because it takes long to import
+    import diffrax  # imported here, because the import is slow
 
     controller = diffrax.PIDController(rtol=jnp.asarray(rtol), atol=jnp.asarray(atol))
     term, span = diffrax.ODETerm(lambda time, state, _: field(jnp.asarray(time), state)), (jnp.asarray(start, dtype), jnp.asarray(end, dtype))
@@ -180,10 +180,10 @@ def flow_log_prob(
         diffusion: The model.
         z: :math:`z_1`, shape ``(datum, dim)``.
         context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
-        key: JAX key of the probes; not used without them.
+        key: JAX key of the probes; not used with the exact divergence.
         num_probes: None for the exact divergence, ``dim`` Jacobian-vector products for each evaluation of the network; or
             the number of random directions of Hutchinson's estimator, for large ``dim``: unbiased for the log-density.
-        base: Log-density in nats of :math:`z_N` of shape ``(datum, dim)``, a function, in the place of N(0, I)'s.
+        base: A function that returns the log density in nats of :math:`z_N` of shape ``(datum, dim)``; that of N(0, I) if not given.
         rtol, atol: Tolerances of the solver for each step.
         progress: Show a progress bar.
 
@@ -251,7 +251,7 @@ def _flow(
     else:
         directions, scale = jax.random.rademacher(cast(jax.Array, key), (size, int(num_probes), dim), z.dtype), 1 / num_probes
     ends = tuple(diffusion.schedule.log_snr[[0, -1]].tolist())
-    rtol, atol = jnp.asarray(rtol, z.dtype), jnp.asarray(atol, z.dtype)  # values, so that no other ones are compiled again
+    rtol, atol = jnp.asarray(rtol, z.dtype), jnp.asarray(atol, z.dtype)  # arrays, so that other values need no new compilation
     found = []
     for rows in blocks(size, inputs_at_once(diffusion.network) // directions.shape[1], unit="datum", desc="flow", progress=progress):
         some = diffusion.take(rows)
@@ -267,23 +267,23 @@ def _standard_normal(z: np.ndarray) -> np.ndarray:
 
 
 class FlowLikelihood(NamedTuple):
-    r"""The log-likelihood of the data by the probability flow, and how large the errors of its approximations and of the solver are.
+    r"""The log-likelihood of the data under the probability flow, and estimates of the errors of its approximations and of the solver.
 
     Attributes:
         log_q: The flow's log-density of :math:`z_1 \sim q(z_1 | x_0)`, nats, shape ``(draw, datum)``.
         log_prob: A lower bound, in expectation over draws, on the log-likelihood of x under the flow followed by the model's last
             step: log_q − log q(z_1 | x_0) + log p(x | z_1); nats in the user's units, shape ``(draw, datum)``.
         interpolation: Estimated error of ``log_q`` from the interpolation of ε̂ between the steps, shape ``(draw, datum)``: a third of
-            what taking only every second step changes (the error is of second order in their distance). NaN where N < 3; 0 for a
-            network that is told the noise level, where nothing is interpolated.
-        base: The prior KL, shape ``(datum,)``, nats. Its mean over the data bounds from above, on average over them, the error from
-            N(0, I) in the place of :math:`q(z_N)`.
-        smoothing: The error from σ_1, if ``log_q`` were read as the log-density of x (with its Jacobian): ``log_prob`` minus
-            that, shape ``(draw, datum)``.
-        solver: Estimated error of ``log_q`` from the solver: what tolerances ten times as large change, about the error at those, shape
-            ``(draw, datum)``. An interpolated network has a kink at every step, so that it falls slowly with the tolerances: at the
+            the change when only every second step is used (the error is of second order in the distance of the steps). NaN where N < 3; 0 for a
+            network that is told the log-SNR, where nothing is interpolated.
+        base: The prior KL, shape ``(datum,)``, nats. Its mean over the data is an upper bound on the mean error from
+            N(0, I) in place of :math:`q(z_N)`.
+        smoothing: The error from σ_1, if ``log_q`` with its Jacobian were taken as the log density of x: ``log_prob`` minus
+            that log density, shape ``(draw, datum)``.
+        solver: Estimated error of ``log_q`` from the solver: the change with tolerances ten times as large, about the error at the latter, shape
+            ``(draw, datum)``. An interpolated network has a kink at every step, so that the error falls slowly with the tolerances: at the
             default, 1e-5, it was 4e-4 nats at most for the exact network of the moons.
-        num_evaluations: Evaluations of the network along each flow, about, shape ``(draw, datum)``.
+        num_evaluations: Approximate number of evaluations of the network along each path of the flow, shape ``(draw, datum)``.
 
     Example:
         >>> import numpy as np, probdiff
@@ -336,8 +336,8 @@ def flow_likelihood(
 ) -> FlowLikelihood:
     r"""The log-likelihood of data by the probability flow, and the errors of its three approximations and of the solver.
 
-    The flow gives a density of :math:`z_1`, which has the noise of the first step. For the data themselves it takes the place
-    of the prior in a bound, :math:`\log p(x) \ge E[\log q(z_1) - \log q(z_1|x_0) + \log p_\theta(x|z_1)]`, for continuous data and
+    The flow gives a density of :math:`z_1`, which has the noise of the first step. For the data themselves this density replaces
+    the prior in a bound, :math:`\log p(x) \ge E[\log q(z_1) - \log q(z_1|x_0) + \log p_\theta(x|z_1)]`, for continuous data and
     for data on a grid alike.
 
     Args:
@@ -349,7 +349,7 @@ def flow_likelihood(
         num_probes, rtol, atol, progress: As for :func:`flow_log_prob`.
 
     Returns:
-        A :class:`FlowLikelihood`. The reverse chain is another model: differences from its ELBO are not errors of either.
+        A :class:`FlowLikelihood`. The reverse chain is another model: a difference between its ELBO and this likelihood is not an error of either.
 
     Example:
         >>> import jax, probdiff

@@ -1,4 +1,4 @@
-"""Models put together: what ``probdiff fit`` fits when it is told nothing but the data, and what the configuration of another library says."""
+"""Complete models: the default of ``probdiff fit`` for a data set, and the model that a configuration of diffusers describes."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from probdiff.networks.mlp import MLP
 
 MOST_LOGITS = 2**14
 ITERATIONS_PER_ROW, TABLE_ITERATIONS = 5, (500, 25_000)
-# Of a diffusers scheduler.
+# The values of entries in the configuration of a diffusers scheduler.
 PREDICTIONS: dict[str, type[VHead] | type[X0Head] | None] = {"epsilon": None, "v_prediction": VHead, "sample": X0Head}
 VARIANCES = {"fixed_small": "posterior", "fixed_small_log": "posterior", "fixed_large": "forward", "learned_range": "predicted"}
 
@@ -28,7 +28,7 @@ VARIANCES = {"fixed_small": "posterior", "fixed_small_log": "posterior", "fixed_
 def default_options(dataset: Dataset) -> dict[str, Any]:
     """Number of steps, iterations, batch size, peak learning rate and iterations between validations for a data set, as a dict.
 
-    The best in validation is kept, and a small table is learned by heart in a few hundred passes: it gets fewer iterations.
+    The parameters with the best validation bound are kept. A small table is overfitted after a few hundred passes, and therefore has fewer iterations.
 
     Example:
         >>> import numpy as np, probdiff
@@ -49,11 +49,11 @@ def default_options(dataset: Dataset) -> dict[str, Any]:
 def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diffusion:
     r"""The untrained model for a data set.
 
-    On a grid the last noise is a third of the half-width 1/(L−1) of a level, so that the reconstruction costs next to
-    nothing. With few levels the network predicts probabilities of the levels; of images, it is convolutional. With many, it predicts
-    the noise and gets harmonics up to the period of the grid. Continuous data are taken to have a density
-    without atoms: the best reverse variance is then near :math:`\beta_n`, and is computed after the fit. Where columns are of several kinds
-    it is learned for each dimension, as the best variance of discrete columns is near :math:`\tilde\beta_n`. With a context, the model is conditional.
+    On a grid the last noise is a third of the half-width 1/(L−1) of a level, so that the reconstruction term is nearly 0.
+    With few levels the network predicts probabilities of the levels; for images it is convolutional. With many levels it predicts
+    the noise, and its inputs include harmonics up to the period of the grid. Continuous data are assumed to have a density
+    without atoms: the optimal reverse variance is then near :math:`\beta_n`, and is computed after the fit. Where columns are of several kinds
+    the variance is learned for each dimension, as the optimal variance of discrete columns is near :math:`\tilde\beta_n`. With a context, the model is conditional.
 
     Args:
         dataset: A :class:`~probdiff.datasets.Dataset`.
@@ -94,33 +94,33 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
 
 
 def _has_few_levels(dataset: Dataset) -> bool:
-    """Whether a probability for each level of each dimension is not too much to ask of a network."""
+    """Whether the data have so few levels that a network can predict a probability for each level of each dimension."""
     return dataset.levels is not None and dataset.levels * dataset.dim <= MOST_LOGITS
 
 
 def from_diffusers(
     network: Network, config: Any, likelihood: AbstractLikelihood | None = None, dim: Whole | None = None
 ) -> Diffusion:
-    r"""The model that a network trained with diffusers is, by the configuration of its scheduler: a step of the reverse chain is a step of the DDPMScheduler.
+    r"""The model of a network that was trained with diffusers, from the configuration of its scheduler; its reverse step is that of the DDPMScheduler.
 
     ``beta_schedule`` and the other entries of the schedule are read by :func:`probdiff.chain.diffusers_schedule`; timestep t = 0 … N − 1 is step n = t + 1, and
     the network is told n − 1. ``prediction_type`` is ``"epsilon"`` (if absent), ``"v_prediction"`` (a :class:`~probdiff.networks.VHead`) or ``"sample"`` (an
     :class:`~probdiff.networks.X0Head`). ``clip_sample`` and ``clip_sample_range`` make a :class:`~probdiff.networks.ClipHead`. ``variance_type`` is ``"fixed_small"`` (if absent) or
-    ``"fixed_small_log"``, our ``"posterior"``; ``"fixed_large"``, our ``"forward"``; or ``"learned_range"``, our ``"predicted"`` with a :class:`~probdiff.networks.VarianceHead`.
+    ``"fixed_small_log"``, ``"posterior"`` here; ``"fixed_large"``, ``"forward"`` here; or ``"learned_range"``, ``"predicted"`` here, with a :class:`~probdiff.networks.VarianceHead`.
 
-    Their last step, at t = 0, gives the mean; here p(x | z_1) is a distribution around that mean.
+    The last step of diffusers, at t = 0, returns the mean; here p(x | z_1) is a distribution around that mean.
 
     Args:
-        network: A callable ``network(z, t)`` on flat data, z of shape ``(*batch, dim)`` and t = 0 … N − 1 of shape ``batch`` (nothing must be subtracted from it
+        network: A callable ``network(z, t)`` on flat data, z of shape ``(*batch, dim)`` and t = 0 … N − 1 of shape ``batch`` (the network must not subtract 1
             again): images of C channels are flattened with the channel first. Its output is shaped like z, or ``(*batch, 2 · dim)`` with ``"learned_range"``.
         config: The configuration, a dict such as that of a scheduler_config.json, or the scheduler itself (anything with ``.config``).
         likelihood: p(x | z_1); ``NormalLikelihood()`` if not given. For images of 256 levels, ``DiscretizedNormalLikelihood(256)``.
         dim: Dimension of the data; needed to generate.
 
     Raises:
-        ValueError, TypeError: If the configuration asks for what the chain cannot be: ``thresholding`` (by quantiles of a whole image),
-            ``rescale_betas_zero_snr``, ``variance_type`` ``"learned"`` (no range) or ``"fixed_large_log"`` (their step takes the root of a negative logarithm
-            for a standard deviation), a name that is not known; or does not say whether ``clip_sample``, for which schedulers have different defaults.
+        ValueError, TypeError: If the configuration has a setting that the chain cannot represent: ``thresholding`` (by quantiles of a whole image),
+            ``rescale_betas_zero_snr``, ``variance_type`` ``"learned"`` (no range) or ``"fixed_large_log"`` (its step uses the root of a negative logarithm
+            as a standard deviation), or an unknown name; or if ``clip_sample`` is missing, for which schedulers have different defaults.
 
     Example:
         >>> import jax.numpy as jnp, probdiff

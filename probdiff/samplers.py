@@ -1,16 +1,16 @@
-r"""Samplers: ways from noise to data with one fitted network.
+r"""Samplers of a fitted model.
 
-Each draws from the model in the units of the data. One sample depends on the key and on its number, not on how many others are
-drawn; a batch of them is one compiled call, and Ctrl-C is heard between batches.
+Each returns samples in the units of the data. A sample depends on the key and on its index, and not on the number of other
+samples; a batch of samples is one compiled call, and Ctrl-C interrupts between batches.
 
     ancestral            the reverse program itself, N evaluations of the network
-    ddim                 a sub-sequence of the steps, with as much noise as one likes (none at η = 0)
+    ddim                 a sub-sequence of the steps, with noise in proportion to η (none at η = 0)
     annealed_langevin    Langevin steps on the score of each noise level, from the largest to the smallest
     probability_flow     the ordinary differential equation of :mod:`probdiff.flow`
 
-The others than the first put the standard normal at the last of the steps they take (log-SNR −3 is far enough for data of unit variance),
-and end with the mean E[x_0 | z_n] at the first of them: samples are too sharp if much noise is left there. They are only as good as
-their number of steps; `analyses/samplers.py` measures how good. :func:`guided` makes a conditional model's samples more like their contexts.
+All but ``ancestral`` start from a standard normal at the last step of their sub-sequence (a log-SNR of −3 is low enough for data of unit variance),
+and end with the mean E[x_0 | z_n] at its first step: the samples have too little variance if much noise is left there. The error depends on
+the number of steps; `analyses/samplers.py` measures it. :func:`guided` is classifier-free guidance of a conditional model.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ from probdiff.diffusion import Diffusion
 from probdiff.flow import in_continuous_time, require_tolerances, solve, velocity
 from probdiff.networks.context import Guided
 
-ADAPTIVE = 500  # of the network, about as many as a solver takes that chooses its steps
+ADAPTIVE = 500  # of the network: about as many as an adaptive solver needs
 
 
 Samples = Shaped[np.ndarray, "num_samples dim"]
@@ -48,7 +48,7 @@ def ancestral(
     devices: Devices = None,
     progress: bool = False,
 ) -> Samples:
-    """Draw from the model: ``diffusion.model`` as it stands.
+    """Draw from the model by ``diffusion.model``, the reverse chain with all its steps.
 
     Args:
         diffusion: The model; it must know its dimension.
@@ -87,9 +87,9 @@ def ddim(
     devices: Devices = None,
     progress: bool = False,
 ) -> Samples:
-    r"""Draw by DDIM: steps that keep the marginals of the chain, for any sub-sequence of it.
+    r"""Draw by DDIM (denoising diffusion implicit models): steps that keep the marginals of the chain, for any sub-sequence of the steps.
 
-    With :math:`\tau` a sub-sequence of 1 … N and m before n in it (:math:`\bar\alpha = 1` before its first),
+    For a sub-sequence of 1 … N in which step m comes before step n (before its first step, :math:`\bar\alpha = 1`),
 
     .. math:: z_m = \sqrt{\bar\alpha_m}\, \hat x_0 + \sqrt{1 - \bar\alpha_m - s^2}\, \hat\epsilon + s\, \xi,
         \quad s = \eta \sqrt{\tfrac{1-\bar\alpha_m}{1-\bar\alpha_n}} \sqrt{1 - \bar\alpha_n/\bar\alpha_m}.
@@ -101,7 +101,7 @@ def ddim(
         context: Of a conditional model, as for :meth:`Diffusion.given`: one sample is drawn for each row.
         key: JAX key.
         num_samples: Number of samples; not needed with a context.
-        steps: How many steps, spread evenly over 1 … N; or the steps themselves, increasing; all N if not given. Each is one
+        steps: Number of steps, spread evenly over 1 … N; or the steps themselves, increasing; all N if not given. Each step is one
             evaluation of the network.
         eta: η, 0 to 1: at 0 no noise is added (then z_N decides the sample), at 1 as much as by the reverse chain with
             :math:`v_n = \tilde\beta_n`.
@@ -167,8 +167,8 @@ def annealed_langevin(
     r"""Draw by Langevin dynamics on the score of each noise level, in VE coordinates, from the largest level down.
 
     At each level, ``num_updates`` times :math:`x \leftarrow x + \tfrac{a}{2} s_\theta(x, n) + \sqrt{a}\, \xi` with
-    :math:`a = r \sigma_n^2`: no Metropolis test, so r must be small for the samples to be right.
-    Source: Song and Ermon (2019), arXiv:1907.05600, algorithm 1; the last denoising step, Jolicoeur-Martineau et al. (2021),
+    :math:`a = r \sigma_n^2`: there is no Metropolis test, so that r must be small for the samples to have the right distribution.
+    Source: Song and Ermon (2019), arXiv:1907.05600, algorithm 1; for the last denoising step, Jolicoeur-Martineau et al. (2021),
     arXiv:2009.05475, section 3.
 
     Args:
@@ -176,9 +176,9 @@ def annealed_langevin(
         context: Of a conditional model, as for :meth:`Diffusion.given`: one sample is drawn for each row.
         key: JAX key.
         num_samples: Number of samples; not needed with a context.
-        steps: How many noise levels, spread evenly over 1 … N; or the levels themselves, increasing; all N if not given.
-        num_updates: Evaluations of the network at each level; one more follows the last. The samples lag behind the level where there
-            are too few: of the moons, 50 levels of 10 were enough, and 10 of 10 far from it.
+        steps: Number of noise levels, spread evenly over 1 … N; or the levels themselves, increasing; all N if not given.
+        num_updates: Evaluations of the network at each level; one more evaluation follows the last level. With too few updates the samples do not reach
+            the distribution of the level: for the moons, 10 updates at 50 levels were enough, and 10 updates at 10 levels were not.
         step_size: r, positive.
         devices: Number of devices (or a list of them) that share the samples.
         progress: Show a progress bar.
@@ -230,7 +230,7 @@ def probability_flow(
     devices: Devices = None,
     progress: bool = False,
 ) -> Samples:
-    r"""Draw by the probability flow, from z_N to z_1: nothing is random on the way.
+    r"""Draw by the probability flow, a deterministic map from z_N to z_1.
 
     Args:
         diffusion: The model; it must know its dimension.
@@ -238,8 +238,8 @@ def probability_flow(
         key: JAX key.
         num_samples: Number of samples; not needed with a context.
         steps: Number of steps of Heun's method, of equal length in log-SNR, two evaluations of the network each (four of one that is
-            told the step); if not given, a solver that chooses its steps, within ``rtol`` and ``atol``. One evaluation more follows.
-        rtol, atol: Tolerances of that solver for each step.
+            told the step); if not given, an adaptive solver with tolerances ``rtol`` and ``atol``. One more evaluation follows.
+        rtol, atol: Relative and absolute tolerance of the adaptive solver for each step.
         devices: Number of devices (or a list of them) that share the samples.
         progress: Show a progress bar.
 
@@ -272,21 +272,21 @@ def _probability_flow(
 
 
 def guided(diffusion: Diffusion, weight: Number) -> Diffusion:
-    r"""A conditional model under classifier-free guidance, bound, for samples of which each is more like its context than like the others.
+    r"""A conditional model under classifier-free guidance, bound.
 
     Its network predicts :math:`(1 + w)\, \hat\epsilon(z, c) - w\, \hat\epsilon(z)`, by two evaluations: with the context and without
-    (:func:`probdiff.networks.unconditional`). It goes into every sampler and into ``Predictive``.
+    (:func:`probdiff.networks.unconditional`). Every sampler and ``Predictive`` accept the model. With w > 0 each sample is more typical of its own context.
 
-    With w = 0 it is the model itself, with w = −1 the unconditional one. With any other weight its samples follow no p(x | c): no distribution of data
-    has the noise that is predicted at the different steps, and the samples vary less than data given c do. Its bound is a bound for the chain that draws
-    them, not for the fitted model. Source: Ho and Salimans (2022), arXiv:2207.12598, eq. 6.
+    With w = 0 it is the model itself, with w = −1 the unconditional one. With any other weight its samples do not follow p(x | c): no distribution of data
+    has these noise predictions at all steps, and for w > 0 the samples vary less than data given c. Its bound is a bound for the guided chain,
+    and not for the fitted model. Source: Ho and Salimans (2022), arXiv:2207.12598, eq. 6.
 
     Args:
         diffusion: A model with a :class:`~probdiff.networks.ContextDropout` in its network.
         weight: w, a finite number.
 
     Raises:
-        ValueError: If there is none in it, or the reverse kernel asks its network for something else than the noise.
+        ValueError: If there is no ContextDropout in the network, or the reverse kernel needs another prediction than the noise.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
@@ -312,7 +312,7 @@ def _denoised(diffusion: Diffusion, z: Float[Array, "*batch dim"], n: Any) -> ja
 
 
 def _evaluated(diffusion: Diffusion, context: PyTree) -> Diffusion:
-    """The model as it is evaluated, given a context, before any table of it is read."""
+    """The model prepared for evaluation and given the context; done before any of its tables is read."""
     require_type("diffusion", diffusion, Diffusion)
     require(
         diffusion.dim is not None, "diffusion", "one that knows its dimension: Diffusion(…, dim=…) or network.dim", None
@@ -321,12 +321,12 @@ def _evaluated(diffusion: Diffusion, context: PyTree) -> Diffusion:
 
 
 def _dim(diffusion: Diffusion) -> int:
-    assert diffusion.dim is not None  # :func:`_evaluated` says so
+    assert diffusion.dim is not None  # checked by :func:`_evaluated`
     return diffusion.dim
 
 
 def _subsequence(diffusion: Diffusion, steps: int | Sequence[int] | np.ndarray | None) -> np.ndarray:
-    """The steps taken, an increasing array: all, a number of them, or as given."""
+    """The sub-sequence of the steps, an increasing array: all steps, a number of them, or the given steps."""
     num_steps = diffusion.schedule.num_steps
     if steps is None:
         return np.arange(1, num_steps + 1)
@@ -377,6 +377,6 @@ def _draw_batch(
     mesh: Mesh | None,
 ) -> jax.Array:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, shard(jnp.asarray(numbers), mesh))
-    # Each sample has its own row of the context, as that of one datum.
+    # Each sample has its own row of the context, like one datum.
     context = take(shard(take(diffusion.context, numbers), mesh), EACH)
     return gather(jax.vmap(lambda key, context: one(diffusion.with_context(context), key, *arguments))(keys, context), mesh)

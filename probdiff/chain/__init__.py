@@ -1,6 +1,6 @@
 """The two Markov chains: noise schedules, the forward chain in closed form, the reverse kernels and their variances, noise and score.
 
-Nothing here knows a network: a reverse kernel is given its prediction. Imports only the checks.
+No function here calls a network: a reverse kernel is given the prediction of one. The package imports only the checks and the likelihoods.
 """
 
 from probdiff.chain import score

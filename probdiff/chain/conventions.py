@@ -1,6 +1,6 @@
 r"""Noise schedules in the words of other libraries and papers.
 
-What is the same under another name, with their time t on the left:
+The same quantities under other names, with the time t of the other library on the left:
 
     diffusers, improved-diffusion     t = 0 … N−1 is step n = t + 1;  alphas_cumprod[t] = ᾱ_n
     VDM                               γ(t) = −log SNR, so ᾱ = sigmoid(−γ); T steps from t = 0 to 1 are N = T + 1 noise levels, the first at t = 0
@@ -23,18 +23,18 @@ Betas = Float64[np.ndarray, "num_steps"]
 
 
 def diffusers_schedule(config: Any) -> NoiseSchedule:
-    r"""The noise schedule of a diffusers scheduler, in float64 where theirs is float32.
+    r"""The noise schedule of a diffusers scheduler, in float64 where diffusers has float32.
 
-    Step n is their timestep t = n − 1. ``trained_betas`` are taken as they are; otherwise ``beta_schedule`` is ``"linear"``, ``"scaled_linear"``,
-    ``"sigmoid"`` (each of ``beta_start`` and ``beta_end``) or ``"squaredcos_cap_v2"``, at ``num_train_timesteps``. The other entries are not looked
-    at: ``timestep_spacing`` and ``steps_offset`` are about samples in fewer steps, and the chain has all of them.
+    Step n is the timestep t = n − 1 of diffusers. ``trained_betas`` are used unchanged; otherwise ``beta_schedule`` is ``"linear"``, ``"scaled_linear"``,
+    ``"sigmoid"`` (each of ``beta_start`` and ``beta_end``) or ``"squaredcos_cap_v2"``, at ``num_train_timesteps``. The other entries are
+    ignored: ``timestep_spacing`` and ``steps_offset`` are about samples in fewer steps, and the chain has all steps.
 
     Args:
         config: The configuration, a dict such as that of a scheduler_config.json, or the scheduler itself (anything with ``.config``).
 
     Raises:
-        ValueError, TypeError: If an entry is missing or has a value that is not one of these; and if ``rescale_betas_zero_snr`` is set: with
-            :math:`\bar\alpha_N = 0` there is no log-SNR at step N, and no noise that a prediction of the data could be turned into.
+        ValueError, TypeError: If an entry is missing or has another value than these; and if ``rescale_betas_zero_snr`` is set: with
+            :math:`\bar\alpha_N = 0` there is no log-SNR at step N, and a prediction of the data cannot be converted into one of the noise.
 
     Example:
         >>> import probdiff
@@ -55,18 +55,18 @@ def diffusers_schedule(config: Any) -> NoiseSchedule:
 
 
 def improved_diffusion_schedule(name: str, num_steps: Whole) -> NoiseSchedule:
-    r"""The noise schedule of a name in improved-diffusion and guided-diffusion.
+    r"""The noise schedule that has this name in improved-diffusion and guided-diffusion.
 
     ``"linear"``: :math:`\beta_n` rises linearly from 1e-4 · 1000/N to 0.02 · 1000/N, which :func:`~probdiff.linear_schedule` does at N = 1000 only.
-    ``"cosine"``: :func:`~probdiff.cosine_schedule`. Step n is their timestep t = n − 1.
-    Source: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.2, and the code.
+    ``"cosine"``: :func:`~probdiff.cosine_schedule`. Step n is the timestep t = n − 1 of these libraries.
+    Source: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.2, and the published code.
 
     Args:
         name: ``"linear"`` or ``"cosine"``.
-        num_steps: N, their ``diffusion_steps``; more than 20 for ``"linear"``, so that :math:`\beta_N < 1`.
+        num_steps: N, ``diffusion_steps`` in these libraries; more than 20 for ``"linear"``, so that :math:`\beta_N < 1`.
 
     Raises:
-        ValueError: If there is no schedule of the name, or N is too small for it.
+        ValueError: If no schedule has the name, or N is too small for it.
 
     Example:
         >>> import probdiff
@@ -84,11 +84,11 @@ def improved_diffusion_schedule(name: str, num_steps: Whole) -> NoiseSchedule:
 def vdm_schedule(gamma: Callable[[Float[np.ndarray, "num_steps"]], Any], num_steps: Whole) -> NoiseSchedule:
     r"""The noise schedule of a variational diffusion model, by its :math:`\gamma(t) = -\log SNR(t)`, at evenly spread times from 0 to 1.
 
-    :math:`\log SNR_n = -\gamma((n-1)/(N-1))`. Their chain of T steps has T + 1 noise levels: :math:`z_1` is theirs at t = 0, which they reconstruct the data
-    from, and N = T + 1. Source: Kingma et al. (2021), arXiv:2107.00630, sections 3.1 and 3.2 and appendix A.
+    :math:`\log SNR_n = -\gamma((n-1)/(N-1))`. The chain of the paper, of T steps, has T + 1 noise levels, so that N = T + 1: :math:`z_1` is its latent at t = 0,
+    from which the data are reconstructed. Source: Kingma et al. (2021), arXiv:2107.00630, sections 3.1 and 3.2 and appendix A.
 
     Args:
-        gamma: A function of an array of times, increasing; float64 if it keeps that.
+        gamma: A function of an array of times, increasing; the times are float64.
         num_steps: N, at least 2.
 
     Raises:
@@ -112,12 +112,12 @@ def edm_schedule(
 ) -> NoiseSchedule:
     r"""The noise levels of EDM, :math:`\sigma_n = (\sigma_{min}^{1/\rho} + \tfrac{n-1}{N-1} (\sigma_{max}^{1/\rho} - \sigma_{min}^{1/\rho}))^\rho`.
 
-    Their index i = 0 is step N. Source: Karras et al. (2022), arXiv:2206.00364, eq. 5 and table 1.
+    The index i = 0 of the paper is step N. Source: Karras et al. (2022), arXiv:2206.00364, eq. 5 and table 1.
 
     Args:
         num_steps: N, at least 1; at N = 1 the only level is ``sigma_max``.
         sigma_min, sigma_max: :math:`\sigma_1` and :math:`\sigma_N`, standard deviations of the noise in units of the encoded data.
-        rho: ρ, positive; the larger, the more of the levels are small.
+        rho: ρ, positive; the larger ρ is, the more levels are small.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -135,7 +135,7 @@ def edm_schedule(
 
 
 def settings_of(config: Any) -> Mapping[str, Any]:
-    """The entries of a configuration: a mapping, or what has one as its ``.config``."""
+    """The entries of a configuration: a mapping, or an object whose ``.config`` is a mapping."""
     settings = getattr(config, "config", config)
     require(isinstance(settings, Mapping), "config", "a dict, or a scheduler with .config", type(config).__name__, TypeError)
     return settings

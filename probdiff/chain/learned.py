@@ -32,8 +32,8 @@ class LearnedSchedule(AbstractSchedule):
 
     Attributes:
         start: Log-SNR after the first step.
-        log_range: Log of how far it falls.
-        logits: Logits of the shares of the pieces.
+        log_range: Logarithm of the difference between the first and the last log-SNR.
+        logits: Logits of the share of the range that belongs to each piece, shape ``(piece,)``.
 
     Example:
         >>> import jax, probdiff
@@ -66,7 +66,7 @@ class LearnedSchedule(AbstractSchedule):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this schedule was made with."""
+        """The arguments of the constructor, by name."""
         return {"num_steps": self.num_steps, "log_snr_max": self.ends[0], "log_snr_min": self.ends[1]}
 
     def tables(self) -> ScheduleTables:

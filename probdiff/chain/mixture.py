@@ -1,8 +1,8 @@
-r"""Reverse steps for data on a grid: every level that is still possible has a Gaussian of its own.
+r"""Reverse steps for data on a grid: a mixture of Gaussians, one for each level that a datum can have.
 
     p(z_{n−1} | z_n) = ∏_i Σ_v p(v | z_n) q(z_{n−1,i} | z_{n,i}, v)
 
-with v the levels and p(v | z_n) from a :class:`~probdiff.networks.CategoricalHead`. A Gaussian kernel replaces the sum by one Gaussian
+where v runs over the levels, and p(v | z_n) comes from a :class:`~probdiff.networks.CategoricalHead`. A Gaussian kernel replaces the sum by one Gaussian
 of the same mean, which costs nats where steps are few and the sum has several humps. For one dimension the mixture is exact, whatever
 the number of steps. At n = 1 the level itself is drawn from p(v | z_1). Source of the idea, in discrete diffusion: Austin et al.
 (2021), arXiv:2107.03006, section 3.3.
@@ -98,7 +98,7 @@ class MixtureKernel(AbstractKernel):
         return _mixture(log_probabilities, loc, jnp.broadcast_to(scale, loc.shape))
 
     def observation(self, likelihood: AbstractLikelihood, last: dist.Independent) -> dist.Distribution:
-        """The distribution of the data: each level with its probability, independent over the dimensions."""
+        """The distribution of the data: categorical over the levels, independent over the dimensions."""
         return dist.Categorical(logits=last.base_dist.mixing_distribution.logits).to_event(1)
 
     def noise_free_reconstruction(
@@ -114,7 +114,7 @@ class MixtureKernel(AbstractKernel):
     def excess(self, schedule: AbstractSchedule, step: SampledStep) -> Float[Array, "*batch"]:
         r"""An unbiased sample of the KL of step n, shape ``batch``; it may be negative.
 
-        Given z_n, to see z_{n−1} is to see x_0 once more, with precision SNR_{n−1} − SNR_n. So with ξ the noise of
+        Given z_n, observing z_{n−1} is one more observation of x_0, of precision SNR_{n−1} − SNR_n. With ξ the noise of
         :math:`z_{n-1} \sim q(z_{n-1} | z_n, x_0)` and :math:`\delta_v = \sqrt{SNR_{n-1} - SNR_n}\,(x_0 - v)`, the log-ratio is
         :math:`-\log \sum_v p(v | z_n) \exp(-\delta_v \xi - \delta_v^2 / 2)` in each dimension.
         """
@@ -128,15 +128,15 @@ class MixtureKernel(AbstractKernel):
         return -jax.nn.logsumexp(step.prediction - offset * (xi + offset / 2), -1).sum(-1)
 
     def kl_weight(self, schedule: AbstractSchedule) -> TableByDim:
-        r"""About what a squared error of the noise costs: that of Gaussian steps, shape ``(num_steps,)``."""
+        r"""The weight of a squared error of the noise under Gaussian steps, as an approximation, in nats, shape ``(num_steps,)``."""
         return GaussianKernel("posterior").kl_weight(schedule)
 
     def constants(self, schedule: AbstractSchedule, dim: int) -> Table:
-        """Zeros: a network that knows the level leaves no KL."""
+        """Zeros: the KL of a network that knows the level is 0. Shape ``(num_steps,)``."""
         return array_module(schedule.beta).zeros(schedule.num_steps)
 
     def check_parts(self, network: Callable[..., Any], likelihood: AbstractLikelihood) -> None:
-        """Refuse a network that has no probabilities of as many levels, and a likelihood of other data."""
+        """Refuse a network that does not predict probabilities of as many levels, and a likelihood of another kind of data."""
         for name, part, expected in (("network", network, "CategoricalHead"), ("likelihood", likelihood, "DiscretizedNormalLikelihood")):
             levels = getattr(part, "levels", None)
             got = f"a {type(part).__name__} of {levels}" if levels else f"a {type(part).__name__}"

@@ -68,7 +68,7 @@ def cosine_schedule(num_steps: Whole) -> NoiseSchedule:
 def log_snr_schedule(num_steps: Whole, log_snr_max: Number = 10.0, log_snr_min: Number = -8.0) -> NoiseSchedule:
     r"""Log-SNR falling linearly from ``log_snr_max`` at n = 1 to ``log_snr_min`` at n = N.
 
-    Of the fixed schedules the one whose one-step estimator of the bound varies least. Source: Kingma et al.
+    Among the fixed schedules, the one-step estimator of the bound has the least variance under this one. Source: Kingma et al.
     (2021), arXiv:2107.00630, section 3.1 and fig. 4b. At N = 1 the only step is at ``log_snr_min``.
 
     Args:
@@ -94,7 +94,7 @@ def log_snr_schedule(num_steps: Whole, log_snr_max: Number = 10.0, log_snr_min: 
 def geometric_schedule(num_steps: Whole, sigma_min: Number = 0.01, sigma_max: Number = 50.0) -> NoiseSchedule:
     r"""Noise levels :math:`\sigma_n` in geometric progression from ``sigma_min`` to ``sigma_max``.
 
-    As :math:`\log \sigma_n^2` is minus the log-SNR, this is :func:`log_snr_schedule` by its other name: the same chain in
+    As :math:`\log \sigma_n^2` is minus the log-SNR, this is :func:`log_snr_schedule` with other arguments: the same chain in
     variance-exploding coordinates. Source: Song and Ermon (2019), arXiv:1907.05600, section 4; with ``sigma_max`` about the
     largest distance between two data, Song and Ermon (2020), arXiv:2006.09011, technique 1.
 

@@ -2,7 +2,7 @@ r"""Gaussian reverse steps whose variance the network predicts, for each datum a
 
     p_θ(z_{n−1} | z_n) = N(μ_θ, diag v),    log v = s log β_n + (1 − s) log β̃_n,    s = (r + 1)/2
 
-with r the second output of the network, so that s = 0 at r = −1 and s = 1 at r = 1; nothing keeps r between the two. The mean is that of
+with r the second output of the network, so that s = 0 at r = −1 and s = 1 at r = 1; r is not bounded. The mean is the mean of
 :class:`~probdiff.chain.GaussianKernel`. Source: Nichol and Dhariwal (2021), arXiv:2102.09672, eq. 15, where v is called Σ_θ and s is called v.
 """
 
@@ -28,12 +28,12 @@ class PredictedVarianceKernel(AbstractKernel):
     r"""Gaussian reverse steps of predicted variance; the network must be a :class:`~probdiff.networks.VarianceHead`.
 
     At n = 1, where :math:`\tilde\beta_1 = 0`, the variance that the likelihood reads is predicted like the others, between
-    :math:`\tilde\beta_2` and :math:`\beta_1`: it is not :math:`\beta_1` as under the other Gaussian kernels. That is how the networks that are
-    around were trained and how their bits per dimension were reported: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.1, clip
+    :math:`\tilde\beta_2` and :math:`\beta_1`: it is not :math:`\beta_1` as under the other Gaussian kernels. Published
+    networks were trained, and their bits per dimension reported, in this way: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.1, clip
     :math:`\tilde\beta_1` to :math:`\tilde\beta_2`. A chain of one step has :math:`v_1 = \beta_1`.
 
-    The KL of a step is exact given z_n. A table :math:`w_n` (:meth:`kl_weight`) that fits all of its terms does not exist: that of the least variance
-    stands in where any table is right, in the control variate and in the first guess of which steps to draw.
+    The KL of a step is exact given z_n. No table :math:`w_n` (:meth:`kl_weight`) holds for all data, as the variance differs from datum to datum: the table for the
+    least variance is used where any table gives an unbiased estimate, in the control variate and in the initial probabilities of the steps.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
@@ -60,7 +60,7 @@ class PredictedVarianceKernel(AbstractKernel):
     def __call__(
         self, schedule: AbstractSchedule, z: Float[Array, "*batch dim"], prediction: Float[Array, "*batch dim 2"], n: Step
     ) -> dist.Independent:
-        r"""The distribution of :math:`z_{n-1}` given :math:`z_n` and what the network predicts.
+        r"""The distribution of :math:`z_{n-1}` given :math:`z_n` and the prediction of the network.
 
         Args:
             schedule: The noise schedule.
@@ -88,7 +88,7 @@ class PredictedVarianceKernel(AbstractKernel):
         return _AT_LEAST.noise_free_reconstruction(schedule, likelihood, x, x0)
 
     def excess(self, schedule: AbstractSchedule, step: SampledStep) -> Float[Array, "*batch"]:
-        r"""The whole KL of step n, in expectation over what is not known of the noise, shape ``batch``.
+        r"""The whole KL of step n, in nats, in expectation over the part of the noise that is not known, shape ``batch``.
 
         With :math:`r = \log v/\tilde\beta_n` and :math:`w_n` the weight at :math:`\tilde\beta_n`, it is
         :math:`\sum_i w_n e^{-r_i} (\epsilon_i - \hat\epsilon_i)^2 + \tfrac12 (e^{-r_i} - 1 + r_i)`.
@@ -102,11 +102,11 @@ class PredictedVarianceKernel(AbstractKernel):
         return (weight * jnp.exp(-log_ratio) * squared + (jnp.expm1(-log_ratio) + log_ratio) / 2).sum(-1)
 
     def constants(self, schedule: AbstractSchedule, dim: Whole) -> Table:
-        """Zeros: no part of a KL is known before the variance is."""
+        """Zeros: no part of a KL is independent of the predicted variance."""
         return array_module(schedule.beta).zeros(schedule.num_steps)
 
     def kl_weight(self, schedule: AbstractSchedule) -> Table:
-        r"""About what a squared error of the noise costs: :math:`w_n` at the least variance, shape ``(num_steps,)``."""
+        r"""The weight :math:`w_n` of a squared error of the noise at the least variance, shape ``(num_steps,)``."""
         return _AT_LEAST.kl_weight(schedule)
 
     def check_parts(self, network: Callable[..., Any], likelihood: AbstractLikelihood) -> None:

@@ -1,4 +1,4 @@
-r"""The reverse kernels :math:`p_\theta(z_{n-1} | z_n)`: what the model makes of the network's prediction."""
+r"""The reverse kernels :math:`p_\theta(z_{n-1} | z_n)`, whose parameters come from the prediction of a network."""
 
 import abc
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from probdiff.likelihoods import AbstractLikelihood
 
 
 class NoiseMoments(NamedTuple):
-    """Conditional mean and variance of the noise in some z_n, shaped like them; the variance may be 0, where the noise is known."""
+    """Conditional mean and variance of the noise in latents z_n, both shaped like the latents; the variance is 0 where the noise is known."""
 
     mean: Float[Array, "*batch dim"]
     variance: Float[Array, "*batch dim"] | float
@@ -26,20 +26,20 @@ class NoiseMoments(NamedTuple):
 def weighted_error(
     weight: TableByDim, n: Step, noise: NoiseMoments, eps_hat: Float[Array, "*batch dim"]
 ) -> Float[Array, "*batch"]:
-    """The squared error of ``eps_hat`` times entry n of ``weight``, in expectation over what is not known of the noise."""
+    """The squared error of ``eps_hat`` times entry n of ``weight``, in expectation over the part of the noise that is not known."""
     squared = jnp.square(noise.mean - eps_hat) + noise.variance
     return (at_dims(weight, n, eps_hat.dtype) * squared).sum(-1)
 
 
 class SampledStep(NamedTuple):
-    """Latents z_n of the forward chain, and what the network says there.
+    """Latents z_n of the forward chain, and the prediction of the network for them.
 
     Attributes:
         x, x0: Data, and the same encoded, shape ``(datum, dim)``.
-        n: Steps, shape ``(*batch, datum)``, or what broadcasts to it.
+        n: Steps, of shape ``(*batch, datum)`` or of one that broadcasts to it.
         z: Latents after n steps, shape ``(*batch, datum, dim)``.
         noise: :class:`NoiseMoments` of the noise in ``z``.
-        prediction: What the network predicts of what the kernel asks for; mostly the noise, shaped like ``z``.
+        prediction: The quantity that the kernel needs, as predicted by the network; mostly the noise, shaped like ``z``.
         extra_noise: A function that gives standard normal noise shaped like ``z``, for a kernel whose KL is sampled.
     """
 
@@ -55,11 +55,11 @@ class SampledStep(NamedTuple):
 class AbstractKernel(eqx.Module):
     """The family of the reverse steps.
 
-    To write your own, give what the programs need (:meth:`prior`, :meth:`__call__`, :meth:`observation`) and what the analytic bound
-    needs (the KL of step n is :meth:`constants`, known exactly, plus :meth:`excess`, which depends on the prediction).
+    To write your own, define the methods of the programs (:meth:`prior`, :meth:`__call__`, :meth:`observation`) and those of the analytic
+    bound: the KL of step n is :meth:`constants`, which do not depend on the prediction, plus :meth:`excess`, which does.
 
     Attributes:
-        prediction: What the network is asked for: ``"noise"``, or the name of a method of the network (called like the network itself).
+        prediction: The quantity that the network predicts: ``"noise"``, or the name of a method of the network (called like the network itself).
         closed_form: Whether :meth:`excess` is exact given z_n; otherwise it is an unbiased sample.
         is_estimated: Whether the kernel has variances that are computed from a network's errors (:meth:`with_squared_error`).
 
@@ -95,7 +95,7 @@ class AbstractKernel(eqx.Module):
 
     @abc.abstractmethod
     def observation(self, likelihood: AbstractLikelihood, last: dist.Distribution) -> dist.Distribution:
-        """The distribution of the data, given that of the last reverse step."""
+        """The distribution of the data, given the distribution of the last reverse step."""
 
     @abc.abstractmethod
     def noise_free_reconstruction(
@@ -109,15 +109,15 @@ class AbstractKernel(eqx.Module):
 
     @abc.abstractmethod
     def excess(self, schedule: AbstractSchedule, step: SampledStep) -> Float[Array, "*batch"]:
-        """The part of the KL of steps 2 … N that depends on the prediction, in nats, shape ``batch``; an entry of n = 1 is not looked at."""
+        """The part of the KL of steps 2 … N that depends on the prediction, in nats, shape ``batch``; entries of n = 1 are not used."""
 
     @abc.abstractmethod
     def constants(self, schedule: AbstractSchedule, dim: int) -> Table:
-        """The rest of the KL of each step, 0 at n = 1, in nats, shape ``(num_steps,)``."""
+        """The part of the KL of each step that does not depend on the prediction, 0 at n = 1, in nats, shape ``(num_steps,)``."""
 
     @abc.abstractmethod
     def kl_weight(self, schedule: AbstractSchedule) -> TableByDim:
-        """About what a squared error of the noise costs at each step, shape ``(num_steps,)`` or ``(num_steps, dim)``."""
+        """The weight, at least approximate, of a squared error of the noise in the KL of each step, shape ``(num_steps,)`` or ``(num_steps, dim)``."""
 
     def step_kl(self, schedule: AbstractSchedule, step: SampledStep) -> Float[Array, "*batch"]:
         r"""KL of one reverse step, :math:`KL[q(z_{n-1} | z_n, x_0) \| p_\theta(z_{n-1} | z_n)]`, 2 ≤ n ≤ N.
@@ -206,7 +206,7 @@ class GaussianKernel(AbstractKernel):
         return dist.Normal(loc, jnp.broadcast_to(scale, (*scale.shape[:-1], z.shape[-1]))).to_event(1)
 
     def observation(self, likelihood: AbstractLikelihood, last: dist.Independent) -> dist.Distribution:
-        """The distribution of the data, given that of the last reverse step."""
+        """The distribution of the data, given the distribution of the last reverse step."""
         return likelihood(last.base_dist.loc, last.base_dist.scale)
 
     def noise_free_reconstruction(
@@ -220,12 +220,12 @@ class GaussianKernel(AbstractKernel):
         return likelihood(x0, at_step(schedule.beta**0.5, 1, x0.dtype)).log_prob(x)
 
     def excess(self, schedule: AbstractSchedule, step: SampledStep) -> Float[Array, "*batch"]:
-        r"""The weighted error of the noise, in expectation over what is not known of it; at n = 1, the error in the density of x_0.
+        r"""The weighted squared error of the noise, in expectation over the part of the noise that is not known; at n = 1, the error in the density of x_0.
 
         The KL of step n is :math:`w_n \|\epsilon - \hat\epsilon\|^2`, with
         :math:`w_n = \beta_n^2 / (2 v_n \alpha_n (1-\bar\alpha_n))`, plus
-        :math:`\tfrac{d}{2} (\tilde\beta_n / v_n - 1 - \log \tilde\beta_n / v_n)` where the variances differ; by dimension, if
-        :math:`v_n` is. Computed from :math:`\epsilon - \hat\epsilon`: the difference of the two means would cancel in float32.
+        :math:`\tfrac{d}{2} (\tilde\beta_n / v_n - 1 - \log \tilde\beta_n / v_n)` where the variances differ; both are sums over the dimensions if
+        :math:`v_n` depends on the dimension. Computed from :math:`\epsilon - \hat\epsilon`: the difference of the two means would cancel in float32.
         Source: Ho et al. (2020), arXiv:2006.11239, eqs. 8 to 12.
         """
         return weighted_error(self.kl_weight(schedule), step.n, step.noise, step.prediction)
@@ -261,11 +261,11 @@ class GaussianKernel(AbstractKernel):
 
     @property
     def is_estimated(self) -> bool:
-        """Whether the reverse variance is."""
+        """Whether the reverse variance is estimated from the errors of a network."""
         return self.reverse_variance.is_estimated
 
     def with_squared_error(self, squared_error: Float[Array, "num_steps"]) -> "GaussianKernel":
-        """The kernel with the reverse variance that is best for errors of this size."""
+        """The kernel with the reverse variance of least KL for these mean squared errors, shape ``(num_steps,)``."""
         return GaussianKernel(self.reverse_variance.with_squared_error(squared_error))
 
 

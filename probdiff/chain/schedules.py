@@ -5,7 +5,7 @@ The chain is :math:`q(z_n | z_{n-1}) = N(\sqrt{\alpha_n} z_{n-1}, \beta_n I)` wi
 n = 1 … N. Arrays over steps hold step n at ``[n - 1]``.
 
 Tables are float64 NumPy arrays whatever JAX's precision; they are cast when they are looked up.
-They are constants: neither an optimiser nor weight decay can move them. Those of a :class:`~probdiff.LearnedSchedule` are JAX arrays,
+They are constants: neither an optimiser nor weight decay can change them. The tables of a :class:`~probdiff.LearnedSchedule` are JAX arrays,
 functions of its parameters: the guide is then fitted along with the model.
 """
 
@@ -53,7 +53,7 @@ class ScheduleTables(eqx.Module):
 
         Args:
             log_snr: Shape ``(num_steps,)``, decreasing.
-            fall: How far it falls at steps 2 … N, shape ``(num_steps - 1,)``, where that is known better than by a difference.
+            fall: Decrease of the log-SNR at steps 2 … N, shape ``(num_steps - 1,)``, where it is known more precisely than as a difference.
         """
         fall = -jnp.diff(log_snr) if fall is None else fall
         log_alpha_bar, log_noise = jax.nn.log_sigmoid(log_snr), jax.nn.log_sigmoid(-log_snr)
@@ -76,8 +76,8 @@ class ScheduleTables(eqx.Module):
 class AbstractSchedule(eqx.Module):
     r"""A noise schedule: the variances :math:`\beta_n` of a forward chain, and the tables that follow from them.
 
-    To write your own, give ``num_steps`` and :meth:`tables`. A schedule that is a number for each step is a :class:`NoiseSchedule`
-    already; what a class of your own can add is parameters, as in :class:`~probdiff.LearnedSchedule`: ``tables`` returns
+    To write your own, define ``num_steps`` and :meth:`tables`. A schedule without parameters is a :class:`NoiseSchedule`
+    already; a class of your own is for a schedule with parameters, such as :class:`~probdiff.LearnedSchedule`: ``tables`` returns
     ``ScheduleTables.from_log_snr(log_snr)`` with the log-SNR of each step computed from the module's JAX arrays.
 
     Example:
@@ -140,9 +140,9 @@ class AbstractSchedule(eqx.Module):
 
     @property
     def sigma(self) -> Table:
-        r""":math:`\sigma_n = \sqrt{(1-\bar\alpha_n)/\bar\alpha_n}`, increasing: noise per signal.
+        r""":math:`\sigma_n = \sqrt{(1-\bar\alpha_n)/\bar\alpha_n}`, increasing: the ratio of noise to signal.
 
-        The standard deviation of the same noising in variance-exploding coordinates, :math:`x_n = z_n / \sqrt{\bar\alpha_n}` (:mod:`probdiff.chain.score`).
+        The standard deviation of the noise in variance-exploding coordinates, :math:`x_n = z_n / \sqrt{\bar\alpha_n}` (:mod:`probdiff.chain.score`).
         """
         return self.tables().sigma
 
@@ -155,7 +155,7 @@ class AbstractSchedule(eqx.Module):
         return self.tables().posterior_variance
 
     def tabulated(self) -> "AbstractSchedule":
-        """The same schedule with its tables computed once, not at every look."""
+        """The same schedule with its tables computed once, not at every access."""
         return TabulatedSchedule(self.tables())
 
     def fixed(self) -> "NoiseSchedule":
@@ -171,7 +171,7 @@ class AbstractSchedule(eqx.Module):
 
 
 class TabulatedSchedule(AbstractSchedule):
-    """A schedule by its tables, JAX arrays."""
+    """A schedule whose tables have been computed, as JAX arrays."""
 
     values: ScheduleTables
 
@@ -185,14 +185,14 @@ class TabulatedSchedule(AbstractSchedule):
         return self.values
 
     def tabulated(self) -> AbstractSchedule:
-        """Itself."""
+        """This schedule itself."""
         return self
 
 
 class NoiseSchedule(AbstractSchedule):
     r"""A schedule of fixed variances :math:`\beta_n`.
 
-    Immutable and hashable (two schedules with the same ``beta`` are equal): a static part of every compiled function, of
+    Immutable and hashable (two schedules with the same ``beta`` are equal): a static part of every compiled function, with
     float64 NumPy tables. Build one with :meth:`from_betas`, :meth:`from_sigmas`, :meth:`from_log_snr`,
     :func:`~probdiff.linear_schedule`, :func:`~probdiff.cosine_schedule`, :func:`~probdiff.log_snr_schedule` or :func:`~probdiff.geometric_schedule`.
 
@@ -230,11 +230,11 @@ class NoiseSchedule(AbstractSchedule):
         return self._tables.tree
 
     def tabulated(self) -> AbstractSchedule:
-        """Itself."""
+        """This schedule itself."""
         return self
 
     def fixed(self) -> "NoiseSchedule":
-        """Itself."""
+        """This schedule itself."""
         return self
 
     @classmethod
@@ -323,7 +323,7 @@ def _require_each(
 def at_step(
     table: Float[AnyArray, "num_steps *dims"], n: Whole | Integer[AnyArray, "..."], dtype: DTypeLike
 ) -> Float[Array, "..."]:
-    """Entry of step n, as a JAX array of ``dtype``; NaN for a step outside 1 … N that only shows at run time.
+    """Entry of step n, as a JAX array of ``dtype``; NaN for a step outside 1 … N, where that can be seen at run time only.
 
     Args:
         table: Array over steps, shape ``(num_steps,)``.
@@ -346,7 +346,7 @@ def per_step(table: TableByDim) -> Table:
 
 
 def array_module(*arrays: AnyArray) -> ModuleType:
-    """NumPy for arrays of NumPy's, which are constants; otherwise jax.numpy."""
+    """numpy if all arrays are NumPy arrays, which are constants; otherwise jax.numpy."""
     return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
 
 

@@ -1,6 +1,6 @@
-r"""Noise and score: the same prediction, read two ways, in two systems of coordinates.
+r"""Noise and score: two readings of one prediction, in two systems of coordinates.
 
-A chain that adds noise has a twin whose signal is not shrunk, with :math:`\sigma_n^2 = (1-\bar\alpha_n)/\bar\alpha_n`:
+The chain can be rescaled so that its signal is not shrunk, with :math:`\sigma_n^2 = (1-\bar\alpha_n)/\bar\alpha_n`:
 
     variance-preserving (VP), the chain of this package    z_n = √ᾱ_n x_0 + √(1−ᾱ_n) ε     q(z_n | x_0) = N(√ᾱ_n x_0, (1−ᾱ_n) I)
     variance-exploding (VE)                                x_n = x_0 + σ_n ε               p(x_n | x_0) = N(x_0, σ_n² I)
@@ -11,8 +11,8 @@ score of the *marginal* is the same multiple of the noise's conditional mean, wh
     VE      ∇ log p(x_n | x_0) = −(x_n − x_0)/σ_n² = −ε/σ_n            ∇ log p(x_n) = −E[ε | x_n]/σ_n  ≈ −ε_θ/σ_n
     VP      ∇ log q(z_n | x_0) = −ε/√(1−ᾱ_n)                           ∇ log q(z_n) ≈ −ε_θ/√(1−ᾱ_n)
 
-One network serves both: it is always called with z_n. A network of your own that takes x_n becomes one that takes z_n
-by :func:`ve_from_vp`. Functions without a prefix are of VE coordinates. Texts that write N(x_0, σ_n I) mean
+The same network is used in both: it is always called with z_n. A network of your own that takes x_n becomes one that takes z_n
+by :func:`ve_from_vp`. Functions without a prefix are in VE coordinates. Texts that write N(x_0, σ_n I) mean
 the variance σ_n².
 
 Sources: Song and Ermon (2019), arXiv:1907.05600, eqs. 2 and 5; Song et al. (2021), arXiv:2011.13456, section 3.4;
@@ -34,7 +34,7 @@ from probdiff.chain.schedules import AbstractSchedule, Table, at_step, require_s
 
 @typing.runtime_checkable
 class _Model(Protocol):
-    """What the score needs of a Diffusion (whose class is not known to the chain)."""
+    """The parts of a Diffusion that the score needs (the class itself is not imported here)."""
 
     schedule: AbstractSchedule
 
@@ -48,7 +48,7 @@ class _Model(Protocol):
 def noising(schedule: AbstractSchedule, x0: Float[AnyArray, "*batch dim"], n: Step) -> dist.Independent:
     r"""Variance-exploding noising, :math:`p(x_n | x_0) = N(x_0, \sigma_n^2 I)`, as a NumPyro distribution.
 
-    Texts that write :math:`N(x_0, \sigma_n I)` mean this: :math:`\sigma_n` is the standard deviation.
+    Texts that write :math:`N(x_0, \sigma_n I)` mean the same distribution: :math:`\sigma_n` is the standard deviation.
 
     Args:
         schedule: The noise schedule.
@@ -112,7 +112,7 @@ def vp_conditional_score(
 
 
 def score_from_eps(schedule: AbstractSchedule, eps_hat: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
-    r"""The score of a noise prediction, :math:`s = -\hat\epsilon / \sigma_n`.
+    r"""The score that belongs to a noise prediction, :math:`s = -\hat\epsilon / \sigma_n`.
 
     Args:
         schedule: The noise schedule.
@@ -130,7 +130,7 @@ def score_from_eps(schedule: AbstractSchedule, eps_hat: Float[AnyArray, "*batch 
 
 
 def eps_from_score(schedule: AbstractSchedule, score: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
-    r"""The noise prediction of a score, :math:`\hat\epsilon = -\sigma_n s`; the inverse of :func:`score_from_eps`.
+    r"""The noise prediction that belongs to a score, :math:`\hat\epsilon = -\sigma_n s`; the inverse of :func:`score_from_eps`.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -160,7 +160,7 @@ def vp_score_from_eps(
 def eps_from_vp_score(
     schedule: AbstractSchedule, score: Float[AnyArray, "*batch dim"], n: Step
 ) -> Float[Array, "*batch dim"]:
-    r"""The noise prediction of a score of the chain, :math:`-\sqrt{1-\bar\alpha_n}\, s`; the inverse of :func:`vp_score_from_eps`.
+    r"""The noise prediction that belongs to a score of the chain, :math:`-\sqrt{1-\bar\alpha_n}\, s`; the inverse of :func:`vp_score_from_eps`.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -220,7 +220,7 @@ def score(
         >>> bool(jnp.allclose(s, -1 / (1 + schedule.sigma[2] ** 2), rtol=1e-3))  # the score of N(0, 1 + σ_3²)
         True
     """
-    known = hasattr(diffusion, "evaluated")  # (the class of a Diffusion is not known to the chain)
+    known = hasattr(diffusion, "evaluated")  # (the class Diffusion is not imported by the chain)
     require(known, "diffusion", "a Diffusion", type(diffusion).__name__, TypeError)
     diffusion = diffusion.evaluated().given(context)
     eps_hat = diffusion.predict_noise(vp_from_ve(diffusion.schedule, x_n, n), n)

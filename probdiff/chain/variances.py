@@ -1,7 +1,7 @@
-r"""Reverse variances :math:`v_n` of a Gaussian kernel, as a factor on the least of them.
+r"""Reverse variances :math:`v_n` of a Gaussian kernel, as a factor on the least reverse variance.
 
-Each is called with the schedule and gives :math:`\log(v_n / \tilde\beta_n)`, shape ``(num_steps,)`` or, by dimension,
-``(num_steps, dim)``; at n = 1, where :math:`v_1 = \beta_1`, it is 0 and not looked at. The bound needs the factor rather than
+Each is called with the schedule and returns :math:`\log(v_n / \tilde\beta_n)`, shape ``(num_steps,)`` or, by dimension,
+``(num_steps, dim)``; at n = 1, where :math:`v_1 = \beta_1`, it is 0 and is not used. The bound needs the factor rather than
 :math:`v_n`: the constant of a step KL is :math:`\tfrac12 (e^{-r} - 1 + r)`, which would cancel otherwise.
 """
 
@@ -22,7 +22,7 @@ KNOTS = 32
 class AbstractReverseVariance(eqx.Module):
     """The variances of the reverse steps.
 
-    To write your own, give ``__call__``; JAX arrays of the module are trained along with the network.
+    To write your own, define ``__call__``; JAX arrays of the module are trained along with the network.
 
     Example:
         >>> import numpy as np, probdiff
@@ -36,11 +36,11 @@ class AbstractReverseVariance(eqx.Module):
 
     @abc.abstractmethod
     def __call__(self, schedule: AbstractSchedule) -> TableByDim:
-        r"""The table :math:`\log(v_n / \tilde\beta_n)`, shape ``(num_steps,)`` or ``(num_steps, dim)``; entry n = 1 is not looked at."""
+        r"""The table :math:`\log(v_n / \tilde\beta_n)`, shape ``(num_steps,)`` or ``(num_steps, dim)``; entry n = 1 is not used."""
 
     @classmethod
     def for_model(cls, schedule: AbstractSchedule | None, dim: Whole | None) -> "AbstractReverseVariance":
-        """The variances that a model of this schedule and dimension starts with."""
+        """The initial variances for a model of this schedule and dimension."""
         return cls()
 
     @property
@@ -49,7 +49,7 @@ class AbstractReverseVariance(eqx.Module):
         return False
 
     def with_squared_error(self, squared_error: Float[Array, "num_steps"]) -> "AbstractReverseVariance":
-        """The best of the kind for a network whose mean squared error per dimension is this at each step, shape ``(num_steps,)``."""
+        """The variances of least KL for a network with these mean squared errors per dimension, one for each step, shape ``(num_steps,)``."""
         return self
 
 
@@ -57,7 +57,7 @@ class PosteriorVariance(AbstractReverseVariance):
     r""":math:`v_n = \tilde\beta_n`: the best if the data were one point. Ho et al. (2020), arXiv:2006.11239, section 3.2."""
 
     def __call__(self, schedule: AbstractSchedule) -> Table:
-        """Zeros."""
+        """Zeros, shape ``(num_steps,)``."""
         return np.zeros(schedule.num_steps)
 
 
@@ -71,7 +71,7 @@ class ForwardVariance(AbstractReverseVariance):
 
 
 class LearnedVariance(AbstractReverseVariance):
-    r"""Between the two in log space, by dimension: :math:`\log v_n = s \log \beta_n + (1-s) \log \tilde\beta_n`.
+    r"""Between β̃_n and β_n in log space, by dimension: :math:`\log v_n = s \log \beta_n + (1-s) \log \tilde\beta_n`.
 
     s is the sigmoid of a parameter, interpolated linearly over the steps; it starts at ½. Source of the form: Nichol and Dhariwal
     (2021), arXiv:2102.09672, eq. 15 (where the network gives s).
@@ -89,7 +89,7 @@ class LearnedVariance(AbstractReverseVariance):
 
     @classmethod
     def for_model(cls, schedule: AbstractSchedule | None, dim: Whole | None) -> AbstractReverseVariance:
-        """Half-way between the two."""
+        """Half-way between β̃_n and β_n."""
         assert schedule is not None
         return cls(schedule, dim)
 
@@ -100,12 +100,12 @@ class LearnedVariance(AbstractReverseVariance):
 
 
 class OptimalVariance(AbstractReverseVariance):
-    r"""The best for a given network: :math:`v_n = \tilde\beta_n + \frac{\beta_n^2}{\alpha_n (1-\bar\alpha_n)} m_n`.
+    r"""The reverse variance of least KL for a given network: :math:`v_n = \tilde\beta_n + \frac{\beta_n^2}{\alpha_n (1-\bar\alpha_n)} m_n`.
 
     :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` over the data minimises the expected KL of step n. It is not trained by gradient
-    but computed: by ``probdiff.fit`` at its end, or by :func:`probdiff.elbo.optimal_variance`. Until then it is that of standard
+    but computed: by ``probdiff.fit`` at its end, or by :func:`probdiff.elbo.optimal_variance`. Until then it has the value for standard
     normal data, :math:`m_n = \bar\alpha_n`, which gives :math:`v_n = \beta_n`.
-    Source: Bao et al. (2022), arXiv:2201.06503, theorem 1, here for any network rather than the best.
+    Source: Bao et al. (2022), arXiv:2201.06503, theorem 1, here for any network rather than the exact one.
 
     Attributes:
         squared_error: :math:`m_n`, shape ``(num_steps,)``.
@@ -118,7 +118,7 @@ class OptimalVariance(AbstractReverseVariance):
 
     @classmethod
     def for_model(cls, schedule: AbstractSchedule | None, dim: Whole | None) -> AbstractReverseVariance:
-        """The best for standard normal data."""
+        """The reverse variance of least KL for standard normal data."""
         assert schedule is not None
         return cls(schedule)
 
@@ -134,7 +134,7 @@ class OptimalVariance(AbstractReverseVariance):
         return True
 
     def with_squared_error(self, squared_error: Float[Array, "num_steps"]) -> AbstractReverseVariance:
-        """The variances from these errors."""
+        """The variances computed from these errors."""
         return eqx.tree_at(lambda variance: variance.squared_error, self, squared_error)
 
 
@@ -144,7 +144,7 @@ def interpolation(num_steps: int, knots: int) -> Float[np.ndarray, "num_steps kn
     return np.maximum(0.0, 1 - np.abs(place[:, None] - np.arange(knots)))
 
 
-# By the name that ``Diffusion(…, reverse_variance=…)`` takes.
+# The names that ``Diffusion(…, reverse_variance=…)`` takes.
 REVERSE_VARIANCES: dict[str, type[AbstractReverseVariance]] = {
     "posterior": PosteriorVariance,
     "forward": ForwardVariance,
@@ -154,10 +154,10 @@ REVERSE_VARIANCES: dict[str, type[AbstractReverseVariance]] = {
 
 
 def named_variance(name: str, schedule: AbstractSchedule | None, dim: Whole | None) -> AbstractReverseVariance:
-    """The reverse variance of a name.
+    """The reverse variance that has this name.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If no reverse variance has the name.
     """
     known = isinstance(name, str) and name in REVERSE_VARIANCES
     require(known, "reverse_variance", f"one of {list(REVERSE_VARIANCES)} or an AbstractReverseVariance", repr(name))

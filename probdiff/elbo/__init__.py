@@ -1,6 +1,6 @@
 """The evidence lower bound: its terms, its estimators as objectives for ``SVI``, and importance-weighted bounds.
 
-Imports the diffusion and what it is made of; diagnostics, training and samplers stand on this.
+Imports the diffusion and its parts; diagnostics, training and samplers import this package.
 """
 
 from probdiff.elbo.analytic import AnalyticELBO

@@ -1,4 +1,4 @@
-r"""The bound as that of a network that knows the noise, minus the excess of every step over it.
+r"""The analytic bound: the bound of a network that knows the noise, minus the excess of every step.
 
 A network that knew the noise, :math:`\hat\epsilon = \epsilon`, would attain
 
@@ -28,10 +28,10 @@ from probdiff.programs.sites import Data
 
 
 class BoundTerm(AbstractTerm):
-    """The terms of the bound, as a :class:`~probdiff.elbo.objective.StepObjective` takes them."""
+    """The terms of the bound, in the form that a :class:`~probdiff.elbo.objective.StepObjective` sums."""
 
     def kl_weight(self, diffusion: Diffusion) -> TableByDim:
-        """The table w_n that squared errors are weighed with, shape ``(num_steps,)``, float64."""
+        """The weight w_n of squared errors of the noise at each step, shape ``(num_steps,)``, float64."""
         return diffusion.kernel.kl_weight(diffusion.schedule)
 
     def noise_free_bound(self, diffusion: Diffusion, x: Data, x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
@@ -64,8 +64,8 @@ class AnalyticELBO(StepObjective):
 
     Args:
         diffusion: The model.
-        steps: ``"all"``, ``"uniform"``, ``"stratified"``, ``"importance"``, ``"stratified_importance"``, or an object in their place.
-        options: ``noise``, ``control``, ``points``, ``adapt_to``, ``schedule_loss``, ``num_particles``, ``vectorize_particles``: all as
+        steps: ``"all"``, ``"uniform"``, ``"stratified"``, ``"importance"``, ``"stratified_importance"``, or an :class:`~probdiff.elbo.AbstractSteps`.
+        options: ``noise``, ``control``, ``points``, ``adapt_to``, ``schedule_loss``, ``num_particles``, ``vectorize_particles``: as
             for :class:`~probdiff.elbo.objective.StepObjective`.
 
     Example:

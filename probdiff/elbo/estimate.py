@@ -11,8 +11,8 @@ class Estimate(NamedTuple):
 
     Attributes:
         mean: The mean.
-        error: Standard error of the mean as an estimate for the population of data (noise included).
-        monte_carlo_error: Standard error from the noise alone, these data being given.
+        error: Standard error of the mean as an estimate of the mean over the population of data; it includes the error from the noise.
+        monte_carlo_error: Standard error from the noise alone, with the data held fixed.
 
     Example:
         >>> import probdiff

@@ -4,8 +4,8 @@ The estimate of the bound of one datum is its noise-free bound (see :mod:`probdi
 
     Σ_rows [excess_n − c_n · control_n] / p_n   +   Σ_n c_n E[control_n]
 
-over the rows (n, ε) that were drawn for it. Which rows, what noise and what control variate are the three parts that an
-estimator is put together from.
+over the rows (n, ε) that were drawn for it, where p_n is the probability of a row and c_n the coefficient of its control variate. An estimator consists of
+three parts: the choice of the rows, the noise, and the control variate.
 """
 
 import copy
@@ -44,41 +44,41 @@ class StepObjective(ELBO):
     """A sum over the steps of a term that depends on x_0, the noise and its prediction, as an objective for ``SVI``.
 
     The sum is itself a NumPyro program, :meth:`program`: its only log density is one ``factor``. The loss is
-    ``Trace_ELBO`` on that program and an empty guide. The estimate is put together from parts; each option takes an object, or the
+    ``Trace_ELBO`` on that program and an empty guide. The estimate consists of parts; each option is an object, or the
     name of one:
 
     Args:
         diffusion: The model. ``SVI`` must be given the ``model`` of this Diffusion, or of one that differs by its parameters, and
             its ``guide`` or ``posterior_guide``, or this objective's :attr:`guide`; ``handlers.scale`` (by a number, or one for each
             datum) and ``handlers.mask`` may be wrapped around both alike.
-        term: What is summed, an :class:`AbstractTerm`.
+        term: The term that is summed over the steps, an :class:`AbstractTerm`.
         steps: An :class:`~probdiff.elbo.steps.AbstractSteps`. ``"all"``: every step, N network evaluations a datum. Otherwise one step
             n a datum, the term divided by its probability: ``"uniform"`` on 1 … N; ``"stratified"``: the same, spread evenly over the
-            data of the batch; ``"importance"``: from probabilities that are learned; ``"stratified_importance"``: both.
+            data of the batch; ``"importance"``: drawn with learned probabilities; ``"stratified_importance"``: both.
         noise: An :class:`~probdiff.elbo.variance_reduction.AbstractNoise`. ``"independent"``; ``"antithetic"``: each term twice, with ε
             and −ε; ``"path"``: the noise of one path z_1 … z_N of the forward chain (all steps only).
         control: A class of :class:`~probdiff.elbo.variance_reduction.AbstractControl`. ``"linear"`` subtracts a control variate, the
             excess of the best linear prediction of the noise, with a coefficient that is learned (with all steps: 1); None subtracts
             nothing.
-        points: None, or the data whose mean bound is wanted (the whole training set, say), shape ``(point, dim)``: the
-            noise in each step KL is then replaced by its mean and variance over all the points that z_n may come from.
-            The estimate is right for the mean over ``points`` when ``x`` is drawn from them, not for a single datum.
-            ``"batch"``: the points are ``x`` itself, each counting as ``handlers.scale`` or ``handlers.mask`` has it. Of a
+        points: None, or the data whose mean bound is estimated (the whole training set, for instance), shape ``(point, dim)``: the
+            noise in each step KL is then replaced by its conditional mean and variance given z_n, with x_0 one of the points.
+            The estimate is unbiased for the mean over ``points`` when ``x`` is drawn from them, and not for a single datum.
+            ``"batch"``: the points are ``x`` itself, each with the weight that ``handlers.scale`` or ``handlers.mask`` gives it. Of a
             conditional model, ``"batch"`` only: z_n comes from the points of the same context, such as a label.
-        adapt_to: Whose variance the learned probabilities and coefficients reduce: that of the ``"gradient"`` (for training) or the ``"value"``.
-        schedule_loss: What the shape of a :class:`~probdiff.LearnedSchedule` is trained for: ``"bound"``, like everything else, or
+        adapt_to: The variance that the learned probabilities and coefficients reduce: of the ``"gradient"`` (for training) or of the ``"value"``.
+        schedule_loss: The objective for the shape of a :class:`~probdiff.LearnedSchedule`: ``"bound"``, as for all other parameters, or
             ``"variance"``: the least variance of the estimate between steps and draws (its ends still raise the bound). Costs a second
             evaluation of the network. Source: Kingma et al. (2021), arXiv:2107.00630, section 5.1 and appendix I.2.
         num_particles: Independent estimates to average, as in NumPyro.
         vectorize_particles: As in NumPyro.
 
-    What is learned is a ``mutable`` site, which ``SVI`` carries in its state if it is given :attr:`guide` for a guide;
-    otherwise it stays at its initial guess (which is right, but not the best) and a warning says so.
+    The learned probabilities and coefficients are a ``mutable`` site, which ``SVI`` carries in its state if its guide is :attr:`guide`;
+    otherwise they keep their initial values (the estimate is unbiased, but its variance is not the least), and a warning says so.
 
-    With many rows the loss can be differentiated with respect to the parameters, not the data.
+    With many rows the loss can be differentiated with respect to the parameters, and not with respect to the data.
 
     Raises:
-        ValueError: In the constructor if an option is not one of those; in use, if the model or the guide that
+        ValueError: In the constructor, if an option has none of these values; in use, if the model or the guide that
             ``SVI`` was given is not this model's.
     """
 
@@ -127,18 +127,18 @@ class StepObjective(ELBO):
 
     @property
     def initial_state(self) -> dict[str, dict[str, jax.Array]]:
-        """The state that learning starts from, by site, as ``SVIState.mutable_state`` holds it; empty if nothing is learned."""
+        """The initial state of the learned probabilities and coefficients, by site, as in ``SVIState.mutable_state``; empty if nothing is learned."""
         return {} if self._learner is None else {LEARNED: self._learner.initial()}
 
     def adapted_to(self, purpose: str) -> "StepObjective":
-        """This objective with another ``adapt_to``; what it learns is the same."""
+        """This objective with another ``adapt_to``; the learned state has the same meaning."""
         require(purpose in PROBABILITIES, "purpose", f"one of {list(PROBABILITIES)}", repr(purpose))
         other = copy.copy(self)
         other.adapt_to = purpose
         return other
 
     def of(self, diffusion: Diffusion) -> "StepObjective":
-        """This objective for the same model at other parameters, bound or not; what it learns is the same."""
+        """This objective for the same model at other parameters, bound or not; the learned state has the same meaning."""
         other = copy.copy(self)
         other.diffusion = diffusion
         return other
@@ -155,11 +155,11 @@ class StepObjective(ELBO):
 
     @property
     def is_of_each_datum(self) -> bool:
-        """Whether the bound of each datum is estimated; otherwise only their mean means something (``points``)."""
+        """Whether the bound of each datum is estimated; otherwise only the mean over the data is (``points``)."""
         return self._points is None
 
     def guide(self, x: Any, num_data: Any = None, *, context: Any = None) -> None:
-        """``diffusion.guide``, with the site that holds what this objective has learned (if it learns anything)."""
+        """``diffusion.guide``, with the site of the learned state, if there is one."""
         if self._learner is not None:
             mutable(LEARNED, self._learner.initial())
         self.diffusion.guide(x, num_data, context=context)
@@ -168,13 +168,13 @@ class StepObjective(ELBO):
         """The bound on ``x`` as a NumPyro program; arguments as for :meth:`Diffusion.model`.
 
         Sites: ``param`` of the model; ``deterministic`` ``noise_free_bound`` and ``excess``, shape ``(datum,)``, whose difference
-        is the estimate of each datum's bound; ``factor`` ``elbo``; and ``mutable``, what is learned.
+        is the estimate of each datum's bound; ``factor`` ``elbo``; and ``mutable``, the learned state.
 
         Args:
             x: Data, shape ``(datum, dim)``.
             num_data: Size of the full data set.
             context: Of a conditional model, a row for each datum.
-            weight: What each datum's bound is multiplied by in the factor, shape ``(datum,)``; 1 if not given.
+            weight: The factor by which each datum's bound is multiplied, shape ``(datum,)``; 1 if not given.
         """
         given = self.diffusion.given(context)
         given.check_data(x)
@@ -219,7 +219,7 @@ class StepObjective(ELBO):
         """Draw the steps and the noise."""
         step_key, noise_key, extra_key = jax.random.split(key, 3)
         num_steps, copies = diffusion.schedule.num_steps, self._noise.copies
-        # The mean of the control is exact whatever the schedule: it need not be differentiated.
+        # The mean of the control variate is exact for every schedule: it need not be differentiated.
         control = None if self._control is None else jax.lax.stop_gradient(self._control.fitted(diffusion, x0))
         coefficient, probability = jnp.full(num_steps, 0.0 if control is None else 1.0, x0.dtype), None
         if self._learner is not None:
@@ -244,13 +244,13 @@ class StepObjective(ELBO):
         )
 
     def _known_noise(self, x0: jax.Array, weight: jax.Array, context: PyTree) -> PosteriorNoise | None:
-        """What is known of the noise, from the points; those of the batch count as their terms do."""
+        """The conditional distribution of the noise, from the points; those of the batch have the weights of their terms."""
         if self._points is None:
             return None
         if not isinstance(self._points, str):
             return PosteriorNoise(self._points)
         if context is None:
-            # (Where none counts, the sum is 0 whatever is known.)
+            # (Where all weights are 0, the sum is 0 in any case.)
             return PosteriorNoise(x0, jnp.log(jnp.where(weight.any(), weight, 1)))
         of_same = jnp.log(jnp.where(weight[:, None] > 0, weight, 1))
         return PosteriorNoise(x0, jnp.where(same_rows(context), of_same, -jnp.inf))
@@ -268,7 +268,7 @@ class StepObjective(ELBO):
         self._owner(own_guide, "guide", guides)
         program = handlers.scale(functools.partial(self.of(diffusion).program, weight=weight), scale=scale)
         carried = LEARNED in param_map
-        # (svi.evaluate does not pass the state on; that is no reason to warn.)
+        # (svi.evaluate does not pass the state on; that needs no warning.)
         if self._learner is not None and not carried and getattr(own_guide, "__self__", None) is not self:
             warnings.warn(
                 f"{type(self).__name__} learns nothing, because SVI does not carry its state: give SVI the guide of this "
@@ -288,7 +288,7 @@ class StepObjective(ELBO):
             loss, state = one(rng_key)
         else:
             particles = self.vectorize_particles_fn(one, jax.random.split(rng_key, self.num_particles))
-            # Each particle's state is the old one decayed, plus what it has seen: their mean is of that form, too.
+            # Each particle's state is the old state, decayed, plus its own sums: the mean over particles has the same form.
             loss, state = jax.tree.map(lambda each: each.mean(0), particles)
         return {"loss": loss, "mutable_state": state}
 
@@ -310,14 +310,14 @@ class StepObjective(ELBO):
         Args:
             rng_key: JAX key.
             x: Data, shape ``(datum, dim)``.
-            learned: What was learned, by site, as ``SVIState.mutable_state`` holds it; None for :attr:`initial_state`.
+            learned: The learned state, by site, as in ``SVIState.mutable_state``; None for :attr:`initial_state`.
         """
         return self.per_datum_and_learned(rng_key, x, learned)[0]
 
     def per_datum_and_learned(
         self, rng_key: jax.Array, x: Any, learned: Learned | None = None
     ) -> tuple[jax.Array, Learned]:
-        """:meth:`per_datum`, and what has been learned after it. Arguments are the same."""
+        """:meth:`per_datum`, and the learned state after it. Arguments are the same."""
         require_key(rng_key)
         # Copies, because the program changes the state in place.
         given = {name: dict(value) for name, value in (learned or self.initial_state).items()}
@@ -363,7 +363,7 @@ def _with_fixed_logits(diffusion: Diffusion) -> Diffusion:
 
 
 def _with_trained_logits_only(diffusion: Diffusion) -> Diffusion:
-    """The model without any gradient but that of the shape of its schedule."""
+    """The model with all gradients stopped except the gradient for the shape of its schedule."""
     fixed = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if is_trainable(leaf) else leaf, diffusion)
     return eqx.tree_at(_logits, fixed, _logits(diffusion))
 

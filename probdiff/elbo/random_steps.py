@@ -1,8 +1,8 @@
 r"""The bound of a whole data set from random steps, as precisely as the data allow.
 
-The bound of a data set is a mean over its data, and varies from datum to datum; noise much finer than that is wasted. So each datum is
-evaluated at some random steps and not at all N: with learned probabilities, and the steps of each datum spread evenly, so that what is left
-is mostly the noise of the terms and not of which steps were drawn. Prior KL and reconstruction need one step each and are always there.
+The bound of a data set is a mean over data whose bounds differ; a Monte Carlo error far below the standard error over the data is wasted work.
+Therefore each datum is evaluated at some random steps and not at all N: with learned probabilities, and the steps of each datum spread evenly, so that
+the remaining variance comes mostly from the noise and hardly from the choice of steps. Prior KL and reconstruction need one step each and are always evaluated.
 """
 
 from typing import NamedTuple
@@ -35,11 +35,11 @@ Parts = tuple[Float[Array, "*draw datum"], Float[Array, "*draw datum"], Float[Ar
 
 
 class PartOfBound(BoundTerm):
-    """The reconstruction, or minus the sum of the step KLs, as a :class:`~probdiff.elbo.objective.StepObjective` takes them.
+    """The reconstruction, or minus the sum of the step KLs, in the form that a :class:`~probdiff.elbo.objective.StepObjective` sums.
 
     Args:
         first: Whether it is the reconstruction, the term of n = 1.
-        weight: The table w_n that squared errors are weighed with, as numbers, so that what is compiled can be used again.
+        weight: The weight w_n of squared errors of the noise at each step, as numbers, so that compiled functions can be used again.
     """
 
     first: bool = eqx.field(static=True)
@@ -47,7 +47,7 @@ class PartOfBound(BoundTerm):
 
     @classmethod
     def of(cls, diffusion: Diffusion, first: bool) -> "PartOfBound":
-        """This part of a model's bound; steps that have no term in it have weight 0."""
+        """This part of a model's bound; the steps of the other part have weight 0."""
         weight = np.array(per_step(np.asarray(diffusion.kernel.kl_weight(diffusion.schedule), np.float64)))
         weight[slice(1, None) if first else 0] = 0
         return cls(first, tuple(weight.tolist()))
@@ -114,7 +114,7 @@ class DataSetELBO(NamedTuple):
 
     @property
     def estimate(self) -> Estimate:
-        """The mean bound and its two errors (the Monte Carlo error is a little too large, as steps are also spread evenly over the data)."""
+        """The mean bound and its two errors; the Monte Carlo error is slightly overestimated, as the steps are also spread evenly over the data."""
         return Estimate.of_draws(self.draws)
 
 
@@ -128,17 +128,17 @@ def data_set_elbo(
     devices: Devices = None,
     progress: bool = False,
 ) -> DataSetELBO:
-    """The bound of a data set, with a Monte Carlo error of about a given share of the standard error over the data.
+    """The bound of a data set, with a Monte Carlo error of about a given fraction of the standard error over the data.
 
-    On the first data the probabilities of the steps are learned, and how many draws are needed; these draws are no part of the result,
-    which is unbiased. Each datum has at most as many network evaluations as N, or two draws.
+    The probabilities of the steps and the number of draws are learned from the first data; these draws are not part of the result,
+    which is unbiased. No datum has more than N network evaluations, unless two draws need more.
 
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``, at least two.
         context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
-        noise_share: The Monte Carlo error in units of the standard error over the data.
+        noise_share: The Monte Carlo error that is aimed at, in units of the standard error over the data.
         devices: Number of devices (or a list of them) that share the data.
         progress: Show a progress bar.
 
@@ -189,7 +189,7 @@ def _to_host(parts: Parts, mesh: Mesh | None) -> list[np.ndarray]:
 
 
 def _rounds_needed(pilot: list[np.ndarray], num_steps: int, noise_share: float) -> int:
-    """How many rounds of draws the bound needs, by one round of some of the data."""
+    """The number of rounds of draws that the bound needs, estimated from one round of some of the data."""
     prior, step_kls, reconstructions = pilot
     draws = reconstructions - step_kls - prior
     noise = draws.var(0, ddof=1).mean()  # of a single draw
@@ -212,7 +212,7 @@ def _round(
     state: list[Learned],
     mesh: Mesh | None,
 ) -> tuple[list[Learned], Parts]:
-    """A few draws of the three parts of each datum's bound, and what is learned after them."""
+    """A few draws of the three parts of each datum's bound, and the learned state after them."""
     objectives = _objectives(diffusion, terms)
     prior = prior_kl(diffusion.schedule, diffusion.likelihood.encode(x))
     # Copies of a datum are far apart in the batch: its own steps are then spread evenly.

@@ -1,4 +1,4 @@
-"""The best reverse variances for a given network, from its mean squared errors on data."""
+"""The reverse variances of least KL for a given network, from its mean squared errors on data."""
 
 import equinox as eqx
 import jax
@@ -14,11 +14,11 @@ from probdiff.programs.sites import Data
 def optimal_variance(
     diffusion: Diffusion, x: Data, *, context: PyTree = None, key: PRNGKeyArray, num_draws: Whole = 1
 ) -> Diffusion:
-    r"""Set the reverse variances of a model with ``reverse_variance="optimal"`` to the best for its network.
+    r"""Set the reverse variances of a model with ``reverse_variance="optimal"`` to those of least expected KL for its network.
 
     Args:
         diffusion: The model.
-        x: Data to estimate :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` from, of every step: the training data of the network, or
+        x: Data from which :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` is estimated at every step: the training data of the network, or
             held-out data. Shape ``(datum, dim)``.
         context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.

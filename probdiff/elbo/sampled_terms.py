@@ -1,10 +1,10 @@
-r"""The terms of one estimate that were drawn: what they are a sum of, and how they are added up.
+r"""The terms of one estimate that were drawn, and their weighted sum.
 
 The part of the estimate that is sampled is
 
     Σ_rows [excess_n − c_n · control_n] / p_n
 
-over the rows (n, ε) that were drawn for each datum.
+over the rows (n, ε) that were drawn for each datum, with p_n the probability of a row and c_n the coefficient of its control variate.
 """
 
 import abc
@@ -24,7 +24,7 @@ from probdiff.elbo.variance_reduction import AbstractControl, PosteriorNoise, Ro
 class AbstractTerm(eqx.Module):
     """The terms of a sum over the steps.
 
-    To write your own, give the three methods.
+    To write your own, define the three methods.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
@@ -44,7 +44,7 @@ class AbstractTerm(eqx.Module):
 
     @abc.abstractmethod
     def kl_weight(self, diffusion: Diffusion) -> TableByDim:
-        """The table that squared errors of the noise are weighed with, about; shape ``(num_steps,)``, float64."""
+        """The weight, at least approximate, of squared errors of the noise at each step; shape ``(num_steps,)``, float64."""
 
     @abc.abstractmethod
     def noise_free_bound(self, diffusion: Diffusion, x: jax.Array, x0: jax.Array) -> jax.Array:
@@ -52,11 +52,11 @@ class AbstractTerm(eqx.Module):
 
     @abc.abstractmethod
     def __call__(self, diffusion: Diffusion, step: SampledStep) -> jax.Array:
-        """The terms of steps n, shape ``(row, datum)``, which are subtracted from that: nats, same shape."""
+        """The terms of steps n, shape ``(row, datum)``, which are subtracted from :meth:`noise_free_bound`: nats, same shape."""
 
 
 class SampledTerms(eqx.Module):
-    """The sampled terms of one estimate: steps and inverse probabilities of shape ``(row, datum)``, their noise, and what is done with them."""
+    """The sampled terms of one estimate: steps and inverse probabilities of shape ``(row, datum)``, their noise, and the parts of the estimator."""
 
     term: AbstractTerm
     n: jax.Array
@@ -72,7 +72,10 @@ class SampledTerms(eqx.Module):
     extra_key: jax.Array
 
     def evaluate(self, diffusion: Diffusion, rows: jax.Array) -> tuple[jax.Array, Callable[[], tuple[jax.Array, ...]]]:
-        """The corrected terms of some rows over their probabilities, shape ``(row, datum)``; and what can be learned from them."""
+        """The terms of some rows, minus their control variates, divided by their probabilities, shape ``(row, datum)``.
+
+        Also a function that returns the statistics to learn from.
+        """
         n, eps, inverse_probability = self.n[rows], self.noise(rows), self.inverse_probability[rows]
         key = None if self.network_key is None else jax.random.fold_in(self.network_key, rows[0])
 
@@ -98,7 +101,7 @@ class SampledTerms(eqx.Module):
         return inverse_probability * (term - at_step(self.coefficient, n, term.dtype) * control), seen
 
     def sums(self, diffusion: Diffusion, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The weighted sum over the chosen rows and the data, and that over the rows of each datum; rows past the last do not count."""
+        """The weighted sum over the chosen rows and the data, and the sum over the rows of each datum; rows past the last do not count."""
         inside = jnp.minimum(chosen, len(self.n) - 1)
         values = self.evaluate(diffusion, inside)[0]
         per_datum = jnp.where((inside == chosen)[:, None], values, 0).sum(0)
@@ -106,7 +109,7 @@ class SampledTerms(eqx.Module):
 
 
 def sum_terms(diffusion: Diffusion, terms: SampledTerms) -> tuple[jax.Array, jax.Array, Callable[[], tuple[jax.Array, ...]] | None]:
-    """The weighted sum over rows and data, and that over rows of each datum; and, of one or two rows, what can be learned."""
+    """The weighted sum over rows and data, and the sum over the rows of each datum; for one or two rows, also the function of statistics to learn from."""
     size = len(terms.n)
     chunk = even_chunk(size, max(2, inputs_at_once(diffusion.network) // len(terms.x)))
     if chunk < size:

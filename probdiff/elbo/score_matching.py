@@ -2,14 +2,14 @@ r"""Denoising score matching, as an objective for ``SVI``.
 
     Σ_n λ_n E‖s_θ(x_n, n) + ε/σ_n‖²,   s_θ = −ε_θ/σ_n  (:mod:`probdiff.chain.score`),
 
-the expected squared distance of the model's score from that of the noising, whose conditional mean is the score of the
-noisy data. As the distance is ‖ε − ε_θ‖/σ_n, weights λ_n of scores are weights λ_n/σ_n² of noise. Two choices have a name:
+the expected squared distance between the score of the model and the score of the noising, whose conditional mean is the score of the
+noisy data. As the distance is ‖ε − ε_θ‖/σ_n, a weight λ_n of the score error is a weight λ_n/σ_n² of the noise error. Two choices have a name:
 
     λ_n = σ_n²          every noise level counts the same; the loss is Σ_n E‖ε − ε_θ‖²
     λ_n = w_n σ_n²      the bound itself: each term n ≥ 2 is the part of step KL n that depends on the network, and the
                         whole KL for v_n = β̃_n, where λ_n = ½ σ_n² (σ_n²/σ_{n−1}² − 1)
 
-The likelihood weights of continuous time are the limit of the latter, and not exact on a discrete chain.
+The likelihood weights of continuous time are the limit of the second choice for many steps, and are not exact on a discrete chain.
 
 Sources: Vincent (2011), doi:10.1162/NECO_a_00142; Song and Ermon (2019), arXiv:1907.05600, eqs. 5 and 6; Ho et al. (2020),
 arXiv:2006.11239, eqs. 12 and 14; Song et al. (2021), arXiv:2101.09258, theorem 1, for continuous time.
@@ -56,7 +56,7 @@ def likelihood_weights(diffusion: Diffusion) -> Float[np.ndarray, "num_steps"]:
 
 
 def _require_fixed(diffusion: Diffusion) -> None:
-    """Refuse a model whose terms are not N numbers times squared errors of the noise."""
+    """Refuse a model whose terms are not squared errors of the noise times constants, one for each step."""
     schedule = type(diffusion.schedule).__name__
     require(not diffusion.schedule.is_trained, "diffusion", "a NoiseSchedule for score matching", f"a {schedule}")
     kernel = diffusion.kernel
@@ -82,7 +82,7 @@ class ScoreMatching(StepObjective):
         num_particles, vectorize_particles: As in NumPyro.
 
     Raises:
-        ValueError: If an option is not one of those, or the weights are not N positive numbers.
+        ValueError: If an option has none of these values, or the weights are not N positive numbers.
 
     Example:
         >>> import jax, optax, probdiff
@@ -127,7 +127,7 @@ class ScoreError(AbstractTerm):
     noise_weights: tuple[float, ...] = eqx.field(static=True)
 
     def kl_weight(self, diffusion: Diffusion) -> Float[np.ndarray, "num_steps"]:
-        """The table that squared errors of the noise are weighed with, shape ``(num_steps,)``, float64."""
+        """The weight of squared errors of the noise at each step, shape ``(num_steps,)``, float64."""
         return np.asarray(self.noise_weights)
 
     def noise_free_bound(

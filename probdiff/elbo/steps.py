@@ -1,13 +1,13 @@
-r"""How the steps n of an estimator are drawn, and what it learns about the terms in order to draw them well.
+r"""How the steps n of an estimator are drawn, and the statistics of the terms from which their probabilities are learned.
 
 A one-step estimator draws n from :math:`p_n` and divides the term by :math:`p_n`. Its variance is least at
 :math:`p_n \propto` root mean square of the term (for the bound itself) or of the term's gradient (for training);
-for the gradient, that with respect to :math:`\hat\epsilon` stands in for that of all parameters, as it costs nothing.
+the gradient with respect to :math:`\hat\epsilon` is used in place of the gradient with respect to all parameters, as it costs nothing.
 Source: Katharopoulos and Fleuret (2018), arXiv:1803.00942, section 3; Nichol and Dhariwal (2021), arXiv:2102.09672,
 section 3.3.
 
 The mean squares are learned from the terms that were drawn *before*, as functions of log-SNR, so that each estimate
-stays unbiased given what was known when it was drawn.
+is unbiased, conditionally on all earlier draws.
 """
 
 import abc
@@ -33,7 +33,7 @@ def independent_uniforms(key: PRNGKeyArray, size: int) -> Float[Array, "size"]:
 
 
 def stratified_uniforms(key: PRNGKeyArray, size: int) -> Float[Array, "size"]:
-    """Points each uniform on [0, 1) and together evenly spread: a lattice with a random shift.
+    """``size`` points, each uniform on [0, 1), together evenly spread: a lattice with a random shift.
 
     Source: Kingma et al. (2021), arXiv:2107.00630, appendix I.1.
     """
@@ -43,7 +43,7 @@ def stratified_uniforms(key: PRNGKeyArray, size: int) -> Float[Array, "size"]:
 class AbstractSteps(eqx.Module):
     """The steps that an estimator evaluates for each datum.
 
-    To write your own, give :meth:`num_rows` and :meth:`draw`, and the three properties where they differ.
+    To write your own, define :meth:`num_rows` and :meth:`draw`, and the three properties where their defaults do not hold.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
@@ -65,7 +65,7 @@ class AbstractSteps(eqx.Module):
 
     @property
     def is_random(self) -> bool:
-        """Whether the steps are drawn; otherwise all are there."""
+        """Whether the steps are drawn; otherwise all N are evaluated."""
         return True
 
     @property
@@ -106,7 +106,7 @@ class AllSteps(AbstractSteps):
     def draw(
         self, key: PRNGKeyArray, size: int, num_steps: int, probability: Float[Array, "num_steps"] | None = None
     ) -> tuple[Int[Array, "row size"], Float[Array, "row size"]]:
-        """Steps and their inverse probabilities (1: every step is there), both of shape ``(num_steps, size)``."""
+        """Steps and their inverse probabilities (1, as every step is evaluated), both of shape ``(num_steps, size)``."""
         n = jnp.broadcast_to(jnp.arange(1, num_steps + 1)[:, None], (num_steps, size))
         return n, jnp.ones(n.shape)
 
@@ -124,12 +124,12 @@ class OneStep(AbstractSteps):
 
     @property
     def is_learned(self) -> bool:
-        """Whether the probabilities are."""
+        """Whether the probabilities of the steps are learned."""
         return self.learned
 
     @property
     def is_stratified(self) -> bool:
-        """Whether the uniform numbers are."""
+        """Whether the steps of a batch are spread evenly."""
         return self.uniforms is stratified_uniforms
 
     def num_rows(self, num_steps: int) -> int:
@@ -145,7 +145,7 @@ class OneStep(AbstractSteps):
             n = jnp.clip(jnp.floor(num_steps * uniform).astype(jnp.int32) + 1, 1, num_steps)
             return n[None], jnp.full((1, size), float(num_steps))
         upper = jnp.cumsum(probability)
-        # The intervals as they come out in working precision are the probabilities.
+        # The lengths of the intervals, as rounded in working precision, are the probabilities.
         upper = upper.at[-1].set(1.0)
         n = jnp.clip(jnp.searchsorted(upper, uniform, side="right").astype(jnp.int32), 0, num_steps - 1) + 1
         return n[None], 1 / jnp.diff(upper, prepend=0.0)[n - 1][None]
@@ -164,8 +164,8 @@ STEPS: dict[str, AbstractSteps] = {
 class Learner:
     r"""The state that an estimator learns: decayed moments of its terms, in bins of log-SNR (n = 1 has a bin of its own).
 
-    Terms are measured in units of what they would be for standard normal data and the best network,
-    :math:`w_n \bar\alpha_n`; before anything was learned, that is the guess. The state is a dict of arrays of shape
+    Terms are measured in units of their value for standard normal data and the exact network,
+    :math:`w_n \bar\alpha_n`, which is also the initial guess. The state is a dict of arrays of shape
     ``(bin,)``: ``visits``, how many uniformly drawn terms a bin has seen; ``term`` and ``control``, their sums;
     ``term_term``, ``term_control`` and ``control_control``, the sums of the products; ``gradient``, the sum of the squared
     gradients.
@@ -174,7 +174,7 @@ class Learner:
         schedule: The noise schedule.
         kl_weight: :math:`w_n` of the kernel, as a tuple. A step of weight 0 has no term: it is neither drawn nor has it a control variate.
         centred: Whether moments are about the mean of the bin: where the steps are spread evenly, the differences
-            between their means cost no variance.
+            between the means of the bins add no variance.
     """
 
     schedule: NoiseSchedule
@@ -198,7 +198,7 @@ class Learner:
             object.__setattr__(self, name, table)
 
     def initial(self) -> dict[str, jax.Array]:
-        """The state before anything was learned."""
+        """The state before any term was drawn."""
         return {name: jnp.zeros(BINS + 1) for name in STATE}
 
     def updated(
@@ -210,7 +210,7 @@ class Learner:
         control: Float[Array, "*batch"],
         squared_gradient: Float[Array, "*batch"],
     ) -> dict[str, jax.Array]:
-        """The state after the terms of steps ``n`` were seen; arrays of one shape."""
+        """The state after the terms of steps ``n`` were drawn; all arguments are arrays of one shape."""
         dtype = state["visits"].dtype
         count = (inverse_probability / self.schedule.num_steps).astype(dtype)
         unit, slope = (at_step(np.where(table > 0, table, 1), n, dtype) for table in (self.values, self.gradients))
@@ -231,7 +231,7 @@ class Learner:
         }
 
     def coefficient(self, state: Mapping[str, jax.Array]) -> Float[Array, "num_steps"]:
-        """The coefficient of the control variate at each step, shape ``(num_steps,)``; 1 before anything was learned."""
+        """The coefficient of the control variate at each step, shape ``(num_steps,)``; 1 before any term was drawn."""
         slope, power = self._moment(state, "term", "control"), self._moment(state, "control", "control")
         guess = 1 / (state["visits"] + 1)
         return ((slope + guess) / (power + guess))[self.bins] * self.has_term
@@ -244,7 +244,7 @@ class Learner:
         Args:
             state: The state.
             adapt_to: ``"value"`` or ``"gradient"``.
-            coefficient: That of the control variate, which is subtracted, shape ``(num_steps,)``; 0 if none is.
+            coefficient: Coefficient of the control variate that is subtracted, shape ``(num_steps,)``; 0 for none.
         """
         return PROBABILITIES[adapt_to](self, state, coefficient)
 
@@ -265,7 +265,7 @@ class Learner:
         return product - self._mean(state, a) * self._mean(state, b) if self.centred else product
 
     def _mean(self, state: Mapping[str, jax.Array], name: str) -> jax.Array:
-        """Mean over what each bin has seen, and one term more that is as guessed."""
+        """Mean over the terms of each bin and one additional term equal to the initial guess."""
         return (state[name] + 1) / (state["visits"] + 1)
 
     def _normalised(self, unit: np.ndarray, mean_square: jax.Array) -> Float[Array, "num_steps"]:

@@ -1,4 +1,4 @@
-r"""The evidence lower bound in closed form, as far as it has one.
+r"""The evidence lower bound, term by term, in closed form where there is one.
 
     L(x) = - KL[q(z_N | x_0) ‖ p(z_N)]                                   prior_kl         closed form
            - Σ_{n=2..N} E_q KL[q(z_{n-1} | z_n, x_0) ‖ p_θ(z_{n-1} | z_n)]   step_kl          closed form given z_n
@@ -6,7 +6,7 @@ r"""The evidence lower bound in closed form, as far as it has one.
 
 in nats, summed over the dimensions of a datum. Source: Ho et al. (2020), arXiv:2006.11239, eq. 5. Each term needs
 only the marginal q(z_n | x_0), so that every step has noise of its own and steps can be evaluated in any order:
-in chunks of a few hundred to a few thousand network inputs, which bounds the working memory whatever N and the number of draws are.
+in chunks of a few hundred to a few thousand network inputs, so that the working memory does not grow with N and the number of draws.
 """
 
 from collections.abc import Callable
@@ -98,7 +98,7 @@ class ELBOMoments(eqx.Module):
         step_kl: Moments of shape ``(step, datum)``.
         reconstruction: Moments of shape ``(datum,)``.
         elbo: Moments of shape ``(datum,)``.
-        num_draws: Number of draws that they summarise.
+        num_draws: Number of draws over which the moments are taken.
 
     Example:
         >>> import jax, probdiff
@@ -118,12 +118,12 @@ class ELBOMoments(eqx.Module):
 def _noise(
     key: PRNGKeyArray, draw: Int[Array, ""], n: Int[Array, ""], like: Float[Array, "datum dim"]
 ) -> Float[Array, "datum dim"]:
-    """The noise of draw ``draw`` at step ``n``: the same whatever else is evaluated along with it."""
+    """The noise of draw ``draw`` at step ``n``; it does not depend on what else is evaluated in the same call."""
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, draw), n), like.shape, like.dtype)
 
 
 class _Terms(eqx.Module):
-    """The terms of the bound for the draws numbered ``draws``, on noise of their own or on what is given."""
+    """The terms of the bound for the draws numbered ``draws``, on noise that is drawn here, or on given noise."""
 
     diffusion: Diffusion
     x: jax.Array
@@ -273,9 +273,9 @@ def elbo_terms(
     devices: Devices = None,
     progress: bool = False,
 ) -> ELBOTerms | ELBOMoments:
-    r"""The terms of the bound on each datum, each from noise of its own.
+    r"""The terms of the bound on each datum, with independent noise for each term.
 
-    Draw s at step n sees :math:`z_n = \sqrt{\bar\alpha_n} x_0 + \sqrt{1-\bar\alpha_n}\, \epsilon_{s,n}`, independent over
+    Draw s at step n is evaluated at :math:`z_n = \sqrt{\bar\alpha_n} x_0 + \sqrt{1-\bar\alpha_n}\, \epsilon_{s,n}`, independent over
     draws, steps and data. The same ``key`` gives the same noise to any model of equal N and dimension.
 
     Args:

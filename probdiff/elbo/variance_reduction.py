@@ -1,4 +1,4 @@
-r"""What makes an estimate of the analytic bound vary less: how its noise is drawn, what is known of it, and a control variate.
+r"""Variance reduction for the analytic bound: how the noise is drawn, its conditional mean and variance given z_n, and a control variate.
 
 Noise is drawn row by row, in pairs ε and −ε, or along one path of the forward chain; over a finite data set its mean and variance given
 z_n are known. The control variate is the excess of the best linear prediction of the noise, whose expectation has a closed form.
@@ -26,12 +26,12 @@ from probdiff.chain.reverse import NoiseMoments
 from probdiff.chain.schedules import AbstractSchedule, at_step, per_step
 from probdiff.diffusion import Diffusion
 
-# Accelerators would round the factors to fewer bits, and the value would miss its closed-form mean.
+# Accelerators would round the factors to fewer bits, and the mean of the values would differ from its closed form.
 _product = functools.partial(jnp.matmul, precision="highest")
 
 
 class RowNoise(eqx.Module):
-    """Noise of its own for every row; with ``copies`` = 2, each second row has the noise of the one before, negated."""
+    """Independent noise for every row; with ``copies`` = 2, each second row has the noise of the row before, negated."""
 
     key: jax.Array
     like: jax.Array
@@ -60,7 +60,7 @@ class PathNoise(eqx.Module):
 class AbstractNoise(eqx.Module):
     """How the noise of the sampled terms is drawn.
 
-    To write your own, give ``copies`` and :meth:`draw`.
+    To write your own, define ``copies`` and :meth:`draw`.
 
     Attributes:
         copies: How many terms in a row share their step.
@@ -114,7 +114,7 @@ class ForwardPathNoise(AbstractNoise):
     def draw(
         self, key: PRNGKeyArray, schedule: AbstractSchedule, x0: Float[Array, "datum dim"]
     ) -> Callable[[jax.Array], jax.Array]:
-        """z_n = √α_n z_{n−1} + √β_n ξ_n, as a recursion of the noise: z_n = √ᾱ_n x_0 + √(1−ᾱ_n) ε_n."""
+        """The chain z_n = √α_n z_{n−1} + √β_n ξ_n as a recursion for the noise: z_n = √ᾱ_n x_0 + √(1−ᾱ_n) ε_n."""
         # (Whatever the schedule, the noise of each step is standard normal: it has no gradient in expectation.)
         tables = (
             schedule.alpha * schedule.posterior_variance / schedule.beta,
@@ -142,13 +142,13 @@ class PosteriorNoise(eqx.Module):
     r"""The noise given z_n alone, when x_0 is one of finitely many points: its mean and variance over all of them.
 
     :math:`E\|\epsilon - \hat\epsilon\|^2 = \|E[\epsilon | z] - \hat\epsilon\|^2 + tr Var[\epsilon | z]` in expectation over
-    the points, so that the term keeps its mean over the set (not over a single datum) and loses the variance that
-    comes from which point z was made of. It costs ``len(points)`` squared distances for each network evaluation.
+    the points, so that the term keeps its mean over the set (not that of a single datum) and loses the variance
+    from the choice of the point from which z was made. It costs ``len(points)`` squared distances for each network evaluation.
 
     Args:
         points: Encoded data, shape ``(point, dim)``.
-        log_weight: Logarithm of what each counts, in any unit, shape ``(point,)``, or ``(datum, point)`` where that depends on the datum of
-            a batch ``(…, datum)``; 0 if they count alike.
+        log_weight: Logarithm of the weight of each point, up to a constant, shape ``(point,)``, or ``(datum, point)`` where that depends on the datum of
+            a batch ``(…, datum)``; 0 for equal weights.
     """
 
     points: jax.Array
@@ -179,9 +179,9 @@ class PosteriorNoise(eqx.Module):
 
 
 class AbstractControl(eqx.Module):
-    """A control variate, fitted to one batch: a function that varies much as the excess does, and whose expectation is known.
+    """A control variate, fitted to one batch: a function that is correlated with the excess, and whose expectation is known.
 
-    To write your own, give the three methods.
+    To write your own, define the three methods.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
@@ -234,7 +234,7 @@ class LinearControl(AbstractControl):
 
     @classmethod
     def fitted(cls, diffusion: Diffusion, x0: Float[Array, "datum dim"]) -> "LinearControl":
-        """The best for the mean and the covariance of the batch."""
+        """The best linear prediction for the mean and the covariance of the batch."""
         return cls(diffusion, x0)
 
     def __init__(self, diffusion: Diffusion, x0: Float[Array, "datum dim"]) -> None:

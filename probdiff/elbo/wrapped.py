@@ -1,4 +1,4 @@
-"""What a user may wrap around the programs of an objective: ``handlers.scale`` and ``handlers.mask``."""
+"""The handlers that a user may wrap around the programs of an objective: ``handlers.scale`` and ``handlers.mask``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from probdiff._checks import is_concrete, require
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two factors are the same; the values of what JAX is tracing are not looked at."""
+    """Whether two factors are the same; the values of traced arrays are not compared."""
     if a is None or b is None:
         return a is b
     if not (is_concrete(a) and is_concrete(b)):
@@ -22,8 +22,8 @@ def same(a: Any, b: Any) -> bool:
 
 
 def unwrapped(program: Callable[..., Any], name: str) -> tuple[Callable[..., Any], Any, jax.Array | None]:
-    """The program inside of ``handlers.scale`` and ``handlers.mask``, the number that they multiply its log density by, and
-    what they multiply that of each datum by (None for 1)."""
+    """The program inside of ``handlers.scale`` and ``handlers.mask``, the number by which they multiply its log density, and
+    the factors by which they multiply the log density of each datum (None for 1)."""
     scale, weight = 1.0, None
     while isinstance(program, Messenger):
         kinds = {handlers.scale: "scale", handlers.mask: "mask"}
@@ -36,7 +36,7 @@ def unwrapped(program: Callable[..., Any], name: str) -> tuple[Callable[..., Any
         if jnp.ndim(factor) == 0 and isinstance(program, handlers.scale):
             scale = scale * factor
         else:
-            # In NumPy while that is possible: in a compiled function a product of JAX's has no values to compare.
+            # In NumPy while that is possible: in a compiled function a product of JAX arrays has no values to compare.
             array: Any = np.asarray(factor) if is_concrete(factor) else jnp.asarray(factor)
             weight = array.astype(jnp.zeros(()).dtype) * (1 if weight is None else weight)
         program = program.fn

@@ -1,6 +1,6 @@
-"""Cases in which everything is known: distributions, their exact ε-networks, and the bound of a linear-Gaussian chain.
+"""Cases that are known exactly: distributions, their exact ε-networks, and the bound of a linear-Gaussian chain.
 
-What the programs and the estimators are held against. Imports the chain and the likelihoods, and nothing that it is to judge.
+The programs and the estimators are tested against them. The package imports the chain and the likelihoods, and none of the code that it is used to test.
 """
 
 from probdiff.oracles.closed_form import exact_log_prob, exact_moments, exact_terms

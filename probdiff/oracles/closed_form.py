@@ -20,7 +20,7 @@ from probdiff.oracles.networks import ConditionalLinearNetwork, LinearNetwork
 
 @runtime_checkable
 class _Model(Protocol):
-    """The parts of a Diffusion (whose class is not known here)."""
+    """The parts of a Diffusion that are needed here (the class itself is not imported)."""
 
     schedule: AbstractSchedule
     kernel: AbstractKernel
@@ -108,7 +108,7 @@ def exact_moments(diffusion: _Model, *, context: PyTree = None) -> tuple[Float[n
 
 
 def exact_log_prob(diffusion: _Model, x: Real[AnyArray, "datum dim"], *, context: PyTree = None) -> Float[np.ndarray, "datum"]:
-    r""":math:`\log p_\theta(x)` of a diffusion with a :class:`LinearNetwork`, in nats, shape ``(datum,)``: by :func:`exact_moments`.
+    r""":math:`\log p_\theta(x)` of a diffusion with a :class:`LinearNetwork`, in nats, shape ``(datum,)``, from :func:`exact_moments`.
 
     Example:
         >>> import numpy as np, probdiff
@@ -124,7 +124,7 @@ def exact_log_prob(diffusion: _Model, x: Real[AnyArray, "datum dim"], *, context
 
 
 def _given(diffusion: _Model, context: PyTree) -> _Model:
-    """The model given a context, of which nothing is rounded."""
+    """The model given a context, without rounding the context."""
     return diffusion if context is None else diffusion.given(context).with_context(np.asarray(context, np.float64))
 
 
@@ -150,7 +150,7 @@ def _parts(diffusion: _Model) -> tuple[NormalLikelihood, int]:
 
 
 def _reverse_mean(diffusion: _Model, n: int) -> tuple[Float[np.ndarray, "dim dim"], Float[np.ndarray, "*datum dim"]]:
-    """Gain and offset of the reverse mean at step n: gain @ z_n + offset, which given a context is that of each datum."""
+    """Gain and offset of the reverse mean at step n: gain @ z_n + offset; given a context, each datum has an offset of its own."""
     schedule, network = diffusion.schedule, diffusion.network
     assert isinstance(network, LinearNetwork | ConditionalLinearNetwork)
     per_eps = schedule.beta[n - 1] / np.sqrt(1 - schedule.alpha_bar[n - 1])

@@ -1,12 +1,12 @@
-r"""Cases in which everything is known: what the programs and the estimators are held against.
+r"""Distributions of data that are known exactly; the programs and the estimators are tested against them.
 
-An oracle is a distribution of data of which everything is known: its density, its entropy in nats, draws, and the
-best ε-network there is, :math:`E[\epsilon | z_n] = -\sqrt{1-\bar\alpha_n}\, \nabla \log q(z_n)`. No network's expected
-error :math:`E \|\epsilon - \hat\epsilon\|^2` is smaller, at any step. ``standardized`` gives the oracle of the encoded
+An oracle is a distribution of data whose density, entropy in nats, draws and exact ε-network are known. The exact
+ε-network is the conditional mean of the noise, :math:`E[\epsilon | z_n] = -\sqrt{1-\bar\alpha_n}\, \nabla \log q(z_n)`. No network has a
+smaller expected error :math:`E \|\epsilon - \hat\epsilon\|^2`, at any step. ``standardized`` gives the oracle of the encoded
 data of a :class:`~probdiff.NormalLikelihood`. Three have this interface: :class:`GaussianOracle`,
 :class:`GaussianMixture` and :class:`UniformBoxes`.
 
-For Gaussian data the best ε-network is linear, :math:`\hat\epsilon = A_n z + b_n`. With *any* linear network the
+For Gaussian data the exact ε-network is linear, :math:`\hat\epsilon = A_n z + b_n`. With *any* linear network the
 reverse chain is linear-Gaussian, so that every term of the bound and :math:`\log p_\theta(x)` have closed forms. They
 are computed here in float64 NumPy, from means and covariances: no sampling, and no code shared with the programs.
 """
@@ -34,7 +34,7 @@ class GaussianOracle:
     Args:
         mean: m, shape ``(dim,)``.
         covariance: S, shape ``(dim, dim)``, positive definite.
-        slope: B, shape ``(dim, context_dim)``, for data given a context c of shape ``(datum, context_dim)``; None for data without.
+        slope: B, shape ``(dim, context_dim)``, for data given a context c of shape ``(datum, context_dim)``; None for data without a context.
 
     Example:
         >>> import probdiff
@@ -69,7 +69,7 @@ class GaussianOracle:
         return len(self.mean)
 
     def mean_given(self, context: Numbers | None) -> Float[np.ndarray, "..."]:
-        """The mean given a context of shape ``(*batch, context_dim)``, shape ``(*batch, dim)``; without, shape ``(dim,)``."""
+        """The mean given a context of shape ``(*batch, context_dim)``, shape ``(*batch, dim)``; without a context, shape ``(dim,)``."""
         if context is None or self.slope is None:
             require(context is self.slope is None, "context", "None" if self.slope is None else "an array", type(context).__name__)
             return self.mean
@@ -89,7 +89,7 @@ class GaussianOracle:
         return ConditionalLinearNetwork(scale * weight, scale * bias, scale * context_weight)
 
     def sample(self, rng: np.random.Generator, size: int, context: Numbers | None = None) -> Float[np.ndarray, "size dim"]:
-        """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``, given a context of as many rows."""
+        """``size`` draws of the data from a NumPy generator, shape ``(size, dim)``, given a context with ``size`` rows."""
         return rng.multivariate_normal(np.zeros(self.dim), self.covariance, size) + self.mean_given(context)
 
     def log_prob(self, x: Points, context: Numbers | None = None) -> LogProb:
@@ -117,7 +117,7 @@ class GaussianMixture:
             components share (kept as ``(1, dim, dim)``).
 
     Raises:
-        ValueError: If a shape does not fit, a number is not finite, or the values are not such.
+        ValueError: If a shape does not fit, a number is not finite, a weight is not positive, the weights do not sum to 1, or a covariance is not positive definite.
 
     Example:
         >>> import probdiff
@@ -304,7 +304,7 @@ def _require_positive_definite(name: str, matrix: Float[np.ndarray, "dim dim"]) 
 def _loc_and_scale(
     loc: Numbers, scale: Numbers, dim: int
 ) -> tuple[Float[np.ndarray, "{dim}"], Float[np.ndarray, "{dim}"]]:
-    """Both as arrays of shape ``(dim,)``, under the rules of the likelihood."""
+    """``loc`` and ``scale`` as arrays of shape ``(dim,)``, with the checks of the likelihood."""
     likelihood = NormalLikelihood(loc, scale)
     likelihood.check_data(np.zeros((1, dim)))
     return np.broadcast_to(likelihood.loc, dim), np.broadcast_to(likelihood.scale, dim)

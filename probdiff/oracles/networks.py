@@ -1,6 +1,6 @@
-r"""The best ε-networks there are, :math:`E[\epsilon | z_n]`, of the distributions in :mod:`probdiff.oracles.distributions`.
+r"""The exact ε-networks, :math:`E[\epsilon | z_n]`, of the distributions in :mod:`probdiff.oracles.distributions`.
 
-They are ε-networks like any other, but constant: nothing in them is trained. Those of mixtures and of boxes are told the noise level.
+They are used like any other ε-network, but are constant: nothing in them is trained. The networks of mixtures and of boxes are told the log-SNR.
 """
 
 import functools
@@ -15,9 +15,9 @@ from probdiff._checks import Number, Whole
 from probdiff.networks.base import AbstractNetwork
 
 NODES = 40  # of the quadrature over a truncated normal,
-REACH = 8.5  # which leaves out what is below exp(-REACH²/2) of its largest density.
+REACH = 8.5  # whose density is neglected below exp(-REACH²/2) of its maximum.
 
-# Accelerators round the factors of a product to fewer bits unless told not to.
+# Accelerators round the factors of a product to fewer bits by default.
 _einsum = functools.partial(jnp.einsum, precision="highest")
 
 
@@ -59,7 +59,7 @@ class ConditionalLinearNetwork(_Linear):
     r"""The ε-network :math:`\hat\epsilon = A_n z + b_n + C_n c` of a conditional model; constant, nothing in it is trained.
 
     Args:
-        weight, bias: As of a :class:`LinearNetwork`.
+        weight, bias: As for :class:`LinearNetwork`.
         context_weight: :math:`C_n`, shape ``(num_steps, dim, context_dim)``.
 
     Example:
@@ -91,7 +91,7 @@ class MixtureNetwork(AbstractNetwork):
         log_weights: Log-probability of each component, shape ``(K,)``.
         means: :math:`m_k` in the axes of component k, shape ``(K, dim)``.
         variances: Eigenvalues of :math:`S_k`, shape ``(K, dim)``, or ``(1, dim)`` if all are the same.
-        axes: Its eigenvectors, in columns, shape ``(K, dim, dim)``, or ``(1, dim, dim)``.
+        axes: Eigenvectors of :math:`S_k`, in columns, shape ``(K, dim, dim)``, or ``(1, dim, dim)``.
         scale: Factor of the result.
 
     Example:
@@ -166,11 +166,11 @@ def _confined_normal(
     r"""Log-probability, up to a constant, and mean of a standard normal confined to ``centre`` ± ``half_width``.
 
     Both are integrals over the part of the interval where the density is not negligible. They are computed by
-    Gauss-Legendre quadrature, to about 1e-12, because :math:`(\phi(a)-\phi(b)) / (\Phi(b)-\Phi(a))` is all rounding
-    in a narrow interval and 0/0 in a tail.
+    Gauss-Legendre quadrature, to about 1e-12, because :math:`(\phi(a)-\phi(b)) / (\Phi(b)-\Phi(a))` loses all digits
+    in a narrow interval and is 0/0 in a tail.
     """
     node, weight = (jnp.asarray(a, centre.dtype) for a in np.polynomial.legendre.leggauss(NODES))
-    # Mirrored where needed, the interval starts at its end of largest density, or left of 0 if 0 is inside.
+    # The interval, mirrored where needed, starts at the end of largest density, or left of 0 if it contains 0.
     end = jnp.abs(centre) - half_width
     start = jnp.maximum(end, -REACH)
     peak = jnp.maximum(start, 0)
@@ -185,7 +185,7 @@ def _confined_normal(
 def _given_z(log_joint: Float[Array, "*batch K"]) -> Float[Array, "*batch K 1"]:
     """Probability of each component given z, shape ``(*batch, K, 1)``, from its log-weights up to a constant.
 
-    So far out that every square overflows, all components count the same.
+    Where z is so far out that every square overflows, all components have the same probability.
     """
     return jax.nn.softmax(jnp.maximum(log_joint, jnp.finfo(log_joint.dtype).min), -1)[..., None]
 

@@ -1,6 +1,6 @@
 """The NumPyro programs of a diffusion: model, guide and posterior guide, by a scan along the chain or parallel in its steps.
 
-They are written for whatever has the parts of a diffusion (:class:`~probdiff.programs.sites.AbstractDiffusion`), and import the chain.
+They are written for the interface :class:`~probdiff.programs.sites.AbstractDiffusion`, and import the chain.
 """
 
 from probdiff.programs.parallel import ForwardChain, ParallelPrograms, PosteriorChain, ReverseChain

@@ -4,12 +4,12 @@ r"""The same three programs with one site per chain: all steps at once.
     posterior_guide  z ~ PosteriorChain    the same distribution, by Bayes' rule
     model            z ~ ReverseChain      p_θ(z_1:N), then x | z_1
 
-Where the programs of :mod:`probdiff.programs.scan` ``scan`` over the steps, here a path of the forward chain is one associative scan (a
-composition of affine maps), and the density of a path under the reverse chain one call of the network. Sites and
-parameters are the same, so that a guide of one encoding can be used with the model of the other. No values are paired with steps by a loop:
-the forward guide takes given values, too.
+The programs of :mod:`probdiff.programs.scan` ``scan`` over the steps. Here a path of the forward chain is one associative scan (a
+composition of affine maps), and the density of a path under the reverse chain is one call of the network. Sites and
+parameters are the same, so that a guide of one encoding can be used with the model of the other. As no loop pairs values with steps,
+the forward guide also accepts given values.
 
-``log_prob`` of a chain gives its factors by the chain rule, shape ``(num_steps, datum)``, as the scanned site does; its log-density is their
+``log_prob`` of a chain gives its factors by the chain rule, shape ``(num_steps, datum)``, as the scanned site does; the log density of a path is their
 sum.
 """
 
@@ -31,12 +31,12 @@ from probdiff.programs.sites import AbstractDiffusion, Data, Size, minibatch, re
 
 Path = Float[AnyArray, "*sample num_steps datum dim"]
 Factors = Float[Array, "*sample num_steps datum"]
-OUTER = -3  # the highest dim of a plate of the user's around the programs
+OUTER = -3  # the highest dim of a user's plate around the programs
 Affine = tuple[Float[Array, "..."], Float[Array, "..."]]
 
 
 class Chain(dist.Distribution):
-    """A distribution over paths z_N … z_1, shape ``(num_steps, datum, dim)``, made from a tree of arrays, ``parts``."""
+    """A distribution over paths z_N … z_1, shape ``(num_steps, datum, dim)``, defined by a tree of arrays, ``parts``."""
 
     support: constraints.Constraint = constraints.real_vector
     reparametrized_params: list[str] = []
@@ -102,7 +102,7 @@ class ForwardChain(Chain):
 
 
 def _composed(earlier: Affine, later: Affine) -> Affine:
-    """The affine map z ↦ a z + b of one stretch of steps after that of another."""
+    """The composition of the affine maps z ↦ a z + b of two consecutive stretches of steps."""
     return later[0] * earlier[0], later[0] * earlier[1] + later[1]
 
 
@@ -120,7 +120,7 @@ class PosteriorChain(ForwardChain):
     """
 
     def log_prob(self, value: Path) -> Factors:
-        """The factors, that of z_N first, shape ``(*sample_shape, num_steps, datum)``."""
+        """The factors in the order of the model, z_N first, in nats, shape ``(*sample_shape, num_steps, datum)``."""
         self.require_path(value)
         schedule, x0 = self.parts
         first = forward_marginal(schedule, x0, schedule.num_steps).log_prob(value[..., :1, :, :])
@@ -133,8 +133,8 @@ class PosteriorChain(ForwardChain):
 class ReverseChain(Chain):
     r"""The reverse chain :math:`p_\theta(z_{1:N}) = p(z_N) \prod_{n \ge 2} p_\theta(z_{n-1} | z_n)`.
 
-    Its density is one call of the network, in parts (:func:`~probdiff._chunks.inputs_at_once`), whose inner values are computed again for the gradient: memory then
-    does not grow with N but by the path itself. To draw from it takes one step after the other.
+    Its density is one call of the network, made in chunks (:func:`~probdiff._chunks.inputs_at_once`) whose intermediate values are computed
+    again for the gradient: apart from the path itself, memory does not grow with N. Samples are drawn one step after the other.
 
     Args:
         diffusion: The model.
@@ -176,7 +176,7 @@ class ReverseChain(Chain):
         return jnp.moveaxis(jax.lax.scan(step, diffusion.kernel.prior(shape), (self.steps[:, 0], keys))[1], 0, -3)
 
     def log_prob(self, value: Path) -> Factors:
-        """The factors, that of z_N first, shape ``(*sample_shape, num_steps, datum)``."""
+        """The factors in the order of the model, z_N first, in nats, shape ``(*sample_shape, num_steps, datum)``."""
         self.require_path(value)
         diffusion, key = self.parts
         path = jnp.moveaxis(value, -3, 0)
@@ -200,12 +200,12 @@ def _require_diffusion(value: object) -> None:
 
 
 class ParallelPrograms(eqx.Module):
-    """The programs of a :class:`~probdiff.Diffusion` in this encoding: ``SVI(programs.model, programs.guide, …)``.
+    """The programs of a :class:`~probdiff.Diffusion` with one site for the whole chain: ``SVI(programs.model, programs.guide, …)``.
 
     Inside of ``numpyro.plate(…, dim=-3)`` they are independent copies: ``z`` has the axes of such plates in front, and so has an ``x`` that is drawn.
 
     Args:
-        diffusion: The model; ``diffusion.bind`` takes what was fitted.
+        diffusion: The model; ``diffusion.bind`` takes the fitted parameters.
 
     Example:
         >>> import jax, probdiff
@@ -233,17 +233,17 @@ class ParallelPrograms(eqx.Module):
         with minibatch(x, num_data), numpyro.plate("data", size):
             with numpyro.plate("step", diffusion.schedule.num_steps, dim=-2):
                 z = numpyro.sample("z", ReverseChain(diffusion, (size, dim), key))
-            # (Inside of plates of the user's, the axis of the steps stays, so that theirs keep their places.)
+            # (Inside a user's plates the axis of the steps is kept, so that the axes of the plates keep their positions.)
             z_1 = z[-1] if z.ndim == 3 else z[..., -1:, :, :]
             last = diffusion.reverse_kernel(z_1, 1, key)
             return numpyro.sample("x", diffusion.kernel.observation(diffusion.likelihood, last), obs=x)
 
     def guide(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> None:
-        """The forward chain, whose factors are its steps; arguments as for :meth:`Diffusion.guide`."""
+        """The forward chain, factorised by its steps; arguments as for :meth:`Diffusion.guide`."""
         self._forward(ForwardChain, x, num_data, context)
 
     def posterior_guide(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> None:
-        """The forward chain, whose factors are in the model's order; arguments as for :meth:`Diffusion.guide`."""
+        """The forward chain, factorised by Bayes' rule in the order of the model; arguments as for :meth:`Diffusion.guide`."""
         self._forward(PosteriorChain, x, num_data, context)
 
     def _forward(self, chain: type[ForwardChain], x: Data | None, num_data: Size | None, context: Any) -> None:

@@ -5,8 +5,8 @@ r"""A diffusion model as a pair of NumPyro programs, which ``scan`` along the ch
     model            p_θ(x, z_1:N)       z_N, then z_{n-1} | z_n for n = N … 2, then x | z_1
 
 One pattern serves every program that runs in the model's order: a ``scan`` over n = N … 1 that carries the
-*distribution* of the latent it is about to sample. What is carried out of the last step of the model is the Gaussian
-that the likelihood reads, so that N latents cost N evaluations of the network.
+*distribution* of the latent it is about to sample. The last step of the model carries out the Gaussian
+from which the likelihood is made, so that N latents cost N evaluations of the network.
 """
 
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def guide(diffusion: AbstractDiffusion, x: Data | None, num_data: Size | None = 
             z = numpyro.sample("z", ForwardStep(q.loc, q.scale).to_event(1))
         return z, None
 
-    # Time runs upwards here; ``reverse=True`` over descending steps stacks the site in the model's order.
+    # The steps ascend here; ``reverse=True`` over descending steps stacks the site in the model's order.
     with minibatch(x, num_data), NoGivenPath():
         scan(step, x0, _descending_steps(schedule), reverse=True)
 

@@ -1,4 +1,4 @@
-r"""What the programs share: their sites, minibatches, and what the forward guide refuses.
+r"""The common parts of the programs: sites, minibatches, and the refusal of given paths by the forward guide.
 
 All programs have the latent site ``z``, of shape ``(num_steps, datum, dim)`` in the model's order: index 0 is z_N and the last index is
 z_1. The model also has the site ``x``. Both sit in the plate ``data``. The ``param`` site is :data:`PARAMS`.
@@ -32,7 +32,7 @@ Size = Whole | Integer[Array, ""]  # of the full data set
 
 
 class AbstractDiffusion(eqx.Module):
-    """A model that the programs are written for; :class:`~probdiff.Diffusion` is one."""
+    """The interface of a model that the programs need; :class:`~probdiff.Diffusion` implements it."""
 
     schedule: eqx.AbstractVar[AbstractSchedule]
     kernel: eqx.AbstractVar[AbstractKernel]
@@ -43,7 +43,7 @@ class AbstractDiffusion(eqx.Module):
     @property
     @abc.abstractmethod
     def is_conditional(self) -> bool:
-        """Whether it needs a context."""
+        """Whether the model needs a context."""
 
     @abc.abstractmethod
     def given(self, context: Any) -> "AbstractDiffusion":
@@ -63,13 +63,13 @@ class AbstractDiffusion(eqx.Module):
 
     @abc.abstractmethod
     def reverse_kernel(self, z: Float[AnyArray, "*batch dim"], n: Step, key: PRNGKeyArray | None = None) -> dist.Distribution:
-        """The distribution of z_{n-1} given z_n; at n = 1, the one that the likelihood reads."""
+        """The distribution of z_{n-1} given z_n; at n = 1, the Gaussian from which the likelihood is made."""
 
     def read_data(self, x: Data) -> Data:
-        """Data as an array, checked: arrays as they are, data frames (pandas, polars, pyarrow) by their columns, as the likelihood reads them.
+        """Data as a checked array: arrays unchanged, data frames (pandas, polars, pyarrow) converted by the likelihood's ``read``.
 
         Raises:
-            ValueError, TypeError: As of :meth:`check_data`, and of the likelihood's ``read``.
+            ValueError, TypeError: As for :meth:`check_data` and the likelihood's ``read``.
         """
         x = self.likelihood.read(x)
         self.check_data(x)
@@ -99,14 +99,14 @@ class AbstractDiffusion(eqx.Module):
         self.require_context(len(x))
 
     def encode(self, x: Data | None) -> tuple[int, Float[Array, "datum dim"]]:
-        """The number of data, and the data as the chain sees them, shape ``(datum, dim)``; they are checked first."""
+        """The number of data, and the encoded data, shape ``(datum, dim)``; the data are checked first."""
         require(x is not None, "x", "data: the guide needs x", "None")
         assert x is not None
         self.check_data(x)
         return len(x), self.likelihood.encode(x)
 
     def data_shape(self, x: Data | None, num_data: Size | None) -> tuple[int, int]:
-        """The shape ``(datum, dim)`` of the data, or of what is to be drawn."""
+        """The shape ``(datum, dim)`` of the data, or of the data to be drawn."""
         if x is not None:
             self.check_data(x)
             return x.shape[0], self.likelihood.encoded_dim(x.shape[1])
@@ -126,7 +126,7 @@ class AbstractDiffusion(eqx.Module):
         return operator.index(num_data), self.dim
 
     def require_context(self, num_data: int) -> None:
-        """Refuse that there is no context, or one of another number of rows, if the model is conditional."""
+        """Refuse a missing context, or one with another number of rows, if the model is conditional."""
         if self.context is not None:
             rows = num_rows(self.context)
             remedy = " (one for all: jnp.repeat it)" if rows == 1 else ""
@@ -136,14 +136,14 @@ class AbstractDiffusion(eqx.Module):
 
 
 def require_plates(highest: int | None) -> None:
-    """Refuse plates of the user's around a program.
+    """Refuse a user's plates around a program that cannot be inside them.
 
     Args:
-        highest: The highest ``dim`` of a plate that the program can be in; None if it can be in none. Those that ``handlers.block`` hides do not
+        highest: The highest ``dim`` of a plate that the program can be in; None if it can be in no plate. Plates hidden by ``handlers.block`` do not
             count.
 
     Raises:
-        NotImplementedError: If there is one.
+        NotImplementedError: If the program is inside such a plate.
     """
     around: list[numpyro.plate] = []
     for each in numpyro.primitives._PYRO_STACK:
@@ -161,7 +161,7 @@ def require_plates(highest: int | None) -> None:
 
 
 def svi_begins() -> bool:
-    """Whether NumPyro's ``SVI.init`` is what runs the program: none of its messages says so."""
+    """Whether the program is run by NumPyro's ``SVI.init``, found from the call stack, as no message of NumPyro tells."""
     return any(frame.f_code is SVI.init.__code__ for frame, _ in traceback.walk_stack(None))
 
 
@@ -192,7 +192,7 @@ def _refuse_forward_kl(p: ForwardStep, q: dist.Normal) -> NoReturn:
 
 
 def _gives_z(given: Any) -> bool:
-    """Whether a substitution, a mapping or a function of a site, has a value for ``z`` (if in doubt, yes)."""
+    """Whether a substitution, which is a mapping or a function of a site, has a value for ``z``; True if that cannot be decided."""
     if not callable(given):
         return "z" in given
     site: dict[str, Any] = {"type": "sample", "name": "z", "value": None, "is_observed": False, "infer": {}, "kwargs": {}}
@@ -203,7 +203,7 @@ def _gives_z(given: Any) -> bool:
 
 
 class NoGivenPath(Messenger):
-    """Refuses values given to ``z`` of the forward guide, where NumPyro's ``scan`` would pair them with wrong steps."""
+    """Refuses values given to ``z`` of the forward guide, where NumPyro's ``scan`` would pair them with the wrong steps."""
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         """NumPyro's call for each message."""

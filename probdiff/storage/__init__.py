@@ -1,6 +1,6 @@
-"""Run folders and checkpoints: the only code that knows their layout on disk.
+"""Run folders and checkpoints: their layout on disk is defined here only.
 
-Imports everything but the command line, which stands on it.
+Imports all other packages except the command line, which uses it.
 """
 
 from probdiff.storage.checkpoint import Checkpoint

@@ -1,7 +1,7 @@
-"""Trees of arrays as files, and the state of a fit among them: everything that decides its future, and the one before it.
+"""Trees of arrays as files, and checkpoints: the state of a fit, and the state saved before it.
 
-A file is a line of JSON that says what it is, the leaves as equinox serialises them, and a checksum. Ours are the line, because
-equinox reads only what it is told to expect, and the checksum and the renaming of :mod:`probdiff._files`, because it has neither.
+A file is a line of JSON that describes its contents, the leaves as serialised by equinox, and a checksum. The line is needed because
+equinox must know shapes and dtypes before it reads; the checksum and the renaming of :mod:`probdiff._files` are not in equinox.
 """
 
 import io
@@ -27,12 +27,12 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _leaves(tree: Any) -> list[Any]:
-    """The leaves of a tree, typed keys as the integers that they hold."""
+    """The leaves of a tree, typed keys as integers."""
     return [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
 
 
 def save_tree(path: Path, tree: Any, **about: Any) -> None:
-    """Write a tree of arrays, all or nothing; ``about`` is for JSON. Equal trees leave equal files."""
+    """Write a tree of arrays, all or nothing; ``about`` is for JSON. Equal trees give equal files."""
     leaves, file = _leaves(tree), io.BytesIO()
     about["leaves"] = [[str(leaf.dtype), *leaf.shape] for leaf in leaves]
     file.write(json.dumps(about, sort_keys=True).encode() + b"\n")
@@ -41,10 +41,10 @@ def save_tree(path: Path, tree: Any, **about: Any) -> None:
 
 
 def read_leaves(path: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Description and leaves of a tree that :func:`save_tree` wrote, as they were written.
+    """Description and leaves of a tree that :func:`save_tree` wrote.
 
     Raises:
-        ValueError: If a single bit is not as it was written, or something else was; FileNotFoundError if there is no such file.
+        ValueError: If the checksum does not match, or the file has other contents; FileNotFoundError if there is no such file.
     """
     file = io.BytesIO(read_checked(path))
     try:
@@ -52,9 +52,9 @@ def read_leaves(path: Path) -> tuple[dict[str, Any], list[Any]]:
             return _read_npz_leaves(file)
         about = json.loads(file.readline())
         like = [jax.ShapeDtypeStruct(shape, dtype) for dtype, *shape in about.pop("leaves")]
-        with jax.enable_x64(True):  # for what was written with it
+        with jax.enable_x64(True):  # for files that were written in float64
             return about, eqx.tree_deserialise_leaves(file, like)
-    except Exception as error:  # equinox, JAX and NumPy each have their own
+    except Exception as error:  # equinox, JAX and NumPy raise errors of different classes
         raise ValueError(f"{path}: Expected arrays of probdiff; got: {error}") from None
 
 
@@ -68,13 +68,13 @@ def _read_npz_leaves(file: io.BytesIO) -> tuple[dict[str, Any], list[Any]]:
 
 
 def load_tree(path: Path, template: Any, wider: bool = False) -> tuple[Any, dict[str, Any]]:
-    """A tree that :func:`save_tree` wrote, and what it was told about it.
+    """A tree that :func:`save_tree` wrote, and its description.
 
     Args:
         path: Path of the file.
-        template: A tree of the same structure, shapes and dtypes; its NumPy arrays are histories, of which those of the file
-            may have more rows.
-        wider: Take arrays of less precision than those of ``template``, too: no number changes.
+        template: A tree of the same structure, shapes and dtypes; its NumPy arrays are histories, which
+            may have more rows in the file.
+        wider: Accept arrays of lower precision than those of ``template``: no number changes.
 
     Raises:
         ValueError: If the file is damaged, of another model, or was written in another precision.
@@ -93,7 +93,7 @@ def load_tree(path: Path, template: Any, wider: bool = False) -> tuple[Any, dict
 
 
 def _form(leaf: Any, like: Any) -> tuple[Any, ...]:
-    """What a leaf shares with that of the template; of a history, the number of rows is free."""
+    """The kind and shape in which a leaf must agree with the template; of a history, the number of rows is free."""
     return leaf.dtype.kind, leaf.ndim, leaf.shape[int(isinstance(like, np.ndarray)) :]
 
 
@@ -104,11 +104,11 @@ def _like(new: Any, old: Any) -> Any:
 
 
 class Checkpoint:
-    """A file that :func:`~probdiff.fit` saves its state in and resumes from; the one before it is kept.
+    """A file in which :func:`~probdiff.fit` saves its state and from which it resumes; the previous state is kept.
 
-    It holds everything that decides the future of the fit, and no times: equal fits leave equal files. It is replaced as a
-    whole, with a checksum; what was there before becomes ``NAME.previous.eqx``, unless it is damaged. One that is damaged, or
-    that is not of this model and optimiser, is passed over for the previous one, with a warning. Where there is neither, those of
+    The file holds everything that determines the further updates, and no times: equal fits give equal files. It is replaced as a
+    whole, with a checksum; the previous file becomes ``NAME.previous.eqx``, unless it is damaged. If the file is damaged, or
+    belongs to another model or optimiser, the previous one is used, with a warning. If neither exists, the files of
     probdiff 0.1 are read, ``NAME.npz`` and ``NAME.previous.npz``.
 
     Args:
@@ -137,23 +137,23 @@ class Checkpoint:
         save_tree(self.path, state._replace(settings=None), settings=state.settings, iterations=len(state.losses))
 
     def exists(self) -> bool:
-        """Whether there is anything to resume from."""
+        """Whether there is a file to resume from."""
         return any(path.exists() for path in self._paths)
 
     @property
     def num_iterations(self) -> int:
-        """How many iterations the saved fit has made; 0 if there is none."""
+        """The number of iterations of the saved fit; 0 if there is none."""
         return self._first(lambda path: len(read_leaves(path)[1][-2]), warn=False) or 0
 
     def require_intact(self) -> None:
-        """Refuse to go on if there are checkpoints, and not one is intact: a ValueError that names them."""
+        """Raise a ValueError that names the checkpoints, if there are some and none is intact."""
         self._first(read_checked, warn=False)
 
     def load(self, template: FitState) -> FitState | None:
         """The saved state, or None if there is none yet.
 
         Raises:
-            ValueError: If there is no intact checkpoint of the kind of ``template``.
+            ValueError: If there are checkpoints, but none is intact and of the structure of ``template``.
         """
 
         def restored(path: Path) -> FitState:

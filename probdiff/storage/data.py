@@ -1,4 +1,4 @@
-"""The data of a run as a file: the three splits, and in JSON what is known about them."""
+"""The data of a run as a file: the three splits, and their description in JSON."""
 
 import dataclasses
 from pathlib import Path
@@ -30,7 +30,7 @@ def load_data(path: Path) -> Dataset:
     """The data set that :func:`save_data` wrote.
 
     Raises:
-        ValueError: If a single bit is not as it was written, or something else was.
+        ValueError: If the checksum does not match, or the file has other contents.
     """
     about, arrays = read_leaves(path)
     try:

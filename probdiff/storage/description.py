@@ -1,4 +1,4 @@
-"""The parts of a model in words that JSON can hold, and made of them again."""
+"""Descriptions of the parts of a model in JSON, and the parts made from such descriptions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ REMEDY = ": Python code is needed to make it, probdiff.open_run(path, like=…)"
 
 
 def describe(diffusion: Diffusion) -> dict[str, Any]:
-    """The model in words that JSON can hold; the schedule's variances and the parameters are kept apart."""
+    """The description of a model for JSON; the variances of the schedule and the parameters are stored separately."""
     kernel, schedule = diffusion.kernel, diffusion.schedule
     kept: dict[str, Any] = {"reverse_variance": kernel.name}
     if isinstance(kernel, MixtureKernel):
@@ -70,7 +70,7 @@ def describe_likelihood(likelihood: AbstractLikelihood) -> dict[str, Any]:
 
 
 def make_likelihood(description: dict[str, Any]) -> AbstractLikelihood:
-    """The likelihood that was described.
+    """The likelihood of a description.
 
     Raises:
         ValueError: If it is not one of probdiff's own.
@@ -84,7 +84,7 @@ def make_likelihood(description: dict[str, Any]) -> AbstractLikelihood:
 
 
 def make_network(description: dict[str, Any], key: jax.Array) -> Callable[..., Any]:
-    """A network as it was described, with initial weights.
+    """The network of a description, with initial weights.
 
     Raises:
         ValueError: If it is not one of probdiff's own.

@@ -1,19 +1,19 @@
-"""The run folder: what a fit leaves on disk, and how to read it back. The only code that knows its layout.
+"""The run folder: the files of a fit, and how they are read. Their layout is defined here only.
 
-config.json      what was asked for, and the description of the model
-schedule.npy     the variances beta_n, float64; not of a learned schedule, which is among the parameters
-data.eqx         the data, where they are not loaded by name, and their context
+config.json      the options of the fit, and the description of the model
+schedule.npy     the variances beta_n, float64; absent for a learned schedule, which is among the parameters
+data.eqx         the data, if they are not loaded by name, and their context
 checkpoint.eqx   the state of the fit, to resume from; checkpoint.previous.eqx, the one before it
 parameters.eqx   the trained parameters
 losses.csv       the loss of every iteration; validation.csv, the bound on the validation data
 elbo.nc          the terms of the bound on test data, a DataTree
 results.json     the final table
-ledger.json      the gap of the bound taken apart, where that was asked for
-estimators.nc    draws of every estimator of the bound, where they were compared
+ledger.json      the decomposition of the gap of the bound, if it was computed
+estimators.nc    draws of every estimator of the bound, if they were compared
 figures/         loss, KL against step, samples
-samples/         what was drawn later, an array and a figure each
+samples/         samples that were drawn later, an array and a figure each
 
-Folders of probdiff 0.1 have ``.npz`` in the place of ``.eqx``; they are read, and a fit goes on with ``.eqx``.
+Folders of probdiff 0.1 have ``.npz`` in the place of ``.eqx``; they are read, and a resumed fit writes ``.eqx``.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from probdiff.storage.data import load_data, save_data
 from probdiff.storage.description import describe, make_likelihood, make_network
 from probdiff.training import Fit
 
-if TYPE_CHECKING:  # heavy, and imported where they are needed
+if TYPE_CHECKING:  # imported where they are needed, as the imports are slow
     import xarray as xr
     from matplotlib.figure import Figure
 
@@ -56,7 +56,7 @@ class Run:
 
     Attributes:
         path: Path of the folder.
-        like: A Diffusion, or a network, of the structure of the run's, where it is not one of probdiff's own.
+        like: For a run with a custom network, a Diffusion or a network of the same structure; otherwise None.
 
     Example:
         >>> import jax, probdiff, tempfile
@@ -76,7 +76,7 @@ class Run:
         return read_json(self.path / "config.json")
 
     def extend(self, iterations: int) -> None:
-        """Record that the fit goes on in another leg, to so many iterations; ``config["legs"]`` has the end of each."""
+        """Record that the fit continues in another leg, up to a number of iterations; ``config["legs"]`` has the end of each."""
         config = self.config
         legs = [*config.get("legs", [config["iterations"]]), iterations]
         write_json(self.path / "config.json", config | {"iterations": iterations, "legs": legs})
@@ -91,7 +91,7 @@ class Run:
         """The :class:`~probdiff.datasets.Dataset` that was fitted.
 
         Raises:
-            ValueError: If the run does not say which.
+            ValueError: If the run does not record its data.
         """
         path, config = self.path / "data.eqx", self.config
         if path.exists():
@@ -116,7 +116,7 @@ class Run:
             raise ValueError(f"{self.path}: Expected the description of a model in config.json; got {got}") from None
 
     def _described(self, config: dict[str, Any], betas: np.ndarray | None) -> Diffusion:
-        """The model that ``config`` describes; its network is not made before it is known to be of a sensible size."""
+        """The model that ``config`` describes; its size is checked before the network is made."""
         model, network = config["model"], self.like
         if betas is None:
             schedule: AbstractSchedule = LearnedSchedule(**model["schedule"])
@@ -167,20 +167,20 @@ class Run:
 
     @property
     def datatree(self) -> "xr.DataTree":
-        """The DataTree in ``elbo.nc``, as :func:`~probdiff.to_datatree` makes it now."""
+        """The DataTree in ``elbo.nc``, in the present layout of :func:`~probdiff.to_datatree`."""
         import h5py
         import xarray as xr
 
         path, got = self.path / "elbo.nc", "one without elbo.nc: run.save(terms=probdiff.elbo_terms(…)) writes it"
         require(path.exists(), str(self.path), "a run with the terms of the bound", got, FileNotFoundError)
         try:
-            h5py.File(path, "r").close()  # refuses what h5netcdf would complain about a second time, on being deleted
+            h5py.File(path, "r").close()  # checked first, as h5netcdf raises a second error when it is deleted
             with xr.open_datatree(path, engine="h5netcdf") as tree:
                 size = sum(node.to_dataset().nbytes for node in tree.subtree)
                 require(size <= MAX_BYTES, "size", f"at most {MAX_BYTES} bytes of arrays", size)
                 tree = tree.load()
-                return tree if "per_step" in tree else to_datatree(from_datatree(tree))  # of before 0.2
-        except Exception as error:  # HDF5 has many errors for a damaged file
+                return tree if "per_step" in tree else to_datatree(from_datatree(tree))  # of versions before 0.2
+        except Exception as error:  # HDF5 raises many kinds of errors for a damaged file
             raise ValueError(f"{path}: Expected an intact netCDF file; got: {error}") from None
 
     @property
@@ -196,12 +196,12 @@ class Run:
 
     @property
     def has_terms_only(self) -> bool:
-        """Whether there are the terms of the bound and no final table, as in a run that was saved in Python."""
+        """Whether the run has the terms of the bound but no final table, as after ``save`` in Python."""
         return (self.path / "elbo.nc").exists() and not (self.path / "results.json").exists()
 
     @property
     def ledger(self) -> GapDecomposition | None:
-        """The :class:`~probdiff.diagnostics.GapDecomposition` that was saved, None if there is none."""
+        """The :class:`~probdiff.diagnostics.GapDecomposition` that was saved; None if there is none."""
         path = self.path / "ledger.json"
         return GapDecomposition.from_dict(read_json(path)) if path.exists() else None
 
@@ -213,7 +213,7 @@ class Run:
         return folder
 
     def save(self, fit: Fit | None = None, terms: ELBOTerms | None = None, results: dict[str, Any] | None = None) -> None:
-        """Write the parts that are given: a :class:`~probdiff.training.Fit`, :class:`~probdiff.elbo.ELBOTerms`, a dict of results."""
+        """Write the given parts: a :class:`~probdiff.training.Fit`, :class:`~probdiff.elbo.ELBOTerms`, a dict of results."""
         if fit is not None:
             save_tree(self.path / "parameters.eqx", fit.params[PARAMS], iterations=len(fit.losses))
             losses = np.column_stack([np.arange(1, len(fit.losses) + 1), fit.losses])
@@ -225,14 +225,14 @@ class Run:
             write_json(self.path / "results.json", results)
 
     def save_ledger(self, ledger: GapDecomposition) -> Path:
-        """Write a :class:`~probdiff.diagnostics.GapDecomposition`, numbers and figure; gives the figure's path."""
+        """Write a :class:`~probdiff.diagnostics.GapDecomposition`, numbers and figure; returns the path of the figure."""
         write_json(self.path / "ledger.json", ledger.to_dict())
         path = self.figures / "ledger.png"
         ledger.plot(f"N = {len(ledger.log_snr)}, {ledger.num_items} data").savefig(path)
         return path
 
     def save_comparison(self, comparison: EstimatorComparison) -> Path:
-        """Write an :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison`, draws and figure; gives the figure's path."""
+        """Write an :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison`, draws and figure; returns the path of the figure."""
         tree = comparison.to_datatree()
         replace(self.path / "estimators.nc", lambda path: tree.to_netcdf(path, engine="h5netcdf"))
         path = self.figures / "estimators.png"
@@ -240,15 +240,15 @@ class Run:
         return path
 
     def new_samples(self, sampler: str, out: str | Path | None = None) -> tuple[Path, Path]:
-        """The paths of new samples and of their figure, next to each other; the folder is made.
+        """The paths for new samples and for their figure, in one folder, which is made.
 
         Args:
             sampler: Name of the sampler, for the name of the file.
-            out: Path of the file, ending in ``.npy`` or, with the names and labels of the columns, in ``.csv``; the next free one in the run if
-                not given, ``.csv`` where columns have names.
+            out: Path of the file, ending in ``.npy`` or, with the names and labels of the columns, in ``.csv``; the next free path in the run if
+                not given, ``.csv`` if the columns have names.
 
         Raises:
-            ValueError: If ``out`` ends in something else; FileExistsError if one of the two is there already.
+            ValueError: If ``out`` has another ending; FileExistsError if one of the two files exists.
         """
         suffix = ".npy" if self.data.columns is None else ".csv"
         path = next_free(sampler, self.path / "samples", ".png").with_suffix(suffix) if out is None else Path(out)
@@ -262,7 +262,7 @@ class Run:
     def save_samples(
         self, paths: tuple[Path, Path], samples: np.ndarray, figure: "Figure", context: np.ndarray | None = None
     ) -> None:
-        """Write samples and their figure to the paths from :meth:`new_samples`; a ``.csv`` file has the context of each beside it."""
+        """Write samples and their figure to the paths from :meth:`new_samples`; a ``.csv`` file also has the context of each sample."""
         if paths[0].suffix == ".csv":
             write_bytes(paths[0], self.data.to_frame(samples, context).to_csv(index=False).encode())
         else:
@@ -287,12 +287,12 @@ def create_run(
     Args:
         path: Path of a folder that does not exist yet, or is empty.
         diffusion: The Diffusion.
-        config: Anything else to record, a dict for JSON; ``data`` and ``seed`` are what :attr:`Run.data` loads by name.
-        data: A :class:`~probdiff.datasets.Dataset`, such as :func:`probdiff.datasets.split` makes, to keep in the run: the commands need
-            its test data. A conditional model needs their context, any other leaves it out. Of what is known about it, a density is kept for the sets of :data:`probdiff.datasets.PLANAR` only.
+        config: Anything else to record, a dict for JSON; from ``data`` and ``seed`` :attr:`Run.data` loads data by name.
+        data: A :class:`~probdiff.datasets.Dataset`, such as :func:`probdiff.datasets.split` makes, to store in the run: the commands need
+            its test data. The context is stored for a conditional model only, and a known density for the sets of :data:`probdiff.datasets.PLANAR` only.
 
     Raises:
-        FileExistsError: If the folder exists and is not empty; ValueError or TypeError if the data are no Dataset, or do not suit the model.
+        FileExistsError: If the folder exists and is not empty; ValueError or TypeError if the data are not a Dataset, or do not suit the model.
 
     Example:
         >>> import jax, probdiff, tempfile
@@ -308,7 +308,7 @@ def create_run(
         check_splits(diffusion, data)
     path = Path(path)
     check_free(path)
-    # Made under another name, so that there is never half a run.
+    # Made under another name, so that an incomplete run never exists.
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -336,7 +336,7 @@ def check_splits(diffusion: Diffusion, data: datasets.Dataset) -> None:
 
 
 def check_free(path: str | Path) -> None:
-    """Refuse a path that already holds something."""
+    """Refuse a path that is not free: a file, or a folder that is not empty."""
     taken = Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir()))
     require(not taken, "out", "a new folder (or --resume, to go on with a run)", f"{path}, which exists", FileExistsError)
 

@@ -1,6 +1,6 @@
-"""Fitting a diffusion by SVI, and the optimiser that it takes by default.
+"""Fitting a diffusion by SVI, and the default optimiser.
 
-Imports the bound and what it stands on; it knows no files.
+Imports the bound and the packages below it; reads and writes no files.
 """
 
 from probdiff.training.fitting import CheckpointLike, Fit, fit

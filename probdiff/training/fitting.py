@@ -1,9 +1,8 @@
-"""Fitting a diffusion by SVI: the loop around NumPyro's ``svi.init`` and ``svi.update``. It knows no files.
+"""Fitting a diffusion by SVI: the loop around NumPyro's ``svi.init`` and ``svi.update``. It reads and writes no files.
 
-One network evaluation a datum and update (:class:`~probdiff.AnalyticELBO` with ``steps="stratified_importance"``, the noise replaced by
-what is known of it given z_n and the minibatch), minibatches drawn with replacement and by weight, an exponential moving average of the parameters, and
-the choice of the averaged parameters that did best on validation data. Everything that decides the future of a fit is in its
-:class:`FitState`.
+An update needs one network evaluation for each datum (:class:`~probdiff.AnalyticELBO` with ``steps="stratified_importance"``, the noise replaced by its
+conditional mean and variance given z_n and the minibatch). Minibatches are drawn with replacement and by weight; the parameters are averaged exponentially,
+and the averaged parameters with the best bound on validation data are the result. The :class:`FitState` determines all further updates.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ from probdiff.training.minibatches import Minibatches, read_weights
 from probdiff.training.optimiser import build_optimiser
 from probdiff.training.suitability import warn_of_raw_context, warn_of_unsuited
 
-VARIANCE_ROWS = 2**20  # network evaluations for the best reverse variances
+VARIANCE_ROWS = 2**20  # network evaluations for the optimal reverse variances
 
 
 @typing.runtime_checkable
@@ -63,11 +62,11 @@ class Fit(NamedTuple):
     """A finished fit.
 
     Attributes:
-        diffusion: The trained Diffusion: the averaged parameters; with validation data, the best of them.
+        diffusion: The trained Diffusion, with the averaged parameters; with validation data, those with the best bound on them.
         losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update was
             skipped, because the loss or a gradient was not finite.
         validation: Rows of (iteration, bound on the validation data in nats per datum).
-        state: The :class:`FitState`, from which the fit can go on.
+        state: The :class:`FitState`, from which the fit can be continued.
 
     Example:
         >>> import jax, probdiff
@@ -84,12 +83,12 @@ class Fit(NamedTuple):
     state: FitState
 
     def __repr__(self) -> str:
-        """How far the fit has come, and the model."""
+        """The number of iterations, the losses, and the model."""
         return f"Fit of {len(self.losses)} updates: {_describe(self.diffusion, self.losses, self.validation)}\n{self.diffusion}"
 
     @property
     def params(self) -> dict[str, Any]:
-        """The parameters of :attr:`diffusion`, as :meth:`Diffusion.bind` takes them."""
+        """The parameters of :attr:`diffusion`, in the form for :meth:`Diffusion.bind`."""
         return {PARAMS: self.diffusion.unbind().trainable()}
 
     @property
@@ -121,32 +120,32 @@ def fit(
 
     Args:
         diffusion: The model, bound or not; it is not changed. A bound one is fitted further, from the parameters that it has.
-        data: Training data as the user has it, an array of shape ``(datum, column)`` or a data frame.
+        data: Training data in the user's units, an array of shape ``(datum, column)`` or a data frame.
         context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
-        iterations: Number of SVI updates in all, including the updates before a fit was resumed. A fit that has ended goes on to more of them in another
-            leg: the optimiser starts anew from the result so far, and the learning rate rises and falls once more; with a
-            schedule or an optimiser of your own (see ``learning_rate``), as if it had not ended. An update whose loss or gradient is not finite
-            changes nothing, and is reported.
+        iterations: Total number of SVI updates, including those before a fit was resumed. A finished fit that is resumed with more iterations begins
+            another leg: the optimiser is initialised again at the result so far, and the learning rate rises and falls once more; with a
+            schedule or an optimiser of your own (see ``learning_rate``) the fit goes on as if it had not ended. An update whose loss or gradient
+            is not finite changes nothing, and is reported.
         batch_size: Data per update, drawn with replacement.
-        weights: The weight of each datum, shape ``(datum,)``, not negative and in any unit: data are drawn with probabilities in this
-            proportion. In expectation this is the fit to data that are repeated so many times. A datum of weight 0 is never seen. The
-            validation data are not weighed.
-        learning_rate: Peak of the learning rate, after a linear warm-up and before a cosine decay to 0 at ``iterations``, of Adam; convolutions
-            have their updates orthogonalised (:func:`~probdiff.training.orthogonalised_convolutions`), and decay. Or a schedule of optax in the place of warm-up and decay,
+        weights: The weight of each datum, shape ``(datum,)``, not negative: data are drawn with probabilities proportional to the weights.
+            In expectation this is the fit to data that are repeated in this proportion. A datum of weight 0 is never drawn. The
+            validation data are not weighted.
+        learning_rate: Peak of the learning rate of Adam, after a linear warm-up and before a cosine decay to 0 at ``iterations``. The updates of convolutions
+            are orthogonalised (:func:`~probdiff.training.orthogonalised_convolutions`), with weight decay. Or a schedule of optax that replaces warm-up and decay,
             or an optimiser.
         key: JAX key; ``jax.random.key(0)`` if not given.
-        validation: Held-out data. If given, the averaged parameters that do best on it, by an estimate on noise
-            that stays the same, are the result.
+        validation: Held-out data. If given, the result is the averaged parameters with the best bound on them, estimated
+            each time with the same noise.
         validation_context: Of a conditional model, the context of the held-out data.
         validate_every: Iterations between validations.
         elbo: A NumPyro ELBO, the name of one of :data:`~probdiff.ESTIMATORS`, or the pair (guide, ELBO) that it gives; if not given, ``AnalyticELBO(diffusion, steps="stratified_importance", points="batch")``, or without the
             ``points`` for a reverse kernel whose KL has no closed form.
         ema_decay: Decay of the parameter average.
         checkpoint: An object with ``load(template) -> FitState or None`` and ``save(state)``, such as
-            :class:`~probdiff.storage.Checkpoint`; the fit begins where it left off, with the keys that it had, and saves every
-            ``validate_every`` iterations, at the end and on Ctrl-C. With several processes, all load it and the first saves.
-        devices: Number of devices (or a list of them) that share each minibatch; the state is on every one. What is fitted is what one
-            device would fit, up to rounding, and can be resumed on any other number.
+            :class:`~probdiff.storage.Checkpoint`; the fit continues from the saved state, with its keys, and saves every
+            ``validate_every`` iterations, at the end and on Ctrl-C. With several processes, all load the state and the first saves it.
+        devices: Number of devices (or a list of them) that share each minibatch; the state is on every device. The result does not depend on the
+            number of devices, up to rounding, and the fit can be resumed on any other number.
         progress: Show a progress bar with the running bound.
 
     Returns:
@@ -155,7 +154,7 @@ def fit(
     Raises:
         ValueError, TypeError: If the data do not suit the model, an argument is out of range, or the model has
             nothing to train.
-        FloatingPointError: If ten updates in a row had to be skipped; what the checkpoint holds is finite.
+        FloatingPointError: If ten updates in a row had to be skipped; the state in the checkpoint is finite.
 
     Example:
         >>> import jax, probdiff
@@ -197,7 +196,7 @@ def fit(
     loop = loop_of(iterations)
     own_optimiser, own_schedule = isinstance(learning_rate, optax.GradientTransformation), callable(learning_rate)
     settings: dict[str, Any] = {
-        # The learning rate falls to 0 at the last iteration; with an optimiser of the user's, it is not known what it does.
+        # The learning rate falls to 0 at the last iteration; the schedule of a user's optimiser is not known.
         "iterations": None if own_optimiser or own_schedule else int(iterations),
         "batch_size": int(batch_size),
         "learning_rate": "an optax optimiser" if own_optimiser else "a schedule" if own_schedule else float(learning_rate),
@@ -211,7 +210,7 @@ def fit(
         "validation_context": _fingerprints(validation_context),
     }
     quiet = not (progress and first_process)
-    # The bar comes first: what follows is compiled.
+    # The bar appears first, as compilation follows.
     with tqdm(total=iterations, unit="it", desc="compiling", disable=quiet, mininterval=0.5) as bar:
         state = loop.init(key, settings)
         state = (checkpoint and checkpoint.load(state)) or state
@@ -256,14 +255,14 @@ def fit(
 
 
 def _require_same(settings: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Refuse what is not asked for as in the fit that a checkpoint is of, by name."""
+    """Refuse arguments that differ from those of the fit in the checkpoint, by name."""
     for name, value in settings.items():
         more = ", or more when that has ended" if name == "iterations" else ""
         require(saved[name] == value, name, f"{saved[name]}, as in the fit that the checkpoint is of{more}", value)
 
 
 def _read(name: str, diffusion: Diffusion, data: Data, context: PyTree) -> tuple[Data, PyTree]:
-    """Data and their context, checked; ``name`` is that of the context."""
+    """Data and their context, checked; ``name`` is the name of the context in messages."""
     require(diffusion.context is None, "diffusion", "a model that was given no context: it goes to fit as context=", "one that was")
     with named(name):
         given = diffusion.given(context)
@@ -275,13 +274,13 @@ def _save_nothing(state: FitState) -> None:
 
 
 def _fingerprints(context: PyTree) -> str | None:
-    """The fingerprints of the arrays of a context, by their places."""
+    """The fingerprints of the arrays of a context, by their paths in the tree."""
     leaves = jax.tree_util.tree_flatten_with_path(context)[0]
     return "; ".join(f"{jax.tree_util.keystr(path)} {_fingerprint(leaf)}".strip() for path, leaf in leaves) or None
 
 
 def _fingerprint(data: Any) -> str | None:
-    """A few words that tell one array from another; None for None."""
+    """A short text that distinguishes an array from others; None for None."""
     if data is None:
         return None
     data = np.ascontiguousarray(data)
@@ -289,7 +288,7 @@ def _fingerprint(data: Any) -> str | None:
 
 
 def _describe(diffusion: Diffusion, losses: np.ndarray, validation: np.ndarray) -> str:
-    """The bound of the last minibatches, and that on the validation data."""
+    """The bound of the last minibatches, and the bound on the validation data, as text."""
     recent = losses[-CHUNK:]
     bounds = {"bound": -recent[np.isfinite(recent)].mean()} if np.isfinite(recent).any() else {}
     if len(validation):

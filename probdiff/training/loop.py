@@ -1,4 +1,4 @@
-"""The compiled parts of a fit: updates by NumPyro's ``svi.update``, and validation. It knows no files."""
+"""The compiled parts of a fit: updates by NumPyro's ``svi.update``, and validation. It reads and writes no files."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -23,23 +23,23 @@ from probdiff.elbo.objective import StepObjective
 from probdiff.programs.sites import PARAMS, Data
 from probdiff.training.minibatches import Minibatches
 
-CHUNK = 100  # updates, between two looks at them
-VALIDATION_ROWS = 2**12  # network evaluations, with the same noise each time, which hardly counts in a comparison
-MOST_SKIPPED = 10  # updates in a row, before a fit is given up
+CHUNK = 100  # updates, between two checks of the results
+VALIDATION_ROWS = 2**12  # network evaluations, with the same noise each time, so that it hardly affects comparisons
+MOST_SKIPPED = 10  # skipped updates in a row, after which a fit ends with an error
 
 
 class FitState(NamedTuple):
-    """The state of a fit: all that decides its future.
+    """The state of a fit, which determines all further updates.
 
     Attributes:
-        svi: NumPyro's ``SVIState``: parameters, optimiser, average, key, and what the objective has learned.
-        keys: Of the minibatches and of the noise of the validation.
-        best: The averaged parameters that did best in validation so far.
+        svi: NumPyro's ``SVIState``: parameters, optimiser, average, key, and the learned state of the objective.
+        keys: JAX keys of the minibatches and of the noise of the validation.
+        best: The averaged parameters with the best validation bound so far.
         best_bound: Their bound on the validation data, nats per datum (−inf before the first validation).
         losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update
-            was skipped. As the minibatch follows from its key and the iteration, this is the position in the data, too.
+            was skipped. Its length is the number of iterations, which together with the key determines the next minibatch.
         validation: Rows of (iteration, bound on the validation data in nats per datum).
-        settings: The arguments of the fit, by name: a resumed fit must have the same, or more iterations when it has ended. ``begun`` is
+        settings: The arguments of the fit, by name: a resumed fit must have the same, or more iterations if it had ended. ``begun`` is
             the number of iterations before the present leg.
 
     Example:
@@ -61,13 +61,13 @@ class FitState(NamedTuple):
 
 
 def _all_finite(*trees: Any) -> jax.Array:
-    """Whether all numbers are; as one array, because a reduction for each of many leaves takes seconds to compile."""
+    """Whether all numbers are finite. The leaves are joined to one array, because a reduction for each of many leaves takes seconds to compile."""
     leaves = [leaf.ravel() for leaf in jax.tree.leaves(trees) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.isfinite(jnp.concatenate(leaves)).all()
 
 
 def _guide_and_elbo(diffusion: Diffusion, elbo: ELBO | str | tuple[Callable[..., Any], ELBO] | None) -> tuple[Callable[..., Any], ELBO]:
-    """The objective of a fit, and the guide that goes with it."""
+    """The objective of a fit, and its guide."""
     if elbo is None:
         points: Literal["batch"] | None = "batch" if diffusion.kernel.closed_form else None
         elbo = AnalyticELBO(diffusion, steps="stratified_importance", points=points)
@@ -84,7 +84,7 @@ def _guide_and_elbo(diffusion: Diffusion, elbo: ELBO | str | tuple[Callable[...,
 
 
 def _given(context: PyTree) -> dict[str, PyTree]:
-    """What the programs are called with beside the data."""
+    """The keyword arguments of the programs beside the data."""
     return {} if context is None else {"context": context}
 
 
@@ -94,10 +94,10 @@ class Loop:
     Args:
         diffusion: The model, not bound.
         data: Training data, checked, shape ``(datum, column)``.
-        context: Of each datum; None for a model without.
-        minibatches: Which rows of them each update sees.
-        optimiser: As :func:`~probdiff.training.optimiser.build_optimiser` gives it.
-        elbo: The objective, as :func:`~probdiff.fit` takes it.
+        context: The context of each datum; None for a model without a context.
+        minibatches: The rows of the data in each update.
+        optimiser: An optimiser as returned by :func:`~probdiff.training.optimiser.build_optimiser`.
+        elbo: The objective, as for :func:`~probdiff.fit`.
         mesh: The devices that share each minibatch.
     """
 
@@ -125,7 +125,7 @@ class Loop:
     def init(self, key: PRNGKeyArray, settings: dict[str, Any]) -> FitState:
         """The state before the first update."""
         init_key, *keys = jax.random.split(key, 3)
-        # Compiled, because it then computes no more than the state.
+        # Compiled, so that only the state is computed.
         x, context = take(self.data, slice(self.minibatches.size))
         svi = jax.jit(self.svi.init)(init_key, x, **_given(context))
         best_bound = jnp.full((), -jnp.inf, jnp.zeros(()).dtype)
@@ -137,18 +137,18 @@ class Loop:
         return {PARAMS: optax.tree_utils.tree_get(svi_state.optim_state[1][1], "ema_params")[PARAMS]}
 
     def result(self, state: FitState) -> dict[str, Any]:
-        """The parameters that are the result so far, by site: the averaged ones; with validation, the best of them."""
+        """The parameters that are the result so far, by site: the averaged parameters; with validation, the best of them."""
         return state.best if len(state.validation) else self.averaged(state.svi)
 
     def begin_anew(self, state: FitState) -> FitState:
-        """The state at the beginning of another leg: the optimiser starts from the result so far, everything else goes on."""
+        """The state at the beginning of another leg: the optimiser is initialised at the result so far, everything else continues."""
         return state._replace(svi=state.svi._replace(optim_state=self.svi.optim.init(self.result(state))))
 
     def _updates(
         self, svi_state: Any, data: PyTree, key: PRNGKeyArray, start: Any, count: Any, guarded: bool
     ) -> tuple[Any, jax.Array, jax.Array]:
-        """``count`` updates: the state, the losses (and 0 up to ``CHUNK``) and whether all is finite; if ``guarded``, without those that
-        are not."""
+        """``count`` updates: the state, the losses (padded with 0 to ``CHUNK``) and whether all are finite; if ``guarded``, updates that
+        are not finite are skipped."""
 
         def update(old: Any, iteration: Any) -> Any:
             rows = self.minibatches.rows(key, iteration)
@@ -166,16 +166,16 @@ class Loop:
             state, loss = (update_if_finite if guarded else update)(state, start + i)
             return state, losses.at[i].set(loss)
 
-        # The number of updates is a value and not a shape, so that no other number is compiled again.
+        # The number of updates is a value and not a shape, so that other numbers need no compilation.
         new, losses = jax.lax.fori_loop(0, count, body, (svi_state, jnp.zeros(CHUNK)))
         good = guarded or _all_finite(losses, new.optim_state, new.mutable_state)
         return gather((new, losses, jnp.asarray(good)), self.mesh)
 
     def advance(self, state: FitState, count: Any) -> FitState:
-        """The state after ``count`` updates more.
+        """The state after ``count`` more updates.
 
-        What is not finite stays so: one look at the end says whether every update was good, and only if not, they are made again,
-        with a look at each.
+        Values that are not finite stay so: one check at the end tells whether every update was finite. Only if not, the updates are made again,
+        with a check of each.
         """
         start = len(state.losses)
         given = state.svi, self.data, state.keys[0], start, count
@@ -205,7 +205,7 @@ class Loop:
         return -elbo.loss(key, {}, trained.model, trained.guide, x) / len(x)
 
     def validate(self, state: FitState, x: Data, context: PyTree) -> FitState:
-        """The state with the bound of the averaged parameters on held-out data, and these kept if they are the best so far."""
+        """The state with the bound of the averaged parameters on held-out data, and the averaged parameters kept if they are the best so far."""
         params = self.averaged(state.svi)
         bound = self._bound(params, x, context, state.keys[1])
         row = np.array([[len(state.losses), float(bound)]])

@@ -1,4 +1,4 @@
-"""Which data an update sees: rows drawn with replacement, by weight."""
+"""The minibatches of a fit: rows drawn with replacement, by weight."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from probdiff._checks import Numbers, Whole, require, require_finite
 
 
 def read_weights(weights: Numbers, num_data: int) -> Float[np.ndarray, "datum"]:
-    """Weights of the data, checked: shape ``(datum,)``, float64.
+    """Checked weights of the data, shape ``(datum,)``, float64.
 
     Raises:
-        ValueError, TypeError: If they are not ``num_data`` finite numbers of at least 0, one of them positive.
+        ValueError, TypeError: If they are not ``num_data`` finite numbers of at least 0, with one of them positive.
     """
     found = np.asarray(weights)
     require(found.dtype.kind in "iuf", "weights", "numbers", f"dtype {found.dtype}", TypeError)
@@ -27,16 +27,16 @@ def read_weights(weights: Numbers, num_data: int) -> Float[np.ndarray, "datum"]:
 class Minibatches:
     """The rows of each minibatch.
 
-    With weights, a minibatch is a plain sample of the weighted data, so that an objective need not know of them: one that knows the
-    minibatch as a set (``points="batch"``) is right as it is, and rows of weight 0 are in no minibatch.
+    With weights, a minibatch is a sample from the weighted distribution of the data, so that the objective needs no weights; this also holds for an objective
+    that uses the minibatch as a set (``points="batch"``). Rows of weight 0 are in no minibatch.
 
     Args:
         num_data: Number of data.
         size: Number of rows.
-        weights: As :func:`read_weights` gives them; None for data that count alike.
+        weights: Weights as returned by :func:`read_weights`; None for equal weights.
 
     Attributes:
-        num_counted: How many data have a weight that is not 0.
+        num_counted: Number of data whose weight is not 0.
     """
 
     def __init__(self, num_data: int, size: int, weights: Float[np.ndarray, "datum"] | None) -> None:
@@ -45,7 +45,7 @@ class Minibatches:
         self._counted = None if weights is None else np.flatnonzero(weights)
         self.num_counted: int = num_data if self._counted is None else len(self._counted)
         if weights is not None:
-            # A row is drawn by 32 random bits; these are the first that belong to the next row.
+            # A row is drawn by 32 random bits; these are the upper ends of the intervals of the rows.
             share = np.cumsum(weights[self._counted] / weights.max())
             self._ends = np.minimum(np.round(share[:-1] / share[-1] * 2**32), 2**32 - 1).astype(np.uint32)
 
@@ -55,7 +55,7 @@ class Minibatches:
         return jax.random.randint(key, (self.size,), 0, self.num_data) if self._counted is None else self._weighted(key, self.size)
 
     def sample(self, key: PRNGKeyArray, size: Whole) -> Int[Array, "row"]:
-        """Rows for an estimate: without replacement if the data count alike."""
+        """Rows for an estimate: without replacement if the data have equal weights."""
         if self._counted is None:
             return jax.random.choice(key, self.num_data, (int(size),), replace=False)
         return self._weighted(key, size)

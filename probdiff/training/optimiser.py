@@ -10,7 +10,7 @@ import optax
 from probdiff._checks import Number, Whole, require
 
 WARM_UP = 200
-WEIGHT_DECAY = 0.2  # of convolutions, times the learning rate
+WEIGHT_DECAY = 0.2  # weight decay of convolutions, in units of the learning rate
 
 
 class EMAState(NamedTuple):
@@ -55,12 +55,12 @@ def parameter_ema(decay: float) -> optax.GradientTransformation:
 
 
 def orthogonalised_convolutions() -> optax.GradientTransformation:
-    r"""The update of each convolution, orthogonalised: it moves all directions alike. All other updates pass unchanged. It has no state.
+    r"""Orthogonalise the update of each convolution, so that its singular values are nearly equal. All other updates pass unchanged. There is no state.
 
     An array of four axes is a convolution, and a matrix of shape (m, n) one of whose sides is its outputs: the longer of the first and the last
-    axis. :math:`U = A \Sigma B^T` becomes :math:`0.2 \sqrt{\max(m, n)}\, A B^T`, by five Newton–Schulz iterations, which leave
-    singular values of 0.7 to 1.2 in their place. The factor gives it the size of an update of Adam's, so that one learning rate suits both.
-    Source: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon, where it is done to the momentum; for the factor Liu et al.
+    axis. :math:`U = A \Sigma B^T` becomes :math:`0.2 \sqrt{\max(m, n)}\, A B^T`, by five Newton–Schulz iterations, after which
+    the singular values are between 0.7 and 1.2 instead of 1. The factor gives the update the size of an update of Adam, so that one learning rate suits both.
+    Source: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon, where the momentum is orthogonalised; for the factor, Liu et al.
     (2025), arXiv:2502.16982, section 2.2.
 
     Example:

@@ -1,4 +1,4 @@
-"""Words of warning before a fit: data with a density that the chain cannot take to noise, or that have none, and covariates on a raw scale."""
+"""Warnings before a fit: of data on a scale that the chain does not turn into noise, of discrete data modelled by a density, and of unscaled covariates."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from probdiff._checks import AnyArray, PyTree
 from probdiff.diffusion import Diffusion
 from probdiff.likelihoods.density import atom, has_few_values
 
-ROWS = 1000  # that are looked at
+ROWS = 1000  # that are inspected
 LARGEST_SQUARE, SMALLEST_SD = 10.0, 0.1  # of encoded data, about 1 where they are standardised
 
 
 def warn_of_unsuited(diffusion: Diffusion, x: Real[AnyArray, "datum column"], columns: Sequence[str] | None = None) -> None:
-    """Warn of columns with a density whose scale is far from that of the noise, and of columns of few values taken for a density.
+    """Warn of columns with a density whose scale is far from that of the noise, and of columns with few distinct values that are modelled by a density.
 
     Args:
         diffusion: The model that is to be fitted.
@@ -25,7 +25,7 @@ def warn_of_unsuited(diffusion: Diffusion, x: Real[AnyArray, "datum column"], co
     """
     rows, likelihood = np.asarray(x)[:ROWS], diffusion.likelihood
     names = [str(j) for j in range(rows.shape[1])] if columns is None else columns
-    # Columns with a density, as the chain sees them.
+    # Columns with a density, encoded for the chain.
     x0 = {
         names[j]: np.asarray(encoded, np.float64)
         for part, at in likelihood.placed(rows.shape[1])
@@ -59,7 +59,7 @@ def warn_of_unsuited(diffusion: Diffusion, x: Real[AnyArray, "datum column"], co
 
 
 def warn_of_raw_context(context: PyTree) -> None:
-    """Warn of covariates whose scale is far from that of a network's other inputs; labels and images of whole numbers are let pass.
+    """Warn of covariates whose scale is far from that of a network's other inputs; labels and images of whole numbers are not reported.
 
     Args:
         context: The context of the training data, a tree of arrays with a row for each datum; None for none.
