@@ -1,11 +1,11 @@
 """The commands ``probdiff fit``, ``probdiff inspect``, ``probdiff audit``, ``probdiff compare``, ``probdiff sample``,
 ``probdiff posterior`` and ``probdiff verify``.
 
-Exit codes: 0, done; 1, the fit or a check failed; 2, something given was not usable (one line says what); 130, interrupted.
+Exit codes: 0, success; 1, the fit or a check failed; 2, an argument or a file was not usable (the message is one line); 130, interrupted.
 
 Each command is a module with a function ``run(arguments)``, imported when the command is known: this module needs only the
-standard library, so that ``--help`` is quick and Ctrl-C is heard from the start. What one option may be, argparse checks; what
-depends on several, or on what is on the disk, the command does.
+standard library, so that ``--help`` is quick and Ctrl-C works from the start. argparse checks each option by itself; the command checks
+conditions on several options or on files.
 """
 
 import _thread
@@ -24,8 +24,8 @@ from typing import Any, NoReturn, TextIO
 
 from probdiff import __version__
 
-TWISTS = ("none", "point", "tweedie")  # those of probdiff.inference
-SAMPLERS = ("ancestral", "ddim", "langevin", "ode")  # those of probdiff.samplers, which needs JAX
+TWISTS = ("none", "point", "tweedie")  # the names in probdiff.inference
+SAMPLERS = ("ancestral", "ddim", "langevin", "ode")  # the names in probdiff.samplers, whose import needs JAX
 
 
 class UsageError(Exception):
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parser().parse_args(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            warnings.simplefilter("ignore", DeprecationWarning)  # of what is not the user's code
+            warnings.simplefilter("ignore", DeprecationWarning)  # for warnings that are not from the user's code
             with _document_only() if arguments.json else contextlib.nullcontext(sys.stdout) as arguments.output:
                 return _run(arguments)
     except UsageError as error:
@@ -78,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _on_signals(handler: Callable[..., Any]) -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM call ``handler``; Ctrl-C only where it is not ignored, as in the background of a shell."""
+    """Call ``handler`` on Ctrl-C and SIGTERM; on Ctrl-C only if it is not ignored, as it is in the background of a shell."""
     kinds = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         kinds.append(signal.SIGINT)
@@ -96,9 +96,9 @@ def _interrupt(*_: object) -> None:
 
 @contextlib.contextmanager
 def _no_interrupt_lost() -> Iterator[None]:
-    """Have an interrupt come again that Python ignored.
+    """Repeat an interrupt that Python ignored.
 
-    It ignores what a callback raises, and JAX has one that is called at every garbage collection.
+    Python ignores exceptions in callbacks, and JAX has a callback that is called at every garbage collection.
     """
 
     ignored, over = threading.Event(), threading.Event()
@@ -106,7 +106,7 @@ def _no_interrupt_lost() -> Iterator[None]:
     def watch() -> None:
         while ignored.wait() and not over.is_set():
             ignored.clear()
-            time.sleep(0.05)  # the hook has returned by then: what it raises would be ignored, too
+            time.sleep(0.05)  # after the hook has returned: an exception in it would be ignored as well
             _thread.interrupt_main(signal.SIGTERM)
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -126,17 +126,17 @@ def _no_interrupt_lost() -> Iterator[None]:
 
 
 def _end_at_once(*_: object) -> None:
-    """End the process: of a module in C that is being imported, a KeyboardInterrupt makes an ImportError or an abort."""
+    """End the process: during the import of a C extension, a KeyboardInterrupt leads to an ImportError or an abort."""
     os.write(2, b"\nprobdiff: interrupted\n")
     os._exit(130)
 
 
 def _keep_what_is_compiled() -> None:
-    """Have JAX keep what it compiles in the user's cache folder, for the next run; what the user has set goes first."""
+    """Let JAX keep compiled programs in the user's cache folder for the next run, unless the user has set a folder."""
     import jax
 
     folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "probdiff")
-    # Not by way of the environment, which JAX has read by now.
+    # Not by the environment, which JAX has read already.
     for option, value in {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0}.items():
         if option.upper() not in os.environ:
             jax.config.update(option, value)
@@ -145,7 +145,7 @@ def _keep_what_is_compiled() -> None:
 def _warn(message: object, *_: object, **__: object) -> None:
     from tqdm import tqdm
 
-    # On a line of its own, whatever bar there is.
+    # On a new line, as a progress bar may be on this one.
     tqdm.write(f"probdiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
@@ -153,7 +153,7 @@ def _warn(message: object, *_: object, **__: object) -> None:
 def _document_only() -> Iterator[TextIO]:
     """A stream whose text is all that reaches standard output, at the end.
 
-    What else is printed, by libraries in C as well, goes to standard error.
+    All other output, also from C libraries, goes to standard error.
     """
     import ctypes
 
@@ -173,7 +173,7 @@ def _document_only() -> Iterator[TextIO]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose refusals are one line, and that takes no part of an option's name for the whole."""
+    """A parser whose error messages are one line, and that accepts no abbreviated options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -199,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _number(kind: type, is_good: Callable[[float], bool], expected: str) -> Callable[[str], float]:
-    """The type of an option that refuses as :func:`probdiff._checks.require` does."""
+    """The type of a numeric option, with messages of the form of :func:`probdiff._checks.require`."""
 
     def read(text: str) -> float:
         with contextlib.suppress(ValueError):
@@ -211,7 +211,7 @@ def _number(kind: type, is_good: Callable[[float], bool], expected: str) -> Call
 
 
 _count = _number(int, lambda value: 1 <= value < 2**32, "an integer of at least 1")
-_seed = _number(int, lambda value: 0 <= value < 2**32, "an integer of at least 0")  # that fits a key of JAX
+_seed = _number(int, lambda value: 0 <= value < 2**32, "an integer of at least 0")  # the largest seed of a JAX key
 _rate = _number(float, lambda value: 0 < value < float("inf"), "a positive number")
 
 

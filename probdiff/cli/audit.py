@@ -1,4 +1,4 @@
-"""``probdiff audit``: what the network of a run is worth, and what is wrong with it."""
+"""``probdiff audit``: the audit of the network of a run on its test data."""
 
 import argparse
 import json

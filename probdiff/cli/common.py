@@ -1,4 +1,4 @@
-"""What several commands share: how they refuse what the user gave, and the figures of a run."""
+"""Common parts of the commands: messages about unusable arguments, and the figures of a run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.figure import Figure
 
-FEWEST_ROWS = 500  # of a table, for a figure of the test split alone
+FEWEST_ROWS = 500  # rows of a table, for a figure of the test split alone
 MOST_LETTERS = 40  # of a context, in a title
 
 
 @contextlib.contextmanager
 def usage() -> Iterator[None]:
-    """Around what checks or reads what the user gave: its errors become one line and exit code 2."""
+    """A context in which arguments and files are checked or read: errors become one line and exit code 2."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -37,12 +37,12 @@ def usage() -> Iterator[None]:
 
 
 def flag(name: str) -> str:
-    """An option as the user writes it."""
+    """The name of an option on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def check_devices(count: int | None) -> int | None:
-    """The number of devices, None for one: all there are, if there are several processes."""
+    """The number of devices, None for one: all devices, if there are several processes."""
     if count is None and jax.process_count() > 1:
         count = jax.device_count()
     all_of_them = jax.process_count() == 1 or count == jax.device_count()
@@ -52,30 +52,30 @@ def check_devices(count: int | None) -> int | None:
 
 
 def default_count(dataset: Dataset) -> int:
-    """How many samples are drawn for a data set unless the user says otherwise."""
+    """The default number of samples for a data set."""
     return 2000 if dataset.image_shape is None else 64
 
 
 def contexts_of_test_data(dataset: Dataset, count: int) -> Real[np.ndarray, "count width"] | None:
-    """The contexts of so many test data, from the first on again where there are fewer; None without a context."""
+    """The contexts of ``count`` test data, repeated from the first if there are fewer; None without a context."""
     return None if dataset.test_context is None else dataset.test_context[np.arange(count) % len(dataset.test)]
 
 
 def read_contexts(covariates: Covariates, text: str) -> tuple[Real[np.ndarray, "row width"], bool]:
-    """Rows of a context as the user gives them, in words or in a .csv or .npy file; and whether it is a file."""
+    """Rows of a context from the command line, given as text or by a .csv or .npy file; and whether it is a file."""
     in_file = Path(text).suffix in (".csv", ".npy")
     return covariates.encode(read_rows(Path(text))) if in_file else covariates.parse(text), in_file
 
 
 def given(what: str) -> str:
-    """Name the context of samples, for a title."""
+    """The context of samples, as text for a title."""
     return f", given {what if len(what) <= MOST_LETTERS else what[: MOST_LETTERS - 1] + '…'}"
 
 
 def sample_figures(samples: AnyArray, dataset: Dataset, title: str, context: AnyArray | None = None) -> dict[str, "Figure"]:
-    """Figures of samples, shape ``(sample, column)``, beside as many data of the test split; of a table, beside all that there are if these are few.
+    """Figures of samples, shape ``(sample, column)``, beside as many data of the test split; for a table, beside all data if the test split is small.
 
-    Of samples with a context, ``(sample, width)``, beside the data that have the same, if there are any.
+    Samples with a context, ``(sample, width)``, are shown beside the data with the same context, if there are any.
     """
     many = not dataset.is_table or len(dataset.test) >= FEWEST_ROWS
     splits = ("test",) if many else ("train", "validation", "test")

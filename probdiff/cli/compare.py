@@ -17,13 +17,13 @@ from probdiff.diagnostics.compare_models import compare_models
 from probdiff.diffusion import Diffusion
 from probdiff.storage.run import Run, open_run
 
-ITEMS = 64  # of a batch, unless the user says otherwise: as many as a fit takes at a time, or fewer
+ITEMS = 64  # default number of items in a batch: as many as in a minibatch of a fit, or fewer
 MINUTES = 1.0
 MODEL_ROWS = 2**21
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare what the user names; returns the exit code."""
+    """Compare the estimators of one run, or several runs; returns the exit code."""
     several = len(arguments.runs) > 1
     with usage():
         _check(arguments, several)
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _compare_models(arguments: argparse.Namespace, models: dict[str, Diffusion], datasets: dict[str, Dataset]) -> int:
-    """Each conditional model is given the context of its own run."""
+    """Compare models on the same test data; each conditional model is given the context of its own run."""
     largest = max(model.schedule.num_steps for model in models.values())
     draws = arguments.num_draws or 4
     rows = slice(max(2, MODEL_ROWS // (largest * draws)))
@@ -64,7 +64,7 @@ def _compare_estimators(arguments: argparse.Namespace, folder: Run, diffusion: D
     print(f"probdiff: {len(items)} test items, N = {num_steps}", file=sys.stderr, flush=True)
     options = {"num_draws": arguments.num_draws, "minutes": arguments.minutes or MINUTES, "estimators": arguments.estimators}
     result = compare_estimators(diffusion, items, context=context, key=jax.random.key(0), devices=devices, progress=True, **options)
-    # What was computed is shown even if it cannot be written.
+    # The results are shown even if they cannot be written.
     try:
         path, problem = str(folder.save_comparison(result)), None
     except OSError as error:

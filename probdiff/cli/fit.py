@@ -31,13 +31,13 @@ from probdiff.training import fit
 OPTIONS = ("num_steps", "iterations", "batch_size", "learning_rate", "seed")
 ITEMS = 512
 DRAWS = 4
-EVALUATIONS = 2**16  # of the network, by each of the two ways
-NOISE_SHARE = 0.18  # the Monte Carlo error of the bound, in units of its error over the data; about, and at most a fifth
+EVALUATIONS = 2**16  # evaluations of the network, for each of the two ways
+NOISE_SHARE = 0.18  # the Monte Carlo error of the bound, in units of its error over the data: approximate, so that it is below a fifth
 SIGNS = {"prior_kl": -1, "step_kl": -1, "reconstruction": 1}
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Fit a model, or go on with a fit, and evaluate it; returns the exit code."""
+    """Fit a model, or resume a fit, and evaluate it; returns the exit code."""
     given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
     with usage():
         resumable = not arguments.resume or arguments.out is not None
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _words(dataset: Dataset) -> str | None:
-    """What the columns were taken for; None where that goes without saying."""
+    """The kinds of the columns, as text; None if there is only one obvious kind."""
     return None if (dataset.oracle or dataset.image_shape) and dataset.covariates is None else dataset.describe()
 
 
@@ -88,7 +88,7 @@ def _print_results(results: dict[str, Any], folder: Run) -> None:
 
 
 def _join(arguments: argparse.Namespace) -> bool:
-    """Become one of several processes, if so asked; whether this is the first, which prints and writes."""
+    """Become one of several processes, if requested; returns whether this is the first, which prints and writes."""
     address, count, index = arguments.coordinator, arguments.processes, arguments.process
     if address is None and count is None and index is None:
         return True
@@ -123,14 +123,14 @@ def _prepare(given: dict[str, Any], arguments: argparse.Namespace, first: bool) 
     check_splits(diffusion, dataset)
     path = arguments.out or next_free(dataset.name)
     if first:
-        # What a context is to the network must not change with the file: the run keeps it.
+        # The encoding of the context must not change with the file: the run stores it.
         create_run(path, diffusion, options, dataset if diffusion.is_conditional else None)
     wait_for_all("run folder")
     return open_run(path), diffusion, dataset, options
 
 
 def _reopen(given: dict[str, Any], arguments: argparse.Namespace, first: bool) -> tuple[Run, Diffusion, Dataset, dict[str, Any]]:
-    """The run to go on with, its model, its data and its options, of which none may be asked for anew but more iterations after the end."""
+    """The run to resume, its model, its data and its options; no option may be changed, except for more iterations after the end."""
     folder = open_run(arguments.out)
     options = folder.config
     missing = [name for name in ("data", *OPTIONS) if name not in options]
@@ -154,21 +154,21 @@ def _reopen(given: dict[str, Any], arguments: argparse.Namespace, first: bool) -
 
 
 def _columns(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The columns that are no data, where the user says so: that which numbers the rows, and those that the model is given."""
+    """The columns that are not data, if named by options: the one that numbers the rows, and those of the context."""
     given = None if arguments.context is None else split_words(arguments.context)
     require(given is None or (given and all(given)), "--context", "columns, with commas between them", repr(arguments.context))
     return {name: value for name, value in (("index", arguments.index), ("context", given)) if value is not None}
 
 
 def _data_name(name: str) -> str:
-    """Files by their absolute path, so that a run can be opened from anywhere."""
+    """The name of the data; for files, the absolute path, so that a run can be opened from any folder."""
     return name if name in NAMES or not Path(name).exists() else str(Path(name).resolve())
 
 
 def _fit_and_evaluate(
     folder: Run, diffusion: Diffusion, dataset: Dataset, options: dict[str, Any], devices: int | None, first: bool
 ) -> dict[str, Any]:
-    """Fit, evaluate and save; gives the results as they are saved. Of several processes, the first saves."""
+    """Fit, evaluate and save; returns the saved results. Of several processes, the first saves."""
     fit_key, evaluation_key = jax.random.split(jax.random.key(options["seed"]))
     start = time.monotonic()
     fitted = fit(
@@ -207,8 +207,8 @@ def evaluate(
 ) -> tuple[TwoWays, dict[str, Any]]:
     """The bound on the test split.
 
-    Of all items at random steps, with a Monte Carlo error of at most about a fifth of the error over the items; both ways on the first
-    items, as many as take 2¹⁶ network evaluations each way (512 at most).
+    All items are evaluated at random steps, with a Monte Carlo error of at most about a fifth of the error over the items. The bound is computed both
+    ways for the first items, as many as need 2¹⁶ network evaluations each way (512 at most).
 
     Args:
         diffusion: A trained Diffusion.
@@ -262,7 +262,7 @@ def _common(common: CommonPaths) -> dict[str, Any]:
 
 
 def _row(estimate: Estimate, dataset: Dataset, sign: int = 1) -> dict[str, Any]:
-    """Nats as they are; bits/dim as a code length, to which a KL (``sign`` −1) adds."""
+    """A row in nats and in bits/dim; the latter as a code length, which a KL (``sign`` −1) increases."""
     row = {"nats": estimate.mean, "error": estimate.error}
     if dataset.levels is not None:
         bits, error = (float(bits_per_dim(nats, dataset.dim)) for nats in (sign * estimate.mean, -estimate.error))
@@ -271,7 +271,7 @@ def _row(estimate: Estimate, dataset: Dataset, sign: int = 1) -> dict[str, Any]:
 
 
 def _reference(dataset: Dataset, elbo: np.ndarray) -> dict[str, Any]:
-    """The reference for the bound: the true density where it is known, else independent columns."""
+    """The reference for the bound: the true density if it is known, otherwise independent columns."""
     if dataset.log_prob is None:
         name = "independent_columns" if dataset.levels is None else "independent_dimensions"
         return {name: _row(Estimate(*dataset.independent_columns(), 0.0), dataset)}

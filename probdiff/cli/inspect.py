@@ -1,4 +1,4 @@
-"""``probdiff inspect``: what is known of a fitted model, and where it spends its nats."""
+"""``probdiff inspect``: the results of a run, and the terms of the bound."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ LEDGER_ROWS = 2**20
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what a run holds; returns the exit code. Computes and writes only what is asked for."""
+    """Print the results of a run; returns the exit code. Computes and writes only on request."""
     with usage():
         folder = open_run(arguments.run)
         results = {} if folder.has_terms_only else folder.results
@@ -53,7 +53,7 @@ def _dim_of_a_grid(folder: Run, results: dict[str, Any]) -> int | None:
 
 
 def _describe(folder: Run) -> str:
-    """A run that was saved in Python, in words."""
+    """A run that was saved in Python, described as text."""
     model = folder.config["model"]
     parts = ", ".join(model[part]["name"] for part in ("network", "likelihood"))
     return (
@@ -63,7 +63,7 @@ def _describe(folder: Run) -> str:
 
 
 def _take_apart(folder: Run) -> None:
-    """Take apart the gap of some test data, and keep the account in the run."""
+    """Decompose the gap on some test data, and store the result in the run."""
     dataset, diffusion = folder.data, folder.diffusion
     require(dataset.oracle is not None, "--ledger", "data whose density is known, as of the planar sets", dataset.name)
     x = dataset.test[: max(100, LEDGER_ROWS // diffusion.schedule.num_steps)]

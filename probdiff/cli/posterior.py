@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINEAR = {"matrix", "y", "scale"}
-IMAGES = 16  # in a figure
+IMAGES = 16  # images in a figure
 EXPECTED = "a .npz file with matrix, y and scale, or a .npy, .npz or .csv file of one datum with NaN where nothing is known"
 
 
@@ -70,10 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_observation(path: Path, dataset: Dataset) -> AbstractObservation:
-    """The observation in a file: a linear one, or a datum of which some values are known.
+    """The observation in a file: a linear one, or a datum with some missing values.
 
     Raises:
-        ValueError, OSError: If the file is not one of those.
+        ValueError, OSError: If the file holds neither.
     """
     require(path.exists(), "--observe", EXPECTED, f"{path}, which does not exist", FileNotFoundError)
     require(path.suffix in (".npz", ".npy", ".csv"), "--observe", EXPECTED, path)
@@ -100,7 +100,7 @@ def read_observation(path: Path, dataset: Dataset) -> AbstractObservation:
 
 
 def _columns_of(rows: Any, dataset: Dataset) -> Any:
-    """The columns of x in a frame, by name and in the order of the data; a column that is not there is not known."""
+    """The columns of x in a frame, by name and in the order of the data; a missing column is not observed."""
     if dataset.columns is None:
         return rows.to_numpy()
     there = [name for name in dataset.columns if name in rows]
@@ -123,7 +123,7 @@ def _context(dataset: Dataset, text: str | None) -> Real[np.ndarray, "1 width"] 
 
 
 def _figure(posterior: Posterior, observation: AbstractObservation, dataset: Dataset, title: str) -> "Figure":
-    """Images drawn by their weights beside what is known of them; of anything else, the first two dimensions."""
+    """Images resampled by weight beside the observation; for other data, the first two dimensions."""
     if dataset.image_shape is None:
         return posterior.plot(title)
     drawn = posterior.resample(jax.random.key(0), IMAGES)

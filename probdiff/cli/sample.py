@@ -23,7 +23,7 @@ from probdiff.datasets import Dataset
 from probdiff.samplers import SAMPLERS
 from probdiff.storage.run import open_run
 
-IMAGES = 100  # at most, in a figure
+IMAGES = 100  # samples in a figure, at most
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     what = "" if context is None else given(arguments.context or "the contexts of test data")
     title = f"{dataset.name}{what}, N = {diffusion.schedule.num_steps}, {how}"
     pictured = None if context is None else context[:shown]
-    figure = list(sample_figures(samples[:shown], dataset, title, pictured).values())[-1]  # of a table, the pairs
+    figure = list(sample_figures(samples[:shown], dataset, title, pictured).values())[-1]  # for a table, the pairs of columns
     with usage():
         folder.save_samples(paths, samples, figure, context)
     if arguments.json:
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _context(dataset: Dataset, text: str | None, num_samples: int | None) -> Real[np.ndarray, "sample width"] | None:
-    """The context of each sample: as the user gives it, in words or in a file, or that of test data; None for a model without."""
+    """The context of each sample: from the command line, as text or by a file, or from test data; None for a model without a context."""
     if text is None:
         return contexts_of_test_data(dataset, num_samples or default_count(dataset))
     require(dataset.test_context is not None, "--context", "none, for a run whose model is given none", text)

@@ -1,6 +1,6 @@
-"""``probdiff verify``: checks of probdiff against what it shares no code with, on this machine and its JAX backend.
+"""``probdiff verify``: checks of probdiff against independent computations that share no code with it, on this machine and its JAX backend.
 
-A check gives a figure and the bound that it must not exceed, in the precision that JAX is in:
+A check returns a figure and the limit that it must not exceed, in the present precision of JAX:
 
     identities      largest relative difference; at most 1e-10 in float64, 1e-5 (some eighty roundings) in float32
     Monte Carlo     |z| ≤ 4.9 on fixed seeds; NaN, which fails, unless 9.7 standard errors are below the discrepancy
@@ -41,7 +41,7 @@ SCHEDULE = probdiff.log_snr_schedule(8, 4.0, -1.0)
 STEPS = np.arange(1, 9)[:, None]
 SIGMAS = np.array([0.05, 0.2, 0.7, 3.0])
 VE_SCHEDULE = probdiff.NoiseSchedule.from_sigmas(SIGMAS)
-SCALE = 0.8  # of the best network, to have one that is not the best
+SCALE = 0.8  # factor on the exact network, for one that is not exact
 GAUSSIAN = GaussianOracle([0.5, -0.3], [[0.6, 0.2], [0.2, 0.3]])
 MIXTURE = GaussianMixture(
     [0.5, 0.2, 0.3],
@@ -52,7 +52,7 @@ X = np.array([[0.1, -0.2], [1.5, 0.4], [-0.7, -1.0]])
 
 
 class Finding(NamedTuple):
-    """The finding of a check: a figure, the bound that it must not exceed, and the unit of both."""
+    """The finding of a check: a figure, the limit that it must not exceed, and the unit of both."""
 
     figure: float
     bound: float
@@ -60,12 +60,12 @@ class Finding(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the figure is within the bound; NaN is not."""
+        """Whether the figure is within the limit; NaN is not."""
         return bool(self.figure <= self.bound)
 
 
 def _identity(found: Any, expected: Any, single: float = 1e-5, double: float = 1e-10, floor: float = 0.0) -> Finding:
-    """The largest relative difference of two trees of arrays; ``floor`` is added to the size of what is expected."""
+    """The largest relative difference of two trees of arrays; ``floor`` is added to the absolute expected value."""
     found, expected = (
         np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
         for tree in (found, expected)
@@ -75,7 +75,7 @@ def _identity(found: Any, expected: Any, single: float = 1e-5, double: float = 1
 
 
 def _mean(draws: Any, expected: Any, power: float) -> Finding:
-    """The largest |z| of the means over axis 0; NaN where the draws are too few to see a discrepancy of ``power``."""
+    """The largest |z| of the means over axis 0; NaN if the draws are too few to detect a discrepancy of ``power``."""
     draws = np.asarray(draws, np.float64)
     error = draws.std(0, ddof=1) / np.sqrt(len(draws))
     z = np.abs(draws.mean(0) - expected) / error
@@ -91,7 +91,7 @@ def _gaussian(scale: Any = SCALE, reverse_variance: str = "posterior", **kwargs:
 
 
 def _noised(schedule: probdiff.NoiseSchedule) -> tuple[Any, Any, Any, Any]:
-    """√ᾱ_n and √(1−ᾱ_n) by the product of 1 − β, noise, and what it makes of ``X``: shape ``(step, datum, dim)``."""
+    """√ᾱ_n and √(1−ᾱ_n) by the product of 1 − β, noise, and ``X`` with that noise: shape ``(step, datum, dim)``."""
     alpha_bar = np.cumprod(1 - schedule.beta)[:, None, None]
     signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
     eps = np.random.default_rng(0).standard_normal((schedule.num_steps, *X.shape))
@@ -189,7 +189,7 @@ def mean_terms() -> Finding:
     terms = probdiff.elbo_terms(diffusion, X, key=jax.random.key(1), num_draws=40_000)
     exact = exact_terms(diffusion, X)
     draws = jnp.concatenate([terms.step_kl, terms.reconstruction[:, None], terms.elbo[:, None]], 1)
-    # Without any one step KL, its own term and the bound would be off by more.
+    # If any one step KL were missing, its own term and the bound would be off by more.
     return _mean(draws, np.vstack([exact["step_kl"], exact["reconstruction"], exact["elbo"]]), power=0.1)
 
 
@@ -220,7 +220,7 @@ def estimator(name: str) -> Finding:
     draws = 20_000 if getattr(elbo, "evaluations", SCHEDULE.num_steps) == SCHEDULE.num_steps else 100_000
     found = jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=1000))(jax.random.split(jax.random.key(2), draws))
     slope = exact(SCALE + 0.5) - exact(SCALE - 0.5)  # without error, as the bound is quadratic in the scale
-    # Without any one step KL, the bound of the three data would be off by more.
+    # If any one step KL were missing, the bound of the three data would be off by more.
     return _mean(found, [exact(SCALE), slope], power=0.5)
 
 
@@ -348,9 +348,9 @@ LEFT_OUT = [("float32 step KLs", "float64")]
 
 
 def verify(progress: bool = False) -> dict[str, Any]:
-    """Run all checks in float32 and in float64, whatever precision JAX is in.
+    """Run all checks in float32 and in float64, independently of the present precision of JAX.
 
-    A check that raises has failed: a warning says how, and the others go on.
+    A check that raises an exception has failed: a warning shows it, and the others are still run.
 
     Args:
         progress: Show a progress bar.
@@ -378,7 +378,7 @@ def verify(progress: bool = False) -> dict[str, Any]:
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """The table of :func:`verify` as text, with a line that sums it up."""
+    """The table of :func:`verify` as text, with a line for the overall result."""
     lines = [f"{'check':32}{'precision':12}{'figure':>9}{'bound':>9}  {'unit':20}verdict"]
     for row in results["checks"]:
         figure = "–" if row["figure"] is None else f"{row['figure']:.2g}"

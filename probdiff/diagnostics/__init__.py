@@ -1,7 +1,7 @@
-"""What can be said of a fitted model: whether two ways agree, comparisons, the gap taken apart, what is wrong with a network that was trained
+"""Diagnostics of a fitted model: agreement of the two ways, comparisons, the decomposition of the gap, the audit of a network that was trained
 elsewhere, DataTrees for ArviZ, and figures.
 
-Imports the bound and what it stands on. ``compare_estimators`` and ``compare_models`` are modules here; the functions are
+Imports the bound and the packages below it. ``compare_estimators`` and ``compare_models`` are modules here; the functions are
 ``probdiff.compare_estimators`` and ``probdiff.compare_models``.
 """
 

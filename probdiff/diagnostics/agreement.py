@@ -17,7 +17,7 @@ from probdiff.programs.sites import Data
 
 Z_AGREE = 3.0
 POWER_90 = 1.2816  # quantile of the standard normal
-COMMON = 4  # data whose terms are held against each other
+COMMON = 4  # data whose terms are compared on common paths
 
 
 class TwoWays(NamedTuple):
@@ -26,7 +26,7 @@ class TwoWays(NamedTuple):
     Attributes:
         terms: The analytic terms, :class:`~probdiff.elbo.ELBOTerms`.
         path: ``Trace_ELBO`` of every datum on sampled paths, shape ``(draw, datum)``, nats.
-        common: Each term both ways on the same paths of the first four data, :class:`CommonPaths`; None where the KLs are sampled.
+        common: Each term computed both ways on the same paths, for the first four data, :class:`CommonPaths`; None if the KLs are sampled.
 
     Example:
         >>> import jax, probdiff
@@ -45,12 +45,12 @@ class TwoWays(NamedTuple):
 
     @property
     def analytic(self) -> Estimate:
-        """:class:`Estimate` by the analytic terms."""
+        """:class:`Estimate` of the bound from the analytic terms."""
         return Estimate.of_draws(self.terms.elbo)
 
     @property
     def trace(self) -> Estimate:
-        """:class:`Estimate` by ``Trace_ELBO``."""
+        """:class:`Estimate` of the bound from ``Trace_ELBO``."""
         return Estimate.of_draws(self.path)
 
     @property
@@ -61,18 +61,18 @@ class TwoWays(NamedTuple):
 
     @property
     def z(self) -> float:
-        """The difference in Monte Carlo standard errors; 0 where both are exactly equal."""
+        """The difference in units of its Monte Carlo standard error; 0 if both estimates are exactly equal."""
         difference, error = self.difference
         return difference / error if error > 0 else (0.0 if difference == 0 else float(np.copysign(np.inf, difference)))
 
     @property
     def detectable(self) -> float:
-        """The difference, in nats, that would have been seen with a probability of 90 %: 4.3 of its standard errors."""
+        """The difference, in nats, that would have been detected with a probability of 90 %: 4.3 times its standard error."""
         return (Z_AGREE + POWER_90) * self.difference[1]
 
     @property
     def agree(self) -> bool:
-        """Whether the difference is at most three standard errors, and every term is the same on common paths."""
+        """Whether the difference is at most three standard errors, and every term agrees on common paths."""
         return bool(abs(self.z) <= Z_AGREE) and (self.common is None or self.common.agree)
 
 
@@ -93,7 +93,7 @@ def compute_both_ways(
         x: Data, shape ``(datum, dim)``.
         context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
-        num_draws: Draws per datum, at least 2, of each of the two.
+        num_draws: Draws per datum for each of the two estimates, at least 2.
         progress: Show progress bars.
 
     Raises:

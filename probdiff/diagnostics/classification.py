@@ -1,8 +1,8 @@
 r"""The labels of data by Bayes' rule on the bounds of a conditional model.
 
-p(c | x) ∝ p(x | c) p(c), with the bound in the place of log p(x | c). Few network evaluations tell most labels from the best; so they are
-spent in rounds, on the labels of each datum that may still be the best. Source of the idea: Li et al. (2023), arXiv:2303.16203, section 3.2 and
-algorithm 2; Clark and Jaini (2023), arXiv:2303.15233, section 3. Theirs weigh the steps alike or by hand; here they are those of the bound.
+p(c | x) ∝ p(x | c) p(c), with the bound in place of log p(x | c). For most labels few network evaluations suffice to exclude them. Evaluations are therefore
+made in rounds, for those labels of each datum that may still be the best. Source of the idea: Li et al. (2023), arXiv:2303.16203, section 3.2 and
+algorithm 2; Clark and Jaini (2023), arXiv:2303.15233, section 3. There the steps are weighted equally or by hand; here they have the weights of the bound.
 """
 
 import itertools
@@ -31,19 +31,19 @@ from probdiff.diagnostics.contexts import DATA_AT_ONCE, CommonTerms, Terms
 from probdiff.diffusion import Diffusion
 from probdiff.programs.sites import Data
 
-TERMS = 8  # of each datum and label, in a draw
-GROWTH = 4  # a round is a draw more than this part of all draws before
+TERMS = 8  # steps of each datum and label, in a draw
+GROWTH = 4  # a round has one draw more than this fraction of all earlier draws
 
 
 class Classification(NamedTuple):
     """The result of :func:`classify`.
 
     Attributes:
-        posterior: The probability of each label, from the bounds and the prior, shape ``(datum, label)``. That of a label that was dropped early is
-            as uncertain as it was then.
-        error: The probability that another label has the larger bound (with its prior), by the Monte Carlo error, about; shape ``(datum,)``.
+        posterior: The probability of each label, from the bounds and the prior, shape ``(datum, label)``. The probability of a label that was dropped early is
+            as uncertain as at that time.
+        error: The approximate probability, given the Monte Carlo error, that another label has the larger bound plus log prior; shape ``(datum,)``.
         is_decided: Whether all labels but one were dropped, shape ``(datum,)``.
-        num_evaluations: Network evaluations spent, of all labels together, shape ``(datum,)``.
+        num_evaluations: Network evaluations for all labels together, shape ``(datum,)``.
 
     Example:
         >>> import numpy as np, probdiff
@@ -66,7 +66,7 @@ class Classification(NamedTuple):
         return self.posterior.argmax(1)
 
     def __repr__(self) -> str:
-        """How many data were decided, and the network evaluations spent."""
+        """The number of decided data, and of network evaluations."""
         data, labels = self.posterior.shape
         return (
             f"Classification of {data} data among {labels} labels: {self.is_decided.sum()} decided, "
@@ -87,21 +87,21 @@ def classify(
 ) -> Classification:
     r"""The posterior over the labels of each datum, by the bounds of a conditional model.
 
-    In each round, which is 8 random steps and a quarter of all before, the bound of a datum is estimated under every label that is left, on common random numbers. Then
-    the labels are dropped that are worse than the best by more than their difference's Monte Carlo error makes likely, by Student's t; a datum is decided when one is left. The error level is
-    shared out over labels and rounds, so that the label with the largest bound is dropped with at most about this probability. (That it is the true label is another matter: the bound
-    is not the likelihood, and the model not the truth.)
+    In each round, of 8 random steps plus a quarter of all earlier ones, the bound of a datum is estimated under every remaining label, on common random numbers. Then
+    labels are dropped whose bound is significantly below the best, by Student's t on the difference; a datum is decided when one label remains. The error level is
+    divided among labels and rounds, so that the label with the largest bound is dropped with at most about this probability. (It need not be the true label: the bound
+    is not the likelihood, and the model is not the true distribution.)
 
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``.
         labels: At least two contexts, as for :meth:`Diffusion.given`, all different: a sequence such as ``range(10)``, or an array or a tree of arrays whose leading
             axis is the label.
-        prior: Probability of each label, positive and in any unit, shape ``(label,)``; all alike if not given.
+        prior: Probability of each label up to a factor, positive, shape ``(label,)``; equal if not given.
         key: JAX key.
-        num_evaluations: Network evaluations to spend on a datum at most, all labels together. The evaluations from which the
-            probabilities of the steps are learned, on at most 32 of the data, are not counted here but in the result.
-        error_level: Probability that the label with the largest bound is dropped, 0 to 1; with 0, none is.
+        num_evaluations: Largest number of network evaluations for a datum, all labels together. The evaluations from which the
+            probabilities of the steps are learned, on at most 32 of the data, are not limited by it but are counted in the result.
+        error_level: Probability that the label with the largest bound is dropped, 0 to 1; with 0 no label is dropped.
         progress: Show a progress bar.
 
     Returns:
@@ -153,7 +153,7 @@ def _given_labels(diffusion: Diffusion, labels: Any) -> Diffusion:
 
 
 def _log_prior(prior: Numbers, num_labels: int) -> Float[np.ndarray, "label"]:
-    """The logarithm of the prior, of which the sum is 1."""
+    """The logarithm of the normalised prior."""
     try:
         prior = np.asarray(prior, np.float64)
     except (TypeError, ValueError):
@@ -167,7 +167,7 @@ def _log_prior(prior: Numbers, num_labels: int) -> Float[np.ndarray, "label"]:
 def _classified(
     terms: CommonTerms, data: Int[np.ndarray, "datum"], log_prior: Float[np.ndarray, "label"], key: PRNGKeyArray, most: int, error_level: float
 ) -> tuple[np.ndarray, ...]:
-    """Log-odds against the best label, their error, whether they are decided and the evaluations spent, of some data."""
+    """Log-odds against the best label, their error, whether they are decided, and the number of evaluations, for some data."""
     left = np.ones((len(data), len(log_prior)), bool)
     log_odds, better = np.zeros(left.shape), np.ones(left.shape)
     spent = np.zeros(len(data), int)
@@ -191,7 +191,7 @@ def _classified(
 def _against_best(
     terms: Terms, left: Bool[np.ndarray, "datum label"], log_prior: Float[np.ndarray, "label"]
 ) -> tuple[Float[np.ndarray, "datum label"], Float[np.ndarray, "datum label"]]:
-    """The log-odds of each label against the best that is left, and the probability that it is the better one (1 of the best itself)."""
+    """The log-odds of each label against the best remaining label, and the probability that it is the better one (1 for the best label itself)."""
     own = np.where(left, np.nanmean(terms, 0) + log_prior, -np.inf)
     best = own.argmax(1)[:, None]
     difference = terms - np.take_along_axis(terms, best[None], 2)

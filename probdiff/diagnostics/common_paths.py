@@ -5,8 +5,8 @@ KLs. Where both are normal, q = N(a, s²) and p = N(b, t²), and z = a + s ξ, a
 
     log p(z) − log q(z) = − KL(q ‖ p) − Σ_i [ s_i (a_i − b_i) ξ_i / t_i²  −  (1 − s_i²/t_i²)(ξ_i² − 1)/2 ],
 
-so that once it is subtracted nothing is left but rounding: a term that is dropped or wrong shows, whatever the Monte Carlo error.
-Densities, a and s, b and t are those of the sites of the programs; the KLs are those of :func:`probdiff.elbo_terms`. Computed in float64.
+so that after its subtraction the two agree up to rounding: a missing or wrong term is detected, however large the Monte Carlo error is.
+The densities, a, s, b and t come from the sites of the programs; the KLs come from :func:`probdiff.elbo_terms`. Computed in float64.
 """
 
 from typing import Any, NamedTuple
@@ -25,15 +25,15 @@ from probdiff.diffusion import Diffusion
 from probdiff.elbo.terms import elbo_terms
 from probdiff.programs.sites import Data
 
-ROUNDING = 1e-6  # of a term, and of 1 nat: rounding in float64 is a thousand times less
+ROUNDING = 1e-6  # relative to a term, plus 1 nat: rounding in float64 is a thousand times smaller
 
 
 class CommonPaths(NamedTuple):
-    """The terms of the bound of each datum on one path, two ways, in nats: ``(datum,)``, of the steps ``(step, datum)``, n = 2 … N.
+    """The terms of the bound of each datum on one path, computed two ways, in nats: shape ``(datum,)``; the step KLs, n = 2 … N, ``(step, datum)``.
 
     Attributes:
         analytic: ``prior_kl``, ``step_kl`` and ``reconstruction`` by the analytic decomposition.
-        traced: The same from the log densities of the programs, less their terms of mean zero.
+        traced: The same from the log densities of the programs, minus their terms of mean zero.
 
     Example:
         >>> import numpy as np, probdiff
@@ -54,12 +54,12 @@ class CommonPaths(NamedTuple):
 
     @property
     def largest(self) -> float:
-        """The largest difference without its sign, nats."""
+        """The largest absolute difference, nats."""
         return max((float(np.abs(each).max()) for each in self.differences.values() if each.size), default=0.0)
 
     @property
     def wrong(self) -> list[str]:
-        """The terms that differ by more than rounding in float64, in words."""
+        """The names of the terms that differ by more than rounding in float64, as text."""
         names = []
         for name, difference in self.differences.items():
             bad = ~(np.abs(difference) <= ROUNDING * (1 + np.abs(self.traced[name]))).all(-1)
@@ -71,7 +71,7 @@ class CommonPaths(NamedTuple):
 
     @property
     def agree(self) -> bool:
-        """Whether all terms agree, but for rounding."""
+        """Whether all terms agree up to rounding."""
         return not self.wrong
 
 
@@ -82,12 +82,12 @@ def compare_on_common_paths(
 
     Args:
         diffusion: The model.
-        x: Data, shape ``(datum, dim)``; a few are enough, as nothing is left to chance.
+        x: Data, shape ``(datum, dim)``; a few are enough, as the comparison has no Monte Carlo error.
         context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
 
     Returns:
-        :class:`CommonPaths`; None if the model's steps are not normal, or their KLs sampled.
+        :class:`CommonPaths`; None if the steps of the model are not normal or their KLs are sampled.
 
     Example:
         >>> import jax, probdiff
@@ -101,7 +101,7 @@ def compare_on_common_paths(
     x = diffusion.read_data(x)
     require_key(key)
     if not diffusion.kernel.closed_form:
-        return None  # its log-ratios have no KL to be held against
+        return None  # its log-ratios have no closed-form KL to be compared with
     with jax.enable_x64(True):
         diffusion = jax.tree.map(_in_float64, diffusion)
         data = jnp.asarray(_in_float64(np.asarray(x)))
@@ -120,7 +120,7 @@ def _in_float64(leaf: Any) -> Any:
 def _path_noise(
     schedule: AbstractSchedule, x0: Float[Array, "datum dim"], key: PRNGKeyArray
 ) -> tuple[Float[Array, "num_steps datum dim"], Float[Array, "num_steps datum dim"]]:
-    r"""The noise ε_n in z_n of a path, and the noise ξ that it was drawn with from the last step on, both for n = 1 … N.
+    r"""The noise ε_n in z_n of a path, and the noise ξ of the same path drawn from z_N downwards, both for n = 1 … N.
 
     Given z_n and x_0, :math:`\epsilon_{n-1} = \kappa_n \epsilon_n + \sqrt{1-\kappa_n^2}\, \xi_{n-1}` with
     :math:`\kappa_n^2 = \alpha_n (1-\bar\alpha_{n-1}) / (1-\bar\alpha_n)`; :math:`\epsilon_N = \xi_N`.

@@ -1,8 +1,8 @@
 """Every estimator of the bound on the same data: value, variance, gradient variance, cost, and whether they agree.
 
-Draw s of every estimator starts from the same key, so that estimators which share parts share their random numbers, and
-differences are taken draw by draw. All figures are for these data: errors are Monte Carlo errors, but that the variances of
-estimators which evaluate all steps are taken from a few items where there are many.
+Draw s of every estimator starts from the same key, so that estimators with the same parts have the same random numbers, and
+differences are taken draw by draw. All figures are for these data, and errors are Monte Carlo errors. Only the variances of
+estimators that evaluate all steps are estimated from a few of the items if there are many.
 """
 
 import dataclasses
@@ -35,25 +35,25 @@ COSTS = [f"{kind}_by_{unit}" for kind in ("value", "gradient") for unit in ("eva
 
 @dataclasses.dataclass(frozen=True)
 class EstimatorComparison:
-    """The result of :func:`compare_estimators`. Prints as a verdict and two tables.
+    """The result of :func:`compare_estimators`. It is printed as a verdict and two tables.
 
     Attributes:
         table: One row per estimator, a pandas DataFrame. ``elbo``, ``se`` (nats per datum; ``bits_per_dim``, ``bits_se`` if the data
             are on a grid): of the first ``items`` data, by ``draws`` draws; ``value_variance``, its root ``sd``: of one draw of the
             mean over *all* data; ``evaluations``: network evaluations per datum and draw; ``seconds``: of one draw of all data;
             ``gradient_variance``: trace of the covariance of the gradient of the mean bound of all data in all parameters;
-            ``gradient_draws``; ``gradient_seconds``; four costs relative to ``kl_uniform`` (which has 1; below is better),
+            ``gradient_draws``; ``gradient_seconds``; four costs relative to ``kl_uniform`` (whose cost is 1; lower is better),
             ``value_by_evaluations`` and ``value_by_seconds``, variance × cost, and the same for the gradient; and the standard error
-            of each, ``value_by_evaluations_error`` and so on (NaN from too few draws to tell; of the seconds, that of repeated calls:
-            what else the machine does all the while is not in it).
-        draws: The first draws of each estimator's bound, as many as there are of all, nats, shape ``(estimator, draw, datum)``; NaN
-            for data that an estimator was not drawn for. Only the mean over data means something for ``kl_posterior_target``.
+            of each, ``value_by_evaluations_error`` and so on (NaN if there are too few draws; for seconds, the error over repeated calls,
+            which does not include a constant load of the machine).
+        draws: The first draws of each estimator's bound, as many as every estimator has, nats, shape ``(estimator, draw, datum)``; NaN
+            for data that an estimator was not drawn for. For ``kl_posterior_target`` only the mean over data is an estimate of a bound.
         projections: Gradients of the mean bound of the first ``items`` data along a few fixed random directions, a dict from estimator
             to shape ``(draw, direction)``; empty if the model has no parameters.
-        value_z, gradient_z: Pairwise z-scores of the means, DataFrames; of the directions, the largest is given. Both means are of the
-            same items; NaN where there is no such pair: of gradients, and of ``kl_posterior_target``, between batches of different size.
-        z_limit: Largest ``|z|`` that is expected of the pairs together (family-wise error 0.27 %).
-        cost_errors: For each of the four costs the standard errors of the logarithms of the ratios of all pairs, DataFrames.
+        value_z, gradient_z: Pairwise z-scores of the means, DataFrames; for gradients, the largest over the directions. Both means are over the
+            same items; NaN if that is impossible: for gradients, and for ``kl_posterior_target``, between batches of different size.
+        z_limit: The limit that the largest ``|z|`` of all pairs exceeds by chance with probability 0.27 % (family-wise error).
+        cost_errors: For each of the four costs, the standard errors of the log ratios of all pairs, DataFrames.
         iwae: The importance-weighted bound on all paths of ``trace``, an ``Estimate``; None without ``trace``.
         khat: Pareto k̂ of the weights of those paths, shape ``(item,)``; None without ``trace``.
         dim: Number of dimensions, for bits/dim.
@@ -81,7 +81,7 @@ class EstimatorComparison:
 
     @property
     def largest_z(self) -> float:
-        """The largest pairwise z-score without its sign, in values and in gradients."""
+        """The largest absolute pairwise z-score, of values and of gradients."""
         scores = [self.value_z.values.ravel(), self.gradient_z.values.ravel()]
         return float(np.nanmax(np.abs(np.concatenate([[0.0], *scores]))))
 
@@ -91,11 +91,11 @@ class EstimatorComparison:
         return self.largest_z <= self.z_limit
 
     def best(self, cost: str) -> str | None:
-        """The estimator for which a cost, a column of :attr:`table`, is least; None if it is known for none."""
+        """The estimator with the least cost, for a column of :attr:`table`; None if the cost is unknown for all."""
         return next(iter(self.tied(cost)), None)
 
     def tied(self, cost: str) -> list[str]:
-        """The estimators for which a cost cannot be told from the least by more than two standard errors; the best comes first."""
+        """The estimators whose cost is within two standard errors of the least cost; the best comes first."""
         return tied_with_best(self.table[cost], self.cost_errors[cost])
 
     @property
@@ -144,7 +144,7 @@ class EstimatorComparison:
         return plot_estimators(self.table, self.draws.shape[2])
 
     def __repr__(self) -> str:
-        """The verdict, what each estimator costs, and what it found."""
+        """The verdict, the costs of each estimator, and its estimates."""
         return format_estimators(self)
 
 
@@ -164,27 +164,27 @@ def compare_estimators(
     devices: Devices = None,
     progress: bool = False,
 ) -> EstimatorComparison:
-    """Estimate the bound of one model on the same data in every way.
+    """Estimate the bound of one model on the same data by every estimator.
 
     The data are one batch, and an estimator with one evaluation per datum is drawn for all of it: its variance depends on the size of
-    the batch. Estimators with N evaluations per datum are drawn for the first data only, 2¹²/N of them or 4 if that is more: the draws
-    of different data are independent, so that the variance of the mean over all data follows from the variances of a few.
+    the batch. Estimators with N evaluations per datum are drawn for the first data only, 2¹²/N of them but at least 4: the draws
+    of different data are independent, so that the variance of the mean over all data follows from the variances for a few data.
 
-    Estimators that learn (probabilities of steps, coefficients) first learn on ``x``, and are then held fixed. In the
-    columns on values they are adapted to the value, in those on gradients to the gradient.
+    Estimators that learn (probabilities of steps, coefficients) first learn on ``x``, and are then held fixed. For the
+    columns about values they are adapted to the value, for those about gradients to the gradient.
 
     Args:
         diffusion: The model.
-        x: Data, shape ``(datum, dim)``: as many as in the batches of a fit, for the variances of a fit.
+        x: Data, shape ``(datum, dim)``: the variances are those of a fit if there are as many data as in its batches.
         context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
-        num_draws: Draws of the estimators with N network evaluations a datum, at least 2. The others vary more and cost
-            less: they are drawn up to 64 times as often. Gradients are drawn as often as about 2¹⁵ network
-            evaluations allow, but 8 to 1024 times. If not given, all are drawn as often as there is time for.
-        minutes: The time that there is, compilation included, if ``num_draws`` is not given. The fewest draws that tell the errors are
-            made even if they take longer, but for gradients of estimators that evaluate all steps, which need time of their own; several
-            processes, whose clocks differ, make the fewest of all and no more.
-        estimators: Names out of :data:`~probdiff.ESTIMATORS`; all that there are of the model if not given.
+        num_draws: Draws of the estimators with N network evaluations a datum, at least 2. The others have larger variances and cost
+            less: they are drawn up to 64 times as often. Gradients are drawn 8 to 1024 times, within about 2¹⁵ network
+            evaluations. If not given, the number of draws is determined by ``minutes``.
+        minutes: Time limit, compilation included, if ``num_draws`` is not given. The smallest number of draws from which errors can be estimated is
+            made even if it takes longer, except for gradients of estimators that evaluate all steps, which are drawn if time is left. With several
+            processes, whose clocks differ, only this smallest number is made.
+        estimators: Names out of :data:`~probdiff.ESTIMATORS`; all that suit the model if not given.
         devices: Number of devices (or a list of them) that share the draws.
         progress: Show progress bars.
 
@@ -222,7 +222,7 @@ def compare_estimators(
 
 
 def check_names(names: Iterable[str] | str) -> list[str]:
-    """The names as a list, each known and there once."""
+    """The names as a list, checked to be known and different."""
     names = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in names if name not in ESTIMATORS]
     require(not unknown, "estimators", f"names out of {', '.join(ESTIMATORS)}", ", ".join(map(repr, unknown)))
@@ -302,7 +302,7 @@ def _pair_of_values(measured: dict[str, EstimatorDraws]) -> Callable[[str, str],
 
 
 def _pair_of_gradients(measured: dict[str, EstimatorDraws]) -> Callable[[str, str], tuple[np.ndarray, ...] | None]:
-    """The same for projections of the gradient, which are those of all items that an estimator was drawn for."""
+    """The same for projections of the gradient, which are means over all items that an estimator was drawn for."""
 
     def pair(a: str, b: str) -> tuple[np.ndarray, ...] | None:
         first, second = measured[a], measured[b]
@@ -314,7 +314,7 @@ def _pair_of_gradients(measured: dict[str, EstimatorDraws]) -> Callable[[str, st
 
 
 def _stacked(values: list[np.ndarray], num_items: int) -> np.ndarray:
-    """As many draws as there are of all, NaN for items that are not there; shape ``(estimator, draw, datum)``."""
+    """The first draws of all estimators, equally many, NaN for items that were not drawn; shape ``(estimator, draw, datum)``."""
     stacked = np.full((len(values), min(map(len, values)), num_items), np.nan)
     for row, each in zip(stacked, values):
         row[:, : each.shape[1]] = each[: len(row)]

@@ -24,8 +24,8 @@ class ModelComparison:
             ``elbo_diff`` to the best model and ``dse``, its standard error over data, paired item by item;
             ``mc_error``, the part of ``se`` that comes from the noise.
         elbo: Each model's bound of each datum, a dict from name to shape ``(datum,)``.
-        num_draws: Draws per datum that it is the mean of.
-        levels: Whether the data are on a grid, so that bits/dim mean something.
+        num_draws: Draws per datum over which the bound is averaged.
+        levels: Whether the data are on a grid, so that bits/dim are defined.
         dim: Number of dimensions.
 
     Example:
@@ -44,10 +44,10 @@ class ModelComparison:
     dim: int
 
     def to_elpd(self) -> dict[str, Any]:
-        """Each model's bound in the place of its log predictive density, for ``az.compare`` and so ``az.plot_compare``.
+        """Each model's bound in place of its log predictive density, for ``az.compare`` and ``az.plot_compare``.
 
-        They are sums over data, as ArviZ's are. No leave-one-out is needed (``az.loo``): none of the models was fitted to these data. The
-        effective number of parameters, ``p``, is NaN. ArviZ's stacking exponentiates the bound of each datum: below −700 nats, take
+        The values are sums over data, as in ArviZ. No leave-one-out is needed (``az.loo``): none of the models was fitted to these data. The
+        effective number of parameters, ``p``, is NaN. ArviZ's stacking exponentiates the bound of each datum: below −700 nats, use
         ``method="pseudo-BMA"``.
 
         Returns:
@@ -88,12 +88,12 @@ def compare_models(
 ) -> ModelComparison:
     """Rank models by their bound on the same data.
 
-    The difference of two models is taken item by item: what makes an item hard for both cancels. Models of equal N
+    The difference of two models is taken item by item, so that the variation over items that both share cancels. Models of equal N
     are evaluated on the same noise.
 
     Args:
         models: A dict from name to trained Diffusion, at least two.
-        x: Data that none was fitted to, shape ``(datum, dim)``.
+        x: Data to which none of the models was fitted, shape ``(datum, dim)``.
         context: Of the conditional models among them: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
         num_draws: Draws per datum.

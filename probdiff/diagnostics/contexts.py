@@ -1,9 +1,9 @@
 r"""The bounds of the same data under different contexts, on common random numbers.
 
-What of the bound depends on the context is minus the sum of the excesses (:mod:`probdiff.elbo.analytic`). It is estimated by terms −excess_n / p_n at
-random steps n; those of one datum have the same steps and the same noise under every context, so that the noise of their difference is
-that of what the context changes, and not of what makes the datum hard under each. The probabilities p_n are learned from the differences:
-log-SNRs at which the contexts say the same are hardly visited.
+The part of the bound that depends on the context is minus the sum of the excesses (:mod:`probdiff.elbo.analytic`). It is estimated by terms −excess_n / p_n at
+random steps n. The terms of one datum have the same steps and the same noise under every context, so that the variation that all contexts share
+cancels in their difference. The probabilities p_n are learned from the differences:
+log-SNRs at which the contexts lead to the same prediction are rarely drawn.
 """
 
 from typing import NamedTuple
@@ -25,26 +25,26 @@ from probdiff.elbo.steps import STEPS, Learner
 from probdiff.programs.sites import Data
 
 DATA_AT_ONCE = 256
-PAIRS_AT_ONCE = 64  # of a datum and a context
-PILOT = 32  # data that the probabilities of the steps are learned from at first
+PAIRS_AT_ONCE = 64  # of the terms of a datum and a context
+PILOT = 32  # data from which the probabilities of the steps are first learned
 STEPS_IN_DRAW = 32  # of each datum
 
 Terms = Float[np.ndarray, "term datum context"]
 
 
 class CommonTerms:
-    """Terms of the bounds of data under several contexts, of which each is an estimate of the whole bound up to a constant of the datum.
+    """Terms of the bounds of data under several contexts; each term estimates the whole bound, up to a constant of the datum.
 
     Args:
-        diffusion: The model as it is evaluated, given all contexts, in any number of rows.
+        diffusion: The model prepared for evaluation, given all contexts, in any number of rows.
         x: Data, shape ``(datum, dim)``.
         rows: The rows of the contexts of each datum, shape ``(datum, context)``.
         num_terms: Number of terms in a draw: their steps are spread evenly.
-        all_steps: Whether they are all the steps, in the place of random ones; then there are N of them.
-        key: JAX key, for the first look at some of the data, from which the probabilities of the steps are learned.
+        all_steps: Whether all N steps are evaluated, instead of random ones.
+        key: JAX key for the draws from which the probabilities of the steps are first learned.
 
     Attributes:
-        num_pilot: Network evaluations that this took, shape ``(datum,)``.
+        num_pilot: Network evaluations of these draws, shape ``(datum,)``.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class CommonTerms:
             self.num_pilot[some] = self.num_terms * rows.shape[1]
 
     def draw(self, key: PRNGKeyArray, data: Int[np.ndarray, "some"], wanted: Bool[np.ndarray, "some context"]) -> Terms:
-        """Terms of some data, shape ``(term, some, context)``, whose mean over terms is one draw of the bound; NaN where none is wanted.
+        """Terms of some data, shape ``(term, some, context)``, whose mean over terms is one draw of the bound; NaN where no term is requested.
 
-        The steps and the noise of a datum depend on the key and on its number alone. What the terms say of the steps is learned for the next draw.
+        The steps and the noise of a datum depend on the key and on its index alone. The probabilities of the steps for the next draw are learned from the terms.
         """
         probability = None if self.all_steps else _probability(self._learner, self._learned)
         pairs = np.argwhere(wanted)
@@ -92,7 +92,7 @@ def _learned(
     inverse_probability: Float[AnyArray, "term datum"],
     excess: Float[AnyArray, "term datum context"],
 ) -> dict[str, Array]:
-    """What was learned, with how far the contexts of a datum are apart at each step; NaN is not looked at."""
+    """The learned state after the differences between the contexts of a datum at each step; NaN is ignored."""
     there = jnp.isfinite(excess)
     apart = jnp.where(there, excess - jnp.nanmean(excess, -1, keepdims=True), 0)
     count = there * inverse_probability[..., None]
@@ -115,7 +115,7 @@ def _excess(
     probability: Float[Array, "num_steps"] | None,
     num_terms: int,
 ) -> tuple[Int[Array, "term pair"], Float[Array, "term pair"], Float[Array, "term pair"]]:
-    """Steps, their inverse probabilities and their excesses, for pairs of a datum and a context, which are given by their rows."""
+    """Steps, their inverse probabilities and their excesses, for pairs of a datum and a context, both given by row."""
     steps, num_steps = STEPS["all" if probability is None else "stratified_importance"], diffusion.schedule.num_steps
     data, contexts = rows
     x, diffusion = x[data], diffusion.take(contexts)
@@ -137,7 +137,7 @@ class ContextDifference(NamedTuple):
 
     Attributes:
         draws: Independent estimates of the difference of the bounds of each datum, shape ``(draw, datum)``.
-        num_evaluations: Network evaluations of all, of each datum on average.
+        num_evaluations: Network evaluations for each datum, on average.
 
     Example:
         >>> import numpy as np, probdiff
@@ -166,7 +166,7 @@ class ContextDifference(NamedTuple):
         return Estimate.of_draws(self.draws)
 
     def __repr__(self) -> str:
-        """The mean difference, its errors and the network evaluations spent."""
+        """The mean difference, its errors and the number of network evaluations."""
         mean, error, noise = self.estimate
         words = f"ContextDifference of {self.draws.shape[1]} data: {mean:.3f} ± {error:.3f} nats over data, of which {noise:.3f} is noise"
         return f"{words} ({self.num_evaluations:.0f} network evaluations a datum)"
@@ -182,13 +182,13 @@ def compare_contexts(
     num_draws: Whole = 8,
     progress: bool = False,
 ) -> ContextDifference:
-    r"""The bound on log p(x | c₁) less that on log p(x | c₂), datum by datum, on common random numbers.
+    r"""The bound on log p(x | c₁) minus the bound on log p(x | c₂), datum by datum, on common random numbers.
 
-    A difference of bounds is no bound of the difference: each bound has a gap of its own. What it bounds is neither log p(x | c₁) − log p(x | c₂)
+    A difference of bounds is not a bound: each bound has a gap of its own. It bounds neither log p(x | c₁) − log p(x | c₂)
     nor, with a prior, the log-odds of the contexts.
 
-    Each draw is of 32 random steps of each datum, spread evenly, with probabilities that are learned from some of the data; for an equal error this takes fewer
-    network evaluations than all N steps, most of which are spent where both contexts predict the same. Where N is 32 or less, it is of all steps.
+    A draw has 32 random steps for each datum, spread evenly, with probabilities that are learned from some of the data. For the same error this needs fewer
+    network evaluations than all N steps, as the predictions under both contexts agree at most steps. If N is at most 32, a draw has all steps.
 
     Args:
         diffusion: The model.

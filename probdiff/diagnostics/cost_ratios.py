@@ -1,8 +1,8 @@
 r"""Ratios of costs, variance × time or variance × evaluations, with their errors.
 
 A variance is the mean of its parts: squared deviations of draws, or half the squared distances of two draws of a gradient. To
-first order the relative error of a ratio of two variances is that of the mean of the differences of their parts, each over its mean;
-estimators with parts of the same draws are compared part by part, so that what they share cancels.
+first order, the relative error of a ratio of two variances is the error of the mean difference of their parts, each part divided by the mean;
+estimators with the same draws are compared part by part, so that shared variation cancels.
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ import numpy as np
 from jaxtyping import Float
 
 TIE = 2.0  # standard errors
-FEWEST_DRAWS = 4  # for squared deviations that say how much they vary
+FEWEST_DRAWS = 4  # the fewest squared deviations from which their own variance is estimated
 
 
 class Variance(NamedTuple):
     """The variance of one draw of the mean over a batch of data, measured.
 
     Attributes:
-        parts: Unbiased estimates of it, shape ``(part, item)``; one item if the batch was measured as a whole.
-        share: The share of the batch that the items are.
+        parts: Unbiased estimates of the variance, shape ``(part, item)``; one item if the batch was measured as a whole.
+        share: The fraction of the batch that was measured.
     """
 
     parts: Float[np.ndarray, "part item"]
@@ -55,9 +55,9 @@ def ratio_error(first: Variance, second: Variance) -> float:
 
 
 def _error_of_mean(parts: Float[np.ndarray, "part item"], share: float) -> float:
-    """Standard error of the mean of all parts, as an estimate for all items of which a share is there.
+    """Standard error of the mean of all parts, as an estimate for the whole batch, of which a fraction was measured.
 
-    With all items there it is that of the draws, with few that of the items (which includes the draws').
+    If all items were measured, it is the error over draws; if few were, the error over items, which includes the error over draws.
     """
     num_parts, num_items = parts.shape
     of_draws = parts.var(0, ddof=1).sum() / num_parts / num_items**2 if num_parts > 1 else np.nan
@@ -68,7 +68,7 @@ def _error_of_mean(parts: Float[np.ndarray, "part item"], share: float) -> float
 
 
 def time_error(seconds: Float[np.ndarray, "call"]) -> float:
-    """Relative standard error of the mean time of several calls; NaN of a single one."""
+    """Relative standard error of the mean time of several calls; NaN for a single call."""
     return float(seconds.std(ddof=1) / np.sqrt(len(seconds)) / seconds.mean()) if len(seconds) > 1 else np.nan
 
 
@@ -91,11 +91,11 @@ def ratio_errors(variances: Mapping[str, Variance], seconds: Mapping[str, np.nda
 
 
 def tied_with_best(costs: Any, errors: Any) -> list[str]:
-    """The estimators whose costs cannot be told from the least: the best first, then those within two standard errors of it.
+    """The estimators whose costs are within two standard errors of the least cost; the best comes first.
 
     Args:
-        costs: From estimator to cost, a pandas Series; what is not known is left out.
-        errors: That of :func:`ratio_errors`.
+        costs: From estimator to cost, a pandas Series; estimators with unknown cost are left out.
+        errors: The result of :func:`ratio_errors`.
     """
     known = costs.dropna().sort_values()
     if known.empty:

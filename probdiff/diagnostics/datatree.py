@@ -1,4 +1,4 @@
-"""The terms of the bound as an xarray DataTree, the container of ArviZ, and back; and where in it the nats are."""
+"""The terms of the bound as an xarray DataTree, the container of ArviZ, and back; and a summary of the terms."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import xarray
 
 RANGES = 10
-CHAINS = {4: 25, 3: 25, 2: 4}  # and the fewest draws of each: ArviZ's errors are too small if many chains are short
+CHAINS = {4: 25, 3: 25, 2: 4}  # and the fewest draws of each: ArviZ underestimates errors from many short chains
 STANDS_OUT = 3.0  # standard errors
 LONG_NAMES = {
     "prior_kl": "KL of q(z_N | x_0) to N(0, I)",
@@ -31,11 +31,11 @@ Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 
 def to_datatree(terms: ELBOTerms) -> "xarray.DataTree":
-    """Put the terms of the bound into a DataTree that ArviZ's functions take.
+    """Put the terms of the bound into a DataTree for the functions of ArviZ.
 
-    Group ``posterior``, the one that ArviZ looks at, is a sample of the data: each draw is a datum, its values are means over the draws of
-    noise, and coordinate ``datum`` says which it is. So ``az.summary(tree)`` has a row for each term; ``mean`` is the mean of
-    the data, ``sd`` the spread over them, ``mcse_mean`` about the standard error over items. It has ``prior_kl``, ``reconstruction`` and
+    Group ``posterior``, which ArviZ reads by default, is a sample of the data: each draw is a datum, its values are means over the draws of
+    noise, and the coordinate ``datum`` has its index. So ``az.summary(tree)`` has a row for each term; ``mean`` is the mean of
+    the data, ``sd`` the spread over them, ``mcse_mean`` approximately the standard error over items. It has ``prior_kl``, ``reconstruction`` and
     ``elbo`` with dimensions (chain, draw), and ``step_kl`` with (chain, draw, steps): sums over ten ranges of steps, "2-101" and so
     on, between quantiles of log-SNR.
 
@@ -44,8 +44,8 @@ def to_datatree(terms: ELBOTerms) -> "xarray.DataTree":
     has ``prior_kl``, which is exact, with (datum,), and of a conditional model the ``context``, or one variable for each of its arrays,
     ``context[age]`` and so on. Everything but the context is in nats.
 
-    What is independent may be cut into chains at will: there are four, three or two, where that comes out even and leaves at
-    least 25, 25 or 4 draws in each. Otherwise there is one, and ArviZ's ``r_hat`` is NaN.
+    Independent draws may be divided into chains in any way: here into four, three or two of equal length, with at
+    least 25, 25 or 4 draws each. Otherwise there is one chain, and ArviZ's ``r_hat`` is NaN.
 
     Args:
         terms: :class:`~probdiff.elbo.ELBOTerms`.
@@ -101,7 +101,7 @@ def _context_variables(context: PyTree) -> Variables:
 
 
 def _key(entry: Any) -> str:
-    """One step of a path into a tree, in words."""
+    """One step of a path into a tree, as text."""
     return str(next(getattr(entry, name) for name in ("key", "idx", "name") if hasattr(entry, name)))
 
 
@@ -120,9 +120,9 @@ def _sample(variables: Variables, coords: dict[str, Any]) -> "xarray.Dataset":
 
 
 def from_datatree(tree: "xarray.DataTree") -> ELBOTerms:
-    """The :class:`~probdiff.elbo.ELBOTerms` that :func:`to_datatree` was given; also of a tree of before 0.2, all in one group.
+    """The :class:`~probdiff.elbo.ELBOTerms` from which :func:`to_datatree` made a tree; trees of versions before 0.2, with a single group, are read as well.
 
-    A context that was a tree of arrays comes back as a dict of them, by the names of the variables.
+    A context that was a tree of arrays is returned as a dict of arrays, by the names of the variables.
 
     Example:
         >>> import jax, probdiff
@@ -149,7 +149,7 @@ def arviz_dims(diffusion: Diffusion) -> dict[str, dict[str, Any]]:
         diffusion: The model.
 
     Returns:
-        A dict: ``dims``, for ``z`` step, datum and dim, for ``x`` datum and dim, or column where the likelihood is one for each column;
+        A dict: ``dims``, for ``z`` step, datum and dim, for ``x`` datum and dim, or column if each column has its own likelihood;
         ``coords``, the steps N … 1 in the order of ``z``, and the names of the columns.
 
     Example:
@@ -167,9 +167,9 @@ def arviz_dims(diffusion: Diffusion) -> dict[str, dict[str, Any]]:
 
 
 def inspect_terms(tree: "xarray.DataTree", dim: Whole | None = None) -> dict[str, Any]:
-    """Summarise the terms of the bound: ranges of steps, and what stands out from its errors.
+    """Summarise the terms of the bound: by ranges of steps, and find the most expensive range and item.
 
-    Something stands out if it exceeds the next by more than three standard errors of their difference.
+    A range or an item is named if it exceeds the next by more than three standard errors of their difference.
 
     Args:
         tree: The DataTree of :func:`~probdiff.to_datatree`.
@@ -179,8 +179,8 @@ def inspect_terms(tree: "xarray.DataTree", dim: Whole | None = None) -> dict[str
         A dict: ``table``, a pandas DataFrame in nats per item with a row for each range of steps and each other term, and columns
         ``nats``, ``share`` (of Σ step KL), ``error_over_items`` (noise included) and ``error_of_noise`` (NaN for a single draw);
         ``num_items`` and ``num_draws``; ``largest_steps``, the range of steps that costs most, and ``worst_item``, the item of the
-        lowest bound: each a dict with its lead on the next, or None where that does not stand out from its error, which is the error over
-        items for the range, and the Monte Carlo error for the item; ``text``, all of it in words.
+        lowest bound: each a dict with the difference from the next, or None if that is not significant, by the error over
+        items for the range and by the Monte Carlo error for the item; ``text``, the summary as text.
 
     Example:
         >>> import jax, probdiff
@@ -221,5 +221,5 @@ def inspect_terms(tree: "xarray.DataTree", dim: Whole | None = None) -> dict[str
 
 
 def _estimate(draws: Float[np.ndarray, "draw datum"]) -> Estimate:
-    """The mean and its two errors; that of the noise is not known of a single draw."""
+    """The mean and its two errors; the error of the noise is unknown for a single draw."""
     return Estimate.of_draws(draws) if len(draws) > 1 else Estimate.of(draws[0])._replace(monte_carlo_error=float("nan"))

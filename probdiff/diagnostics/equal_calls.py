@@ -17,16 +17,16 @@ from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
 
 ROWS, STEPS = 8, 4
-ROUNDING = 1e-3  # relative: of accelerators whose products are rounded to fewer bits
+ROUNDING = 1e-3  # relative; accelerators round products to fewer bits
 
 
 class CallDifference(NamedTuple):
     """Two predictions of the noise that should be equal.
 
     Attributes:
-        relative: The root of the mean square of their difference, relative to that of the prediction.
-        nats: What the difference δ costs, :class:`Estimate`: Σ_n w_n ‖δ‖²/2, by a step out of each of a few ranges. Of two draws of a random
-            prediction this is what its variance costs in the bound.
+        relative: Root mean square of the difference, relative to that of the prediction.
+        nats: Cost of the difference δ in the bound, :class:`Estimate`: Σ_n w_n ‖δ‖²/2, estimated from one step in each of a few ranges. For two
+            draws of a random prediction this is the cost of its variance.
     """
 
     relative: float
@@ -34,7 +34,7 @@ class CallDifference(NamedTuple):
 
     @property
     def is_there(self) -> bool:
-        """Whether it is more than rounding."""
+        """Whether the difference is more than rounding."""
         return self.relative > ROUNDING
 
 
@@ -42,7 +42,7 @@ def compare_equal_calls(diffusion: Diffusion, x0: Float[AnyArray, "datum dim"], 
     """Predictions of the network that should be equal, on a few data and steps.
 
     Args:
-        diffusion: The model as it is evaluated, given its context.
+        diffusion: The model prepared for evaluation, given its context.
         x0: Encoded data, shape ``(datum, dim)``.
         key: JAX key.
 
@@ -66,7 +66,7 @@ def compare_equal_calls(diffusion: Diffusion, x0: Float[AnyArray, "datum dim"], 
 
 
 def _predictions(diffusion: Diffusion, x0: Float[Array, "datum dim"], n: int, key: PRNGKeyArray) -> Iterator[Float[np.ndarray, "datum dim"]]:
-    """The prediction at step ``n``, the same again, and that of each datum in a batch of copies of itself."""
+    """The prediction at step ``n``, the same prediction again, and the prediction for each datum in a batch of copies of itself."""
     eps = jax.random.normal(jax.random.fold_in(key, n), x0.shape, x0.dtype)
     signal, noise = (at_step(table, n, x0.dtype) for table in (diffusion.schedule.signal_scale, diffusion.schedule.noise_scale))
     z = signal * x0 + noise * eps

@@ -1,7 +1,7 @@
-"""Draws of every estimator of the bound and of its gradient, as many as fit in some minutes.
+"""Draws of every estimator of the bound and of its gradient, as many as a time limit allows.
 
-All programs are traced, then compiled side by side; then the kinds of draws take turns until the time is over, whichever has had the
-least of it. The estimators of a kind are drawn equally often, and draw s of every estimator starts from the same key. Gradients of estimators
+All programs are traced, then compiled in parallel; then the kinds of draws take turns until the time is over, next always the kind that has
+used the least time. The estimators of a kind are drawn equally often, and draw s of every estimator starts from the same key. Gradients of estimators
 that evaluate all steps cost more than all others together: they are compiled and drawn if time is left for them.
 """
 
@@ -29,7 +29,7 @@ from probdiff.elbo.estimators import ESTIMATORS
 from probdiff.elbo.objective import StepObjective
 from probdiff.programs.sites import PARAMS
 
-BLOCK_ROWS = 2**16  # of the network between two looks at Ctrl-C
+BLOCK_ROWS = 2**16  # evaluations of the network between two checks for Ctrl-C
 ROWS_AT_ONCE = 512  # of the network, of several draws
 ALL_STEPS_ROWS, FEWEST_ITEMS = 2**12, 4  # of a draw of an estimator that evaluates all steps: of the network, and data
 MORE_DRAWS = 64
@@ -41,7 +41,7 @@ LEARNING = (200, 64)  # updates, and data in each, before an estimator that lear
 
 
 class Turns(NamedTuple):
-    """How often something is drawn: the draws of a turn, the fewest and the most turns."""
+    """The number of draws in a turn, and the smallest and the largest number of turns."""
 
     draws: int
     fewest: int
@@ -56,8 +56,8 @@ TURNS = {
     (True, True): Turns(2, 1, 50),
 }
 Rows = tuple[jax.Array, PyTree]  # data, and the context of each
-PATHS = Turns(16, 2, 12)  # of trace: the tail of their weights is looked at, too
-EACH_STEP = {"gradient": 2, "grid": 8, "density": 32}  # how often each comes up, on average, in the fewest turns at one random step
+PATHS = Turns(16, 2, 12)  # of trace: the tail of their weights is examined as well
+EACH_STEP = {"gradient": 2, "grid": 8, "density": 32}  # how often each step is drawn, on average, in the smallest number of turns of a one-step estimator
 GRADIENT_COST = 3  # of a gradient, in values
 
 
@@ -69,9 +69,9 @@ class EstimatorDraws(NamedTuple):
         value_variance: Variance of one draw of the mean over the batch, a :class:`~probdiff.diagnostics.cost_ratios.Variance`.
         value_seconds: Seconds of one draw of the batch, by each turn, shape ``(turn,)``.
         evaluations: Network evaluations for each item and draw.
-        is_of_each_datum: Whether the values are those of each item; otherwise only their mean means something.
+        is_of_each_datum: Whether the values estimate the bound of each item; otherwise only their mean is an estimate.
         projections: The gradient of the mean bound of the items along a few directions, shape ``(draw, direction)``. None if the model
-            has no parameters, as the next two.
+            has no parameters, like the next two.
         gradient_variance: Trace of the covariance of the gradient of the mean over the batch, measured.
         gradient_seconds: As for values.
     """
@@ -108,7 +108,7 @@ def draw_estimators(
         mesh: The devices that share the draws.
         progress: Show progress bars.
     """
-    # Several processes must make the same calls, whatever their clocks say: they make the fewest of all.
+    # Several processes, whose clocks differ, must make the same calls: they make the smallest number of draws.
     alone, start = jax.process_count() == 1, time.monotonic()
     deadline = start + 60 * float(minutes) if alone else -np.inf
     draw_key, learn_key, direction_key = jax.random.split(key, 3)
@@ -158,7 +158,7 @@ def draw_estimators(
 
 
 class _Program(NamedTuple):
-    """Draws that are being compiled: how often they are made, the program, and the blocks of data that it is called with."""
+    """Draws that are being compiled: their turns, the program, and the blocks of data for its calls."""
 
     turns: Turns
     compiled: Future[Any]
@@ -185,21 +185,21 @@ class _Estimator:
         self.learning: tuple[Future[Any], jax.Array] | None = None
 
     def start_to_learn(self, pool: ThreadPoolExecutor, key: PRNGKeyArray) -> None:
-        """Have the state compiled, and then learned from repetitions of the data; most estimators have none."""
+        """Start to compile and then to learn the state from repetitions of the data; most estimators have no state."""
         if self.state:
             keys = jax.random.split(key, LEARNING[0])
             self.learning = pool.submit(jax.jit(self._learn).lower(self.state, keys).compile), keys
 
     def learned(self) -> dict[str, Any]:
-        """The state that was learned, by site."""
+        """The learned state, by site."""
         if self.learning is not None:
             program, keys = self.learning
             self.state, self.learning = program.result()(self.state, keys), None
         return self.state
 
     def lowered(self, pool: ThreadPoolExecutor, is_gradient: bool, draw_key: PRNGKeyArray, num_draws: Whole | None) -> _Program:
-        """Trace a program, and have it compiled."""
-        # The data of a gradient that is the sum of independent ones are drawn one by one.
+        """Trace a program, and start its compilation."""
+        # If a gradient is a sum of independent gradients of the data, these are drawn one by one.
         size = _size(self.items)
         blocks = [take(self.items, slice(k, k + 1)) for k in range(size)] if is_gradient and self.all_steps else [self.items]
         rows = self.evaluations * _size(blocks[0])
@@ -209,7 +209,7 @@ class _Estimator:
         return _Program(turns, pool.submit(lowered.compile), blocks)
 
     def collected(self, values: "_Kind", gradients: "_Kind | None" = None) -> EstimatorDraws:
-        """The draws, and what they say of the variance and of the time."""
+        """The draws, with estimates of the variance and of the time."""
         (drawn,) = values.draws(self.name)
         each = self.objective is None or self.objective.is_of_each_datum
         size = _size(self.batch)
@@ -230,12 +230,12 @@ class _Estimator:
         if num_draws is None:
             turns = PATHS if self.name == "trace" and not is_gradient else TURNS[self.all_steps, is_gradient]
             if not self.all_steps:
-                # A step that is drawn rarely may cost much, as the first of data with a density does, half a nat for each dimension: in the
-                # fewest turns each of N must have come up several times, or the error of the mean says nothing.
+                # A step that is drawn rarely may have a large term, as the first one for data with a density, half a nat for each dimension: in the
+                # smallest number of turns each of the N steps must have been drawn several times, or the error of the mean is unknown.
                 often = EACH_STEP["gradient" if is_gradient else "grid" if self.diffusion.likelihood.levels else "density"]
                 rows = often * self.diffusion.schedule.num_steps // (turns.fewest * _size(self.items))
                 turns = turns._replace(draws=max(turns.draws, 2 * (rows // 2)))
-            # With items left out, the error is mostly that of the items; otherwise it takes two turns.
+            # If items were left out, the error is mostly the error over items; otherwise two turns are needed.
             return turns if _size(self.items) < _size(self.batch) else turns._replace(fewest=max(2, turns.fewest))
         rows, draws = self.evaluations * _size(self.items), int(num_draws)
         if is_gradient:
@@ -247,8 +247,8 @@ class _Estimator:
         return Turns(together, draws // together, draws // together)
 
     def _together(self, is_gradient: bool, rows: int) -> int:
-        """Draws to evaluate side by side, at most; of gradients, pairs."""
-        # A path goes through the network step by step, the terms of the analytic bound as many at a time as fit.
+        """The largest number of draws, or of pairs for gradients, to evaluate in parallel."""
+        # A path is evaluated step by step; of the terms of the analytic bound, as many at a time as fit.
         at_once = rows // self.evaluations if self.objective is None else min(rows, inputs_at_once(self.diffusion.network))
         together = ROWS_AT_ONCE // at_once
         if is_gradient:
@@ -256,7 +256,7 @@ class _Estimator:
         return max(1, together)
 
     def _draws(self, is_gradient: bool, together: int, learned: Any, keys: jax.Array, rows: Rows) -> Any:
-        """Draws from some keys, some side by side: values of each datum, or for each pair of gradients what :meth:`_gradients` gives."""
+        """Draws for some keys, some in parallel: values of each datum, or the results of :meth:`_gradients` for each pair of gradients."""
         keys = keys.reshape(-1, 2) if is_gradient else keys
         keys = keys.reshape(-1, _divisor(len(keys), together), *keys.shape[1:])
         function = functools.partial(self._gradients if is_gradient else self._value, learned, rows)
@@ -303,7 +303,7 @@ class _Estimator:
 
 
 class _Kind:
-    """Draws of one kind, values or gradients, of the estimators that are drawn equally often."""
+    """Draws of one kind, values or gradients, for the estimators that are drawn equally often."""
 
     def __init__(self, key: PRNGKeyArray, turns: Turns) -> None:
         self.key, self.turns = key, turns
@@ -313,7 +313,7 @@ class _Kind:
         self.made, self.spent, self.last = 0, 0.0, 0.0
 
     def add(self, name: str, function: Callable[..., Any], blocks: list[Rows]) -> None:
-        """Draw from this estimator, too: from a function of keys and data, for each block of data."""
+        """Add an estimator, given as a function of keys and data and the blocks of data."""
         self.functions[name], self.found[name], self.seconds[name] = (function, blocks), [], []
 
     def seconds_of_a_draw(self, name: str) -> float:
@@ -322,7 +322,7 @@ class _Kind:
         return float(np.mean(self.seconds[name])) * sum(map(_size, blocks))
 
     def is_open(self, deadline: float) -> bool:
-        """Whether there is another turn to take."""
+        """Whether another turn is possible."""
         in_time = self.made < self.turns.fewest or time.monotonic() + self.last <= deadline
         return self.made < self.turns.most and in_time
 
@@ -363,12 +363,12 @@ def _size(rows: Rows) -> int:
 
 
 def _options(context: PyTree) -> dict[str, PyTree]:
-    """What the programs are called with beside the data."""
+    """The keyword arguments of the programs beside the data."""
     return {} if context is None else {"context": context}
 
 
 def _keys(key: PRNGKeyArray, first: int, count: int) -> jax.Array:
-    """The keys of some draws: those of the first are the same however many there are."""
+    """The keys of some draws; the key of a draw does not depend on the number of draws."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
 
 

@@ -1,8 +1,8 @@
-r"""The audit of a network that was trained elsewhere: its bound, where its nats go, and what is wrong with it.
+r"""The audit of a network that was trained elsewhere: its bound, the terms of the bound, and errors of convention.
 
-Every diagnosis is a measurement in nats: what the repair would gain in the bound, on the same data and the same noise. It is named if the gain
-is more than five of its standard errors *and* more than 0.01 nats (0.014 bits) a dimension; 0.05 nats where a factor is fitted, 0.1 where a range is. The readings of the network
-(:mod:`probdiff.diagnostics.readings`) compete; what else is wrong is measured with the network read as is best.
+Every diagnosis is a measurement in nats: the gain of the bound by the repair, on the same data and the same noise. It is reported if the gain
+is more than five of its standard errors *and* more than 0.01 nats (0.014 bits) a dimension; 0.05 nats if a factor is fitted, 0.1 if a range is. The readings of the network
+(:mod:`probdiff.diagnostics.readings`) are compared with each other; all other errors are measured under the best reading.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from probdiff.programs.sites import Data
 
 RANDOM = "random output"
 SURE = 5.0  # standard errors
-# What a repair must gain, in nats a dimension; more if it has numbers that are fitted, of which a network of few iterations has some use.
+# The gain that a repair must exceed, in nats a dimension; larger if it has fitted numbers, which improve any network of few iterations.
 WORTH, WORTH_OF_FACTOR, WORTH_OF_RANGE = 0.01, 0.05, 0.1
 SAME = 1e-5  # relative: rounding of an excess in float32
 STEP_WORDS = {
@@ -57,13 +57,13 @@ STEP_WORDS = {
 
 
 class Finding(NamedTuple):
-    """Something that is wrong with a model.
+    """An error in a model, found by an audit.
 
     Attributes:
-        name: What it is, in a few words that stay the same.
-        sentence: What was measured.
-        nats: What the repair would gain in the bound, nats per datum; infinite where there is no bound.
-        error: Its standard error over data.
+        name: The kind of error, a fixed short text.
+        sentence: The measurement, in a sentence.
+        nats: The gain of the bound by the repair, nats per datum; infinite if there is no bound.
+        error: Standard error of the gain over data.
 
     Example:
         >>> from probdiff.diagnostics.findings import Finding
@@ -79,18 +79,18 @@ class Finding(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """The result of :func:`audit`. Prints as a table; in nats per datum.
+    """The result of :func:`audit`. It is printed as a table; values are in nats per datum.
 
     Attributes:
-        findings: What is wrong, a list of :class:`Finding`, the costliest first; empty if nothing is.
+        findings: The errors found, a list of :class:`Finding`, the most costly first; empty if none was found.
         two_ways: The bound by its terms and by ``Trace_ELBO``, :class:`TwoWays`.
         step_kl, step_kl_error: KL of each step n = 2 … N and its standard error over data, shape ``(num_steps - 1,)``.
-        inspection: Where the nats go, as :func:`~probdiff.diagnostics.inspect_terms` has it.
-        readings: What other readings of the network gain in the bound, a dict from :class:`Reading` to ``Estimate``; mostly they lose. Empty
-            if the kernel asks the network for something else than the noise.
-        slopes: The factor that ε̂ should have, :class:`Slopes`; None in that case.
-        variance: What the best reverse variances for the network would gain, an ``Estimate``; None in that case.
-        levels: Number of levels of data on a grid, so that bits/dim mean something; None for data with a density.
+        inspection: The summary of the terms by :func:`~probdiff.diagnostics.inspect_terms`.
+        readings: The gain of the bound by other readings of the network, a dict from :class:`Reading` to ``Estimate``; mostly negative. Empty
+            if the kernel needs another prediction than the noise.
+        slopes: The best factor of ε̂, :class:`Slopes`; None in that case.
+        variance: The gain of the bound by the optimal reverse variances, an ``Estimate``; None in that case.
+        levels: Number of levels of data on a grid, so that bits/dim are defined; None for data with a density.
         dim: Number of dimensions.
         schedule: The noise schedule.
 
@@ -140,7 +140,7 @@ class Audit:
         return plot_step_kl(to_datatree(self.two_ways.terms), self.schedule, title)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """All results, a dict for JSON."""
         bits, (difference, error) = self.bits_per_dim, self.two_ways.difference
         both = {"analytic": self.elbo._asdict(), "trace_elbo": self.two_ways.trace._asdict(), "difference": difference, "difference_error": error}
         slopes = self.slopes and [{"steps": list(s), "slope": c, "error": e} for s, c, e in zip(*(list(each) for each in self.slopes))]
@@ -163,27 +163,27 @@ class Audit:
         }
 
     def __repr__(self) -> str:
-        """The table, and what is wrong."""
+        """The table, and the findings."""
         return format_audit(self)
 
 
 def audit(
     diffusion: Diffusion, x: Data, *, context: PyTree = None, key: PRNGKeyArray, num_draws: Whole = 8, progress: bool = False
 ) -> Audit:
-    """Audit of a network: what it is worth on data, and what is wrong with it: for one that was trained elsewhere, by other conventions.
+    """Audit a network that was trained elsewhere, perhaps by other conventions: its bound on data, and errors in its use.
 
     It looks for a prior KL that is not small; steps out of order or off by one; a prediction that is a multiple of the noise, minus the
-    noise, v, x_0 or a score; another range of the data; a context that is ignored; data of a batch that depend on each other; an output that is
-    random or not finite; reverse variances that are worse than both of Ho et al. (2020). Each is named if its repair gains more than five standard
-    errors and 0.01 nats a dimension; a network that is merely not trained to the end is sound. A step more or less is worth
-    little where there are many: at N = 1000 it is not seen, and does no harm.
+    noise, v, x_0 or a score; another range of the data; a context that is ignored; predictions that depend on other data of the batch; an output that is
+    random or not finite; reverse variances that are worse than both choices of Ho et al. (2020). Each is reported if its repair gains more than five
+    standard errors and 0.01 nats a dimension; incomplete training is not an error. A shift by one step matters
+    little if there are many: at N = 1000 it is not detected, and does no harm.
 
-    The cost is that of about nine bounds of all steps, and of a sample for each datum.
+    The cost is about that of nine bounds with all steps, and of one sample for each datum.
 
     Args:
-        diffusion: The model, with the network to be audited in it.
-        x: Data of the kind that the network was trained on, best held out; shape ``(datum, dim)``, at least two, a hundred or more to see
-            small things.
+        diffusion: The model that contains the network.
+        x: Data of the kind that the network was trained on, preferably held out; shape ``(datum, dim)``, at least two, a hundred or more to detect
+            small errors.
         context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key.
         num_draws: Draws of the noise for each datum, at least two.
@@ -218,7 +218,7 @@ def audit(
     if not findings and diffusion.kernel.prediction == "noise":
         compared = compare_readings(diffusion, x, key=reading_key, num_draws=num_draws, progress=progress)
         calls = [*_calls(diffusion, x, call_key)]
-        # (Of an answer that is random another reading may have less noise, which says nothing of the network.)
+        # (If the output is random, another reading may merely have less noise.)
         random = any(finding.name == RANDOM for finding in calls)
         best = Reading(OWN, OWN) if random else _best(compared)
         gained, worse = _optimal_variance(compared, best)
@@ -242,17 +242,17 @@ def audit(
 
 
 def _stands_out(gain: Float[np.ndarray, "datum"], dim: int, worth: float = WORTH) -> Estimate | None:
-    """The gain, if it is more than its error and chance allow, and worth something."""
+    """The gain, if it is significant and above the limit; otherwise None."""
     estimate = Estimate.of(gain)
     return estimate if estimate.mean > max(SURE * estimate.error, worth * dim) else None
 
 
 def _best(compared: ReadingComparison) -> Reading:
-    """The reading that gains most; the model's own, if no other stands out.
+    """The reading with the largest gain; the model's own, if no gain is significant.
 
-    Of a network that knows little, one that says less would gain: a reading must predict the noise as well as independent normals do. Steps
-    are off by one if a step further would lose again; a factor is one if most ranges of steps have it. What has more numbers to be
-    fitted must gain more than what has less.
+    For a poor network, a reading with smaller predictions would gain: a reading must therefore predict the noise as well as independent normals do. Steps
+    are off by one only if a shift by two loses again; a factor is reported only if most ranges of steps have it. A reading with more fitted
+    numbers must gain more than one with fewer.
     """
     gains, dim = compared.gains, compared.dim
     own, scaled, whole, by_dim = (Reading(*each) for each in ((OWN, OWN), (OWN, SCALED), (RANGE, OWN), (RANGE_BY_DIM, OWN)))
@@ -271,18 +271,18 @@ def _best(compared: ReadingComparison) -> Reading:
 
 
 def _predicts(compared: ReadingComparison, reading: Reading, share: float = 0.5) -> bool:
-    """Whether a reading predicts a share of what independent normals predict of the noise, or more."""
+    """Whether a reading predicts at least a given fraction of the noise that independent normals predict."""
     return bool(compared.explained(reading).mean() > share * compared.explained(Reading(OWN, NORMALS)).mean())
 
 
 def _is_as_good_as_normals(compared: ReadingComparison, reading: Reading) -> bool:
-    """Whether a reading predicts as much as independent normals but for a hundredth; of v, more than is said by v = 0."""
+    """Whether a reading predicts as much of the noise as independent normals, up to a hundredth; for v, more than v = 0 does."""
     more = Estimate.of(compared.explained(reading) - compared.explained(Reading(OWN, STANDARD_NORMALS)))
     return _predicts(compared, reading, 0.99) and ("v" not in reading.answer.split() or more.mean > SURE * more.error)
 
 
 def _misread(compared: ReadingComparison, best: Reading) -> Iterator[Finding]:
-    """What is wrong with the model's own reading: of the best, how the network is asked and what its answer is, each beside the other."""
+    """The errors of the model's own reading: in how the network is called, and in the meaning of its output, each measured given the other."""
     gains, normals = compared.gains, Reading(OWN, NORMALS)
     if not _predicts(compared, best) and (gain := _stands_out(gains[normals], compared.dim)):
         shares = (f"{max(0, compared.explained(reading).mean()):.1%}" for reading in (best, normals))
@@ -306,13 +306,13 @@ def _misread(compared: ReadingComparison, best: Reading) -> Iterator[Finding]:
 
 
 def _taken_for(compared: ReadingComparison) -> str:
-    """What the model takes the network's answer for."""
+    """The meaning that the model gives to the output of the network."""
     name = type(compared.models[OWN].network).__name__
     return {"VHead": "v", "X0Head": "x_0"}.get(name, f"what a {name} takes" if name.endswith("Head") else "the noise")
 
 
 def _range(compared: ReadingComparison, asked: str) -> str:
-    """The range that the network knows beside that of the data, in words."""
+    """The range of the data that the network was trained on, beside the present range, as text."""
     likelihood: Any = compared.models[asked].likelihood
     samples = compared.samples
     a, b = np.asarray(likelihood.scale), np.asarray(likelihood.shift)
@@ -322,7 +322,7 @@ def _range(compared: ReadingComparison, asked: str) -> str:
 
 
 def _not_finite(both: TwoWays) -> Iterator[Finding]:
-    """Terms that are no numbers."""
+    """Terms that are not finite."""
     bad = ~np.isfinite(np.concatenate([both.terms.reconstruction[:, None], both.terms.step_kl], 1))
     if bad.any():
         steps = 1 + np.flatnonzero(bad.any((0, 2)))
@@ -355,7 +355,7 @@ def _context(diffusion: Diffusion, compared: ReadingComparison) -> Iterator[Find
 
 
 def _calls(diffusion: Diffusion, x: Data, key: PRNGKeyArray) -> Iterator[Finding]:
-    """Predictions that should be equal and are not; what is random differs in a batch of its own, too."""
+    """Predictions that should be equal and are not; a random prediction also differs for a datum alone."""
     differences = compare_equal_calls(diffusion, diffusion.likelihood.encode(x), key=key)
     twice, alone = differences["twice"], differences["alone"]
     if twice.is_there:
@@ -367,11 +367,11 @@ def _calls(diffusion: Diffusion, x: Data, key: PRNGKeyArray) -> Iterator[Finding
 
 
 def _optimal_variance(compared: ReadingComparison, best: Reading) -> tuple[Estimate, list[Finding]]:
-    r"""What the best reverse variances gain for the network as it is best read; a finding, if β̃_n and β_n are both better, too.
+    r"""The gain by the optimal reverse variances under the best reading; a finding, if β̃_n and β_n are both better as well.
 
     At :math:`v_n = \tilde\beta_n e^r` the KL of a step is :math:`\tfrac d2 (e^{-r} - 1 + r) + e^{-r} \tilde w_n \|\epsilon - \hat\epsilon\|^2`, which
-    is least at :math:`e^r = 1 + 2 \tilde w_n m_n`, :math:`m_n` being the mean squared error of a dimension: that of one half of the data for
-    the other.
+    is least at :math:`e^r = 1 + 2 \tilde w_n m_n`, :math:`m_n` being the mean squared error of a dimension; the value from one half of the data is used for
+    the other half.
     """
     model, (nats, squared_error), dim = compared.models[best.asked], compared.excesses[best], compared.dim
     kernel, schedule, halves = model.kernel, model.schedule, np.arange(nats.shape[1]) % 2

@@ -1,11 +1,11 @@
-r"""The bound, accounted for: where a model of data with a known density loses its nats.
+r"""The decomposition of the gap between the bound and a known density of the data.
 
     E log p(x) − E L(x)  =  irreducible gap + Σ_n network_n
 
-The *irreducible gap* is that of the same chain with the exact :math:`\epsilon^*_n(z) = E[\epsilon | z_n = z]`: what N
-Gaussian steps, the prior and the reverse variances cost, whatever the network. What the network adds at step n is
+The *irreducible gap* is the gap of the same chain with the exact network :math:`\epsilon^*_n(z) = E[\epsilon | z_n = z]`: the cost of N
+Gaussian steps, of the prior and of the reverse variances, which no network can avoid. The network adds at step n
 :math:`w_n E\|\hat\epsilon - \epsilon^*\|^2`, because :math:`\epsilon - \epsilon^*` is orthogonal to every function of
-:math:`z_n`; at n = 1 it is so under a normal likelihood.
+:math:`z_n`; at n = 1 this holds under a normal likelihood.
 """
 
 import dataclasses
@@ -31,17 +31,17 @@ from probdiff.programs.sites import Data
 
 @dataclasses.dataclass(frozen=True)
 class GapDecomposition:
-    """The result of :func:`gap_decomposition`. Prints as a table; everything in nats per datum.
+    """The result of :func:`gap_decomposition`. It is printed as a table; all values are in nats per datum.
 
     Attributes:
         entropy: Differential entropy of the data and its (numerical) error.
         gap: E log p − ELBO, an ``Estimate``, paired per datum.
-        irreducible: The same with the exact ε-network.
-        network: What the network adds, Σ_n.
-        network_per_step, network_per_step_error: The same for each step n = 1 … N, and its standard error.
-        residual: gap − irreducible − network, paired per datum: 0 but for its error.
+        irreducible: The gap with the exact ε-network.
+        network: The gap that the network adds, summed over the steps.
+        network_per_step, network_per_step_error: The gap that the network adds at each step n = 1 … N, and its standard error, shape ``(num_steps,)``.
+        residual: gap − irreducible − network, paired per datum: 0 up to its error.
         prior_kl, step_kl, reconstruction: The terms of the bound, ``Estimate``; ``step_kl`` is their sum over steps.
-        log_snr: That of each step.
+        log_snr: Log-SNR of each step, shape ``(num_steps,)``.
         num_items: Number of data.
 
     Example:
@@ -76,7 +76,7 @@ class GapDecomposition:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> "GapDecomposition":
-        """The decomposition whose :meth:`to_dict` gave ``document``, read back from JSON."""
+        """The decomposition from the result ``document`` of :meth:`to_dict`, read back from JSON."""
 
         def read(value: Any) -> Any:
             return Estimate(**value) if isinstance(value, dict) else np.array(value) if isinstance(value, list) else value
@@ -84,25 +84,25 @@ class GapDecomposition:
         return cls(**{name: read(value) for name, value in document.items()} | {"entropy": tuple(document["entropy"])})
 
     def plot(self, title: str = "") -> Any:
-        """A figure: what the network adds at each step, and its running sum."""
+        """A figure: the gap that the network adds at each step, and its running sum."""
         from probdiff.diagnostics.plots import plot_gap
 
         return plot_gap(self, title)
 
     def __repr__(self) -> str:
-        """The account as a table."""
+        """The decomposition as a table."""
         return format_gap(self)
 
 
 def gap_decomposition(
     diffusion: Diffusion, oracle: Any, x: Data, *, context: PyTree = None, key: PRNGKeyArray, progress: bool = False
 ) -> GapDecomposition:
-    """Account for the bound of a model on data whose distribution is known.
+    """Decompose the gap between the bound of a model and the known log density of the data.
 
     Args:
         diffusion: The model, with a NormalLikelihood.
         oracle: The true distribution of the data (see :mod:`probdiff.oracles.distributions`); ``dataset.oracle`` of a data set.
-        x: Data drawn from it, shape ``(datum, dim)``, at least two.
+        x: Data drawn from the oracle, shape ``(datum, dim)``, at least two.
         context: Of a conditional model and oracle: a row for each datum, as for :meth:`Diffusion.given`.
         key: JAX key. Model and exact network are evaluated on the same noise.
         progress: Show progress bars.
@@ -111,8 +111,8 @@ def gap_decomposition(
         A :class:`GapDecomposition`.
 
     Raises:
-        ValueError, TypeError: If the data do not suit the model, the model has another likelihood, its reverse kernel asks the network
-            for more than the noise, or the oracle has no density.
+        ValueError, TypeError: If the data do not suit the model, the model has another likelihood, its reverse kernel needs more than the noise
+            from the network, or the oracle has no density.
 
     Example:
         >>> import jax, numpy as np, probdiff
@@ -163,7 +163,7 @@ def gap_decomposition(
 
 
 def _bound(diffusion: Diffusion, x: jax.Array, key: PRNGKeyArray, progress: bool) -> Float[np.ndarray, "datum"]:
-    """All steps of every datum's bound, minus a control variate: the gap is small, and so must its noise be."""
+    """All steps of every datum's bound, minus a control variate: the gap is small, so that its noise must be small as well."""
     objective = AnalyticELBO(diffusion, "all", control="linear")
     evaluate = jax.jit(lambda key, x, context: objective.of(diffusion.with_context(context)).per_datum(key, x))
     cut = blocks(len(x), EVALUATIONS // diffusion.schedule.num_steps, unit="datum", desc="bound", progress=progress)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 MOST_PAIRS = 6  # columns
-FEW_VALUES = 12  # of a column whose values are shown one by one
+FEW_VALUES = 12  # distinct values of a column that are shown one by one
 
 
 def _figure(columns: int = 1, width: float = 7.0, height: float = 4.2) -> tuple["matplotlib.figure.Figure", np.ndarray]:
@@ -114,7 +114,7 @@ def plot_samples(
     Args:
         samples: Draws from the model, shape ``(sample, dim)``.
         data: Data, shape ``(datum, dim)``.
-        image_shape: Shape of a datum as an image; None for points. Of more than two dimensions the first two are shown.
+        image_shape: Shape of a datum as an image; None for points. If there are more than two dimensions, the first two are shown.
         title: Title of the figure.
 
     Example:
@@ -154,10 +154,10 @@ def _tiled(images: Real[np.ndarray, "image dim"], shape: Sequence[int]) -> Float
 
 
 def plot_marginals(samples: "pandas.DataFrame", data: "pandas.DataFrame", title: str = "") -> "matplotlib.figure.Figure":
-    """The distribution of each column, of samples and of data: densities, or the shares of values where there are few.
+    """The distribution of each column, of samples and of data: densities, or the frequencies of the values if these are few.
 
     Args:
-        samples: Draws from the model, as :meth:`~probdiff.datasets.Dataset.to_frame` gives them.
+        samples: Draws from the model, a data frame as returned by :meth:`~probdiff.datasets.Dataset.to_frame`.
         data: Data, with the same columns.
         title: Title of the figure.
 
@@ -188,10 +188,10 @@ def plot_marginals(samples: "pandas.DataFrame", data: "pandas.DataFrame", title:
 
 
 def plot_pairs(samples: "pandas.DataFrame", data: "pandas.DataFrame", title: str = "") -> "matplotlib.figure.Figure":
-    """Each column against each: data below the diagonal, as many samples above it, and both in the distribution of a column on it.
+    """Each column against each: data below the diagonal, as many samples above it, and the distribution of each column, of both, on the diagonal.
 
     Args:
-        samples: Draws from the model, as :meth:`~probdiff.datasets.Dataset.to_frame` gives them.
+        samples: Draws from the model, a data frame as returned by :meth:`~probdiff.datasets.Dataset.to_frame`.
         data: Data, with the same columns; of more than six columns the first six are shown.
         title: Title of the figure.
 
@@ -235,7 +235,7 @@ def plot_pairs(samples: "pandas.DataFrame", data: "pandas.DataFrame", title: str
 
 
 def _draw_marginal(axes: "matplotlib.axes.Axes", samples: "pandas.Series", data: "pandas.Series") -> None:
-    """A column of data, filled, and of samples, as a line; the shares of values where there are few."""
+    """A column of data, filled, and of samples, as a line; the frequencies of the values if these are few."""
     values = _few_values(data)
     looks: tuple[dict[str, Any], ...] = ({"color": "C0", "alpha": 0.5, "label": "data"}, {"color": "C1", "label": "samples from the model"})
     if values is not None:
@@ -256,13 +256,13 @@ def _draw_marginal(axes: "matplotlib.axes.Axes", samples: "pandas.Series", data:
 
 
 def _few_values(data: "pandas.Series") -> np.ndarray | None:
-    """The values of a column of categories, or of few whole numbers; None of any other."""
+    """The values of a column of categories, or of few whole numbers; None for any other column."""
     values = np.unique(data)
     return values if hasattr(data, "cat") or (data.dtype.kind in "iu" and len(values) <= FEW_VALUES) else None
 
 
 def _positions(column: "pandas.Series", data: "pandas.Series", rng: np.random.Generator) -> np.ndarray:
-    """Where points are drawn: numbers as they are; few values by their place, apart by a little noise."""
+    """The coordinates of points: numbers unchanged; few values by their index, with a little noise."""
     values = _few_values(data)
     if values is None:
         return np.asarray(column, float)
@@ -282,7 +282,7 @@ def _limits(data: "pandas.Series", samples: "pandas.Series") -> tuple[float, flo
 
 
 def _marker_size(count: int) -> float:
-    """The area of a marker, in square points: large where there are few."""
+    """The area of a marker, in square points: large for few markers."""
     return float(np.clip(4000 / count, 2, 12))
 
 
@@ -297,7 +297,7 @@ def plot_posterior(
     Args:
         samples: Particles, shape ``(particle, dim)``.
         weights: Their weights, which add up to 1.
-        ess: Effective sample size of the weights at z_n, n = 1 … N, of as many particles as a run has.
+        ess: Effective sample size of the weights at z_n, n = 1 … N, for one run of particles.
         title: Title of the figure.
 
     Example:
@@ -324,7 +324,7 @@ def plot_posterior(
 
 
 def plot_estimators(table: "pandas.DataFrame", num_items: int, title: str = "") -> "matplotlib.figure.Figure":
-    """Every estimator's bound with its error, and what its variance costs.
+    """Every estimator's bound with its error, and its cost, variance × time or variance × evaluations.
 
     Args:
         table: The ``table`` of an :class:`~probdiff.diagnostics.compare_estimators.EstimatorComparison`.
@@ -365,7 +365,7 @@ def plot_estimators(table: "pandas.DataFrame", num_items: int, title: str = "") 
 
 
 def plot_gap(decomposition: "probdiff.diagnostics.gap.GapDecomposition", title: str = "") -> "matplotlib.figure.Figure":
-    """The network's part in the gap of the bound: at each step, and summed from the first step on.
+    """The part of the gap that the network adds: at each step, and summed from the first step on.
 
     Args:
         decomposition: A :class:`~probdiff.diagnostics.gap.GapDecomposition`.

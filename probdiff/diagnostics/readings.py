@@ -1,9 +1,9 @@
-r"""The readings of a network: what it may have been meant to say, and what the bound would be if it were read so.
+r"""The readings of a network: the conventions under which it may have been trained, and the bound under each of them.
 
-A network that was trained elsewhere comes without its conventions. It may count the steps from 0 or from the noisy end, predict v, x_0 or a
-score in the place of the noise, or have seen the data on another scale. Each such convention is a *reading* of the network: how it is
-asked, and what is made of its answer. All readings are evaluated on the same data and the same noise, so that what one of them gains in the
-bound over the model's own is a paired difference. The bound is :math:`L(x) = \text{noise\_free\_bound}(x) - \sum_n \text{excess}_n`
+The conventions of a network that was trained elsewhere may be unknown. It may count the steps from 0 or from the noisy end, predict v, x_0 or a
+score instead of the noise, or have been trained on data of another scale. Each such convention is a *reading* of the network: the arguments of
+its call, and the meaning of its output. All readings are evaluated on the same data and the same noise, so that the gain of one of them over the
+model's own reading is a paired difference. The bound is :math:`L(x) = \text{noise\_free\_bound}(x) - \sum_n \text{excess}_n`
 (:mod:`probdiff.elbo.analytic`); all but the excesses is known exactly.
 """
 
@@ -32,13 +32,13 @@ from probdiff.networks.heads import AbstractHead, VHead, X0Head
 
 OWN = "own"
 EARLY, LATE, REVERSED = "n − 1", "n + 1", "N + 1 − n"
-BEYOND = {EARLY: "n − 2", LATE: "n + 2"}  # a step further
+BEYOND = {EARLY: "n − 2", LATE: "n + 2"}  # shifted by one more step
 RANGE, RANGE_BY_DIM = "another range of the data", "another range of each dimension"
 OTHERS_CONTEXT = "another's context"
 SCALED = "a multiple"
 NORMALS, STANDARD_NORMALS = "independent normals", "independent standard normals"
 SLOPES = 5  # ranges of steps
-# The step that the network is asked for in the place of n; at the ends of the chain, the nearest that there is.
+# The step with which the network is called instead of n; at the ends of the chain, the nearest step.
 ASKED: dict[str, Callable[[Any, int], Any]] = {
     OWN: lambda n, num_steps: n,
     EARLY: lambda n, num_steps: n - 1,
@@ -48,7 +48,7 @@ ASKED: dict[str, Callable[[Any, int], Any]] = {
     REVERSED: lambda n, num_steps: num_steps + 1 - n,
 }
 NOISE = "the noise"
-# The noise ε̂ that an answer says in z = signal · x_0 + noise · ε, if the answer is …
+# The noise ε̂ in z = signal · x_0 + noise · ε that follows from an output, if the output is …
 ANSWERS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
     NOISE: lambda answer, z, signal, noise: answer,
     "minus the noise": lambda answer, z, signal, noise: -answer,
@@ -62,10 +62,10 @@ READ_BY_HEAD: dict[type, str] = {X0Head: "x_0", VHead: "v"}
 
 
 class Recoded(AbstractLikelihood):
-    r"""The likelihood of a chain that sees :math:`a \cdot x_0 + b` where another sees :math:`x_0`; for the same data.
+    r"""The likelihood for a chain of :math:`a \cdot x_0 + b`, given the likelihood for a chain of :math:`x_0`; for the same data.
 
     Attributes:
-        likelihood: The other.
+        likelihood: The given likelihood.
         scale, shift: a, positive, and b, each of shape ``(dim,)``.
     """
 
@@ -75,15 +75,15 @@ class Recoded(AbstractLikelihood):
 
     @property
     def levels(self) -> int | None:
-        """Those of the other."""
+        """The levels of the given likelihood."""
         return self.likelihood.levels
 
     def check_data(self, x: Real[AnyArray, "*batch dim"]) -> None:
-        """Refuse what the other does."""
+        """Refuse the data that the given likelihood refuses."""
         self.likelihood.check_data(x)
 
     def encode(self, x: Real[AnyArray, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        r""":math:`a \cdot x_0 + b`, with :math:`x_0` as the other encodes the data."""
+        r""":math:`a \cdot x_0 + b`, with :math:`x_0` the data as encoded by the given likelihood."""
         return jnp.asarray(self.scale) * self.likelihood.encode(x) + jnp.asarray(self.shift)
 
     def decode(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch dim"]:
@@ -95,7 +95,7 @@ class Recoded(AbstractLikelihood):
         return self.likelihood.log_jacobian(dim) + float(np.log(np.broadcast_to(self.scale, dim)).sum())
 
     def __call__(self, loc: Float[Array, "*batch dim"], scale: Scale) -> dist.Distribution:
-        """That of the other, which is told the normal in its own units."""
+        """The distribution of the given likelihood, for the normal in its units."""
         return self.likelihood(self._before(loc), scale / jnp.asarray(self.scale))
 
     def _before(self, x0: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
@@ -103,12 +103,12 @@ class Recoded(AbstractLikelihood):
 
 
 class Reading(NamedTuple):
-    """How a network is asked, and what its answer is taken for.
+    """The arguments with which a network is called, and the meaning given to its output.
 
     Attributes:
         asked: A key of :data:`ASKED`, or :data:`RANGE`, :data:`RANGE_BY_DIM` or :data:`OTHERS_CONTEXT`.
-        answer: A key of :data:`ANSWERS`, or :data:`OWN` for what the model takes it for, or :data:`SCALED` for a multiple of that; or
-            :data:`NORMALS` or :data:`STANDARD_NORMALS`, for the best prediction if the dimensions were such, whatever the network.
+        answer: A key of :data:`ANSWERS`, or :data:`OWN` for the meaning in the model, or :data:`SCALED` for a multiple of it; or
+            :data:`NORMALS` or :data:`STANDARD_NORMALS`, for the best prediction if the dimensions were independent normals, without the network.
     """
 
     asked: str
@@ -116,7 +116,7 @@ class Reading(NamedTuple):
 
 
 class Excesses(NamedTuple):
-    r"""What every step costs under a reading, over a network that knew the noise; means over draws of the noise.
+    r"""The excess of every step under a reading, over a network that knew the noise; means over draws of the noise.
 
     Attributes:
         nats: Shape ``(num_steps, datum)``.
@@ -128,14 +128,14 @@ class Excesses(NamedTuple):
 
 
 def ask(diffusion: Diffusion, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"]) -> Prediction:
-    """Answer of the network itself at step ``n``, before a head makes noise of it."""
+    """Output of the network itself at step ``n``, before a head converts it to noise."""
     network = eqx.nn.inference_mode(diffusion.network)
     asked = z, at_step(diffusion.schedule.log_snr, n, z.dtype), n, None, of_batch(diffusion.context, z.shape[:-1])
     return network.output(*asked) if isinstance(network, AbstractHead) else predict_noise(network, *asked)
 
 
 def read(diffusion: Diffusion, reading: str, answer: Prediction, z: Float[Array, "*batch dim"], n: Int[Array, "*batch"]) -> Float[Array, "*batch dim"]:
-    """The noise in ``z`` after ``n`` steps that an answer says if it is taken for ``reading``."""
+    """The noise in ``z`` after ``n`` steps that follows from an output under the meaning ``reading``."""
     if reading == OWN:
         network = diffusion.network
         log_snr = at_step(diffusion.schedule.log_snr, n, z.dtype)
@@ -145,7 +145,7 @@ def read(diffusion: Diffusion, reading: str, answer: Prediction, z: Float[Array,
 
 
 def other_answers(diffusion: Diffusion, shape: tuple[int, ...]) -> list[str]:
-    """Names of what else the answers may be than the model takes them for; nothing, if they are not shaped like the data, ``shape``."""
+    """Names of the other possible meanings of the outputs; none if the outputs do not have the shape of the data, ``shape``."""
     network = diffusion.network
     if isinstance(network, AbstractHead) and network.output_shape(jnp.zeros(shape)) != shape:
         return []
@@ -160,7 +160,7 @@ def _excesses(
     """The :class:`Excesses` of every reading in one draw of the noise, the same for all.
 
     Args:
-        models: By how the network is asked, the model that it is asked in.
+        models: For each way of calling the network, the model in which it is called.
         x: Data, shape ``(datum, dim)``.
         key: JAX key of the noise.
         multiple: The factor of :data:`SCALED`.
@@ -207,11 +207,11 @@ def _products(diffusion: Diffusion, x: Real[AnyArray, "datum dim"], key: PRNGKey
 
 
 class Slopes(NamedTuple):
-    r"""The factor of :math:`\hat\epsilon` that is best for :math:`\epsilon`, by least squares as the bound weighs them, in ranges of the steps.
+    r"""The factor of :math:`\hat\epsilon` that best predicts :math:`\epsilon`, by least squares with the weights of the bound, in ranges of the steps.
 
     Attributes:
         steps: The first and the last step of each range.
-        slope, error: The factor and its standard error over data; 1 is that of a network that is right on average.
+        slope, error: The factor and its standard error over data; it is 1 for a network that is calibrated on average.
     """
 
     steps: list[tuple[int, int]]
@@ -220,7 +220,7 @@ class Slopes(NamedTuple):
 
     @property
     def median(self) -> float:
-        """The factor of the range in the middle: what a network of small errors predicts where there is nothing to predict does not count."""
+        """The median factor over the ranges, which ranges with nothing to predict do not affect."""
         return float(np.median(self.slope)) if np.isfinite(self.slope).all() else 1.0
 
 
@@ -239,7 +239,7 @@ def fit_slopes(diffusion: Diffusion, x: Real[AnyArray, "datum dim"], key: PRNGKe
 
 @eqx.filter_jit
 def _draw_encoded(diffusion: Diffusion, key: PRNGKeyArray, like: Float[AnyArray, "sample dim"]) -> Float[Array, "sample dim"]:
-    """Samples of the network as the chain sees them, shaped like ``like``, at variances β̃_n, whatever the model's own; of a conditional model, one for
+    """Encoded samples of the network, shaped like ``like``, with reverse variances β̃_n in any case; for a conditional model, one for
     each row of its context."""
     diffusion = diffusion.with_kernel(GaussianKernel("posterior"))
 
@@ -251,7 +251,7 @@ def _draw_encoded(diffusion: Diffusion, key: PRNGKeyArray, like: Float[AnyArray,
 
 
 def _recoded(likelihood: AbstractLikelihood, samples: Float[np.ndarray, "sample dim"], x0: Float[np.ndarray, "datum dim"]) -> dict[str, Recoded]:
-    """Likelihoods under which the data, encoded as ``x0``, have the mean and the spread of ``samples``: on the whole, and in each dimension.
+    """Likelihoods under which the data, encoded as ``x0``, have the mean and the standard deviation of ``samples``: overall, and in each dimension.
 
     A network's samples have the range of the data that it was trained on. None where the samples are not finite.
     """
@@ -268,11 +268,11 @@ class ReadingComparison(NamedTuple):
     """The result of :func:`compare_readings`.
 
     Attributes:
-        gains: By :class:`Reading`, what it gains in the bound of each datum over the model's own, nats, shape ``(datum,)``.
-        excesses: By reading, its :class:`Excesses`.
-        models: By how the network is asked, the model that it is asked in.
+        gains: For each :class:`Reading`, its gain in the bound of each datum over the model's own reading, nats, shape ``(datum,)``.
+        excesses: For each reading, its :class:`Excesses`.
+        models: For each way of calling the network, the model in which it is called.
         slopes: The :class:`Slopes` of the model's own reading.
-        samples: Samples of the network as the chain sees them, shape ``(sample, dim)``.
+        samples: Encoded samples of the network, shape ``(sample, dim)``.
     """
 
     gains: dict[Reading, Float[np.ndarray, "datum"]]
@@ -287,7 +287,7 @@ class ReadingComparison(NamedTuple):
         return self.samples.shape[1]
 
     def explained(self, reading: Reading) -> Float[np.ndarray, "datum"]:
-        """The share of the noise that a reading predicts, 1 − Σ_n E‖ε − ε̂‖² / Σ_n E‖ε‖², shape ``(datum,)``: about 0 of one that predicts nothing."""
+        """The fraction of the noise that a reading predicts, 1 − Σ_n E‖ε − ε̂‖² / Σ_n E‖ε‖², shape ``(datum,)``: about 0 if it predicts nothing."""
         return 1 - np.asarray(self.excesses[reading].squared_error).mean(0) / self.dim
 
 
@@ -297,7 +297,7 @@ def compare_readings(
     """The bound under every reading of the network, on the same data and the same noise: a :class:`ReadingComparison`.
 
     Args:
-        diffusion: The model as it is evaluated, given its context; its kernel takes a prediction of the noise.
+        diffusion: The model prepared for evaluation, given its context; its kernel needs a prediction of the noise.
         x: Data, shape ``(datum, dim)``, at least two.
         key: JAX key.
         num_draws: Draws of the noise, for each step and datum.

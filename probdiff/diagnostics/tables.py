@@ -1,4 +1,4 @@
-"""Results as text: the tables of a fit, of the comparisons and of the gap taken apart."""
+"""Results as text: the tables of a fit, of the comparisons and of the decomposition of the gap."""
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BLOCKS = 8
 DIGITS = 4
-MOST_NAMED = 3  # terms of the bound that differ
+MOST_NAMED = 3  # terms of the bound that differ, at most
 MOST_GIVEN = 5  # covariates by name
 LABELS = {
     "prior_kl": "prior KL",
@@ -38,7 +38,7 @@ LABELS = {
 
 
 def format_fit(results: Mapping[str, Any]) -> str:
-    """The results of ``probdiff fit`` as text: the bound on the test split, beside what is known about the data."""
+    """The results of ``probdiff fit`` as text: the bound on the test split, beside the reference values for the data."""
     test, both, reference = results["test"], results["two_ways"], dict(results["reference"])
     bits = "bits_per_dim" in test["elbo"]
     width = 38
@@ -82,7 +82,7 @@ def _noise(test: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _agreement(both: Mapping[str, Any]) -> Iterator[str]:
-    """The verdict, and what it would have seen."""
+    """The verdict, and the difference that would have been detected."""
     common = both.get("common_paths")
     seen = []
     if "detectable" in both:
@@ -169,7 +169,7 @@ def _with_ties(names: Sequence[str]) -> str:
 
 
 def _weights(comparison: "probdiff.diagnostics.compare_estimators.EstimatorComparison") -> Iterator[str]:
-    """What the importance weights of the paths of ``trace`` say."""
+    """The importance-weighted bound and k̂ of the paths of ``trace``, as text."""
     khat, limit, row = comparison.khat, comparison.khat_limit, comparison.table.loc["trace"]
     assert comparison.iwae is not None and khat is not None and limit is not None
     num_draws = int(row["draws"])
@@ -211,8 +211,8 @@ def format_terms(table: "pandas.DataFrame", found: Mapping[str, Any], dim: Whole
     """The findings of :func:`~probdiff.diagnostics.inspect_terms` as text.
 
     Args:
-        table: Its table.
-        found: The rest of it.
+        table: The entry ``table`` of the findings.
+        found: The other entries.
         dim: Number of dimensions, for figures in bits/dim; None for continuous data.
     """
     num_items, num_draws, largest, worst = (found[name] for name in ("num_items", "num_draws", "largest_steps", "worst_item"))
@@ -242,7 +242,7 @@ def format_terms(table: "pandas.DataFrame", found: Mapping[str, Any], dim: Whole
 
 
 def format_gap(decomposition: "probdiff.diagnostics.gap.GapDecomposition") -> str:
-    """A :class:`~probdiff.diagnostics.gap.GapDecomposition` as text: parts that add up to the gap in the digits that are printed."""
+    """A :class:`~probdiff.diagnostics.gap.GapDecomposition` as text: parts that add up to the gap in the printed digits."""
     parts = {
         "irreducible gap, exact ε": decomposition.irreducible,
         "added by the network": decomposition.network,
@@ -267,7 +267,7 @@ def format_gap(decomposition: "probdiff.diagnostics.gap.GapDecomposition") -> st
 
 
 def format_audit(audit: "probdiff.diagnostics.findings.Audit") -> str:
-    """An :class:`~probdiff.diagnostics.findings.Audit` as text of 80 columns: where the nats go, the bound two ways, and what is wrong."""
+    """An :class:`~probdiff.diagnostics.findings.Audit` as text of 80 columns: the terms of the bound, the bound two ways, and the findings."""
     table, both = audit.inspection["table"], audit.two_ways
     lines = [
         f"Audit on {audit.inspection['num_items']} data of {audit.dim} dimensions, N = {audit.schedule.num_steps} steps",
@@ -292,5 +292,5 @@ def format_audit(audit: "probdiff.diagnostics.findings.Audit") -> str:
 
 
 def _gain(found: "probdiff.diagnostics.findings.Finding") -> str:
-    """What a repair gains, in words."""
+    """The gain by a repair, as text."""
     return f"{found.nats:.4g} ± {found.error:.2g} nats" if np.isfinite(found.nats) else "there is no bound"

@@ -16,8 +16,8 @@ def pairwise_z(names: Sequence[str], pair: Callable[[str, str], tuple[np.ndarray
 
     Args:
         names: Names of the estimators.
-        pair: Gives, for two estimators, draws with the same expectation, each of shape ``(draw, direction)``; None if there are none,
-            and the score is NaN. Of the directions, the largest score is given.
+        pair: A function that returns, for two estimators, draws with the same expectation, each of shape ``(draw, direction)``; None if there are none,
+            and the score is NaN. The score is the largest over the directions.
     """
     import pandas as pd
 
@@ -32,7 +32,7 @@ def pairwise_z(names: Sequence[str], pair: Callable[[str, str], tuple[np.ndarray
 
 
 def _z(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Student's t of the difference of two means, turned into the normal score of the same tail probability."""
+    """Student's t of the difference of two means, converted to the normal score of the same tail probability."""
     if len(first) == len(second):
         error = _error(first - second)
     else:

@@ -1,9 +1,9 @@
-r"""Likelihoods :math:`p_\theta(x | z_1)`: from the last reverse step to the data as the user has it.
+r"""Likelihoods :math:`p_\theta(x | z_1)`: from the last reverse step to the data in the user's units.
 
-The last reverse step is a Gaussian over :math:`x_0`, N(loc, scale²). A likelihood says how :math:`x_0` and x are
-related: ``encode`` maps data to the chain, and calling the likelihood with loc and scale gives the distribution of
-x, so that every figure is in the user's own units. Each refuses the other's data: a density over data that live on a
-grid can be made as large as one likes, and means nothing.
+The last reverse step is a Gaussian over :math:`x_0`, N(loc, scale²). A likelihood defines how :math:`x_0` and x are
+related: ``encode`` maps data to the chain, and calling the likelihood with loc and scale returns the distribution of
+x, so that all figures are in the user's units. Likelihoods with a density refuse data on a grid, and conversely: the density of
+data on a grid can be made arbitrarily large, and has no meaning.
 """
 
 import abc
@@ -21,12 +21,12 @@ Scale = Float[Array, "*#batch #dim"] | Float[Array, ""]
 
 
 class AbstractLikelihood(eqx.Module):
-    """How the data as the user has it and the chain's :math:`x_0` are related.
+    """The relation between the data in the user's units and the :math:`x_0` of the chain.
 
-    To write your own, give ``levels`` and the five methods. JAX arrays of the module are trained along with the network.
+    To write your own, define ``levels`` and the five methods. JAX arrays of the module are trained along with the network.
 
     Attributes:
-        levels: Number of levels of data on a grid, integers 0 … levels − 1, so that bits/dim mean something; None for data with a
+        levels: Number of levels of data on a grid, integers 0 … levels − 1, so that bits/dim are defined; None for data with a
             density.
 
     Example:
@@ -59,20 +59,20 @@ class AbstractLikelihood(eqx.Module):
 
     @property
     def words(self) -> str:
-        """The kind of data that this likelihood is for, in a few words."""
+        """The kind of data that this likelihood is for, as a short text."""
         return type(self).__name__
 
     @property
     def points(self) -> Float[np.ndarray, "point dim"] | None:
-        """The points of the chain's space that a column of data can be at, shape ``(point, dim)``; None for data with a density."""
+        """The encoded values that a column of data can have, points of shape ``(point, dim)``; None for data with a density."""
         return None
 
     def encoded_dim(self, columns: int) -> int:
-        """Number of dimensions of the chain for data of so many columns: as many, unless said otherwise."""
+        """Number of dimensions of the chain for data with ``columns`` columns: by default, the same number."""
         return columns
 
     def pieces(self, dim: int) -> list[tuple[int, Float[np.ndarray, "point dim"] | None]]:
-        """The pieces that the ``dim`` dimensions of the chain are made of: numbers of dimensions of one kind, each with its :attr:`points`."""
+        """The ``dim`` dimensions of the chain in groups of one kind: the number of dimensions of each group, and its :attr:`points`."""
         return [(dim, self.points)]
 
     def discrete(self, columns: int) -> tuple[bool, ...]:
@@ -81,11 +81,11 @@ class AbstractLikelihood(eqx.Module):
         return tuple(of[j] for j in range(columns))
 
     def placed(self, columns: int) -> list[tuple["AbstractLikelihood", tuple[int, ...]]]:
-        """The likelihoods of the columns of data, each with the positions of its columns: this one with all of them, unless said otherwise."""
+        """The likelihoods of the columns of data, each with the positions of its columns: by default, this likelihood with all of them."""
         return [(self, tuple(range(columns)))]
 
     def read(self, x: Any) -> Any:
-        """Data as an array: arrays as they are, a data frame (pandas, polars, pyarrow) by its columns of numbers.
+        """Data as an array: arrays unchanged, a data frame (pandas, polars, pyarrow) by its columns of numbers.
 
         Raises:
             TypeError: If a column does not hold numbers; ValueError for a missing cell, by column and row.
@@ -94,18 +94,18 @@ class AbstractLikelihood(eqx.Module):
 
     @abc.abstractmethod
     def check_data(self, x: Real[AnyArray, "*batch dim"]) -> None:
-        """Refuse data, shape ``(*batch, dim)``, that this likelihood does not take."""
+        """Refuse data, shape ``(*batch, dim)``, that do not suit this likelihood."""
 
     @abc.abstractmethod
     def encode(self, x: Real[AnyArray, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        """Data to the chain, floats of the same shape; about unit variance is best."""
+        """Encode data for the chain: floats of the same shape, with variance of about 1 if possible."""
 
     @abc.abstractmethod
     def decode(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch dim"]:
-        """From the chain to the user's units; the inverse of :meth:`encode`."""
+        """Map the chain's :math:`x_0` to the user's units; the inverse of :meth:`encode`."""
 
     def unrounded(self, x0: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        """The same without rounding to what the data can be, an affine map: :meth:`decode`, unless said otherwise."""
+        """:meth:`decode` without rounding to possible data, an affine map: by default, :meth:`decode` itself."""
         return self.decode(x0)
 
     @abc.abstractmethod

@@ -1,8 +1,8 @@
-r"""Categories: each is a point of the chain's space, as many dimensions as there are categories.
+r"""Categories: each is encoded as a point in as many dimensions as there are categories.
 
-Category v of K is the point :math:`c_v = \sqrt K e_v - 1/\sqrt K`, the one-hot vector :math:`e_v` shifted and scaled: about mean 0 and
-variance 1 in every dimension if the categories are about as frequent, all at the same distance from 0 and from each other.
-The probability of v given z_1 is that of its point under N(loc, scale²), among the K points:
+Category v of K is the point :math:`c_v = \sqrt K e_v - 1/\sqrt K`, the one-hot vector :math:`e_v` shifted and scaled: mean 0 and
+variance 1 in every dimension if the categories are equally frequent, all at the same distance from 0 and from each other.
+The probability of v given z_1 is the density of its point under N(loc, scale²), normalised over the K points:
 
     p(v | z_1) = exp(−‖c_v − loc‖² / (2 scale²)) / Σ_u exp(−‖c_u − loc‖² / (2 scale²)) = softmax_v(√K loc / scale²).
 
@@ -31,8 +31,8 @@ class CategoricalLikelihood(AbstractLikelihood):
     r"""Categories without an order; a column of data becomes as many dimensions of the chain as there are categories.
 
     Args:
-        categories: Their number K, for data 0 … K − 1; or the categories themselves: numbers, which are what the data hold, or
-            labels, for which an array holds 0 … K − 1 (and a data frame the labels). At least two.
+        categories: Their number K, for data 0 … K − 1; or the categories themselves: numbers, which are the values of the data, or
+            labels, for which an array has 0 … K − 1 (and a data frame the labels). At least two.
 
     Example:
         >>> import numpy as np, probdiff
@@ -65,12 +65,12 @@ class CategoricalLikelihood(AbstractLikelihood):
 
     @property
     def categories(self) -> tuple[str, ...] | tuple[float, ...]:
-        """The labels; or the numbers, if the data hold those."""
+        """The labels; or the numbers, if these are the values of the data."""
         return self.labels or self.values
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this likelihood was made with."""
+        """The arguments of the constructor, by name."""
         return {"categories": self.categories}
 
     @property
@@ -82,21 +82,21 @@ class CategoricalLikelihood(AbstractLikelihood):
 
     @property
     def levels(self) -> None:
-        """None: there is no grid, and bits/dim mean nothing."""
+        """None: there is no grid, and bits/dim are not defined."""
         return None
 
     @property
     def points(self) -> Float[np.ndarray, "category dim"]:
-        """The point of each category in the chain's space, :math:`c_v`."""
+        """The point that encodes each category, :math:`c_v`."""
         size = len(self.values)
         return np.sqrt(size) * np.eye(size) - size**-0.5
 
     def encoded_dim(self, columns: int) -> int:
-        """Dimensions of the chain for so many columns: K of each."""
+        """Number of dimensions of the chain: K for each column."""
         return columns * len(self.values)
 
     def check_data(self, x: Real[AnyArray, "*batch column"]) -> None:
-        """Refuse data that this likelihood does not take: any value but the categories."""
+        """Refuse data with any value that is not a category."""
         if is_concrete(x):
             values = np.asarray(x)
             bad = np.argwhere(~np.isin(values, np.asarray(self.values, values.dtype)))
@@ -106,13 +106,13 @@ class CategoricalLikelihood(AbstractLikelihood):
                 require(False, "x", expected, f"{values[first]} at index {list(first)}")
 
     def encode(self, x: Real[AnyArray, "*batch column"]) -> Float[Array, "*batch dim"]:
-        """Categories to their points, shape ``(*batch, column · K)``."""
+        """Encode categories as their points, shape ``(*batch, column · K)``."""
         self.check_data(x)
         points = jnp.asarray(self.points, jnp.zeros(()).dtype)[_index(jnp.asarray(x), self.values)]
         return points.reshape(*x.shape[:-1], -1)
 
     def decode(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch column"]:
-        """From the chain to the nearest category; the inverse of :meth:`encode`."""
+        """The nearest category to each point; the inverse of :meth:`encode`."""
         return _value(self._by_category(x0).argmax(-1), self.values)
 
     def log_jacobian(self, dim: int) -> float:
@@ -120,8 +120,8 @@ class CategoricalLikelihood(AbstractLikelihood):
         return 0.0
 
     def __call__(self, loc: Float[Array, "*batch dim"], scale: Scale) -> dist.Distribution:
-        r"""Distribution of x when :math:`x_0` is N(loc, scale²) and one of the points, independent over columns."""
-        # ‖c_v − loc‖² is, but for a term that all v share, that of dimension v less what it would be without the 1 of e_v.
+        r"""Distribution of x when :math:`x_0` is N(loc, scale²) conditioned on being one of the points, independent over columns."""
+        # Up to a term that all v share, ‖c_v − loc‖² is the square in dimension v minus its value without the 1 of e_v.
         size = len(self.values)
         middle = size**0.5 / 2 - size**-0.5
         loc, scale = self._by_category(loc), self._by_category(jnp.broadcast_to(scale, loc.shape))
@@ -133,11 +133,11 @@ class CategoricalLikelihood(AbstractLikelihood):
 
 
 class Categories(dist.Distribution):
-    """One of some values, by unnormalised log-probabilities.
+    """A categorical distribution over given values, by unnormalised log probabilities.
 
     Args:
         logits: Shape ``(*batch, category)``.
-        values: What each category is in the data; whole numbers are drawn as integers.
+        values: The value of each category in the data; whole numbers are drawn as integers.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -176,7 +176,7 @@ class Categories(dist.Distribution):
 
 
 def _index(x: Real[AnyArray, "*batch"], values: tuple[float, ...]) -> Int[Array, "*batch"]:
-    """The number of the category that is nearest to each value."""
+    """The index of the category nearest to each value."""
     distance = jnp.abs(x[..., None] - jnp.asarray(values, jnp.zeros(()).dtype))
     return distance.argmin(-1)
 

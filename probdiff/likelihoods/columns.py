@@ -1,7 +1,7 @@
-"""Columns of several kinds in one table: each has the likelihood that suits it, and all are noised in one chain.
+"""Columns of several kinds in one table: each has its own likelihood, and one chain adds noise to all of them.
 
-The likelihood of a row is the product of those of its columns, given :math:`z_1`; what the columns have to do with each other is the
-chain's. Where columns are discrete and others have a density, so has the row, with respect to the product of counting and
+The likelihood of a row is the product of the likelihoods of its columns, given :math:`z_1`; the chain models the dependence between
+columns. If some columns are discrete and others have a density, the row has a density with respect to the product of counting and
 Lebesgue measure: its bound is in nats, log p(continuous | discrete) + log P(discrete).
 """
 
@@ -29,15 +29,15 @@ class ColumnLikelihood(AbstractLikelihood):
     """The likelihood of a table: one for each column, or for several columns of a kind.
 
     Data are an array of shape ``(row, column)`` that holds all columns as numbers, or a data frame. The chain has the dimensions
-    of the parts, one after the other (:meth:`encoded_dim` in all): one of a column with a density and of one on a grid, as
-    many as there are categories of a categorical one.
+    of the parts, one after the other (:meth:`encoded_dim` in all): one for a column with a density or on a grid, and as
+    many as there are categories for a categorical column.
 
     Args:
-        parts: A dict from a column, or a tuple of columns, to a likelihood. Columns are all named, or all numbered from 0.
-        columns: Names in the order of the array; if not given, that in which ``parts`` has them.
+        parts: A dict from a column, or a tuple of columns, to a likelihood. Either all columns are named, or all are numbered from 0.
+        columns: Names in the order of the array; if not given, the order in ``parts``.
 
     Raises:
-        ValueError: If a column is left out, or there twice; TypeError if a part is no likelihood.
+        ValueError: If a column is missing, or occurs twice; TypeError if a part is not a likelihood.
 
     Example:
         >>> import pandas, probdiff
@@ -74,13 +74,13 @@ class ColumnLikelihood(AbstractLikelihood):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this likelihood was made with."""
+        """The arguments of the constructor, by name."""
         keys = range(self.num_columns) if self.columns is None else self.columns
         return {"parts": {tuple(keys[j] for j in at): part for part, at in self._placed}, "columns": self.columns}
 
     @property
     def levels(self) -> None:
-        """None: bits/dim mean nothing where columns are of several kinds."""
+        """None: bits/dim are not defined for columns of several kinds."""
         return None
 
     @property
@@ -102,12 +102,12 @@ class ColumnLikelihood(AbstractLikelihood):
         return [piece for part, size in zip(self.parts, self._sizes) for piece in part.pieces(size)]
 
     def read(self, x: Any) -> Any:
-        """Data as an array of shape ``(row, column)``: a data frame by the names of the columns, labels as their numbers.
+        """Data as an array of shape ``(row, column)``: a data frame by the names of the columns, labels as their indices.
 
-        A frame may have other columns beside.
+        A frame may have further columns.
 
         Raises:
-            ValueError: If a column is not there, a cell is missing or a label is unknown; TypeError if a column does not hold numbers.
+            ValueError: If a column is missing, a cell is missing or a label is unknown; TypeError if a column does not hold numbers.
         """
         if self.columns is None or not is_frame(x):
             return as_array(x)
@@ -123,7 +123,7 @@ class ColumnLikelihood(AbstractLikelihood):
         return np.column_stack([read[j] for j in range(len(read))])
 
     def check_data(self, x: Real[AnyArray, "*batch column"]) -> None:
-        """Refuse data that this likelihood does not take, by the name of the column."""
+        """Refuse data that do not suit this likelihood; the message names the column."""
         self.encoded_dim(x.shape[-1])
         if not is_concrete(x):
             return
@@ -131,7 +131,7 @@ class ColumnLikelihood(AbstractLikelihood):
         for j in range(self.num_columns):
             require_finite_column(values[..., j].reshape(-1), self._name(j))
         for part, positions in zip(self.parts, self.positions):
-            # Where columns are discrete, one likelihood is for each of them; a density may have numbers for each.
+            # A discrete likelihood is applied to each of its columns; a density may have parameters for each.
             for group in [(j,) for j in positions] if part.points is not None else [positions]:
                 names = ", ".join(map(self._name, group))
                 found = values[..., group]
@@ -144,12 +144,12 @@ class ColumnLikelihood(AbstractLikelihood):
                     raise type(error)(f"column {names}: {error}") from None
 
     def encode(self, x: Real[AnyArray, "*batch column"]) -> Float[Array, "*batch dim"]:
-        """Columns to the chain, shape ``(*batch, dim)``."""
+        """Encode columns for the chain, shape ``(*batch, dim)``."""
         self.check_data(x)
         return jnp.concatenate([part.encode(_cast(part, x[..., list(at)])) for part, at in self._placed], -1)
 
     def decode(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch column"]:
-        """From the chain to the columns; the inverse of :meth:`encode`."""
+        """Map the chain's :math:`x_0` to the columns; the inverse of :meth:`encode`."""
         return _together([part.decode(piece) for part, piece in zip(self.parts, self._split(x0))], self.positions)
 
     def log_jacobian(self, dim: int) -> float:
@@ -217,7 +217,7 @@ class Columns(dist.Distribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> constraints.Constraint:
-        """Real vectors; which of them are data, the likelihood checks."""
+        """Real vectors; the likelihood checks which of them are possible data."""
         return constraints.real_vector
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Real[Array, "..."]:
@@ -233,10 +233,10 @@ class Columns(dist.Distribution):
 
 
 def _cast(part: AbstractLikelihood, x: Any) -> Any:
-    """Columns as the likelihood of a part takes them: integers where it is for a grid."""
+    """Columns in the dtype for the likelihood of a part: integers for a grid."""
     if part.levels is not None:
         return _as_integers(x)
-    # A density takes floats only; categories take both.
+    # A density accepts floats only; categories accept both.
     return x if jnp.issubdtype(x.dtype, jnp.floating) or part.points is not None else x.astype(jnp.zeros(()).dtype)
 
 

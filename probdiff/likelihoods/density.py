@@ -1,10 +1,10 @@
-"""Whether a column of numbers can have a density, as far as its values tell."""
+"""Whether a column of numbers can have a density, judged by its values."""
 
 import numpy as np
 from jaxtyping import Real
 
 FEW = 10  # distinct values, and at most half as many as rows
-ATOM, ATOM_ROWS = 0.1, 5  # the least share of the rows, and the fewest rows, that have one and the same value
+ATOM, ATOM_ROWS = 0.1, 5  # the smallest fraction and the smallest number of rows that must have the same value
 
 
 def has_few_values(values: Real[np.ndarray, "row"]) -> bool:
@@ -13,7 +13,7 @@ def has_few_values(values: Real[np.ndarray, "row"]) -> bool:
 
 
 def atom(values: Real[np.ndarray, "row"]) -> tuple[float, float] | None:
-    """The commonest value and its share of the rows, if that is so large that a density of it can be made as large as one likes; otherwise None."""
+    """The most frequent value and its fraction of the rows, if it is so frequent that a density could be made arbitrarily large there; otherwise None."""
     distinct, counts = np.unique(values, return_counts=True)
     k = counts.argmax()
     share = counts[k] / len(values)

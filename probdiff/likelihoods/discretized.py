@@ -19,9 +19,9 @@ MOST_LEVELS = 2**22
 
 
 class DiscretizedNormalLikelihood(AbstractLikelihood):
-    r"""Integers 0 … ``levels`` − 1 on a grid in [−1, 1], with the probabilities of a normal's bins.
+    r"""Integers 0 … ``levels`` − 1 on a grid in [−1, 1], with the probability of its bin under a normal.
 
-    :math:`x_0 = 2x/(L-1) - 1`; each bin has half-width 1/(L−1) and the edge bins take the tails.
+    :math:`x_0 = 2x/(L-1) - 1`; each bin has half-width 1/(L−1) and the edge bins include the tails.
     Source: Ho et al. (2020), arXiv:2006.11239, eq. 13.
 
     Args:
@@ -46,7 +46,7 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
         require(self.levels <= MOST_LEVELS, "levels", f"at most {MOST_LEVELS}, as float32 tells apart", self.levels)
 
     def check_data(self, x: Real[AnyArray, "*batch dim"]) -> None:
-        """Refuse data that this likelihood does not take: anything but integers of the grid."""
+        """Refuse data that are not integers of the grid."""
         dtype = np.dtype(x.dtype)
         require(
             jnp.issubdtype(dtype, jnp.integer),
@@ -63,18 +63,18 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
                 require(False, "x", f"levels {self.first} … {last}", f"{values[place]} at index {list(place)}")
 
     def encode(self, x: Real[AnyArray, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        r"""Levels to the chain, :math:`x_0 = 2x/(L-1) - 1`, shape ``(*batch, dim)``."""
+        r"""Encode levels for the chain, :math:`x_0 = 2x/(L-1) - 1`, shape ``(*batch, dim)``."""
         self.check_data(x)
         level = jnp.asarray(x) - self.first
         return level.astype(jnp.zeros(()).dtype) * (2 / (self.levels - 1)) - 1
 
     def decode(self, x0: Float[Array, "*batch dim"]) -> Int[Array, "*batch dim"]:
-        """From the chain to the nearest level; the inverse of :meth:`encode`."""
+        """The nearest level to each value of :math:`x_0`; the inverse of :meth:`encode`."""
         return _nearest_level(x0, self.levels) + self.first
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this likelihood was made with."""
+        """The arguments of the constructor, by name."""
         return {"levels": self.levels, "first": self.first}
 
     @property
@@ -84,11 +84,11 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
 
     @property
     def points(self) -> Float[np.ndarray, "point dim"]:
-        """The levels as the chain sees them, from −1 to 1, shape ``(levels, 1)``."""
+        """The encoded levels, from −1 to 1, shape ``(levels, 1)``."""
         return np.linspace(-1.0, 1.0, self.levels)[:, None]
 
     def unrounded(self, x0: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        """The same without rounding, an affine map."""
+        """:meth:`decode` without rounding, an affine map."""
         return (x0 + 1) * ((self.levels - 1) / 2) + self.first
 
     def log_jacobian(self, dim: int) -> float:
@@ -101,7 +101,7 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
 
 
 class DiscretizedNormal(dist.Distribution):
-    """A normal on [−1, 1] rounded to one of ``levels`` equidistant points; the edge bins take the tails.
+    """A normal on [−1, 1] rounded to one of ``levels`` equidistant points; the edge bins include the tails.
 
     Args:
         loc: Location of the normal, on the scale of [−1, 1].
@@ -175,7 +175,7 @@ def _log_fraction(upper: Float[Array, "*batch"], width: Float[Array, "*#batch"])
     r"""The log of (Φ(upper) − Φ(upper − width)) / Φ(upper), for a bin whose centre is at or below 0.
 
     The log-ratio of the two Φ is at most :math:`-\text{width} \cdot |\text{centre}|`, because the hazard φ/Φ is at
-    least −x; far in the tail, where the difference of two log Φ is all rounding, that bound is the ratio itself.
+    least −x; far in the tail, where the difference of two log Φ has no correct digits, the ratio equals that bound.
     """
     bound = width * (upper - width / 2)
     log_ratio = log_ndtr(upper - width) - log_ndtr(upper)

@@ -19,7 +19,7 @@ class NormalLikelihood(AbstractLikelihood):
         loc: Shift of the data, a number or one per dimension.
         scale: Positive scale of the data, a number or one per dimension. The Jacobian is part of the density.
 
-    Use :meth:`standardized` to take both from data.
+    Use :meth:`standardized` to compute both from data.
 
     Example:
         >>> import numpy as np, probdiff
@@ -42,12 +42,12 @@ class NormalLikelihood(AbstractLikelihood):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this likelihood was made with."""
+        """The arguments of the constructor, by name."""
         return {"loc": self.loc, "scale": self.scale}
 
     @classmethod
     def standardized(cls, x: Real[AnyArray, "datum dim"]) -> "NormalLikelihood":
-        """The likelihood whose ``encode`` gives this data mean 0 and standard deviation 1 in every dimension.
+        """The likelihood whose ``encode`` gives these data mean 0 and standard deviation 1 in every dimension.
 
         Args:
             x: Data, shape ``(datum, dim)``, floats; an array or a data frame.
@@ -65,7 +65,7 @@ class NormalLikelihood(AbstractLikelihood):
         return cls(x.mean(0), scale)
 
     def check_data(self, x: Real[AnyArray, "*batch dim"]) -> None:
-        """Refuse data that this likelihood does not take: anything but finite floats."""
+        """Refuse data that are not finite floats."""
         dtype = np.dtype(x.dtype)
         require(
             jnp.issubdtype(dtype, jnp.floating),
@@ -85,13 +85,13 @@ class NormalLikelihood(AbstractLikelihood):
             )
 
     def encode(self, x: Real[AnyArray, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        r"""Data to the chain, :math:`x_0 = (x - loc) / scale`, shape ``(*batch, dim)``."""
+        r"""Encode data for the chain, :math:`x_0 = (x - loc) / scale`, shape ``(*batch, dim)``."""
         self.check_data(x)
         x = jnp.asarray(x, jnp.zeros(()).dtype)
         return (x - jnp.asarray(self.loc, x.dtype)) / jnp.asarray(self.scale, x.dtype)
 
     def decode(self, x0: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        r"""From the chain to the user's units, :math:`x = loc + scale \cdot x_0`; the inverse of :meth:`encode`."""
+        r"""Map the chain's :math:`x_0` to the user's units, :math:`x = loc + scale \cdot x_0`; the inverse of :meth:`encode`."""
         return jnp.asarray(self.loc, x0.dtype) + jnp.asarray(self.scale, x0.dtype) * x0
 
     def log_jacobian(self, dim: int) -> float:
