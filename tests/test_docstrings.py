@@ -22,6 +22,7 @@ def examples(module):
     return [test for test in doctest.DocTestFinder(exclude_empty=True).find(module) if test.examples]
 
 
+OPTIONAL = {"probdiff.networks.host": "torch"}  # the library that an example needs, which may not be installed
 WITH_EXAMPLES = [name for name, module in MODULES.items() if examples(module)]
 QUICK = [
     "probdiff.chain.forward",
@@ -37,6 +38,8 @@ QUICK = [
 @pytest.mark.parametrize("name", long_but(QUICK, WITH_EXAMPLES))
 def test_the_examples_run(name, capsys, monkeypatch, tmp_path):
     """Each in a namespace of its own, as a reader would copy it; nothing is printed that it does not show."""
+    if name in OPTIONAL:
+        pytest.importorskip(OPTIONAL[name])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     for test in examples(MODULES[name]):

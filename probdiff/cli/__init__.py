@@ -29,7 +29,7 @@ SAMPLERS = ("ancestral", "ddim", "langevin", "ode")  # the names in probdiff.sam
 
 
 class UsageError(Exception):
-    """Something that the user gave cannot be used: the commands say so in a line, and end with exit code 2.
+    """An argument or a file cannot be used: the commands print a message of one line, and end with exit code 2.
 
     Example:
         >>> from probdiff.cli import UsageError

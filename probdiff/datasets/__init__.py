@@ -1,7 +1,7 @@
 """Data by name, from a file or from the user's arrays and data frames, split into training, validation and test.
 
-``digits`` are scikit-learn's 8×8 images; the two-dimensional sets come with their density. Of the user's own data, floats are
-continuous and integers are levels of a grid; where columns of a table are of several kinds, each is taken for what it can be.
+``digits`` are scikit-learn's 8×8 images; the two-dimensional sets have a known density. In the user's own data, floats are
+continuous and integers are levels of a grid; if the columns of a table are of several kinds, the kind of each is found from its values.
 Imports likelihoods, networks and oracles.
 """
 
@@ -27,20 +27,20 @@ SUFFIXES = (".npy", ".npz", ".csv")
 
 
 def load(name: Any, seed: Whole = 0, index: str | None = None, context: Columns | None = None) -> Dataset:
-    """A data set by name, from a ``.npy``, ``.npz`` or ``.csv`` file, or of a data frame.
+    """A data set by name, from a ``.npy``, ``.npz`` or ``.csv`` file, or from a data frame.
 
     Args:
         name: One of :data:`NAMES`, the path of a file, or a data frame.
         seed: Seed of the draws of the two-dimensional sets, and of the shuffle before data are split
             (80 % training, 10 % validation, 10 % test).
         index: Name of the column of a ``.csv`` file or of a data frame that numbers the rows and is left out. A first column of
-            the file that has no name, or holds nothing but 0, 1, 2, … or 1, 2, 3, …, is recognised.
-        context: For a conditional model: the columns that it is given, by name or counted from 0, one or a sequence of them, as of :func:`split`;
-            of an ``.npz`` file of two arrays, the name of the one that it is given; of the digits, ``"labels"``.
+            the file without a name, or with the values 0, 1, 2, … or 1, 2, 3, …, is recognised.
+        context: For a conditional model: the columns of the context, by name or counted from 0, one or a sequence, as for :func:`split`;
+            for an ``.npz`` file of two arrays, the name of the array with the context; for the digits, ``"labels"``.
 
     Raises:
         ValueError: If the name is unknown, or the array is not usable; FileNotFoundError if there is no
-            such file; TypeError if a column holds something else than numbers or categories.
+            such file; TypeError if a column holds anything but numbers or categories.
 
     Example:
         >>> import probdiff
@@ -68,23 +68,23 @@ def split(x: Any, *, seed: Whole = 0, name: str = "data", index: str | None = No
     """Data of your own, shuffled and split: 80 % training, 10 % validation, 10 % test.
 
     Args:
-        x: An array of shape ``(datum, column)``, or a data frame of pandas, polars or pyarrow. Integers throughout are levels of one grid, but for
-            fewer than 16 named columns of unlike ranges. In these, and in a table of floats, categories and truth values, a column of at most
-            ten distinct values is categorical, other whole numbers are on a grid of their own if they span less than 256, and the rest is continuous (:meth:`Dataset.describe`).
-        seed: Of the shuffle.
+        x: An array of shape ``(datum, column)``, or a data frame of pandas, polars or pyarrow. If all values are integers, they are levels of one grid, except in
+            fewer than 16 named columns of different ranges. In these, and in a table of floats, categories and truth values, a column with at most
+            ten distinct values is categorical, other whole numbers are on a grid of their own if they span less than 256, and all others are continuous (:meth:`Dataset.describe`).
+        seed: Seed of the shuffle.
         name: Name of the data set.
         index: Name of a column of a data frame to leave out, because it numbers the rows.
-        context: For a conditional model: columns of ``x`` by name or counted from 0, which are then no data; or an array of shape ``(datum, covariate)``,
-            or a data frame, with a row for each of ``x``. Of its columns, labels, truth values and at most ten distinct whole
-            numbers become a dimension for each category (:class:`Covariate`); other numbers are standardised by the training split.
+        context: For a conditional model: columns of ``x`` by name or counted from 0, which are then not part of the data; or an array of shape ``(datum, covariate)``,
+            or a data frame, with a row for each row of ``x``. In its columns, labels, truth values and at most ten distinct whole
+            numbers become one dimension for each category (:class:`Covariate`); other numbers are standardised by the training split.
 
     Returns:
-        A :class:`Dataset`; its ``likelihood()`` suits its columns. With a context it has ``train_context``, ``validation_context`` and ``test_context``, as a
-        network of ``context_dim=data.context_dim`` takes them, and ``covariates``, which encodes other rows in the same way.
+        A :class:`Dataset`; its ``likelihood()`` suits its columns. With a context it has ``train_context``, ``validation_context`` and ``test_context``, for a
+        network with ``context_dim=data.context_dim``, and ``covariates``, which encodes other rows in the same way.
 
     Raises:
-        ValueError, TypeError: If the data cannot be used: a column that is constant, holds text, or has a cell that is missing or not
-            finite is named.
+        ValueError, TypeError: If the data cannot be used, because a column is constant, holds text, or has a cell that is missing or not
+            finite; the message names the column.
 
     Example:
         >>> import numpy as np, pandas, probdiff

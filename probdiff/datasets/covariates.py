@@ -1,9 +1,9 @@
-"""What a conditional model is given, in the user's units: covariates and labels, and the array that a network takes of them.
+"""The context of a conditional model: covariates and labels in the user's units, and their encoding as an array for a network.
 
-A covariate of numbers is standardised by the mean and standard deviation of the training split, whatever rows come later. One of
-labels, truth values or few whole numbers has a dimension for each category: its one-hot vector, shifted and scaled to about mean 0 and
-variance 1 as those of :class:`~probdiff.likelihoods.CategoricalLikelihood` are. (Of 0 and 1, a network makes less of it: the digits given
-their labels cost .03 bits/dim more after 300 iterations.)
+A covariate of numbers is standardised by the mean and standard deviation of the training split, for all rows. A covariate of
+labels, truth values or few whole numbers has a dimension for each category: the one-hot vector, shifted and scaled to about mean 0 and
+variance 1 as in :class:`~probdiff.likelihoods.CategoricalLikelihood`. (With 0 and 1 a network learns more slowly: digits given
+their labels cost 0.03 bits/dim more after 300 iterations.)
 """
 
 import contextlib
@@ -37,12 +37,12 @@ Cells = Shaped[np.ndarray, "row"]  # of one covariate: numbers, or labels as str
 
 @dataclasses.dataclass(frozen=True)
 class Covariate:
-    """One covariate.
+    """One covariate, with its encoding.
 
     Attributes:
-        name: Its name.
-        categories: The labels, or the numbers, that it can be; None for one that is a number of any size.
-        loc, scale: The number that the network is given as 0, and the difference that it is given as 1.
+        name: Name of the covariate.
+        categories: The possible labels or numbers; None for a continuous covariate.
+        loc, scale: The number that is encoded as 0, and the difference that is encoded as 1.
 
     Example:
         >>> import numpy as np, probdiff
@@ -59,10 +59,10 @@ class Covariate:
 
     @classmethod
     def of(cls, name: str, cells: Cells, train: Int[np.ndarray, "train"]) -> "Covariate":
-        """A covariate found from its cells: categories, or a number standardised by the cells at ``train``, the rows of the training split.
+        """The covariate whose kind is found from its cells: categories, or a number standardised by the cells at ``train``, the rows of the training split.
 
         Raises:
-            ValueError: If it does not vary, or there are too many labels.
+            ValueError: If all cells are equal, or there are too many labels.
         """
         cells = np.char.strip(cells) if cells.dtype.kind == "U" else cells
         distinct = np.unique(cells)
@@ -84,7 +84,7 @@ class Covariate:
 
     @property
     def words(self) -> str:
-        """The covariate in words."""
+        """The kind of the covariate, as text."""
         if self.categories is None:
             return f"{self.name}, a number (mean {self.loc:.4g}, standard deviation {self.scale:.4g})"
         return f"{self.name}, {CategoricalLikelihood(self.categories).words}"
@@ -93,7 +93,7 @@ class Covariate:
         """The network's array for some cells, shape ``(row, width)``.
 
         Raises:
-            ValueError: If one is not finite, no number, or an unknown label.
+            ValueError: If a cell is not finite, not a number, or an unknown label.
         """
         if self.categories is None:
             return (self._numbers(cells)[:, None] - self.loc) / self.scale
@@ -110,8 +110,8 @@ class Covariate:
         """The inverse of :meth:`encode`: numbers, or labels as strings."""
         array = np.asarray(array)
         if self.categories is None:
-            digits = 6 - int(np.floor(np.log10(self.scale)))  # of what float32 resolves
-            return np.round(array[:, 0] * np.float64(self.scale) + self.loc, digits) + 0.0  # of which −0 is 0
+            digits = 6 - int(np.floor(np.log10(self.scale)))  # in units of the resolution of float32
+            return np.round(array[:, 0] * np.float64(self.scale) + self.loc, digits) + 0.0  # so that −0 becomes 0
         values = np.asarray(self.categories)[array.argmax(1)]
         return values if values.dtype.kind == "U" else values.astype(np.int64)
 
@@ -130,7 +130,7 @@ class Covariates:
     """The covariates of a conditional model, in order.
 
     Attributes:
-        columns: A :class:`Covariate` each.
+        columns: One :class:`Covariate` for each.
 
     Example:
         >>> import probdiff
@@ -144,7 +144,7 @@ class Covariates:
 
     @classmethod
     def of(cls, cells: Mapping[str, Cells], train: Int[np.ndarray, "train"]) -> "Covariates":
-        """Covariates found from the cells of each, by name, and from ``train``, the rows of the training split."""
+        """Covariates whose kinds are found from their cells, by name; ``train`` are the rows of the training split."""
         return cls(tuple(Covariate.of(name, each, train) for name, each in cells.items()))
 
     @property
@@ -158,17 +158,17 @@ class Covariates:
         return sum(column.width for column in self.columns)
 
     def encode(self, rows: Any) -> Float[np.ndarray, "row width"]:
-        """Rows in the user's units and labels as the array that a network takes, ``context=``.
+        """Rows in the user's units and labels as the array ``context=`` of a network.
 
         Args:
             rows: A data frame with these columns among others, a mapping from each name to its cells, or an array of shape
-                ``(row, covariate)``, or ``(row,)`` of a single one.
+                ``(row, covariate)``, or ``(row,)`` for a single covariate.
 
         Returns:
             The array, float32, shape ``(row, width)``.
 
         Raises:
-            ValueError: If a covariate is missing, or a cell is not finite, no number or an unknown label.
+            ValueError: If a covariate is missing, or a cell is not finite, not a number or an unknown label.
         """
         cells = self._cells(rows)
         sizes = {len(each) for each in cells.values()}
@@ -181,10 +181,10 @@ class Covariates:
         return {column.name: column.decode(part) for column, part in zip(self.columns, np.split(np.asarray(array), cuts, 1))}
 
     def parse(self, text: str) -> Float[np.ndarray, "1 width"]:
-        """Read one row in words, ``"0.3,7"`` in the order of the covariates or ``"age=0.3,label=7"``, as :meth:`encode` gives it.
+        """Read one row from text, ``"0.3,7"`` in the order of the covariates or ``"age=0.3,label=7"``; encoded as by :meth:`encode`.
 
         Raises:
-            ValueError: If there is not one value for each covariate, or a value is unknown to its covariate.
+            ValueError: If there is not one value for each covariate, or a value is not possible for its covariate.
         """
         values, names = split_words(text), ", ".join(self.names)
         if "=" not in text:
@@ -219,7 +219,7 @@ def cells_of(column: "narwhals.Series[Any]") -> Cells:
     """The cells of a column of a data frame: numbers, or labels as strings.
 
     Raises:
-        ValueError: If one is missing or not finite; TypeError if they are neither.
+        ValueError: If a cell is missing or not finite; TypeError if cells are neither numbers nor labels.
     """
     if not is_text(column) and labels(column) is None:
         return numbers(column, "context")
@@ -228,7 +228,7 @@ def cells_of(column: "narwhals.Series[Any]") -> Cells:
 
 
 def split_words(text: str) -> list[str]:
-    """Words with commas between them; one that has a comma in it stands in quotation marks."""
+    """Split a text at its commas; a part that contains a comma is in quotation marks."""
     return [word.strip() for word in next(csv.reader([text], skipinitialspace=True), [])]
 
 

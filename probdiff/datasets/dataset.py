@@ -1,4 +1,4 @@
-"""A data set in three splits, with what is known about it."""
+"""A data set in three splits, with its description."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -29,21 +29,21 @@ MOST_NAMED = 30  # columns
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Data in three splits, with what is known about them.
+    """Data in three splits, with their description.
 
     Attributes:
         name: Name of the set, or stem of the file.
         train, validation, test: Arrays of shape ``(datum, column)``: floats, or integers for data on a grid.
         levels: Number of levels of data on a grid; None for continuous data, and for columns of several kinds.
-        oracle: The true distribution (see :mod:`probdiff.oracles.distributions`), where it is known; otherwise None.
-        image_shape: Shape of a datum seen as an image; None if it is not one.
+        oracle: The true distribution (see :mod:`probdiff.oracles.distributions`) if it is known; otherwise None.
+        image_shape: Shape of a datum as an image; None if the data are not images.
         columns: Names of the columns; None if they have none.
-        discrete: The likelihoods of the columns that have no density, by position, where columns are of several kinds.
+        discrete: The likelihoods of the columns without a density, by position, if columns are of several kinds.
         index: Name of the column that was left out because it numbers the rows; None if there was none.
-        rows: Of data that were shuffled, by the name of each split, which row of the source each of its rows was, counted from 0.
-        train_context, validation_context, test_context: What a conditional model is given, ``context=``, an array with a row for each datum
-            of the split, as a network takes it; None for a model without.
-        covariates: The :class:`Covariates`, which turn the user's units and labels into such an array, where they are known.
+        rows: For shuffled data, by the name of each split, the index in the source of each of its rows, counted from 0.
+        train_context, validation_context, test_context: The encoded context of each split, ``context=`` of a conditional model, an array with a row
+            for each datum; None for a model without a context.
+        covariates: The :class:`Covariates`, which encode the user's units and labels, if they are known.
 
     Example:
         >>> import numpy as np, probdiff
@@ -70,16 +70,16 @@ class Dataset:
     covariates: Covariates | None = None
 
     def __repr__(self) -> str:
-        """The description, in words."""
+        """The description, as text."""
         return self.describe()
 
     @property
     def dim(self) -> int:
-        """Number of columns: of dimensions, as the user counts them."""
+        """Number of columns of the data."""
         return self.train.shape[1]
 
     def with_context(self, covariates: Covariates, contexts: Sequence[Real[np.ndarray, "_ width"]]) -> "Dataset":
-        """The data with a context: the arrays of the training, the validation and the test split, as ``covariates`` encodes them."""
+        """The data with a context: the arrays of the training, the validation and the test split, as encoded by ``covariates``."""
         train, validation, test = contexts
         return dataclasses.replace(self, train_context=train, validation_context=validation, test_context=test, covariates=covariates)
 
@@ -89,7 +89,7 @@ class Dataset:
 
     @property
     def context_dim(self) -> int | None:
-        """Number of covariates as a network takes them, its ``context_dim``; None without a context."""
+        """Number of columns of the encoded context, the ``context_dim`` of a network; None without a context."""
         if self.train_context is None:
             return None
         shape = self.train_context.shape
@@ -98,7 +98,7 @@ class Dataset:
 
     @property
     def is_table(self) -> bool:
-        """Whether the columns are looked at one by one: neither images nor points of a plane."""
+        """Whether the data are a table, whose columns are treated one by one: neither images nor points of a plane."""
         return self.image_shape is None and (self.dim != 2 or bool(self.discrete))
 
     def column_name(self, position: int) -> str:
@@ -106,7 +106,7 @@ class Dataset:
         return f"x[{position}]" if self.columns is None else self.columns[position]
 
     def likelihood(self) -> AbstractLikelihood:
-        """The likelihood for these data: discretised for a grid, by column for several kinds, else standardised by the training split."""
+        """The likelihood for these data: discretised for a grid, by column for several kinds, otherwise standardised by the training split."""
         if self.levels is not None:
             return DiscretizedNormalLikelihood(self.levels)
         if not self.discrete:
@@ -119,7 +119,7 @@ class Dataset:
         return ColumnLikelihood(parts, self.columns)
 
     def describe(self) -> str:
-        """In words, how many rows there are and what each column was taken for."""
+        """The number of rows and the kind of each column, as text."""
         rows = ", ".join(f"{len(getattr(self, split))} {split}" for split in ("train", "validation", "test"))
         lines = [f"{self.name}: {rows} rows of {self.dim} columns"]
         if self.index is not None:
@@ -143,8 +143,8 @@ class Dataset:
         """Data or samples as a pandas data frame, with the names of the columns and the labels of categories.
 
         Args:
-            x: Data as the model has them, shape ``(row, column)``; the training data if not given.
-            context: Their context as a network takes it, shape ``(row, width)``, for columns of its own.
+            x: Data as an array of numbers, shape ``(row, column)``; the training data if not given.
+            context: The encoded context of the data, shape ``(row, width)``, to be added as columns.
         """
         import pandas as pd
 
@@ -162,7 +162,7 @@ class Dataset:
 
     @property
     def log_prob(self) -> Callable[[Points], LogProb] | None:
-        """True log-density in nats of points of shape ``(*batch, dim)``, a function; None where it is not known."""
+        """True log-density in nats of points of shape ``(*batch, dim)``, a function; None if it is not known."""
         return None if self.oracle is None else self.oracle.log_prob
 
     def entropy(self) -> tuple[float, float]:
@@ -174,7 +174,7 @@ class Dataset:
         return self._known().entropy()
 
     def exact_network(self, schedule: AbstractSchedule, likelihood: AbstractLikelihood) -> Network:
-        r"""The best ε-network there is for these data, :math:`E[\epsilon | z_n]`: nothing is trained.
+        r"""The exact ε-network for these data, :math:`E[\epsilon | z_n]`: nothing is trained.
 
         Args:
             schedule: The noise schedule.
@@ -193,10 +193,10 @@ class Dataset:
         return oracle.standardized(likelihood.loc, likelihood.scale).network(schedule)
 
     def independent_columns(self) -> tuple[float, float]:
-        """Mean test log-likelihood in nats, and its standard error, when every column is coded by itself.
+        """Mean test log-likelihood in nats, and its standard error, when the columns are modelled as independent.
 
-        A column with a density by the normal of the training split's mean and standard deviation; any other by the frequencies of its values
-        there, with half a count added to each (Jeffreys' prior).
+        A column with a density is modelled by a normal with the mean and standard deviation of the training split; any other by the frequencies of its
+        values there, with half a count added to each (Jeffreys' prior).
         """
         per_datum = np.zeros(len(self.test))
         for train, test, part in zip(self.train.T, self.test.T, map(self._grid, range(self.dim))):
@@ -210,7 +210,7 @@ class Dataset:
         return float(per_datum.mean()), float(per_datum.std(ddof=1) / np.sqrt(len(per_datum)))
 
     def _grid(self, position: int) -> np.ndarray | None:
-        """The values that a column can have; None for one with a density."""
+        """The values that a column can have; None for a column with a density."""
         part = DiscretizedNormalLikelihood(self.levels) if self.levels is not None else self.discrete.get(position)
         if isinstance(part, DiscretizedNormalLikelihood):
             return part.first + np.arange(part.levels)

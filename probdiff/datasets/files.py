@@ -1,4 +1,4 @@
-"""A file of the user's as a :class:`~probdiff.datasets.tables.Table`: ``.npy``, ``.npz`` or ``.csv``."""
+"""A user's file as a :class:`~probdiff.datasets.tables.Table`: ``.npy``, ``.npz`` or ``.csv``."""
 
 import csv
 from pathlib import Path
@@ -13,7 +13,7 @@ from probdiff.datasets.tables import Columns, Table, beside, chosen, listed, rea
 if TYPE_CHECKING:
     import pandas
 
-UNNAMED = ("", "unnamed: 0", "index")  # as pandas writes or reads the numbers of the rows
+UNNAMED = ("", "unnamed: 0", "index")  # the name that pandas writes or reads for a column of row numbers
 
 
 def read_file(path: Path, index: str | None = None, context: Columns | None = None) -> Table:
@@ -21,12 +21,12 @@ def read_file(path: Path, index: str | None = None, context: Columns | None = No
 
     Args:
         path: Path of the file.
-        index: Name of the column that numbers the rows, of a ``.csv`` file; one that has no name, or none but the row's number in it,
+        index: Name of the column that numbers the rows, for a ``.csv`` file; a first column without a name, or with nothing but row numbers,
             is recognised.
-        context: Columns that a model is given, by name or counted from 0; of an ``.npz`` file, the name of the array that holds them.
+        context: Columns of the context, by name or counted from 0; for an ``.npz`` file, the name of the array with the context.
 
     Raises:
-        FileNotFoundError: If it is not there; ValueError or TypeError if it is empty, too large, damaged or not a table of numbers.
+        FileNotFoundError: If there is no such file; ValueError or TypeError if it is empty, too large, damaged or not a table of numbers.
     """
     _require_file(path, "data")
     if path.suffix == ".csv":
@@ -36,10 +36,10 @@ def read_file(path: Path, index: str | None = None, context: Columns | None = No
 
 
 def read_rows(path: Path) -> Any:
-    """Rows of a ``.csv`` file, as a data frame if it names its columns, or of a ``.npy`` file, as an array; what is in them is not checked.
+    """Rows of a ``.csv`` file, as a data frame if it names its columns, or of a ``.npy`` file, as an array; the values are not checked.
 
     Raises:
-        FileNotFoundError: If it is not there; ValueError if it is empty, too large, damaged or another kind of file.
+        FileNotFoundError: If there is no such file; ValueError if it is empty, too large, damaged or another kind of file.
     """
     _require_file(path, "context")
     require(path.suffix in (".csv", ".npy"), str(path), "a file ending in .csv or .npy", repr(path.suffix))
@@ -57,7 +57,7 @@ def _require_file(path: Path, name: str) -> None:
 
 
 def _read_npz(path: Path, context: list[str | int]) -> Table:
-    """The one array of an ``.npz`` file, and that of the context beside it, which is named."""
+    """The array of data in an ``.npz`` file, and the array of the context, if its name is given."""
     arrays = read_npz(path)
     there = all(name in arrays for name in context) and len(context) <= 1
     require(there, "context", f"one of the arrays {', '.join(arrays)}", ", ".join(map(str, context)))
@@ -70,7 +70,7 @@ def _read_npz(path: Path, context: list[str | int]) -> Table:
 
 
 def _parse_csv(path: Path) -> tuple["pandas.DataFrame", bool]:
-    """The frame in a ``.csv`` file, whose cells are not checked, and whether the first line names the columns (that are numbered if not)."""
+    """The frame in a ``.csv`` file, whose cells are not checked, and whether the first line names the columns (otherwise they are numbered)."""
     import pandas as pd
 
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -108,7 +108,7 @@ def _read_csv(path: Path, index: str | None, context: Columns | None) -> Table:
 
 
 def _check_cells(column: "pandas.Series", name: str, path: Path, first_line: int, is_label: bool) -> None:
-    """Refuse a column with a missing cell or, unless it is of labels, with text, by the line of the first."""
+    """Refuse a column with a missing cell or, unless it holds labels, with text; the message has the line of the first."""
     missing = np.flatnonzero(column.isna().to_numpy())
     where = f"line {missing[0] + first_line}, column {name!r}" if missing.size else ""
     require(missing.size == 0, str(path), "a readable .csv file with a number in every cell", f"none in {where}")

@@ -17,10 +17,10 @@ Curve = Callable[[Float[np.ndarray, "point"]], Plane]
 
 @dataclasses.dataclass(frozen=True)
 class _Curves:
-    """Points on curves c(t), t uniform on [0, 1], one of the curves at random, plus isotropic noise.
+    """Points on curves c(t), t uniform on [0, 1], with the curve chosen at random, plus isotropic noise.
 
-    A constant c is a point. With t on the nodes of Gauss-Legendre quadrature this is a mixture of Gaussians; beside
-    their own noise, the nodes are so dense that its ε-network is exact to 1e-10 where the data are.
+    A constant c is a point. With t at the nodes of Gauss-Legendre quadrature this is a mixture of Gaussians; the nodes are so dense, compared with
+    the noise, that the ε-network of the mixture is exact to 1e-10 where the data are.
     """
 
     curves: tuple[Curve, ...]

@@ -1,7 +1,7 @@
-"""A table of the user's: what its columns are, and its three splits.
+"""A user's table: the kinds of its columns, and its three splits.
 
-A column of few distinct values has no density, and a bound that takes it for one can be made as large as one likes. So each column of a table
-is taken for what it can be: categories, levels of a grid, or continuous.
+A column with few distinct values has no density, and the bound of a model with a density for it can be made arbitrarily large. Therefore the kind of each
+column is found from its values: categories, levels of a grid, or continuous.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from probdiff.datasets.dataset import Dataset
 from probdiff.likelihoods import AbstractLikelihood, CategoricalLikelihood, DiscretizedNormalLikelihood
 from probdiff.likelihoods.density import has_few_values
 
-WIDEST_GRID = 2**8  # whole numbers in a wider range are as good as continuous
+WIDEST_GRID = 2**8  # whole numbers in a wider range are treated as continuous
 FEWEST_PIXELS = 16  # columns of integers that may be an image
-LEAST_SPREAD = 1e3  # of a column, in units of what float32 resolves
-Columns = str | int | Sequence[str | int]  # one of a table by name or by number, or several
+LEAST_SPREAD = 1e3  # of a column, in units of the resolution of float32
+Columns = str | int | Sequence[str | int]  # one column of a table by name or by number, or several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Table:
 
     Attributes:
         array: Shape ``(row, column)``.
-        columns: Their names, if they have any.
-        labels: Of the columns that hold categories, by position.
+        columns: Names of the columns, if they have any.
+        labels: The labels of the columns of categories, by position.
         index: Name of a column that was left out because it numbers the rows.
-        context: The cells of the columns that a model is given, by name: numbers, or labels as strings.
+        context: The cells of the columns of the context, by name: numbers, or labels as strings.
     """
 
     array: Real[np.ndarray, "row column"]
@@ -44,21 +44,21 @@ class Table:
     context: Mapping[str, Cells] = dataclasses.field(default_factory=dict)
 
     def name(self, position: int) -> str:
-        """A column in messages."""
+        """The name of a column in messages."""
         return f"column {position}" if self.columns is None else f"column {self.columns[position]!r}"
 
 
 def read_frame(frame: Any, name: str = "data", index: str | None = None, context: Columns = ()) -> Table:
-    """A data frame as a :class:`Table`: numbers as they are, categories and truth values as their numbers.
+    """A data frame as a :class:`Table`: numbers unchanged, categories and truth values as their indices.
 
     Args:
         frame: A data frame of pandas, polars or pyarrow.
-        name: What messages call it.
+        name: Name of the table in messages.
         index: Name of a column to leave out, because it numbers the rows.
-        context: Columns that a model is given, in the place of being data.
+        context: Columns of the context, which are not part of the data.
 
     Raises:
-        TypeError: If a column holds text, or anything else that is neither number nor category; ValueError if a cell is missing.
+        TypeError: If a column holds text, or anything that is neither a number nor a category; ValueError if a cell is missing.
     """
     columns = columns_of(frame)
     require(index is None or index in columns, "index", f"one of the columns {', '.join(columns)}", repr(index))
@@ -79,15 +79,15 @@ def read_frame(frame: Any, name: str = "data", index: str | None = None, context
 
 
 def listed(context: Columns | None) -> list[str | int]:
-    """List the columns: one, several or none were given."""
+    """The given columns as a list: one, several or none."""
     return [] if context is None else [context] if isinstance(context, str | int) else list(context)
 
 
 def chosen(context: list[str | int], columns: Iterable[str]) -> list[str]:
-    """The names of some columns that are named, or numbered from 0.
+    """The names of some columns, which are given by name or by number from 0.
 
     Raises:
-        ValueError: If one is not there, or there twice.
+        ValueError: If a column is missing, or is given twice.
     """
     names = list(columns)
     found = []
@@ -105,8 +105,8 @@ def split_table(table: Table, name: str, seed: Whole, shown: str) -> Dataset:
     Args:
         table: The table.
         name: Name of the data set.
-        seed: Of the shuffle.
-        shown: What messages call it.
+        seed: Seed of the shuffle.
+        shown: Name of the data in messages.
     """
     array = check_array(table.array, shown)
     grid = np.issubdtype(array.dtype, np.integer) and not table.labels and not _has_own_ranges(table)
@@ -135,14 +135,14 @@ def split_table(table: Table, name: str, seed: Whole, shown: str) -> Dataset:
 
 
 def _has_own_ranges(table: Table) -> bool:
-    """Whether the named columns of a table of integers have little to do with each other: a few, unlike pixels, of different ranges."""
+    """Whether the named columns of a table of integers are of different kinds: few columns, unlike pixels, with different ranges."""
     highest = table.array.max(0)
     few = table.array.shape[1] < FEWEST_PIXELS
     return table.columns is not None and bool(table.array.min() < 0 or (few and highest.min() < highest.max() / 2))
 
 
 def _kind(table: Table, position: int, shown: str) -> AbstractLikelihood | None:
-    """The likelihood of a column without a density; None for one that has one."""
+    """The likelihood of a column without a density; None for a column with a density."""
     values, name = table.array[:, position], table.name(position)
     distinct = np.unique(values)
     if position in table.labels:
@@ -160,7 +160,7 @@ def _kind(table: Table, position: int, shown: str) -> AbstractLikelihood | None:
 
 
 def check_array(array: Numbers, name: str = "data") -> Real[np.ndarray, "datum column"]:
-    """The array, if it can be data: finite real numbers of shape ``(datum, column)``, at least 10 rows.
+    """The array, after a check that it can be data: finite real numbers of shape ``(datum, column)``, at least 10 rows.
 
     Raises:
         ValueError: For a wrong rank, too few rows, NaN or infinity; TypeError for a wrong dtype.
@@ -184,7 +184,7 @@ def read_table(x: Any, name: str, index: str | None = None, context: Any = None)
 
     Args:
         x: The array or data frame.
-        name: What messages call it.
+        name: Name of the table in messages.
         index: Name of a column of a data frame to leave out, because it numbers the rows.
         context: Columns of ``x``, or an array or a data frame with a row for each of its rows.
     """
@@ -203,10 +203,10 @@ def read_table(x: Any, name: str, index: str | None = None, context: Any = None)
 
 
 def beside(table: Table, cells: Mapping[str, Cells]) -> Table:
-    """The table with a context that is not among its columns.
+    """The table with a context from outside its columns.
 
     Raises:
-        ValueError: If it has other rows, or a column of the table's name.
+        ValueError: If the context has another number of rows, or a name of a column of the table.
     """
     rows = {len(each) for each in cells.values()}
     require(rows == {len(table.array)}, "context", f"as many rows as there are data, {len(table.array)}", f"{max(rows, default=0)} rows")
@@ -216,7 +216,7 @@ def beside(table: Table, cells: Mapping[str, Cells]) -> Table:
 
 
 def read_cells(context: Any, name: str = "c") -> dict[str, Cells]:
-    """The cells of each column of an array, which is called ``name``, or of a data frame."""
+    """The cells of each column of an array, whose name in messages is ``name``, or of a data frame."""
     if is_frame(context):
         return {key: cells_of(column) for key, column in columns_of(context).items()}
     array = np.asarray(context)

@@ -1,6 +1,6 @@
-"""Fitted diffusions in programs of one's own: as the likelihood of a context, and as a prior.
+"""Fitted diffusions inside other programs: as the likelihood of a context, and as a prior.
 
-Imports the bound and what it stands on.
+Imports the bound and the packages below it.
 """
 
 from probdiff.inference.likelihood import ConditionalBound, ConditionalEstimate

@@ -1,12 +1,12 @@
 r"""A fitted conditional model as a likelihood: for programs in which x is observed and its context c has a prior.
 
-The likelihood :math:`p_\theta(x | c)` itself is not known; there are two things to put in its place. Both are NumPyro distributions of x on fixed random
-numbers, smooth in c:
+The likelihood :math:`p_\theta(x | c)` itself is not known; two approximations can replace it. Both are NumPyro distributions of x, for fixed random
+numbers, and smooth in c:
 
-    ConditionalBound       log_prob is the evidence lower bound. What NUTS then samples has the density p(c) exp L(x; c), which is not the posterior:
-                           it is too narrow or shifted by as much as the gap log p_θ(x | c) − L(x; c) varies with c.
-    ConditionalEstimate    exp(log_prob) is an unbiased estimate of p_θ(x | c). With new random numbers in every proposal, as
-                           :class:`~probdiff.inference.PseudoMarginal` has it, the posterior is exact, for any number of paths.
+    ConditionalBound       log_prob is the evidence lower bound. NUTS then samples from the density p(c) exp L(x; c), which is not the posterior:
+                           it is too narrow or shifted, to the extent that the gap log p_θ(x | c) − L(x; c) varies with c.
+    ConditionalEstimate    exp(log_prob) is an unbiased estimate of p_θ(x | c). With new random numbers in every proposal, as in
+                           :class:`~probdiff.inference.PseudoMarginal`, the posterior is exact, for any number of paths.
 """
 
 import abc
@@ -29,7 +29,7 @@ Rows = Real[AnyArray, "*sample datum column"]
 
 
 class _ConditionalLikelihood(dist.Distribution):
-    """What both have in common: the model given a context, a key and a number of draws; one datum is of each row of the context."""
+    """Common base: the model given a context, a key and a number of draws; there is one datum for each row of the context."""
 
     support: constraints.Constraint = constraints.real_vector
     reparametrized_params: list[str] = []
@@ -45,7 +45,7 @@ class _ConditionalLikelihood(dist.Distribution):
         self.diffusion: Diffusion = diffusion.evaluated().given(context)
         self.key: PRNGKeyArray = key
         self.count: int = int(count)
-        # (Of categories the chain has more dimensions than the data have columns.)
+        # (For categories the chain has more dimensions than the data have columns.)
         datum = jax.eval_shape(diffusion.likelihood.decode, jnp.zeros(diffusion.dim))
         super().__init__((num_rows(self.diffusion.context),), datum.shape, validate_args=False)
 
@@ -61,7 +61,7 @@ class _ConditionalLikelihood(dist.Distribution):
         return draw(jax.random.split(key, sample_shape))
 
     def log_prob(self, value: Rows) -> Float[Array, "*sample datum"]:
-        """The bound or the estimate in the place of log p(x | c) of each datum, nats, shape ``(*sample, datum)``."""
+        """The bound or the estimate in place of log p(x | c), for each datum, nats, shape ``(*sample, datum)``."""
 
         def function(x: Any) -> Any:
             self.diffusion.check_data(x)
@@ -73,22 +73,22 @@ class _ConditionalLikelihood(dist.Distribution):
 
     @abc.abstractmethod
     def _log_prob(self, x: Real[Array, "datum column"]) -> Float[Array, "datum"]:
-        """The same of data of shape ``(datum, dim)``."""
+        """:meth:`log_prob` for data of shape ``(datum, dim)``."""
 
 
 class ConditionalBound(_ConditionalLikelihood):
     r"""The evidence lower bound L(x; c) as a likelihood of c, on fixed random numbers.
 
     ``numpyro.sample("x", ConditionalBound(fitted, c, key=key), obs=x)`` in a program in which c has a prior. NUTS then
-    samples the density :math:`\propto p(c)\, e^{L(x; c)}`. The bound is below :math:`\log p_\theta(x | c)` by a gap; as far as that varies with c,
-    this is not the posterior (see :mod:`probdiff.inference.likelihood`). The same key must be given every time, as an argument of the program
+    samples the density :math:`\propto p(c)\, e^{L(x; c)}`. The bound is below :math:`\log p_\theta(x | c)` by a gap; if the gap varies with c,
+    this density is not the posterior (see :mod:`probdiff.inference.likelihood`). The same key must be given every time, as an argument of the program
     or a constant.
 
     Args:
         diffusion: A fitted conditional model.
         context: As for :meth:`Diffusion.given`, a row for each datum: the batch shape.
         key: JAX key of the noise.
-        num_draws: Draws of the noise, whose mean it is: N network evaluations a datum for each.
+        num_draws: Draws of the noise over which the bound is averaged, each of N network evaluations a datum.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
@@ -111,8 +111,8 @@ class ConditionalBound(_ConditionalLikelihood):
 class ConditionalEstimate(_ConditionalLikelihood):
     r"""An unbiased estimate of :math:`p_\theta(x | c)` as a likelihood of c: :math:`\tfrac1K \sum_k p_\theta(x, z^k | c) / q(z^k | x)` on K paths.
 
-    For :class:`~probdiff.inference.PseudoMarginal`, which gives the program a new key for each proposal. On one key for all, as under NUTS, it is the
-    likelihood on fixed paths: a bound in expectation, tighter than :class:`ConditionalBound` and, for few paths, rougher.
+    For :class:`~probdiff.inference.PseudoMarginal`, which gives the program a new key for each proposal. With one key for all values of c, as under NUTS, it is the
+    likelihood on fixed paths: a bound in expectation, tighter than :class:`ConditionalBound` but, for few paths, less smooth.
 
     Args:
         diffusion: A fitted conditional model.

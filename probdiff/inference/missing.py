@@ -1,7 +1,7 @@
-r"""Missing values: the density of the coordinates that were observed, of each datum of a data set.
+r"""Missing values: the marginal density of the observed coordinates of each datum.
 
-A fitted diffusion is a distribution of complete data. Of a datum with gaps what is known has a density, too: that of the observed coordinates with the others integrated
-out, which no bound gives. Particles along the reverse chain give an unbiased estimate of it (:mod:`probdiff.inference.particles`), whatever is missing.
+A fitted diffusion is a distribution of complete data. The observed coordinates of an incomplete datum have a marginal density, with the others integrated
+out, for which there is no analytic bound. Particles along the reverse chain give an unbiased estimate (:mod:`probdiff.inference.particles`) for any missing coordinates.
 """
 
 import warnings
@@ -24,13 +24,13 @@ from probdiff.inference.twists import MOST_VALUES, AbstractTwist
 
 
 class ObservedLogProb(NamedTuple):
-    r"""The log density of what was observed of each datum, nats.
+    r"""The log density of the observed coordinates of each datum, nats.
 
     Attributes:
-        log_prob: The log of an unbiased estimate of the density, shape ``(datum,)``; the log itself is too small on average.
-        error: Its standard error, from independent runs, shape ``(datum,)``; NaN of one run.
-        ess: The least effective sample size of the particles over the steps, mean over the runs, shape ``(datum,)``.
-        observed: The number of coordinates that were observed, shape ``(datum,)``.
+        log_prob: The log of an unbiased estimate of the density, shape ``(datum,)``; the log itself is too small in expectation.
+        error: Standard error of ``log_prob``, from independent runs, shape ``(datum,)``; NaN for one run.
+        ess: The smallest effective sample size of the particles over the steps, mean over the runs, shape ``(datum,)``.
+        observed: The number of observed coordinates, shape ``(datum,)``.
 
     Example:
         >>> import numpy as np
@@ -71,20 +71,20 @@ def observed_log_prob(
 ) -> ObservedLogProb:
     r"""The log density of the observed coordinates of each datum (on a grid, their probability), with the others integrated out, under the model.
 
-    Each datum may have gaps of its own: what is compiled for some serves all. With nothing missing this is an estimate of log p(x), and with
-    everything missing it is 0, the log of 1. Single data with the distribution of what is missing: :func:`~probdiff.inference.smc` of an
+    Each datum may have other missing coordinates, without new compilation. With nothing missing this is an estimate of log p(x), and with
+    everything missing it is 0, the log of 1. For the distribution of the missing coordinates of a single datum, use :func:`~probdiff.inference.smc` with an
     :class:`~probdiff.inference.Inpainting`.
 
     Args:
         diffusion: The model, whose likelihood must be independent over the coordinates.
-        x: Data, shape ``(datum, dim)``: an array, a masked array (what is masked is missing) or a data frame. NaN is missing, and so is an empty cell of a data frame.
-        mask: True where a coordinate is observed, shape ``(datum, dim)``, in the place of NaN; what is not is not looked at.
+        x: Data, shape ``(datum, dim)``: an array, a masked array (masked values are missing) or a data frame. NaN and the empty cells of a data frame are missing values.
+        mask: True where a coordinate is observed, shape ``(datum, dim)``, instead of NaN; the other values are ignored.
         key: JAX key.
         num_particles: Number of particles of each run.
-        twist: As for :func:`~probdiff.inference.smc`. ``"tweedie"`` is the :class:`~probdiff.inference.DiagonalTwist` for all of the data if one has more than 16
+        twist: As for :func:`~probdiff.inference.smc`. ``"tweedie"`` is the :class:`~probdiff.inference.DiagonalTwist` for all data if any datum has more than 16
             observed coordinates.
         context: Of a conditional model: a row for each datum.
-        num_runs: Independent runs, of whose estimates the mean is taken: at least 2, for an error.
+        num_runs: Independent runs over which the estimates are averaged: at least 2 for a standard error.
         progress: Show a progress bar.
 
     Returns:
@@ -131,7 +131,7 @@ def observed_log_prob(
 
 @eqx.filter_jit
 def _evidences(problem: Problem, size: int, rows: PyTree, keys: Array) -> tuple[Float[Array, "row"], Float[Array, "row"]]:
-    """A run for each row of observations and contexts: the log of the estimate, and the least effective sample size."""
+    """A run for each row of observations and contexts: the log of the estimate, and the smallest effective sample size."""
 
     def one(row: PyTree, key: PRNGKeyArray) -> tuple[Float[Array, ""], Float[Array, ""]]:
         observation, context = row
@@ -142,7 +142,7 @@ def _evidences(problem: Problem, size: int, rows: PyTree, keys: Array) -> tuple[
 
 
 def _read(x: Any, mask: Any, diffusion: Diffusion) -> tuple[Real[np.ndarray, "datum dim"], Bool[np.ndarray, "datum dim"]]:
-    """Complete data, with something that the likelihood takes in the gaps, and a mask that says where they are not."""
+    """Complete data, with values allowed by the likelihood in the gaps, and the mask of observed coordinates."""
     x = with_gaps(x) if is_frame(x) else x
     there = ~np.ma.getmaskarray(x) if isinstance(x, np.ma.MaskedArray) else True
     x = np.ma.getdata(x) if isinstance(x, np.ma.MaskedArray) else x

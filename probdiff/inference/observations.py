@@ -1,7 +1,7 @@
-r"""Observations y of a datum x: what a fitted diffusion is conditioned on.
+r"""Observations y of a datum x, on which a fitted diffusion is conditioned.
 
-An observation knows its density p(y | x). For the twists (:mod:`probdiff.inference.twists`) it also knows what y is like for a given x, a mean and a covariance; and some
-know the last reverse step given y in closed form, so that the last step costs no particles.
+An observation defines its density p(y | x). For the twists (:mod:`probdiff.inference.twists`) it also defines the mean and the covariance of y given x; and some
+define the last reverse step given y in closed form, so that the last step adds no variance to the weights.
 """
 
 import abc
@@ -35,7 +35,7 @@ class LastStep(NamedTuple):
 class AbstractObservation(eqx.Module):
     """An observation of a datum x, shape ``(dim,)``, in the user's units.
 
-    To write your own, give :meth:`log_prob`, :meth:`observed`, :meth:`mean` and :meth:`covariance`; and :meth:`last_step` where it is known.
+    To write your own, define :meth:`log_prob`, :meth:`observed`, :meth:`mean` and :meth:`covariance`; and :meth:`last_step` if it has a closed form.
 
     Example:
         >>> import jax.numpy as jnp
@@ -47,30 +47,30 @@ class AbstractObservation(eqx.Module):
 
     @abc.abstractmethod
     def log_prob(self, x: Real[Array, "*batch dim"]) -> Float[Array, "*batch"]:
-        """log p(y | x), nats, of data of shape ``(*batch, dim)``; shape ``batch``."""
+        """log p(y | x), nats, for data of shape ``(*batch, dim)``; shape ``batch``."""
 
     @abc.abstractmethod
     def observed(self, x: Float[Array, "dim"]) -> Real[Array, "observed"]:
-        """The values y that were observed, shape ``(observed,)``, whatever ``x`` is."""
+        """The observed values y, shape ``(observed,)``, which do not depend on ``x``."""
 
     @abc.abstractmethod
     def mean(self, x: Float[Array, "dim"]) -> Float[Array, "observed"]:
-        """The mean of y given x, a function that can be differentiated."""
+        """The mean of y given x, differentiable, shape ``(observed,)``."""
 
     @abc.abstractmethod
     def covariance(self, x: Float[Array, "dim"]) -> Float[Array, "observed observed"]:
         """The covariance of y given x."""
 
     def last_step(self, of_x: dist.Distribution) -> LastStep | None:
-        """The last reverse step given y, if it is known; ``of_x`` is the distribution of x given z_1."""
+        """The last reverse step given y, if it has a closed form, otherwise None; ``of_x`` is the distribution of x given z_1."""
         return None
 
     def simulated(self, x: Real[Array, "dim"], key: PRNGKeyArray) -> "AbstractObservation":
-        """An observation of the same kind, of ``x``, with y drawn: for bounds on both sides of the evidence."""
+        """An observation of the same kind of ``x``, with simulated y: for bounds on both sides of the evidence."""
         raise NotImplementedError(f"observation: Expected one that can be simulated, LinearGaussian or Inpainting; got {type(self).__name__}")
 
     def check(self, dim: int, likelihood: AbstractLikelihood, of_x: dist.Distribution) -> None:
-        """Refuse a model that this is no observation of: of other dimension or of other data; ``of_x`` is like the distribution of x given z_1."""
+        """Refuse a model that does not suit this observation, because of its dimension or its kind of data; ``of_x`` is like the distribution of x given z_1."""
 
 
 class LinearGaussian(AbstractObservation):
@@ -78,9 +78,9 @@ class LinearGaussian(AbstractObservation):
 
     Args:
         matrix: A, shape ``(observed, dim)``; or a linear function of x of shape ``(dim,)``.
-        y: What was observed, shape ``(observed,)``.
+        y: Observed values, shape ``(observed,)``.
         scale: Standard deviation of the noise, a number or one for each entry of y.
-        covariance: Covariance of the noise, shape ``(observed, observed)``, in the place of ``scale``.
+        covariance: Covariance of the noise, shape ``(observed, observed)``, instead of ``scale``.
 
     Raises:
         ValueError: If shapes do not fit, a number is not finite, ``scale`` is not positive or ``covariance`` is not positive definite.
@@ -127,7 +127,7 @@ class LinearGaussian(AbstractObservation):
         self.y, self.noise = jnp.asarray(y, dtype), jnp.asarray(noise, dtype)
 
     def check(self, dim: int, likelihood: AbstractLikelihood, of_x: dist.Distribution) -> None:
-        """Refuse a model of another dimension, or a function that is not linear or gives another number of values."""
+        """Refuse a model of another dimension, or a function that is not linear or returns another number of values."""
         if self.matrix is not None:
             require(self.matrix.shape[1] == dim, "matrix", f"shape ({len(self.y)}, {dim})", f"shape {self.matrix.shape}")
         else:
@@ -158,7 +158,7 @@ class LinearGaussian(AbstractObservation):
         return dist.MultivariateNormal(mean, self.noise).log_prob(self.y)
 
     def last_step(self, of_x: dist.Distribution) -> LastStep | None:
-        """Where x is normal, x and y are jointly normal given z_1."""
+        """The last step in closed form if x is normal given z_1: x and y are then jointly normal."""
         of_each = _by_coordinate(of_x)
         if not isinstance(of_each, dist.Normal):
             return None
@@ -168,7 +168,7 @@ class LinearGaussian(AbstractObservation):
         of_y = dist.MultivariateNormal(self.mean(loc), jnp.matmul(gain, slope.T, precision="highest") + self.noise)
 
         def sample(key: PRNGKeyArray) -> Float[Array, "dim"]:
-            """A draw of both, moved to the y that was observed: Matheron's rule."""
+            """A joint draw of x and y, corrected for the observed y: Matheron's rule."""
             x_key, y_key = jax.random.split(key)
             x = loc + scale * jax.random.normal(x_key, loc.shape, loc.dtype)
             y = dist.MultivariateNormal(self.mean(x), self.noise).sample(y_key)
@@ -177,7 +177,7 @@ class LinearGaussian(AbstractObservation):
         return LastStep(of_y.log_prob(self.y), sample)
 
     def simulated(self, x: Real[Array, "dim"], key: PRNGKeyArray) -> "LinearGaussian":
-        """An observation of ``x``, with y drawn."""
+        """An observation of ``x`` with simulated y."""
         y = dist.MultivariateNormal(self.mean(x.astype(self.y.dtype)), self.noise).sample(key)
         return eqx.tree_at(lambda observation: observation.y, self, y)
 
@@ -190,10 +190,10 @@ class Inpainting(AbstractObservation):
 
     Args:
         mask: True where a coordinate is observed, shape ``(dim,)``.
-        values: Every coordinate, shape ``(dim,)``; those that are hidden are not looked at, and may be NaN.
+        values: Every coordinate, shape ``(dim,)``; hidden coordinates are ignored, and may be NaN.
 
     Raises:
-        ValueError: If the shapes differ, nothing or everything is observed, or an observed value is not finite. TypeError if ``mask`` holds no truth values.
+        ValueError: If the shapes differ, nothing or everything is observed, or an observed value is not finite. TypeError if ``mask`` does not hold truth values.
 
     Example:
         >>> import numpy as np
@@ -219,10 +219,10 @@ class Inpainting(AbstractObservation):
 
     @classmethod
     def of_rows(cls, mask: Bool[np.ndarray, "datum dim"], values: Real[np.ndarray, "datum dim"], room: Whole) -> "Inpainting":
-        """The observations of some data, each with a mask of its own, as one whose arrays have an axis of the data in front, for JAX to map over.
+        """The observations of some data, each with its own mask, as one observation whose arrays have a leading axis for the data, to be mapped over.
 
-        Whatever the masks, shapes are the same: each row has room for ``room`` observed values, at least as many as there are. Where there are fewer,
-        the rest of its y is 0 with a variance of 1, whatever x is. Nothing is checked.
+        Shapes do not depend on the masks: each row has room for ``room`` observed values. If it has fewer, the remaining entries of
+        its y are 0 with variance 1, independent of x. Nothing is checked.
         """
         rows = object.__new__(cls)
         index = np.argsort(~mask, 1, kind="stable")[:, : int(room)]
@@ -231,30 +231,30 @@ class Inpainting(AbstractObservation):
         return rows
 
     def check(self, dim: int, likelihood: AbstractLikelihood, of_x: dist.Distribution) -> None:
-        """Refuse a model of another dimension, a likelihood that is not independent over the coordinates, and values that it does not take."""
+        """Refuse a model of another dimension, a likelihood that is not independent over the coordinates, and values that do not suit it."""
         require(self.mask.shape == (dim,), "mask", f"shape ({dim},)", f"shape {self.mask.shape}")
         require(_by_coordinate(of_x) is not None, "observation", "a likelihood that is independent over the coordinates", type(likelihood).__name__)
         somewhere = likelihood.decode(jnp.zeros(dim)).astype(self.values.dtype)  # a hidden 0 may be off the grid
         likelihood.check_data(jnp.where(self.mask, self.values, somewhere)[None])
 
     def log_prob(self, x: Real[Array, "*batch dim"]) -> Float[Array, "*batch"]:
-        """None: there is no density of coordinates that are known exactly."""
+        """None: coordinates that are known exactly have no density."""
         raise TypeError("Inpainting: Expected to be conditioned on through the last step; got a call of log_prob: p(y | x) has no density")
 
     def observed(self, x: Float[Array, "dim"]) -> Real[Array, "observed"]:
-        """The values that were observed."""
+        """The observed values, shape ``(observed,)``."""
         return self.values[self.index]
 
     def mean(self, x: Float[Array, "dim"]) -> Float[Array, "observed"]:
-        """The coordinates that are observed."""
+        """The observed coordinates of x, shape ``(observed,)``."""
         return jnp.where(self.mask, x, 0)[self.index]
 
     def covariance(self, x: Float[Array, "dim"]) -> Float[Array, "observed observed"]:
-        """Zeros."""
+        """Zeros, shape ``(observed, observed)``."""
         return jnp.diag(1 - self.mask[self.index].astype(x.dtype))
 
     def last_step(self, of_x: dist.Distribution) -> LastStep | None:
-        """The coordinates are independent given z_1."""
+        """The last step in closed form, as the coordinates are independent given z_1."""
         of_each = _by_coordinate(of_x)
         assert of_each is not None
 
@@ -277,7 +277,7 @@ def _by_coordinate(of_x: dist.Distribution) -> dist.Distribution | None:
 class Program(AbstractObservation):
     """The observed sites of a NumPyro program of x.
 
-    For the twists, y given x is taken for normal, with the mean and the variance of each site.
+    The twists approximate y given x by a normal with the mean and the variance of each site.
 
     Args:
         function: A program ``f(x)``, x of shape ``(dim,)``, whose ``sample`` sites are all observed and have mean and variance.
@@ -304,7 +304,7 @@ class Program(AbstractObservation):
         return [site for site in self._trace(x) if site["type"] == "sample"]
 
     def check(self, dim: int, likelihood: AbstractLikelihood, of_x: dist.Distribution) -> None:
-        """Refuse a program without observed sites, and one with others."""
+        """Refuse a program without observed sites, and one with unobserved sites."""
         sites = self._sites(jnp.zeros(dim))
         require(sites, "function", "a program with observed sites", "none")
         for site in sites:

@@ -1,14 +1,14 @@
 r"""Sequential Monte Carlo along the reverse chain: the posterior of x given y as weighted particles, and an unbiased estimate of :math:`p_\theta(y)`.
 
-Particles go from z_N to x. Step n moves the mean of the reverse kernel along the gradient of a twist :math:`\tilde p(y | z_n)`, and weighs each particle by
+Particles go from z_N to x. Step n shifts the mean of the reverse kernel along the gradient of a twist :math:`\tilde p(y | z_n)`, an approximation of :math:`p(y | z_n)`, and weights each particle by
 
     p_θ(z_{n−1} | z_n) p̃(y | z_{n−1}) / (q(z_{n−1} | z_n) p̃(y | z_n)),
 
-with p̃(y | z_N) at the start and p_θ(y | z_1), or p(y | x), at the end: the product telescopes to the posterior whatever the twist. Where the effective sample size falls
-below half of the particles they are resampled. The product of the mean weights between resamplings is an unbiased estimate of :math:`p_\theta(y)`,
-for every number of particles. This is the evidence of the *model*, the chain with its N steps, and not of the distribution that it was fitted to.
+with p̃(y | z_N) at the start and p_θ(y | z_1), or p(y | x), at the end: the product telescopes to the posterior for every twist. If the effective sample size falls
+below half the number of particles, they are resampled. The product of the mean weights between resamplings is an unbiased estimate of :math:`p_\theta(y)`,
+for every number of particles. This is the evidence of the *model*, the chain with its N steps, and not of the distribution of its training data.
 
-Sources: Del Moral (2004), Feynman-Kac Formulae, theorem 7.4.2, for the unbiasedness; Wu et al. (2023), arXiv:2306.17775, algorithm 1, for the form.
+Sources: Del Moral (2004), Feynman-Kac Formulae, theorem 7.4.2, for the unbiasedness; Wu et al. (2023), arXiv:2306.17775, algorithm 1, for the algorithm.
 """
 
 from typing import NamedTuple
@@ -31,11 +31,11 @@ from probdiff.inference.observations import AbstractObservation
 from probdiff.inference.posterior import Posterior
 from probdiff.inference.twists import AbstractTwist, Twisted, named_twist
 
-RESAMPLED_BELOW = 0.5  # of the particles, in effective sample size
+RESAMPLED_BELOW = 0.5  # resample below this effective sample size, as a fraction of the particles
 
 
 class _State(NamedTuple):
-    """Particles at z_n, before the twist there is counted in their weights."""
+    """Particles at z_n, before their weights include the twist there."""
 
     z: Float[Array, "particle dim"]
     log_weights: Float[Array, "particle"]
@@ -53,7 +53,7 @@ class _Seen(NamedTuple):
 
 
 class Problem(eqx.Module):
-    """A model given y: what the particles go through.
+    """A model given y, with the functions that the particles need.
 
     Args:
         diffusion: The model, evaluated, given one row of a context if it is conditional.
@@ -66,13 +66,13 @@ class Problem(eqx.Module):
     twist: AbstractTwist
 
     def look(self, z: Float[Array, "dim"], n: Int[Array, ""]) -> tuple[dist.Distribution, Twisted]:
-        """The reverse kernel from a particle, and the twist there; that of the last step is the likelihood of z_1, where it is known."""
+        """The reverse kernel from a particle, and the twist there; at the last step, the twist is the likelihood of z_1, if it has a closed form."""
         kernel = self.diffusion.reverse_kernel(z, n)
         twisted = self.twist(self.diffusion, self.observation, z, n)
         return kernel, twisted
 
     def log_last(self, kernel: dist.Distribution) -> Float[Array, ""] | None:
-        """log p_θ(y | z_1) by the kernel from z_1, if it is known."""
+        """log p_θ(y | z_1) from the kernel at z_1, if it has a closed form."""
         last = self.observation.last_step(self._of_x(kernel))
         return None if last is None else last.log_prob
 
@@ -88,19 +88,19 @@ class Problem(eqx.Module):
         return self.diffusion.kernel.observation(self.diffusion.likelihood, kernel)
 
     def proposal(self, kernel: dist.Distribution, twisted: Twisted) -> dist.Distribution:
-        """The distribution that z_{n−1} is drawn from: a Gaussian kernel moved along the gradient of the twist, by its variance; any other kernel as it is."""
+        """The proposal for z_{n−1}: a Gaussian kernel, its mean shifted along the gradient of the twist times its variance; any other kernel unchanged."""
         if not (isinstance(kernel, dist.Independent) and isinstance(kernel.base_dist, dist.Normal)):
             return kernel
         normal = kernel.base_dist
         return dist.Normal(normal.loc + jnp.square(normal.scale) * twisted.gradient, normal.scale).to_event(1)
 
     def at_once(self, dim: int) -> int:
-        """How many particles to look at at a time."""
+        """The number of particles to evaluate at a time."""
         return max(1, inputs_at_once(self.diffusion.network) // self.twist.evaluations(self.observation, dim))
 
 
 def _look(problem: Problem, state: _State, n: Int[Array, ""], mesh: Mesh | None) -> _Seen:
-    """What is known of particles at step n, a piece of them at a time."""
+    """The reverse kernel and the twist of particles at step n, evaluated in chunks."""
 
     def one(z: Float[Array, "dim"]) -> tuple[dist.Distribution, Twisted]:
         return problem.look(z, n)
@@ -111,7 +111,7 @@ def _look(problem: Problem, state: _State, n: Int[Array, ""], mesh: Mesh | None)
     if log_last is not None:
         twisted = twisted._replace(log_prob=jnp.where(n == 1, log_last, twisted.log_prob))
     log_weights = state.log_weights + twisted.log_prob
-    # (A particle that a twist has moved so far that its numbers overflow has no weight; NaN would be that of all.)
+    # (A particle that a twist has moved so far that its numbers overflow has weight 0; NaN would spread to all weights.)
     log_weights = jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights)
     return _Seen(z, kernel, twisted, log_weights, state.log_evidence)
 
@@ -134,13 +134,13 @@ def _systematic(key: PRNGKeyArray, log_weights: Float[Array, "particle"]) -> Int
 
 
 def _multinomial(key: PRNGKeyArray, log_weights: Float[Array, "particle"]) -> Int[Array, "particle"]:
-    """The parents of new particles, drawn independently; the first is its own."""
+    """The parents of new particles, drawn independently; the first particle is its own parent."""
     return jax.random.categorical(key, log_weights, shape=log_weights.shape).at[0].set(0)
 
 
 @eqx.filter_jit
 def _begin(problem: Problem, size: int, key: PRNGKeyArray, path: Float[Array, "num_steps dim"] | None) -> _State:
-    """Particles at z_N; the first of them is that of a path, if there is one."""
+    """Particles at z_N; the first is that of a given path, if there is one."""
     assert problem.diffusion.dim is not None
     prior = problem.diffusion.kernel.prior((problem.diffusion.dim,))
     z = jax.vmap(prior.sample)(jax.random.split(jax.random.fold_in(key, 2**31 - 1), size))
@@ -149,7 +149,7 @@ def _begin(problem: Problem, size: int, key: PRNGKeyArray, path: Float[Array, "n
 
 
 def _resampled(seen: _Seen, key: PRNGKeyArray, conditional: bool) -> _Seen:
-    """The particles as they are, or resampled, where their weights have become too unequal."""
+    """The particles, resampled if their weights have become too unequal."""
     parents = (_multinomial if conditional else _systematic)(key, seen.log_weights)
     few = _ess(seen.log_weights) < RESAMPLED_BELOW * len(parents)
     particles = seen.z, seen.kernel, seen.twisted
@@ -195,7 +195,7 @@ def _end(
     keys = jax.random.split(jax.random.fold_in(key, 2**31 - 2), len(seen.z))
     drawn, change = jax.vmap(problem.draw)(seen.kernel, seen.twisted, keys)
     if x is not None:
-        # (Where the last step is known in closed form its weight is that of z_1, whatever x is.)
+        # (If the last step has a closed form, the weight depends on z_1 and not on x.)
         known = jax.vmap(problem.log_last)(seen.kernel) is not None
         own = 0.0 if known else problem.observation.log_prob(x) - seen.twisted.log_prob[0]
         drawn, change = drawn.at[0].set(x.astype(drawn.dtype)), change.at[0].set(own)
@@ -221,15 +221,15 @@ def run_particles(
     mesh: Mesh | None = None,
     bar: tqdm | None = None,
 ) -> Run:
-    """Particles from z_N to x, some steps at a time, so that a progress bar can move and Ctrl-C is heard.
+    """Particles from z_N to x, some steps at a time, so that a progress bar can move and Ctrl-C interrupts.
 
     Args:
         problem: The model given y.
         size: Number of particles.
         key: JAX key.
-        path: Latents z_1 … z_N and a datum, the particle that is kept throughout (conditional sequential Monte Carlo); None for none.
+        path: Latents z_1 … z_N and a datum, a particle that is kept throughout (conditional sequential Monte Carlo); None for none.
         mesh: The devices that share the particles.
-        bar: A bar to move, a unit a step.
+        bar: A progress bar, moved by 1 for each step.
     """
     num_steps = problem.diffusion.schedule.num_steps
     latents, x = (None, None) if path is None else path
@@ -251,7 +251,7 @@ def make_problem(diffusion: Diffusion, observation: AbstractObservation, twist: 
     """A model given y, checked.
 
     Raises:
-        ValueError, TypeError: If the observation does not suit the model, or an argument is not one of those.
+        ValueError, TypeError: If the observation does not suit the model, or an argument has another value.
     """
     require_type("diffusion", diffusion, Diffusion)
     require_type("observation", observation, AbstractObservation)
@@ -284,15 +284,15 @@ def smc(
         observation: :class:`~probdiff.inference.LinearGaussian`, :class:`~probdiff.inference.Inpainting`, :class:`~probdiff.inference.Program`, or one of
             your own.
         key: JAX key.
-        num_particles: Number of particles, at least 1; of each run.
+        num_particles: Number of particles in each run, at least 1.
         twist: ``"tweedie"``, ``"point"``, ``"none"`` or an object: :mod:`probdiff.inference.twists`.
         context: Of a conditional model: one row.
-        num_runs: Independent runs: more than one, for an error of the evidence. Their particles are put together, weighed by the evidence of each.
+        num_runs: Number of independent runs; more than one gives a standard error of the evidence. Their particles are combined, weighted by the evidence of each run.
         devices: Number of devices (or a list of them) that share the particles.
         progress: Show a progress bar.
 
     Returns:
-        A :class:`~probdiff.inference.Posterior`. Called again with equal shapes, nothing is compiled anew.
+        A :class:`~probdiff.inference.Posterior`. A further call with equal shapes needs no compilation.
 
     Raises:
         ValueError, TypeError: If the observation does not suit the model, or an argument is out of range.
@@ -328,9 +328,9 @@ def log_evidence(
     twist: AbstractTwist | str = "tweedie",
     context: PyTree = None,
 ) -> Float[Array, ""]:
-    r"""The log of an unbiased estimate of :math:`p_\theta(y)`, nats, as a function that JAX can trace: for a ``factor`` in a program of one's own.
+    r"""The log of an unbiased estimate of :math:`p_\theta(y)`, nats, as a function that JAX can trace: for a ``factor`` in another program.
 
-    Under :class:`~probdiff.inference.PseudoMarginal` what is not known of the observation is then sampled exactly (particle marginal Metropolis–Hastings)::
+    Under :class:`~probdiff.inference.PseudoMarginal` unknown parameters of the observation are then sampled exactly (particle marginal Metropolis–Hastings)::
 
         def program(key, y):
             scale = numpyro.sample("scale", dist.HalfNormal(1))
@@ -355,7 +355,7 @@ def log_evidence(
     problem = make_problem(diffusion, observation, twist, context)
     require_count("num_particles", num_particles)
     require_key(key)
-    with handlers.block():  # whatever program this is called in
+    with handlers.block():  # independent of any program in which this is called
         return evidence(problem, int(num_particles), key)
 
 
@@ -365,7 +365,7 @@ def evidence(
     key: PRNGKeyArray,
     path: tuple[Float[Array, "num_steps dim"], Real[Array, "dim"]] | None = None,
 ) -> Float[Array, ""]:
-    """The log of the estimate of one run, all steps at once; arguments as of :func:`run_particles`."""
+    """The log of the estimate of one run, all steps at once; arguments as for :func:`run_particles`."""
     return evidence_and_ess(problem, size, key, path)[0]
 
 
@@ -375,7 +375,7 @@ def evidence_and_ess(
     key: PRNGKeyArray,
     path: tuple[Float[Array, "num_steps dim"], Real[Array, "dim"]] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The log of the estimate of one run, all steps at once, and the least effective sample size; arguments as of :func:`run_particles`."""
+    """The log of the estimate of one run, all steps at once, and the smallest effective sample size; arguments as for :func:`run_particles`."""
     latents, x = (None, None) if path is None else path
     steps = jnp.arange(problem.diffusion.schedule.num_steps, 1, -1)
     state, ess = _steps(problem, _begin(problem, size, key, latents), steps, key, latents, None)

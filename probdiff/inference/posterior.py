@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.figure import Figure
 
-COLLAPSED = 0.01  # of the particles, in effective sample size
+COLLAPSED = 0.01  # warn below this effective sample size, as a fraction of the particles
 
 
 class Posterior(NamedTuple):
-    r"""The posterior of x given y, as :func:`~probdiff.inference.smc` gives it.
+    r"""The posterior of x given y, the result of :func:`~probdiff.inference.smc`.
 
     Attributes:
-        samples: Particles in the user's units, shape ``(particle, dim)``; those of several runs one after the other.
+        samples: Particles in the user's units, shape ``(particle, dim)``; several runs are concatenated.
         log_weights: The log of their weights, up to a constant, shape ``(particle,)``.
-        log_evidence: The log of an unbiased estimate of :math:`p_\theta(y)`, nats (the log itself is too small on average); that of several runs, of their mean.
-        log_evidence_error: Its standard error, from independent runs; NaN of one.
-        ess: Effective sample size of the weights at each step, that of z_n at ``[n - 1]``, shape ``(num_steps,)``; of several runs, the mean. The first is that
-            of the particles themselves.
+        log_evidence: The log of an unbiased estimate of :math:`p_\theta(y)`, nats (the log itself is too small in expectation); for several runs, the log of the mean estimate.
+        log_evidence_error: Standard error of ``log_evidence``, from independent runs; NaN for one run.
+        ess: Effective sample size of the weights at each step, at z_n in ``[n - 1]``, shape ``(num_steps,)``; the mean over several runs. The first entry is the effective sample
+            size of the final particles.
         num_runs: Number of independent runs.
 
     Example:
@@ -51,9 +51,9 @@ class Posterior(NamedTuple):
 
     @classmethod
     def of_runs(cls, runs: Sequence[Any]) -> "Posterior":
-        """Put independent runs together; a warning if their particles have collapsed."""
+        """Combine independent runs, with a warning if their particles have collapsed."""
         total, error = log_mean_with_error([run.log_evidence for run in runs])
-        # Within a run the weights add up to its evidence; where that is 0 they are 0 already.
+        # Within a run the weights sum to its evidence; if it is 0, they are 0 already.
         missing = [run.log_evidence - logsumexp(run.log_weights) if np.isfinite(run.log_evidence) else 0.0 for run in runs]
         log_weights = np.concatenate([run.log_weights + change for run, change in zip(runs, missing)])
         samples, ess = np.concatenate([run.samples for run in runs]), np.mean([run.ess for run in runs], 0)
@@ -69,7 +69,7 @@ class Posterior(NamedTuple):
 
     @property
     def weights(self) -> Float[np.ndarray, "particle"]:
-        """The weights, which add up to 1."""
+        """The normalised weights, shape ``(particle,)``."""
         return softmax(self.log_weights)
 
     @property
@@ -86,7 +86,7 @@ class Posterior(NamedTuple):
     def to_datatree(self) -> "xr.DataTree":
         """For ArviZ: ``posterior`` has ``x`` with dimensions (chain, draw, dim), resampled to equal weights, a run for each chain.
 
-        Group ``sample_stats`` has ``ess`` by step; ``particles`` has the particles with their log weights as they are; the attributes of ``posterior``,
+        Group ``sample_stats`` has ``ess`` by step; ``particles`` has the weighted particles with their log weights; the attributes of ``posterior`` are
         ``log_evidence`` and its error.
         """
         import xarray as xr
@@ -120,7 +120,7 @@ class Posterior(NamedTuple):
 
 
 def log_mean_with_error(log_evidences: ArrayLike) -> tuple[np.ndarray | np.float64, np.ndarray | np.float64]:
-    """The log of the mean over the first axis, of independent runs, and its standard error; NaN of one run, and where the mean is 0."""
+    """The log of the mean over the first axis, of independent runs, and its standard error; NaN for one run, and if the mean is 0."""
     log_evidences = np.asarray(log_evidences, np.float64)
     count = len(log_evidences)
     total = logsumexp(log_evidences, 0) - np.log(count)

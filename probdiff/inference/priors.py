@@ -1,11 +1,11 @@
-r"""A fitted diffusion as the prior of a latent x in a NumPyro program of one's own.
+r"""A fitted diffusion as the prior of a latent x in another NumPyro program.
 
-    FlowPrior    a distribution with a density: that of the probability flow, for NUTS, SVI and every handler
-    ChainPrior   the reverse chain itself, as a program whose sites are its noise: exact samples of p_θ(x) before anything is observed, N + 1 times as many latents
+    FlowPrior    a distribution with the density of the probability flow, for NUTS, SVI and every handler
+    ChainPrior   the reverse chain itself, as a program whose sites are its noise: exact samples of p_θ(x) as the prior, with N + 1 times as many latents
 
-The two are different models made of the same network. The flow's is the law of x at the noise of the first step, pushed there from N(0, I) by an ordinary
-differential equation; it differs from :math:`p_\theta` by what :func:`probdiff.flow_likelihood` reports. With either, NUTS
-targets the posterior under that prior exactly, but for the error of the solver of the flow.
+The two are different models with the same network. ``FlowPrior`` is the distribution of x at the noise of the first step, transported from N(0, I) by an ordinary
+differential equation; its differences from :math:`p_\theta` are reported by :func:`probdiff.flow_likelihood`. With either, NUTS
+targets the posterior under that prior exactly, up to the error of the solver of the flow.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ from probdiff.likelihoods import NormalLikelihood
 
 
 class FlowTransform(Transform):
-    """From z_N to x along the probability flow, and back.
+    """The map from z_N to x along the probability flow, and its inverse.
 
     Args:
         diffusion: The model, evaluated.
@@ -41,15 +41,15 @@ class FlowTransform(Transform):
         self.steps: int = steps
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        """The model is data, the number of steps is not."""
+        """The model is a child of the tree, the number of steps is static."""
         return (self.diffusion,), (("diffusion",), {"steps": self.steps})
 
     def __eq__(self, other: object) -> Any:
-        """Whether another transform is of the same model and steps."""
+        """Whether another transform has the same model and steps."""
         return isinstance(other, FlowTransform) and self.diffusion is other.diffusion and self.steps == other.steps
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        """x in the user's units, of z_N of shape ``(*batch, dim)``."""
+        """x in the user's units, from z_N of shape ``(*batch, dim)``."""
         return self._along(x, up=False)[0]
 
     def _inverse(self, y: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
@@ -66,7 +66,7 @@ class FlowTransform(Transform):
         return self._along(y, up=True)
 
     def _along(self, start: Float[Array, "*batch dim"], up: bool) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
-        """The other end of the flow, and the log of the Jacobian of the way there."""
+        """The other end of the flow, and the log of the Jacobian determinant of the map."""
         schedule, likelihood = self.diffusion.schedule, self.diffusion.likelihood
         first, last = schedule.log_snr[[0, -1]].tolist()
         signal = at_step(schedule.signal_scale, jnp.ones((), jnp.int32), start.dtype)
@@ -95,13 +95,13 @@ class FlowPrior(dist.TransformedDistribution):
     ``x = numpyro.sample("x", FlowPrior(fitted))`` in any program: under ``NUTS``, ``SVI`` with an AutoGuide, ``plate``, ``expand`` and ``Predictive``. It is a transform of
     N(0, I), so that ``numpyro.infer.reparam.TransformReparam`` samples in the space of z_N, where the posterior is better conditioned.
 
-    The density is that of :math:`z_1/\sqrt{\bar\alpha_1}`, data with the noise :math:`\sigma_1` of the first step, from N(0, I) at z_N in the place of
-    :math:`q(z_N)`; its errors are those that :func:`probdiff.flow_likelihood` reports. The divergence is exact, ``dim`` Jacobian-vector products for each
-    evaluation of the network: for small dimensions.
+    The density is that of :math:`z_1/\sqrt{\bar\alpha_1}`, data with the noise :math:`\sigma_1` of the first step, with N(0, I) at z_N in place of
+    :math:`q(z_N)`; :func:`probdiff.flow_likelihood` reports its errors. The divergence is exact, with ``dim`` Jacobian-vector products for each
+    evaluation of the network, which suits small dimensions.
 
     Args:
         diffusion: A fitted model, with a :class:`~probdiff.NormalLikelihood`.
-        steps: Number of steps of the solver (Heun's), of equal length in log-SNR; twice as many should change nothing.
+        steps: Number of steps of the solver (Heun's), of equal length in log-SNR; enough if twice as many change nothing.
         context: Of a conditional model: one row.
 
     Raises:
@@ -125,17 +125,17 @@ class FlowPrior(dist.TransformedDistribution):
         super().__init__(base, [FlowTransform(diffusion, int(steps))], validate_args=validate_args)
 
     def log_prob(self, value: Float[Array, "*batch dim"], intermediates: Any = None) -> Float[Array, "*batch"]:
-        """The log density, nats, shape ``batch``; it can be differentiated."""
+        """The log density, nats, shape ``batch``; differentiable."""
         z, log_det = self.transforms[0].inverse_and_log_det(jnp.asarray(value))
         return self.base_dist.log_prob(z) + log_det
 
 
 class ChainPrior:
-    r"""The reverse chain as part of a program: its noise are the sites, and x a function of them (non-centred).
+    r"""The reverse chain as part of a program: its noise is the latent site, and x is a function of the noise (non-centred).
 
     ``with numpyro.handlers.scope(prefix="prior"): x = ChainPrior(fitted)()`` in any program. Sites: ``noise``, standard normal, shape ``(num_steps + 1, dim)``, step n of the chain
-    at ``[n]``; ``deterministic`` ``x``, shape ``(dim,)``, in the user's units; under plates both have the axes of the plates in front, an independent x for each place. The law of
-    x is :math:`p_\theta(x)` itself. There are (N + 1) · dim latents for each x: for short chains.
+    at ``[n]``; ``deterministic`` ``x``, shape ``(dim,)``, in the user's units; under plates both have the axes of the plates in front, with an independent x for each index. The distribution of
+    x is :math:`p_\theta(x)` itself. Each x has (N + 1) · dim latents, which suits short chains.
 
     Args:
         diffusion: A fitted model, with a :class:`~probdiff.NormalLikelihood` and Gaussian reverse steps.
@@ -178,7 +178,7 @@ class ChainPrior:
 
 
 def _with_density(diffusion: Diffusion, context: PyTree) -> tuple[Diffusion, int]:
-    """The model as it is evaluated, given one row of a context, and its dimension."""
+    """The model prepared for evaluation, given one row of a context, and its dimension."""
     require_type("diffusion", diffusion, Diffusion)
     likelihood = type(diffusion.likelihood).__name__
     require(isinstance(diffusion.likelihood, NormalLikelihood), "diffusion", "a NormalLikelihood, for a density", likelihood, TypeError)

@@ -1,8 +1,8 @@
-r"""Metropolis–Hastings on an unbiased estimate of the likelihood: the posterior is exact, whatever the variance of the estimate.
+r"""Metropolis–Hastings on an unbiased estimate of the likelihood: the posterior is exact for every variance of the estimate.
 
-The estimate of the present state is kept and never made anew; a proposal has an estimate on random numbers of its own. That is a Markov chain on the state
-together with the random numbers, whose marginal is the posterior. A large variance costs acceptance: the chain stays long where an estimate was too high. The
-standard deviation of the log of the estimate should be about 1 (Doucet et al. 2015, arXiv:1210.1871): take as many particles.
+The estimate of the present state is kept and never recomputed; a proposal has an estimate on new random numbers. This is a Markov chain on the state
+together with the random numbers, whose marginal is the posterior. A large variance lowers the acceptance rate: the chain stays long where an estimate was too high. The
+number of particles should be such that the standard deviation of the log estimate is about 1 (Doucet et al. 2015, arXiv:1210.1871).
 
 Source: Andrieu and Roberts (2009), Annals of Statistics 37, 697, doi:10.1214/07-AOS574.
 """
@@ -21,7 +21,7 @@ from numpyro.util import is_prng_key
 
 from probdiff._checks import PyTree, require
 
-SCALING = 2.56  # of the steps of the walk, over the root of the dimension: Sherlock et al. (2015), arXiv:1309.7209, section 3.2
+SCALING = 2.56  # scale of the steps of the random walk, divided by the root of the dimension: Sherlock et al. (2015), arXiv:1309.7209, section 3.2
 
 
 class PseudoMarginalState(NamedTuple):
@@ -30,9 +30,9 @@ class PseudoMarginalState(NamedTuple):
     Attributes:
         i: Iteration.
         z: The unconstrained values of the latent sites, by name.
-        potential_energy: Minus the log joint density of them and the data, with the estimate that was made when they were proposed.
+        potential_energy: Minus the log joint density of z and the data, with the estimate made when z was proposed.
         accept_prob, mean_accept_prob: Acceptance probability of the last proposal, and its mean.
-        adapt_state: NumPyro's adaptation of the covariance of the steps to that of the samples, while the chain warms up.
+        adapt_state: NumPyro's adaptation of the covariance of the steps to the covariance of the samples, during warm-up.
         rng_key: JAX key.
     """
 
@@ -46,9 +46,9 @@ class PseudoMarginalState(NamedTuple):
 
 
 class PseudoMarginal(MCMCKernel):
-    """A kernel for ``numpyro.infer.MCMC``: a random walk, on estimates of the likelihood with random numbers of their own.
+    """A kernel for ``numpyro.infer.MCMC``: a random walk, with new random numbers for the estimate of the likelihood in each proposal.
 
-    The program takes a key first, which it gives to the :class:`~probdiff.inference.ConditionalEstimate` of what is observed::
+    The first argument of the program is a key, for the :class:`~probdiff.inference.ConditionalEstimate` of the observed site::
 
         def program(key, x):
             c = numpyro.sample("c", dist.Normal(0, 1).expand([len(x), 2]).to_event(1))
@@ -58,8 +58,8 @@ class PseudoMarginal(MCMCKernel):
         mcmc.run(jax.random.key(0), x)
 
     Args:
-        model: The program. Its log density must be that of its sites, plus the log of an unbiased estimate on the random numbers of the key.
-        init_strategy: As of NumPyro's kernels.
+        model: The program. Its log density must be the log density of its sites plus the log of an unbiased estimate that depends on the key.
+        init_strategy: As for the kernels of NumPyro.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -85,16 +85,16 @@ class PseudoMarginal(MCMCKernel):
 
     @property
     def sample_field(self) -> str:
-        """The field of the state that is a sample."""
+        """The field of the state that holds the sample."""
         return "z"
 
     @property
     def default_fields(self) -> tuple[str, ...]:
-        """The fields that are collected, and the acceptance probability."""
+        """The fields that are collected: the sample and the acceptance probability."""
         return ("z", "accept_prob")
 
     def get_diagnostics_str(self, state: PseudoMarginalState) -> str:
-        """For the progress bar."""
+        """The mean acceptance probability, as text for the progress bar."""
         return f"acc. prob={state.mean_accept_prob:.2f}"
 
     def init(self, rng_key: jax.Array, num_warmup: int, init_params: Any, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> PseudoMarginalState:
@@ -127,7 +127,7 @@ class PseudoMarginal(MCMCKernel):
         return self._postprocess(jax.random.key(0), *args, **(kwargs or {}))
 
     def sample(self, state: PseudoMarginalState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> PseudoMarginalState:
-        """Propose a state, with an estimate of its own, and accept or keep."""
+        """Propose a state with a new estimate, and accept it or keep the present one."""
         rng_key, walk_key, noise_key, accept_key = jax.random.split(state.rng_key, 4)
         flat, unravel = ravel_pytree(state.z)
         step = state.adapt_state.step_size * (state.adapt_state.mass_matrix_sqrt_inv.T @ jax.random.normal(walk_key, flat.shape, flat.dtype))

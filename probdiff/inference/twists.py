@@ -1,11 +1,11 @@
-r"""Twists: what is taken for p(y | z_n) on the way, so that particles know of y before they come to it.
+r"""Twists: approximations of p(y | z_n), by which particles are guided and weighted before the observation is reached.
 
-Whatever a twist says, the estimate of the evidence is unbiased; a good one has weights that vary little. ``"tweedie"`` takes x_0 given z_n for normal, with the mean
-:math:`\hat x_0` that the network predicts and the covariance that its derivative is, by Tweedie's formula of second order,
+The estimate of the evidence is unbiased for every twist; with a good twist the weights vary little. ``"tweedie"`` approximates x_0 given z_n by a normal, with the mean
+:math:`\hat x_0` that the network predicts and the covariance from its derivative, by Tweedie's formula of second order,
 
     Cov[x_0 | z_n] = (1−ᾱ_n)/√ᾱ_n · ∂x̂_0/∂z_n,
 
-which is exact for the best network of any data. For normal data the twist is then p(y | z_n) itself.
+which is exact for the exact network of any data. For normal data the twist is then p(y | z_n) itself.
 
 Sources: twisted proposals, Wu et al. (2023), arXiv:2306.17775, section 3; the covariance in a twist of this form, Boys et al. (2023), arXiv:2310.06721, section 3.
 """
@@ -26,15 +26,15 @@ from probdiff.diffusion import Diffusion
 from probdiff.inference.observations import AbstractObservation
 from probdiff.likelihoods import Categories
 
-MOST_VALUES = 16  # of y, for a covariance by as many vector-Jacobian products
+MOST_VALUES = 16  # values of y, for a covariance by as many vector-Jacobian products
 
 
 class Twisted(NamedTuple):
-    """What a twist says of one particle.
+    """The value of a twist at one particle.
 
     Attributes:
-        log_prob: What is taken for log p(y | z_n), nats.
-        gradient: The gradient in z_n that proposals are moved along, shape ``(dim,)``.
+        log_prob: The approximation of log p(y | z_n), nats.
+        gradient: The gradient in z_n along which proposals are shifted, shape ``(dim,)``.
     """
 
     log_prob: Float[Array, ""]
@@ -44,7 +44,7 @@ class Twisted(NamedTuple):
 class AbstractTwist(eqx.Module):
     """An approximation of p(y | z_n).
 
-    To write your own, give :meth:`__call__`.
+    To write your own, define :meth:`__call__`.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -61,12 +61,12 @@ class AbstractTwist(eqx.Module):
         """The twist at a particle ``z`` after n steps, 1 ≤ n ≤ N."""
 
     def evaluations(self, observation: AbstractObservation, dim: int) -> int:
-        """About how many evaluations of the network one particle is worth, gradients included."""
+        """The approximate cost for one particle in evaluations of the network, gradients included."""
         return 3
 
 
 class NoTwist(AbstractTwist):
-    """1 everywhere: particles learn of y at their last step (the bootstrap filter).
+    """The constant 1: particles are weighted by y at the last step only (the bootstrap filter).
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -87,10 +87,10 @@ class NoTwist(AbstractTwist):
 
 
 class PointTwist(AbstractTwist):
-    r"""p(y | x) at :math:`\hat x_0(z_n)`, as if that were x.
+    r"""p(y | x) at the predicted mean :math:`\hat x_0(z_n)` in place of x.
 
-    While x_0 is uncertain this is far too narrow. Where y is precise the weights can have an infinite variance: the estimate of the evidence is then
-    unbiased on paper, and 0 on a computer. An observation without noise has no such density.
+    While x_0 is uncertain this is far too narrow. If y is precise the weights can have an infinite variance: the estimate of the evidence is then
+    unbiased in theory, and almost always 0 in practice. An observation without noise has no such density.
     Source: Wu et al. (2023), arXiv:2306.17775, eq. 8.
 
     Example:
@@ -113,15 +113,15 @@ class PointTwist(AbstractTwist):
 
 
 class DiagonalTwist(AbstractTwist):
-    r"""p(y | z_n) with the dimensions of x_0 independent given z_n, for long y: one evaluation of the network and no derivative of it, however many values y has.
+    r"""p(y | z_n) with the dimensions of x_0 independent given z_n, for long y: one evaluation of the network and no derivative, for any number of values of y.
 
-    Each dimension has the network's mean. With a :class:`~probdiff.networks.CategoricalHead` its distribution is that of the levels, otherwise normal with variance
-    :math:`1-\bar\alpha_n`, as if the data were standard normal. By Tweedie's formula the derivative of the mean is then diagonal, too: a change of z_n by δ
-    multiplies the distribution of x_0 by :math:`\exp(\delta \sqrt{\bar\alpha_n}/(1-\bar\alpha_n)\, x_0)`, and the gradient is that of the twist under such a tilt. Of :class:`~probdiff.inference.Inpainting` it moves
-    observed coordinates as if x_0 were y there, which is right, and leaves the hidden ones to the network, which sees them both. What coordinates have to do with each other given
-    z_n is left out of the weights, which vary more for it; the estimate of the evidence is unbiased all the same.
+    Each dimension has the network's mean. With a :class:`~probdiff.networks.CategoricalHead` its distribution is over the levels, otherwise normal with variance
+    :math:`1-\bar\alpha_n`, as if the data were standard normal. By Tweedie's formula the derivative of the mean is then diagonal as well: a change of z_n by δ
+    multiplies the distribution of x_0 by :math:`\exp(\delta \sqrt{\bar\alpha_n}/(1-\bar\alpha_n)\, x_0)`, and the gradient is that of the twist under such a tilt. For :class:`~probdiff.inference.Inpainting` it shifts
+    observed coordinates as if x_0 were y there, which is correct, and the network moves the hidden coordinates, given all of them. The dependence of coordinates given
+    z_n is neglected in the weights, whose variance is larger for it; the estimate of the evidence is unbiased nevertheless.
 
-    Where the last step given y is known for such an x, no matrix is made.
+    If the last step given y has a closed form for such an x, no matrix is computed.
 
     Example:
         >>> import jax
@@ -141,7 +141,7 @@ class DiagonalTwist(AbstractTwist):
         x0, variance = _moments(diffusion, z, n, log_p)
 
         def log_prob(tilt: Float[Array, "dim"]) -> Float[Array, ""]:
-            """log p(y) where the distribution of x_0 is multiplied by exp(tilt · x_0)."""
+            """log p(y) with the distribution of x_0 multiplied by exp(tilt · x_0), nats."""
             mean = x0 + variance * tilt
             if log_p is None:
                 of_x = diffusion.likelihood(mean, jnp.sqrt(variance + _last_variance(diffusion, z)))
@@ -159,7 +159,7 @@ class DiagonalTwist(AbstractTwist):
         return Twisted(value, at_step(schedule.signal_scale / schedule.one_minus_alpha_bar, n, z.dtype) * gradient)
 
     def evaluations(self, observation: AbstractObservation, dim: int) -> int:
-        """2, that of the reverse kernel included."""
+        """2, including the evaluation of the reverse kernel."""
         return 2
 
 
@@ -167,8 +167,8 @@ class TweedieTwist(AbstractTwist):
     r"""p(y | z_n) with x_0 given z_n normal, by the network's mean and covariance.
 
     The covariance of A x_0 is :math:`A C A^T`, by as many vector-Jacobian products of the network as y has values; for networks that are not
-    exact it is symmetrised, and clipped to be positive semi-definite. The gradient is that of the mean. With more than 16 values of y it is the
-    :class:`DiagonalTwist`.
+    exact it is symmetrised, and clipped to be positive semi-definite. The gradient is through the mean only. With more than 16 values of y the
+    :class:`DiagonalTwist` takes its place.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -195,7 +195,7 @@ class TweedieTwist(AbstractTwist):
         return Twisted(normal.log_prob(of_y.value), weighted @ rows)
 
     def evaluations(self, observation: AbstractObservation, dim: int) -> int:
-        """The prediction, and two for each vector-Jacobian product."""
+        """1 for the prediction, and 2 for each vector-Jacobian product."""
         if self._is_long(observation, dim):
             return DiagonalTwist().evaluations(observation, dim)
         return 1 + 2 * jax.eval_shape(observation.mean, jnp.zeros(dim)).shape[0]
@@ -233,7 +233,7 @@ def _log_probabilities(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Arra
 
 
 def _grid(log_p: Float[Array, "dim level"]) -> Float[Array, "level"]:
-    """The levels as the chain sees them."""
+    """The encoded levels."""
     return jnp.linspace(-1.0, 1.0, log_p.shape[-1], dtype=log_p.dtype)
 
 
@@ -247,7 +247,7 @@ def _of_levels(diffusion: Diffusion, logits: Float[Array, "dim level"]) -> dist.
 def _moments(
     diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""], log_p: Float[Array, "dim level"] | None
 ) -> tuple[Float[Array, "dim"], Float[Array, "dim"]]:
-    """The mean of x_0 that the network predicts from z_n, and the variance of each dimension, about."""
+    """The mean of x_0 that the network predicts from z_n, and the approximate variance of each dimension."""
     if log_p is None:
         variance = at_step(diffusion.schedule.one_minus_alpha_bar, n, z.dtype)
         return predicted_x0(diffusion, z, n), jnp.broadcast_to(variance, z.shape)
@@ -257,7 +257,7 @@ def _moments(
 
 
 class _Linearised(NamedTuple):
-    """y given x_0, linear about a point: its ``value``, and its mean there with the ``slope`` and the covariance of its ``noise``."""
+    """y given x_0, linearised at a point: the observed ``value``, the mean there with its ``slope``, and the covariance of the ``noise``."""
 
     value: Float[Array, "observed"]
     loc: Float[Array, "observed"]
@@ -266,7 +266,7 @@ class _Linearised(NamedTuple):
 
 
 def _linearised(diffusion: Diffusion, observation: AbstractObservation, x0: Float[Array, "dim"]) -> _Linearised:
-    """y given x_0 about a point; what the last step adds is part of the noise in any case: then nothing is singular."""
+    """y given x_0, linearised at a point; the noise includes that of the last step, so that no covariance is singular."""
 
     def mean(x0: Float[Array, "dim"]) -> Float[Array, "observed"]:
         return observation.mean(diffusion.likelihood.unrounded(x0))

@@ -1,8 +1,8 @@
 r"""Bounds on both sides of the log evidence, on observations that are simulated from the model itself.
 
-Sequential Monte Carlo gives an unbiased estimate of :math:`p_\theta(y)`, whose log is too small on average. Where y was simulated along with a path z_1 … z_N and x, the path is a draw of
-the posterior, and particles among which it is kept throughout (conditional sequential Monte Carlo, resampled by independent draws) give an estimate whose log is too large on
-average. Between the two is :math:`\log p_\theta(y)`: a small distance shows that the particles are enough.
+Sequential Monte Carlo gives an unbiased estimate of :math:`p_\theta(y)`, whose log is too small in expectation. If y was simulated along with a path z_1 … z_N and x, the path is a draw from
+the posterior, and particles that include this path throughout (conditional sequential Monte Carlo, resampled by independent draws) give an estimate whose log is too large in
+expectation. :math:`\log p_\theta(y)` is between the two: a small distance shows that there are enough particles.
 
 Sources: Grosse, Ghahramani and Adams (2015), arXiv:1511.02543, section 3; Andrieu, Doucet and Holenstein (2010), doi:10.1111/j.1467-9868.2009.00736.x, section 4.3.
 """
@@ -28,8 +28,8 @@ class EvidenceBounds(NamedTuple):
     r"""Bounds on :math:`\log p_\theta(y)` of each simulated y, nats.
 
     Attributes:
-        x: The data that were drawn from the model, shape ``(datum, dim)``.
-        lower, upper: Shape ``(datum,)``: below and above in expectation.
+        x: The data drawn from the model, shape ``(datum, dim)``.
+        lower, upper: Bounds from below and from above in expectation, shape ``(datum,)``.
 
     Example:
         >>> import numpy as np
@@ -44,7 +44,7 @@ class EvidenceBounds(NamedTuple):
     upper: Float[np.ndarray, "datum"]
 
     def __repr__(self) -> str:
-        """Both means and their distance, with errors over the data."""
+        """Both means and their difference, with errors over the data."""
         rows = (("log p(y), at least", self.lower), ("log p(y), at most", self.upper), ("distance", self.upper - self.lower))
         lines = [f"{name:20}{each.mean():10.4f} ± {each.std(ddof=1) / np.sqrt(len(each)):.4f}" for name, each in rows]
         return "\n".join([f"{len(self.x)} observations simulated from the model; nats, ± standard error over them", *lines])
@@ -65,7 +65,7 @@ def evidence_bounds(
 
     Args:
         diffusion, twist, context: As for :func:`~probdiff.inference.smc`.
-        observation: What kind of observation: a :class:`~probdiff.inference.LinearGaussian` or :class:`~probdiff.inference.Inpainting`, whose own y is not looked at.
+        observation: The kind of observation: a :class:`~probdiff.inference.LinearGaussian` or :class:`~probdiff.inference.Inpainting`, whose y is ignored.
         key: JAX key.
         num_data: Number of observations, at least 2.
         num_particles: Number of particles, at least 2.

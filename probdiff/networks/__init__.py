@@ -1,8 +1,8 @@
-"""Networks, and heads that turn what a network predicts into noise.
+"""Networks, and heads that convert the prediction of a network to noise.
 
-A network is any callable ``network(z, n)``, or a module of :class:`AbstractNetwork`, ``network(z, log_snr)``, as all that are here:
-they know no schedule. Those of other libraries: modules of equinox and Flax NNX are networks as they are, :func:`from_apply` takes those of Flax linen and Haiku,
-:func:`from_torch` those of PyTorch, for evaluation. Imports only the likelihoods and the checks.
+A network is any callable ``network(z, n)``, or a module of :class:`AbstractNetwork`, ``network(z, log_snr)``, like all networks here:
+they do not depend on a schedule. Modules of equinox and Flax NNX are networks without an adapter; :func:`from_apply` adapts modules of Flax linen and Haiku,
+and :func:`from_torch` modules of PyTorch, for evaluation. The package imports only the likelihoods and the checks.
 """
 
 from probdiff.networks.adapters import batched, from_apply

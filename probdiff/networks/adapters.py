@@ -1,4 +1,4 @@
-"""Networks that are written in another way than :mod:`probdiff.networks.base` asks for: for one example, or in another library of JAX."""
+"""Adapters for networks with another interface than :mod:`probdiff.networks.base`: for one example, or in another library of JAX."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from probdiff.networks.base import AbstractWrapper, Network, Prediction, evaluat
 
 
 class Batched(AbstractWrapper):
-    """What :func:`batched` gives: a network of one example, mapped over all batch axes."""
+    """The result of :func:`batched`: a network of one example, mapped over all batch axes."""
 
     network: Network
 
@@ -31,7 +31,7 @@ class Batched(AbstractWrapper):
         key: PRNGKeyArray | None = None,
         context: PyTree = None,
     ) -> Prediction:
-        """Predict the noise in each ``z`` by itself; with ``key``, each has its own dropout."""
+        """Predict the noise in each ``z`` separately; with ``key``, each has its own dropout."""
         flat, log_snr, n, context = flattened(z.ndim - 1, (z, log_snr, n, context))
         keys = None if key is None else jax.random.split(key, len(flat))
         one = jax.vmap(lambda z, log_snr, n, key, context: evaluate(self.network, z, log_snr, n, key, context))
@@ -40,15 +40,15 @@ class Batched(AbstractWrapper):
 
 
 def batched(network: Network) -> Batched:
-    """A network that is written for one example, as one that takes a batch.
+    """Map a network that is written for one example over a batch.
 
     Args:
         network: A callable ``network(z, n) -> eps_hat`` with z of shape ``(dim,)``, n an int32 of shape ``()`` and the prediction shaped like
-            z, as equinox writes them; or an :class:`AbstractNetwork` of one example. Dropout, with ``key=``, and ``context=`` are those of
+            z, as usual in equinox; or an :class:`AbstractNetwork` of one example. ``key=`` (dropout) and ``context=`` are also for
             one example.
 
     Returns:
-        The network, for z of shape ``(*batch, dim)``. Its parameters are those of ``network``.
+        The network, for z of shape ``(*batch, dim)``. Its parameters are the parameters of ``network``.
 
     Raises:
         TypeError: If ``network`` is not callable.
@@ -64,23 +64,23 @@ def batched(network: Network) -> Batched:
 
 
 def from_apply(apply: Callable[..., Array], params: PyTree) -> jax.tree_util.Partial:
-    """A network of a library that keeps functions and parameters apart, such as Flax linen and Haiku.
+    """A network of a library that separates functions from parameters, such as Flax linen and Haiku.
 
     Args:
-        apply: A function ``apply(params, z, n) -> eps_hat`` of a batch: of Flax linen ``module.apply``, of Haiku
-            ``haiku.without_apply_rng(transformed).apply``, or one of your own. If it takes ``key=`` or ``context=`` by name it is given them as any network
-            is (:mod:`probdiff.networks.base`): dropout of Flax linen is
-            ``lambda params, z, n, *, key=None: module.apply(params, z, n, key is not None, rngs=None if key is None else {"dropout": key})``, of Haiku
-            ``lambda params, z, n, *, key=None: transformed.apply(params, key, z, n, key is not None)``, where the modules take a last argument that says
-            whether to drop.
-        params: What is trained, a tree of arrays: the floating-point ones, be they of NumPy or of JAX.
+        apply: A function ``apply(params, z, n) -> eps_hat`` of a batch: ``module.apply`` of Flax linen,
+            ``haiku.without_apply_rng(transformed).apply``, or one of your own. If it accepts ``key=`` or ``context=`` by name, they are passed as to any network
+            (:mod:`probdiff.networks.base`): dropout of Flax linen is
+            ``lambda params, z, n, *, key=None: module.apply(params, z, n, key is not None, rngs=None if key is None else {"dropout": key})``, in Haiku
+            ``lambda params, z, n, *, key=None: transformed.apply(params, key, z, n, key is not None)``, where the last argument of the modules is
+            whether dropout is on.
+        params: A tree of arrays, of NumPy or of JAX; the floating-point arrays are trained.
 
     Returns:
         The network ``network(z, n)``, a tree whose leaves are ``params``.
 
     Raises:
         TypeError: If ``apply`` is not callable.
-        ValueError: If there is nothing to train in ``params``, or they have other collections of Flax linen in them beside ``"params"``, such as ``"batch_stats"``,
+        ValueError: If there is nothing to train in ``params``, or it contains other collections of Flax linen than ``"params"``, such as ``"batch_stats"``,
             which must not be trained.
 
     Example:

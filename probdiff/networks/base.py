@@ -1,22 +1,22 @@
-r"""ε-networks: what predicts the noise in :math:`z_n`.
+r"""ε-networks, which predict the noise in :math:`z_n`.
 
-A network is told how noisy z is in one of two ways:
+The second argument of a network is the noise level of z, in one of two forms:
 
-* a module of :class:`AbstractNetwork`, such as all that are here, is told the noise level: ``network(z, log_snr)``, with the log-SNR
-  :math:`\log \bar\alpha_n/(1-\bar\alpha_n)`. It needs no schedule, and can be asked between the steps of a chain;
+* a module of :class:`AbstractNetwork`, such as all networks of this package, is told the log-SNR
+  :math:`\log \bar\alpha_n/(1-\bar\alpha_n)`: ``network(z, log_snr)``. It needs no schedule, and can be evaluated between the steps of a chain;
 * any other callable is told the step: ``network(z, n) -> eps_hat``, with ``n`` int32.
 
-``z`` has shape ``(*batch, dim)``, the other shape ``batch``, and the result is shaped like ``z``. Floating-point JAX arrays of an equinox
-module are trained; NumPy arrays in it are constants, which no optimiser and no weight decay moves. Four things are optional:
+``z`` has shape ``(*batch, dim)``, the second argument shape ``batch``, and the result is shaped like ``z``. Floating-point JAX arrays of an equinox
+module are trained; NumPy arrays in it are constants, which no optimiser and no weight decay changes. Four things are optional:
 
-* ``key=``: a network that takes it by name is given one while training (dropout), never in evaluation;
-  one key for the whole batch, so ``jax.vmap`` inside the network, not around it;
-* ``context=``: a network that takes it by name is that of a conditional model, p(x | c). It is given the covariates or labels c of each
+* ``key=``: a network that accepts it by name is given a key in training (dropout), never in evaluation.
+  There is one key for the whole batch, so that ``jax.vmap`` belongs inside the network, not around it;
+* ``context=``: a network that accepts it by name makes the model conditional, p(x | c). It is given the covariates or labels c of each
   datum, an array or a tree of arrays, with the batch axes of ``z`` in front: ``(*batch, …)``;
 * ``network.dim``: the dimension of the data, needed to generate;
-* ``network.context_dim``: of a context that is a vector, its dimension, needed for the wrappers of :mod:`probdiff.networks.context`.
+* ``network.context_dim``: the dimension of a context that is a vector, needed for the wrappers of :mod:`probdiff.networks.context`.
 
-:func:`evaluate` is the one place that knows the two ways apart.
+:func:`evaluate` is the only function that distinguishes the two forms.
 """
 
 import abc
@@ -46,12 +46,12 @@ Prediction = Float[Array, "*batch dim"] | Float[Array, "*batch dim output"] | Fl
 
 
 class AbstractNetwork(eqx.Module):
-    """A network that is told the noise level.
+    """A network that is told the log-SNR.
 
-    To write your own, give ``dim`` and :meth:`__call__`, with or without ``key`` and ``context``.
+    To write your own, define ``dim`` and :meth:`__call__`, with or without ``key`` and ``context``.
 
     Attributes:
-        dim: Dimension of the data; None if the network takes any.
+        dim: Dimension of the data; None if the network accepts any.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -77,34 +77,34 @@ class AbstractNetwork(eqx.Module):
 
     @property
     def is_told_step(self) -> bool:
-        """Whether there is a network inside that must be told the step."""
+        """Whether a network inside must be told the step."""
         return False
 
     @property
     def is_conditional(self) -> bool:
-        """Whether it must be given a context: by default, whether it takes one by name."""
+        """Whether it needs a context: by default, whether it accepts one by name."""
         return takes(self, "context")
 
     def check_context(self, context: PyTree) -> None:
-        """Refuse a context that does not suit the network, ``(datum, …)``; only its shapes and types may be looked at. By default, none."""
+        """Refuse a context that does not suit the network, ``(datum, …)``; only its shapes and types may be used. By default, no context is refused."""
 
 
 class AbstractWrapper(AbstractNetwork):
-    """A network around others, of either kind: the step is passed on to those that are told it."""
+    """A network around others, of either kind: the step is passed on to networks that are told the step."""
 
     @property
     @abc.abstractmethod
     def inside(self) -> Sequence[Network]:
-        """The networks that this one is around."""
+        """The networks inside this one."""
 
     @property
     def dim(self) -> int | None:
-        """Dimension of the data, if a network inside knows it."""
+        """Dimension of the data, if a network inside has it."""
         return self._of_inside("dim")
 
     @property
     def context_dim(self) -> int | None:
-        """Dimension of the context, if a network inside knows it."""
+        """Dimension of the context, if a network inside has it."""
         return self._of_inside("context_dim")
 
     def _of_inside(self, name: str) -> int | None:
@@ -112,12 +112,12 @@ class AbstractWrapper(AbstractNetwork):
 
     @property
     def is_told_step(self) -> bool:
-        """Whether one of the networks inside is."""
+        """Whether one of the networks inside must be told the step."""
         return any(map(is_told_step, self.inside))
 
     @property
     def is_conditional(self) -> bool:
-        """Whether one of the networks inside is."""
+        """Whether one of the networks inside needs a context."""
         return any(map(is_conditional, self.inside))
 
     def check_context(self, context: PyTree) -> None:
@@ -139,17 +139,17 @@ class AbstractWrapper(AbstractNetwork):
 
 
 def is_told_step(network: Network) -> bool:
-    """Whether a network must be told the step, and cannot be asked between steps."""
+    """Whether a network must be told the step, and cannot be evaluated between steps."""
     return network.is_told_step if isinstance(network, AbstractNetwork) else True
 
 
 def is_conditional(network: Network) -> bool:
-    """Whether a network must be given a context."""
+    """Whether a network needs a context."""
     return network.is_conditional if isinstance(network, AbstractNetwork) else takes(network, "context")
 
 
 def check_context(network: Network, context: PyTree) -> None:
-    """Refuse a context that does not suit a network; one of the user's own takes what it likes."""
+    """Refuse a context that does not suit a network; a network of the user's own checks its context itself."""
     if isinstance(network, AbstractNetwork):
         network.check_context(context)
 
@@ -178,15 +178,15 @@ def evaluate(
         network: The network.
         z: Latents, shape ``(*batch, dim)``.
         log_snr: Their log-SNR, shape ``batch``.
-        n: Their step, or what the network is told in its place, shape ``batch``; None between steps.
-        key: Passed on if the network takes one; give one only while training.
-        context: Passed on if the network takes one, a tree of arrays of shape ``(*batch, …)``.
-        method: Name of the method to call in the place of the network itself.
+        n: Their step, or the number that replaces it for the network, shape ``batch``; None between steps.
+        key: Passed on if the network accepts one; only for training.
+        context: Passed on if the network accepts one, a tree of arrays of shape ``(*batch, …)``.
+        method: Name of the method to call instead of the network itself.
 
     Returns:
-        What the network returned, not checked yet (:func:`require_shape`).
+        The output of the network, not checked yet (:func:`require_shape`).
     Raises:
-        ValueError: If the network must be told the step, and there is none.
+        ValueError: If the network must be told the step, and ``n`` is None.
     """
     call = network if method is None else getattr(network, method)
     given = {"key": key, "context": context}
@@ -201,7 +201,7 @@ def evaluate(
 
 
 class _NoParamSites(Messenger):
-    """Refuses a network that asks NumPyro for its parameters: it is called in loops, in which NumPyro has no ``param`` sites, and outside of programs."""
+    """Refuses a network that has NumPyro ``param`` sites: networks are called in loops, which cannot have such sites, and outside programs."""
 
     def process_message(self, msg: dict[str, Any]) -> None:
         """NumPyro's call for each message."""
@@ -215,7 +215,7 @@ class _NoParamSites(Messenger):
 
 
 def _call_at_step(call: Network, z: Float[Array, "*batch dim"], n: Real[Array, "*batch"] | None, **options: Any) -> Any:
-    """``call(z, n, **options)``; one that is written for a single example is told apart, and named with the remedy."""
+    """``call(z, n, **options)``; for a network written for a single example the error names the remedy."""
     try:
         output = call(z, n, **options)
     except NotImplementedError:
@@ -230,7 +230,7 @@ def _call_at_step(call: Network, z: Float[Array, "*batch dim"], n: Real[Array, "
 
 
 def _takes_one_example(call: Network, z: Float[Array, "*batch dim"], **options: Any) -> bool:
-    """Whether a network takes z of shape ``(dim,)`` and one step, and gives something of that shape; it is traced, not run."""
+    """Whether a network accepts z of shape ``(dim,)`` and one step, and returns an array of that shape; it is traced, not run."""
     first = (0,) * (z.ndim - 1)
     options |= jax.tree.map(lambda leaf: leaf[first], {name: value for name, value in options.items() if name == "context"})
     try:
@@ -248,7 +248,7 @@ def predict_noise(
     key: PRNGKeyArray | None = None,
     context: PyTree = None,
 ) -> Float[Array, "*batch dim"]:
-    """:func:`evaluate` an ε-network, and check what comes back.
+    """:func:`evaluate` an ε-network, and check the shape of the result.
 
     Raises:
         ValueError: If the result is not shaped like ``z``.
@@ -257,7 +257,7 @@ def predict_noise(
 
 
 def require_shape(output: Any, shape: tuple[int, ...], words: str) -> Array:
-    """The output of a network, whose shape is checked."""
+    """The output of a network, after a check of its shape."""
     got = getattr(output, "shape", type(output).__name__)
     require(got == shape, "network(z, n)", f"shape {shape}, {words}", got)
     return output
@@ -302,7 +302,7 @@ class ContextEmbedding(eqx.Module):
 
 
 class AbstractEmbeddedNetwork(AbstractNetwork):
-    """A network whose noise level and covariates, if it has any, are embedded together."""
+    """A network that embeds the noise level together with the covariates, if there are any."""
 
     embed: eqx.AbstractVar[LogSNREmbedding]
     embed_context: eqx.AbstractVar[ContextEmbedding | None]
@@ -310,7 +310,7 @@ class AbstractEmbeddedNetwork(AbstractNetwork):
 
     @property
     def is_conditional(self) -> bool:
-        """Whether there is a ``context_dim``."""
+        """Whether the network has a ``context_dim``."""
         return self.context_dim is not None
 
     def check_context(self, context: PyTree) -> None:
@@ -327,12 +327,12 @@ class AbstractEmbeddedNetwork(AbstractNetwork):
         embedding = self.embed(log_snr)
         if self.embed_context is None:
             return embedding
-        assert context is not None  # the Diffusion says so
+        assert context is not None  # the Diffusion raises the error
         return embedding + self.embed_context(context.astype(embedding.dtype))
 
 
 def flattened(num_axes: int, tree: PyTree) -> PyTree:
-    """The arrays of a tree with their first ``num_axes`` axes, those of a batch, as one."""
+    """The arrays of a tree with their first ``num_axes`` axes, the batch axes, merged into one."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[num_axes:]), tree)
 
 

@@ -1,7 +1,7 @@
-r"""Contexts of another kind, or none: labels for vectors, and what a network predicts without its context.
+r"""Labels as a context, and the prediction of a network without its context.
 
-A model trained with :class:`ContextDropout` is two: the conditional one, and the unconditional one, whose network is :func:`unconditional`.
-A head goes around all of these: ``CategoricalHead(Embedding(ContextDropout(ConvNet(…, context_dim=16)), 10, key=key), levels)``.
+Training with :class:`ContextDropout` gives two models: the conditional one, and the unconditional one, whose network is :func:`unconditional`.
+A head is put around all of these: ``CategoricalHead(Embedding(ContextDropout(ConvNet(…, context_dim=16)), 10, key=key), levels)``.
 """
 
 import abc
@@ -18,7 +18,7 @@ from probdiff.networks.base import AbstractWrapper, Network, Prediction, evaluat
 
 
 class _AbstractContextWrapper(AbstractWrapper):
-    """A network around one that takes vectors as its context, which it is given in the place of what comes from outside."""
+    """A network around another one, which is given a vector that replaces the context from outside."""
 
     network: eqx.AbstractVar[Network]
 
@@ -29,7 +29,7 @@ class _AbstractContextWrapper(AbstractWrapper):
 
     @abc.abstractmethod
     def replaced(self, context: PyTree, batch: tuple[int, ...], key: PRNGKeyArray | None) -> PyTree:
-        """The context for the network inside, in the place of ``context``, for latents of shape ``(*batch, dim)``."""
+        """The context for the network inside, which replaces ``context``, for latents of shape ``(*batch, dim)``."""
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ class _AbstractContextWrapper(AbstractWrapper):
 
 
 class Embedding(_AbstractContextWrapper):
-    """A network that takes labels, each of which is a learned vector: the context of the network inside.
+    """A network whose context is a label; each label has a learned vector, the context of the network inside.
 
     The context of the model is the label of each datum, integers of shape ``(datum,)``.
 
@@ -75,15 +75,15 @@ class Embedding(_AbstractContextWrapper):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that it was made with, without the key."""
+        """The arguments of the constructor, by name, without the key."""
         return {"network": self.network, "num_labels": len(self.vectors)}
 
     @property
     def context_dim(self) -> None:
-        """None: its context is a label, no vector."""
+        """None: the context is a label, not a vector."""
 
     def check_context(self, context: PyTree) -> None:
-        """Refuse anything but labels, of shape ``(datum,)``; the values of what JAX is tracing are not looked at."""
+        """Refuse anything but labels, of shape ``(datum,)``; traced values are not checked."""
         expected = f"labels 0 … {len(self.vectors) - 1}, integers of shape (datum,)"
         require(eqx.is_array(context), "context", expected, type(context).__name__)
         require(jnp.issubdtype(context.dtype, jnp.integer), "context", expected, f"dtype {context.dtype}", TypeError)
@@ -94,19 +94,19 @@ class Embedding(_AbstractContextWrapper):
             require(bad.size == 0, "context", expected, f"{labels[bad[:1]]} at index {bad[:1]}")
 
     def replaced(self, context: PyTree, batch: tuple[int, ...], key: PRNGKeyArray | None) -> PyTree:
-        """The vectors of labels of shape ``batch``; None of None."""
+        """The vectors of labels of shape ``batch``; None for None."""
         return None if context is None else self.vectors[context]
 
 
 class ContextDropout(_AbstractContextWrapper):
-    r"""A network whose context is dropped at random while it is trained, so that it can be asked without one.
+    r"""A network whose context is dropped at random in training, so that it can be evaluated without a context.
 
-    A context that is dropped is replaced by a *null context*, a vector that is learned; each latent's context is dropped by itself. So the model learns
-    p(x) along with p(x | c): its training loss is the bound of both, mixed by the probability. In evaluation nothing is dropped;
-    without a context (``context=None``) all have the null context. Source: Ho and Salimans (2022), arXiv:2207.12598, algorithm 1.
+    A dropped context is replaced by a *null context*, a learned vector; the contexts of different latents are dropped independently. Thus the model learns
+    p(x) along with p(x | c): its training loss is an average of both bounds, weighted by the probability. In evaluation nothing is dropped;
+    without a context (``context=None``) all latents have the null context. Source: Ho and Salimans (2022), arXiv:2207.12598, algorithm 1.
 
     Args:
-        network: A network with a ``context_dim``, such as ``MLP(…, context_dim=16)``. An :class:`Embedding` goes around this.
+        network: A network with a ``context_dim``, such as ``MLP(…, context_dim=16)``. An :class:`Embedding` is put around this wrapper.
         probability: Probability of dropping a context, 0 ≤ probability < 1.
 
     Example:
@@ -131,11 +131,11 @@ class ContextDropout(_AbstractContextWrapper):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that it was made with."""
+        """The arguments of the constructor, by name."""
         return {"network": self.network, "probability": self.probability}
 
     def replaced(self, context: PyTree, batch: tuple[int, ...], key: PRNGKeyArray | None) -> PyTree:
-        """The context, and the null where it is dropped or where there is none."""
+        """The context, replaced by the null context if it is dropped or missing."""
         null = jnp.broadcast_to(self.null, (*batch, *self.null.shape))
         if context is None or key is None:
             return null if context is None else context
@@ -158,15 +158,15 @@ class _WithoutContext(_AbstractContextWrapper):
 
 
 def unconditional(network: Network) -> Network:
-    """The network of p(x), which is given no context: all contexts are the null context.
+    """The network of p(x), which needs no context: all contexts are the null context.
 
     ``fitted.with_network(unconditional(fitted.network))`` is the unconditional model, with a bound of its own.
 
     Args:
-        network: A network with a :class:`ContextDropout` in it.
+        network: A network that contains a :class:`ContextDropout`.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If it contains none.
 
     Example:
         >>> import jax, probdiff
@@ -185,7 +185,7 @@ class Guided(AbstractWrapper):
     r"""The noise :math:`(1 + w)\, \hat\epsilon(z, c) - w\, \hat\epsilon(z)` for :func:`probdiff.samplers.guided`.
 
     Args:
-        network: An ε-network with a :class:`ContextDropout` in it.
+        network: An ε-network that contains a :class:`ContextDropout`.
         weight: w.
     """
 

@@ -1,12 +1,12 @@
-r"""Networks that were written and trained under the conventions of other libraries and papers, as ε-networks.
+r"""Adapters for networks that were written and trained under the conventions of other libraries and papers.
 
-    told                                              predicts                                    adapter
-    a timestep t = n − 1, or another number a step    the noise, or what a head turns into it     :func:`from_timesteps`
+    inputs                                            prediction                                  adapter
+    a timestep t = n − 1, or another number a step    the noise, or another one with a head       :func:`from_timesteps`
     γ = −log SNR (VDM)                                the noise                                   :func:`from_vdm`
     x = z/√ᾱ and σ (EDM's denoiser, k-diffusion)      the data, D(x; σ)                           :func:`from_denoiser`
-    c_in x and c_noise (inside of EDM)                F, with D = c_skip x + c_out F              :func:`from_edm`
+    c_in x and c_noise (inside EDM)                   F, with D = c_skip x + c_out F              :func:`from_edm`
 
-Their schedules are in :mod:`probdiff.chain.conventions`. What a network predicts besides is a matter of heads: :class:`~probdiff.networks.VHead`,
+The schedules of these libraries are in :mod:`probdiff.chain.conventions`. Other predictions need a head: :class:`~probdiff.networks.VHead`,
 :class:`~probdiff.networks.X0Head`, :class:`~probdiff.networks.ClipHead`, :class:`~probdiff.networks.VarianceHead`.
 """
 
@@ -26,9 +26,9 @@ Told = tuple[Float[Array, "*batch dim"], Real[Array, "*batch"] | None]
 
 
 class AbstractAdapter(AbstractWrapper):
-    """A network around a callable that takes other inputs than z and n.
+    """A network around a callable with other inputs than z and n.
 
-    To write your own, give :meth:`inputs`; the network is then asked at any noise level.
+    To write your own, define :meth:`inputs`; the network can then be evaluated at any noise level.
     """
 
     network: eqx.AbstractVar[Network]
@@ -37,7 +37,7 @@ class AbstractAdapter(AbstractWrapper):
     def inputs(
         self, z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"], n: Int[Array, "*batch"] | None
     ) -> Told:
-        """Inputs of the callable: what it is given for ``z``, shaped like it, and for its noise level, shape ``batch``."""
+        """The two inputs of the callable: one computed from ``z``, of the same shape, and one from its noise level, shape ``batch``."""
 
     @property
     def inside(self) -> tuple[Network]:
@@ -46,7 +46,7 @@ class AbstractAdapter(AbstractWrapper):
 
     @property
     def is_told_step(self) -> bool:
-        """False: it is told what is made of the noise level."""
+        """False: the callable is told a function of the noise level."""
         return False
 
     def __call__(
@@ -58,13 +58,13 @@ class AbstractAdapter(AbstractWrapper):
         key: PRNGKeyArray | None = None,
         context: PyTree = None,
     ) -> Prediction:
-        """What the callable predicts for ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
+        """The prediction of the callable for ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
         given, time = self.inputs(z, log_snr, n)
         return evaluate(self.network, given, log_snr, time, key, context)
 
 
 class AtTimesteps(AbstractAdapter):
-    """What :func:`from_timesteps` gives: a network told a number for each step."""
+    """The result of :func:`from_timesteps`: a network told a number for each step."""
 
     network: Network
     timesteps: np.ndarray | None
@@ -77,7 +77,7 @@ class AtTimesteps(AbstractAdapter):
     def inputs(
         self, z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"], n: Int[Array, "*batch"] | None
     ) -> Told:
-        """z, and the number of the step; beyond the last of the numbers, NaN for z."""
+        """z, and the timestep of the step; NaN for z if there is no such timestep."""
         if n is None or self.timesteps is None:
             return z, n - 1 if n is not None else None
         table = jnp.asarray(self.timesteps)
@@ -85,7 +85,7 @@ class AtTimesteps(AbstractAdapter):
 
 
 class AtGamma(AbstractAdapter):
-    """What :func:`from_vdm` gives: a network told γ = −log SNR."""
+    """The result of :func:`from_vdm`: a network told γ = −log SNR."""
 
     network: Network
 
@@ -97,7 +97,7 @@ class AtGamma(AbstractAdapter):
 
 
 class AtSigma(AbstractAdapter):
-    """A network of variance-exploding coordinates, network(x, σ)."""
+    """A network in variance-exploding coordinates, network(x, σ)."""
 
     network: Network
 
@@ -109,7 +109,7 @@ class AtSigma(AbstractAdapter):
 
 
 class Preconditioned(AbstractAdapter):
-    """A network of EDM, F(c_in x, c_noise), where x has the variance ``sigma_data``² + σ²."""
+    """A network of EDM, F(c_in x, c_noise), for x of variance ``sigma_data``² + σ²."""
 
     network: Network
     sigma_data: float = eqx.field(static=True)
@@ -126,7 +126,7 @@ class EDMHead(AbstractHead):
     r"""The network predicts F of EDM's preconditioning, :math:`\hat x_0 = c_{skip} x + c_{out} F`.
 
     With :math:`c_{skip} = \sigma_d^2/(\sigma^2+\sigma_d^2)` and :math:`c_{out} = \sigma \sigma_d/\sqrt{\sigma^2+\sigma_d^2}` the noise is
-    :math:`\hat\epsilon = (\sigma x/\sqrt{\sigma^2+\sigma_d^2} - \sigma_d F)/\sqrt{\sigma^2+\sigma_d^2}`, in which nothing cancels where σ is small.
+    :math:`\hat\epsilon = (\sigma x/\sqrt{\sigma^2+\sigma_d^2} - \sigma_d F)/\sqrt{\sigma^2+\sigma_d^2}`, without cancellation for small σ.
 
     Args:
         network: A :class:`Preconditioned`.
@@ -145,16 +145,16 @@ class EDMHead(AbstractHead):
 
 
 def from_timesteps(network: Network, timesteps: Numbers | None = None) -> AtTimesteps:
-    """The ε-network of a callable that is told a timestep, as in diffusers and improved-diffusion.
+    """The ε-network for a callable that is told a timestep, as in diffusers and improved-diffusion.
 
     Args:
-        network: A callable ``network(z, t)`` with t of the shape of the batch; it may take ``key=`` and ``context=`` by name. Its prediction is the noise,
-            or what a head around this turns into it.
-        timesteps: What it is told at steps 1 … N, N numbers: 0 … N − 1 if not given. Of a chain of fewer steps than the network was trained on, the
-            timesteps that are left; where it was trained on rescaled timesteps, those: ``1000 / N * np.arange(N)``.
+        network: A callable ``network(z, t)`` with t of the shape of the batch; it may accept ``key=`` and ``context=`` by name. Its prediction is the noise,
+            or another quantity, which a head around the result converts to noise.
+        timesteps: The timesteps of steps 1 … N, N numbers: 0 … N − 1 if not given. For a chain with fewer steps than in training, the
+            remaining timesteps; for a network trained on rescaled timesteps, ``1000 / N * np.arange(N)``.
 
     Raises:
-        ValueError, TypeError: If ``network`` is no such callable, or the timesteps are not N numbers.
+        ValueError, TypeError: If ``network`` is not such a callable, or the timesteps are not N numbers.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -173,15 +173,15 @@ def from_timesteps(network: Network, timesteps: Numbers | None = None) -> AtTime
 
 
 def from_vdm(network: Network) -> AtGamma:
-    r"""The ε-network of a variational diffusion model, which is told :math:`\gamma = -\log SNR`.
+    r"""The ε-network for a network of a variational diffusion model, which is told :math:`\gamma = -\log SNR`.
 
     Source: Kingma et al. (2021), arXiv:2107.00630, section 3.3 and appendix A.
 
     Args:
-        network: A callable ``network(z, gamma) -> eps_hat``; it may take ``key=`` and ``context=`` by name.
+        network: A callable ``network(z, gamma) -> eps_hat``; it may accept ``key=`` and ``context=`` by name.
 
     Raises:
-        ValueError, TypeError: If it is no such callable.
+        ValueError, TypeError: If ``network`` is not such a callable.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -195,16 +195,16 @@ def from_vdm(network: Network) -> AtGamma:
 
 
 def from_denoiser(network: Network) -> X0Head:
-    r"""The ε-network of a denoiser D(x; σ) of variance-exploding noise, such as EDM's and k-diffusion's.
+    r"""The ε-network for a denoiser D(x; σ) of variance-exploding noise, as in EDM and k-diffusion.
 
-    :math:`\hat\epsilon = (x - D(x; \sigma))/\sigma` with :math:`x = z/\sqrt{\bar\alpha}`. Where σ is small the difference loses digits, about 1e-7/σ in float32;
-    the network inside of EDM's, by :func:`from_edm`, loses none. Source: Karras et al. (2022), arXiv:2206.00364, eqs. 2 and 3.
+    :math:`\hat\epsilon = (x - D(x; \sigma))/\sigma` with :math:`x = z/\sqrt{\bar\alpha}`. For small σ the difference loses precision, with an error of about 1e-7/σ in float32;
+    :func:`from_edm`, for the network inside the denoiser of EDM, does not. Source: Karras et al. (2022), arXiv:2206.00364, eqs. 2 and 3.
 
     Args:
-        network: A callable ``network(x, sigma)`` that gives the data, shaped like x; it may take ``key=`` and ``context=`` by name.
+        network: A callable ``network(x, sigma)`` that returns the predicted data, shaped like x; it may accept ``key=`` and ``context=`` by name.
 
     Raises:
-        ValueError, TypeError: If it is no such callable.
+        ValueError, TypeError: If ``network`` is not such a callable.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -218,17 +218,17 @@ def from_denoiser(network: Network) -> X0Head:
 
 
 def from_edm(network: Network, sigma_data: Number = 0.5) -> EDMHead:
-    r"""The ε-network of EDM's :math:`F_\theta(c_{in} x; c_{noise})`, the network inside of the denoiser :math:`D = c_{skip} x + c_{out} F_\theta`.
+    r"""The ε-network for EDM's :math:`F_\theta(c_{in} x; c_{noise})`, the network inside the denoiser :math:`D = c_{skip} x + c_{out} F_\theta`.
 
-    :math:`c_{in} = 1/\sqrt{\sigma^2+\sigma_d^2}`, :math:`c_{noise} = \tfrac14 \log \sigma`, and the other two as in :class:`EDMHead`.
+    :math:`c_{in} = 1/\sqrt{\sigma^2+\sigma_d^2}`, :math:`c_{noise} = \tfrac14 \log \sigma`, and :math:`c_{skip}` and :math:`c_{out}` as in :class:`EDMHead`.
     Source: Karras et al. (2022), arXiv:2206.00364, eq. 7 and table 1.
 
     Args:
-        network: A callable ``network(scaled_x, c_noise)`` that gives F, shaped like x; it may take ``key=`` and ``context=`` by name.
-        sigma_data: :math:`\sigma_d`, the standard deviation of the encoded data that it was trained with.
+        network: A callable ``network(scaled_x, c_noise)`` that returns F, shaped like x; it may accept ``key=`` and ``context=`` by name.
+        sigma_data: :math:`\sigma_d`, the standard deviation of the encoded training data.
 
     Raises:
-        ValueError, TypeError: If it is no such callable, or ``sigma_data`` is not positive.
+        ValueError, TypeError: If ``network`` is not such a callable, or ``sigma_data`` is not positive.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -245,7 +245,7 @@ def from_edm(network: Network, sigma_data: Number = 0.5) -> EDMHead:
 
 
 def _require_callable(network: Any, words: str) -> None:
-    """Refuse what cannot be called, and what is told the log-SNR already."""
+    """Refuse an object that is not callable, and a network that is told the log-SNR already."""
     require(callable(network), "network", f"a callable {words}", type(network).__name__, TypeError)
     foreign = not isinstance(network, AbstractNetwork)
     require(foreign, "network", f"a callable {words}", f"a {type(network).__name__}, which is told the log-SNR")

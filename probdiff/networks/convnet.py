@@ -1,4 +1,4 @@
-"""A network for small images: residual 3×3 convolutions, with a bias of its own for every pixel."""
+"""A network for small images: residual 3×3 convolutions, with a separate bias for every pixel."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,13 +21,13 @@ from probdiff.networks.base import (
     flattened,
 )
 
-AT_ONCE = 64  # images, on CPU: their hidden layers then stay in its cache
+AT_ONCE = 64  # images at a time, on CPU: their hidden layers then stay in the cache
 
 
 class _Convolution(eqx.Module):
     """A 3×3 convolution that keeps the size of an image, shape ``(*batch, height, width, channels)``.
 
-    As one matrix product: inside of a loop, on CPU, XLA's own convolution takes many times as long.
+    It is one matrix product: inside a loop, on CPU, XLA's own convolution takes many times as long.
     """
 
     weight: Float[Array, "3 3 inputs outputs"]
@@ -49,8 +49,8 @@ class _Convolution(eqx.Module):
 class ConvNet(AbstractEmbeddedNetwork):
     """Residual convolutional network on images of one channel, told the noise level by an embedding of its log-SNR.
 
-    It keeps the resolution: in an image of 8×8 every pixel sees every other after four convolutions. In each block the
-    embedding scales and shifts the hidden layer, and every pixel has a bias of its own, so that the network knows where it is.
+    The resolution stays the same: in an image of 8×8 every pixel depends on every other after four convolutions. In each block the
+    embedding scales and shifts the hidden layer, and every pixel has a separate bias, so that the network can depend on the position.
 
     Args:
         shape: Height and width; data are images in row-major order, of dimension height × width.
@@ -60,7 +60,7 @@ class ConvNet(AbstractEmbeddedNetwork):
         dropout: Probability of dropping a hidden channel of a pixel while training.
         outputs: Outputs for each pixel, on a new last axis; None for one, shaped like the input.
         context_dim: For a conditional model, the number of covariates: ``context`` of shape ``(datum, context_dim)``, of about mean 0 and
-            standard deviation 1, embedded along with the noise level. None for a model without.
+            standard deviation 1, embedded along with the noise level. None for a model without a context.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
@@ -123,7 +123,7 @@ class ConvNet(AbstractEmbeddedNetwork):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this network was made with, without the key."""
+        """The arguments of the constructor, by name, without the key."""
         return {
             "shape": self.shape,
             "channels": self.place.shape[-1],

@@ -14,8 +14,8 @@ from probdiff.networks.base import AbstractWrapper, Network, predict_noise
 class Ensemble(AbstractWrapper):
     r"""The mean of several ε-networks, such as networks fitted from different seeds.
 
-    A step KL is convex in the predicted noise, so that the KLs of the mean are at most the mean of the KLs. The gain is the
-    variance between the networks, of which each has learned some noise of the training data.
+    A step KL is convex in the predicted noise, so that the KLs of the mean are at most the mean of the KLs. The gain is proportional to the
+    variance between the networks, each of which has overfitted the training data in its own way.
 
     Args:
         networks: ε-networks on data of one dimension, at least one.

@@ -1,8 +1,8 @@
-r"""Heads: what a network predicts, turned into the noise.
+r"""Heads, which convert the prediction of a network to the noise.
 
-A head is an ε-network made of a network that predicts something else. In :math:`z_n = \sqrt{\bar\alpha_n} x_0 +
+A head is an ε-network around a network that predicts another quantity. In :math:`z_n = \sqrt{\bar\alpha_n} x_0 +
 \sqrt{1-\bar\alpha_n}\, \epsilon` each prediction is an affine function of any other, given z_n; so the programs, the bound and the
-samplers know only :math:`\hat\epsilon`. A bare network predicts ε.
+samplers use only :math:`\hat\epsilon`. A network without a head predicts ε.
 """
 
 import abc
@@ -19,9 +19,9 @@ from probdiff.networks.base import AbstractWrapper, Network, evaluate, require_s
 
 
 class AbstractHead(AbstractWrapper):
-    """An ε-network around another network of either kind, whose prediction it turns into the noise.
+    """An ε-network around another network of either kind, whose prediction it converts to the noise.
 
-    To write your own, give :meth:`noise`; and ``output_shape`` if the prediction is not shaped like ``z``.
+    To write your own, define :meth:`noise`; and ``output_shape`` if the prediction is not shaped like ``z``.
 
     Attributes:
         network: The network, with the options of :mod:`probdiff.networks.base`.
@@ -45,7 +45,7 @@ class AbstractHead(AbstractWrapper):
     def noise(
         self, prediction: Float[Array, "*output"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
     ) -> Float[Array, "*batch dim"]:
-        """The noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr``, shape ``batch``, that a prediction says."""
+        """The noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr``, shape ``batch``, that follows from a prediction."""
 
     def output_shape(self, z: Float[Array, "*batch dim"]) -> tuple[int, ...]:
         """The shape that the network must return for ``z``."""
@@ -61,7 +61,7 @@ class AbstractHead(AbstractWrapper):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this head was made with."""
+        """The arguments of the constructor, by name."""
         return {"network": self.network}
 
     def output(
@@ -72,7 +72,7 @@ class AbstractHead(AbstractWrapper):
         key: PRNGKeyArray | None = None,
         context: PyTree = None,
     ) -> Float[Array, "*output"]:
-        """The network's prediction, whose shape is checked."""
+        """The network's prediction, after a check of its shape."""
         output = evaluate(self.network, z, log_snr, n, key, context)
         return require_shape(output, self.output_shape(z), f"for a {type(self).__name__}").astype(z.dtype)
 
@@ -106,7 +106,7 @@ class X0Head(AbstractHead):
     def noise(
         self, prediction: Float[Array, "*batch dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
     ) -> Float[Array, "*batch dim"]:
-        """The noise in ``z`` if the data are as predicted."""
+        """The noise in ``z`` if the data are the predicted data."""
         signal, noise = signal_and_noise(log_snr)
         return (z - signal * prediction) / noise
 
@@ -131,18 +131,18 @@ class VHead(AbstractHead):
     def noise(
         self, prediction: Float[Array, "*batch dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
     ) -> Float[Array, "*batch dim"]:
-        """The noise in ``z`` if the velocity is as predicted."""
+        """The noise in ``z`` if the velocity is the predicted velocity."""
         signal, noise = signal_and_noise(log_snr)
         return signal * prediction + noise * z
 
 
 class DensityHead(AbstractHead):
-    r"""For data with a density: the network predicts the noise on a scale that falls with it, :math:`\hat\epsilon = (1-\bar\alpha)^{1/4}\,\hat y`.
+    r"""For data with a density: the network predicts the noise divided by a factor that falls with the noise level, :math:`\hat\epsilon = (1-\bar\alpha)^{1/4}\,\hat y`.
 
-    The best prediction is :math:`-\sqrt{1-\bar\alpha}` times a score, and that of noise finer than the data nearly 0. Where the density is smooth it
-    falls like :math:`\sigma = \sqrt{1-\bar\alpha}`. Where it jumps, the score is of order 1/σ within σ of the jump, which has probability
-    of order σ: the root of the mean square falls like :math:`\sqrt\sigma`, the factor here. So the network errs by as little as
-    there is to say, instead of by the same at every step.
+    The exact prediction is :math:`-\sqrt{1-\bar\alpha}` times a score, and is nearly 0 if the noise is much smaller than the scale of the data. For a smooth density it
+    falls like :math:`\sigma = \sqrt{1-\bar\alpha}`. At a jump of the density the score is of order 1/σ within a distance of σ, which has probability
+    of order σ: the root mean square falls like :math:`\sqrt\sigma`, the factor here. The error of the network is then proportional to the
+    size of the exact prediction, instead of the same at every step.
 
     Args:
         network: Returns :math:`\hat y`, shaped like ``z``.
@@ -158,15 +158,15 @@ class DensityHead(AbstractHead):
     def noise(
         self, prediction: Float[Array, "*batch dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
     ) -> Float[Array, "*batch dim"]:
-        """The prediction on the scale of the noise."""
+        """The noise: the prediction times the factor."""
         return jnp.sqrt(signal_and_noise(log_snr)[1]) * prediction
 
 
 class ClipHead(AbstractHead):
-    r"""A network whose prediction of the data is cut off at the ends of their range: :math:`\hat x_0` is clipped to [−bound, bound].
+    r"""A network whose prediction of the data is clipped to their range: :math:`\hat x_0` is clipped to [−bound, bound].
 
-    :math:`\hat\epsilon` is the noise that the clipped data leave. It is what other libraries do in every step (``clip_sample``, ``clip_denoised``) to
-    networks that know nothing of the range; where nothing is clipped, nothing is changed. Source: Ho et al. (2020), arXiv:2006.11239, in the code.
+    :math:`\hat\epsilon` is the noise that follows from the clipped data. Other libraries do this in every step (``clip_sample``, ``clip_denoised``); where
+    nothing is clipped, the prediction is unchanged. Source: Ho et al. (2020), arXiv:2006.11239, published code.
 
     Args:
         network: An ε-network, such as another head.
@@ -189,30 +189,29 @@ class ClipHead(AbstractHead):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this head was made with."""
+        """The arguments of the constructor, by name."""
         return {"network": self.network, "bound": self.bound}
 
     def noise(
         self, prediction: Float[Array, "*batch dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
     ) -> Float[Array, "*batch dim"]:
-        """The noise in ``z`` if the data are as predicted, but for what is outside their range."""
+        """The noise in ``z`` if the data are the predicted data, clipped to their range."""
         signal, noise = signal_and_noise(log_snr)
         x0 = (z - noise * prediction) / signal
-        # (A difference that is exactly 0 where nothing is clipped.)
+        # (The difference is exactly 0 where nothing is clipped.)
         return prediction + signal * (x0 - jnp.clip(x0, -self.bound, self.bound)) / noise
 
 
 class VarianceHead(AbstractHead):
     r"""The network predicts the variance of each reverse step along with the noise; for :class:`~probdiff.chain.PredictedVarianceKernel`.
 
-    Each dimension has a second output r, which says where between :math:`\tilde\beta_n` (r = −1) and :math:`\beta_n` (r = 1) the variance is, in
-    logarithms: :math:`\log v = s \log \beta_n + (1-s) \log \tilde\beta_n` with s = (r + 1)/2. What takes the noise only, such as the probability flow, takes
-    the first output. Source: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.1 (where r is not named; the code has −1 to 1).
+    Each dimension has a second output r, which interpolates the log variance between :math:`\tilde\beta_n` (r = −1) and :math:`\beta_n` (r = 1): :math:`\log v = s \log \beta_n + (1-s) \log \tilde\beta_n` with s = (r + 1)/2. Functions that need the noise only, such as the probability flow, use
+    the first output. Source: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.1 (where r has no name; in the published code it is −1 to 1).
 
     Args:
-        network: An ε-network, or heads around a network that predicts something else, ``VarianceHead(ClipHead(VHead(network)))``; of which the innermost
-            network returns two outputs for each dimension, of shape ``(*batch, 2 · dim)``, all of the first and then all of the second (as images
-            of 2 C channels are), or of shape ``(*batch, dim, 2)`` (as ``MLP(…, outputs=2)`` gives).
+        network: An ε-network, or heads around a network with another prediction, ``VarianceHead(ClipHead(VHead(network)))``; the innermost
+            network returns two outputs for each dimension, of shape ``(*batch, 2 · dim)``, all of the first and then all of the second (as for images
+            of 2 C channels), or of shape ``(*batch, dim, 2)`` (as returned by ``MLP(…, outputs=2)``).
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -246,7 +245,7 @@ class VarianceHead(AbstractHead):
     def noise(
         self, prediction: Float[Array, "*batch 2 dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
     ) -> Float[Array, "*batch dim"]:
-        """The noise in ``z`` by the first output and the heads inside."""
+        """The noise in ``z`` from the first output and the heads inside."""
         found = prediction[..., 0, :]
         for head in reversed(self._heads()):
             found = head.noise(found, z, log_snr)
@@ -261,7 +260,7 @@ class VarianceHead(AbstractHead):
         key: PRNGKeyArray | None = None,
         context: PyTree = None,
     ) -> Float[Array, "*batch dim 2"]:
-        """The noise and s = (r + 1)/2, on a new last axis; arguments as of the head itself."""
+        """The noise and s = (r + 1)/2, on a new last axis; arguments as for the head itself."""
         prediction = self.output(z, log_snr, n, key, context)
         return jnp.stack([self.noise(prediction, z, log_snr), (prediction[..., 1, :] + 1) / 2], -1)
 

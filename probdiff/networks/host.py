@@ -1,4 +1,4 @@
-"""Networks that are computed outside of JAX, such as those of PyTorch: for evaluation. Imports no PyTorch."""
+"""Networks that are computed outside JAX, such as modules of PyTorch, for evaluation. PyTorch is not imported here."""
 
 import dataclasses
 import functools
@@ -24,10 +24,10 @@ NO_DERIVATIVE = (
 
 
 class HostNetwork(eqx.Module):
-    """A network that is told the step, and computed outside of JAX.
+    """A network that is told the step, and is computed outside JAX.
 
     Attributes:
-        function: Computes ``function(z, n)``, with ``context=`` if it takes one by name, of rows: NumPy arrays of shape ``(rows, dim)`` and ``(rows,)``.
+        function: A function ``function(z, n)`` of NumPy arrays of shape ``(rows, dim)`` and ``(rows,)``, with ``context=`` if it accepts one by name.
     """
 
     function: Callable[..., np.ndarray] = eqx.field(static=True)
@@ -44,7 +44,7 @@ class HostNetwork(eqx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """A function of rows, for arrays with any batch axes, as words (:func:`_words`); ``dtypes`` are those of the numbers that they stand for."""
+    """A function of rows, applied to arrays with any batch axes in the form of :func:`_words`; ``dtypes`` are the dtypes of the original arrays."""
 
     function: Callable[..., np.ndarray]
     dtypes: tuple[np.dtype, ...]
@@ -59,7 +59,7 @@ class _Rows:
 
 
 def _words(array: Array) -> Array:
-    """float64 as pairs of integers: JAX calls the host from a thread of its own, and rounds all to float32 if that is the precision of the thread."""
+    """float64 as pairs of integers: JAX calls the host from another thread, and rounds to float32 if that is the precision of the thread."""
     return jax.lax.bitcast_convert_type(array, jnp.uint32) if array.dtype == jnp.float64 else array
 
 
@@ -69,7 +69,7 @@ def _numbers(words: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _on_host(function: Callable[..., np.ndarray], z: Array, n: Array, given: dict[str, PyTree]) -> Array:
-    # Asked for two rows first: for its shape, and so that a mistake shows where it can be told in a line.
+    # First called with two rows, for the shape of the output, and so that an error is raised here with a short message.
     two_z, two_n, two_given = jax.tree.map(lambda leaf: np.zeros((2, *leaf.shape[z.ndim - 1 :]), leaf.dtype), (z, n, given))
     output = function(two_z, two_n + 1, **two_given)
     rows_alike = output.ndim > 1 and len(output) == 2
@@ -86,35 +86,34 @@ def _refuse_derivative(function: Callable[..., Any], primals: Any, tangents: Any
 
 
 def from_torch(module: Any, apply: Callable[..., Any] | None = None) -> HostNetwork:
-    """A network of PyTorch, to be evaluated as it is: in bounds, estimators, samplers and exports. Nothing here trains it.
+    """A network from a module of PyTorch, for evaluation in bounds, estimators, samplers and exports. It is not trained here.
 
-    It is called from compiled programs, on as many rows as there are, without gradients. Its parameters are looked up at each call, and not copied.
+    The module is called from compiled programs, on all rows at once, without gradients. Its parameters are not copied: each call uses their present values.
 
     Args:
         module: A ``torch.nn.Module`` in evaluation mode.
-        apply: A function ``apply(module, z, n) -> eps_hat``; ``module(z, n)`` if not given. It is given latents z of shape ``(rows, dim)`` and steps n, int64 from
-            1 to N of shape ``(rows,)``, and gives what is shaped like z; if it, or else ``module.forward``, takes ``context`` by name, that of a conditional model.
-            Floating-point tensors are of the precision of the module's parameters, and all are on their device. It is what steps from 0, images and small
-            batches are written in:
+        apply: A function ``apply(module, z, n) -> eps_hat``; ``module(z, n)`` if not given. Its arguments are latents z of shape ``(rows, dim)`` and steps n, int64 from
+            1 to N of shape ``(rows,)``, and it returns a tensor shaped like z. If it (or else ``module.forward``) accepts ``context`` by name, it is given the context of
+            a conditional model. Floating-point tensors have the precision of the module's parameters, and all are on their device. For steps from 0, images, and
+            small batches, write for instance
             ``lambda unet, z, n: torch.cat([unet(a.view(-1, 1, 28, 28), b - 1).flatten(1) for a, b in zip(z.split(64), n.split(64))])``.
 
     Returns:
-        The network ``network(z, n)``, whose predictions are of float32 or float64 as ``z`` is.
+        The network ``network(z, n)``, whose predictions have the dtype of ``z``, float32 or float64.
 
     Raises:
         TypeError: If ``module`` is not a ``torch.nn.Module``, or ``apply`` is not callable.
-        ValueError: If the module is in training mode, in which it would drop out and normalise at random: give ``module.eval()``.
+        ValueError: If the module is in training mode, with dropout and batch statistics: use ``module.eval()``.
         NotImplementedError: Where a derivative of the network is asked for.
 
     Example:
-        >>> import jax, numpy as np, probdiff, pytest
-        >>> torch = pytest.importorskip("torch")
+        >>> import jax, numpy as np, probdiff, torch
         >>> network = probdiff.networks.from_torch(torch.nn.Linear(2, 2).eval(), lambda linear, z, n: linear(z) / n[:, None])
         >>> model = probdiff.Diffusion(probdiff.cosine_schedule(10), network, dim=2)
         >>> probdiff.elbo_terms(model, np.ones((3, 2), np.float32), key=jax.random.key(0)).step_kl.shape
         (1, 9, 3)
     """
-    torch = sys.modules.get("torch")  # who has not imported it has no module of it
+    torch = sys.modules.get("torch")  # without an import of torch there is no module of it
     own = torch is not None and isinstance(module, torch.nn.Module)
     require(own, "module", "a torch.nn.Module", type(module).__name__, TypeError)
     require(apply is None or callable(apply), "apply", "a callable apply(module, z, n)", type(apply).__name__, TypeError)
@@ -127,7 +126,7 @@ def from_torch(module: Any, apply: Callable[..., Any] | None = None) -> HostNetw
         return next(({"device": each.device, "dtype": each.dtype} for each in numbers if each.is_floating_point()), {})
 
     def tensor(array: np.ndarray, place: dict[str, Any]) -> Any:
-        value = torch.from_numpy(np.array(array))  # a copy, as it may be written to
+        value = torch.from_numpy(np.array(array))  # a copy, as the module may write to it
         return value.to(**place) if value.is_floating_point() else value.to(place.get("device"), torch.int64)
 
     call = module if apply is None else functools.partial(apply, module)

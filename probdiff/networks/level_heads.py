@@ -17,12 +17,12 @@ from probdiff.networks.heads import AbstractHead
 class CategoricalHead(AbstractHead):
     r"""For data on a grid: the network predicts a probability for each level of each dimension.
 
-    The network gives logits of what the *other* dimensions say; what z says of its own dimension is known exactly and is added,
+    The network returns logits given the *other* dimensions; the information of z about its own dimension is known exactly and is added,
 
         log p(v | z_n) = logit_v − (z_n − √ᾱ_n v)² / (2 (1−ᾱ_n)) + const,
 
     with v on the grid of :class:`~probdiff.DiscretizedNormalLikelihood`. :math:`\hat x_0` is the mean of that
-    distribution. Where the noise is finer than the grid the network has nothing to do.
+    distribution. If the noise is finer than the grid, the logits hardly matter.
 
     Args:
         network: Returns logits of shape ``(*z.shape, levels)``, such as ``MLP(…, outputs=levels)``.
@@ -47,12 +47,12 @@ class CategoricalHead(AbstractHead):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this head was made with."""
+        """The arguments of the constructor, by name."""
         return {"network": self.network, "levels": self.levels}
 
     @property
     def grid(self) -> Float[Array, "level"]:
-        """The levels as the chain sees them, from −1 to 1, shape ``(levels,)``."""
+        """The encoded levels, from −1 to 1, shape ``(levels,)``."""
         return jnp.linspace(-1.0, 1.0, self.levels)
 
     def output_shape(self, z: Float[Array, "*batch dim"]) -> tuple[int, ...]:
@@ -68,13 +68,13 @@ class CategoricalHead(AbstractHead):
         key: PRNGKeyArray | None = None,
         context: PyTree = None,
     ) -> Float[Array, "*batch dim level"]:
-        """log p(v | z_n) of every level, normalised, shape ``(*z.shape, levels)``; arguments as of the head itself."""
+        """log p(v | z_n) of every level, normalised, shape ``(*z.shape, levels)``; arguments as for the head itself."""
         return self._normalised(self.output(z, log_snr, n, key, context), z, log_snr)
 
     def noise(
         self, prediction: Float[Array, "*batch dim level"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
     ) -> Float[Array, "*batch dim"]:
-        """The noise in ``z`` if the data are the mean of the levels."""
+        """The noise in ``z`` if the data are the mean of the distribution over levels."""
         signal, noise = signal_and_noise(log_snr)
         mean = jnp.exp(self._normalised(prediction, z, log_snr)) @ self.grid.astype(z.dtype)
         return (z - signal * mean) / noise
@@ -88,19 +88,19 @@ class CategoricalHead(AbstractHead):
 
 
 class ColumnHead(AbstractHead):
-    r"""For a table: each column as suits its likelihood.
+    r"""For a table: a prediction for each column that suits its likelihood.
 
-    Where data have a density the network predicts the noise as for a :class:`DensityHead`. Where they are at known points :math:`c_v` of the
-    chain's space (categories, levels of a grid) it gives the parameter a of an exponential family on them, to which what
-    z says of its own column is added exactly,
+    For columns with a density the network predicts the noise as for a :class:`DensityHead`. For columns whose encoded values are known points :math:`c_v`
+    (categories, levels of a grid) it predicts the parameter a of an exponential family on the points, to which the information
+    of z about its own column is added exactly,
 
         log p(v | z_n) = a · c_v − ‖z_n − √ᾱ_n c_v‖² / (2 (1−ᾱ_n)) + const;
 
-    :math:`\hat x_0` is the mean of that distribution, which may be anything between the points. For categories a is, up to a factor, their logits.
+    :math:`\hat x_0` is the mean of that distribution, which may be anything between the points. For categories, a is the vector of logits up to a factor.
 
     Args:
         network: Its prediction is shaped like ``z``.
-        likelihood: That of the model.
+        likelihood: The likelihood of the model.
 
     Example:
         >>> import jax, probdiff
@@ -120,7 +120,7 @@ class ColumnHead(AbstractHead):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this head was made with."""
+        """The arguments of the constructor, by name."""
         return {"network": self.network, "likelihood": self._likelihood.tree}
 
     def check_likelihood(self, likelihood: AbstractLikelihood) -> None:
@@ -131,7 +131,7 @@ class ColumnHead(AbstractHead):
     def noise(
         self, prediction: Float[Array, "*batch dim"], z: Float[Array, "*batch dim"], log_snr: Float[Array, "*batch"]
     ) -> Float[Array, "*batch dim"]:
-        """The noise in ``z`` if each column is as predicted."""
+        """The noise in ``z`` if each column has its predicted value."""
         signal, noise = signal_and_noise(log_snr)
         found, start = [], 0
         for dim, points in self._likelihood.tree.pieces(z.shape[-1]):
@@ -151,7 +151,7 @@ def _mean_of_points(
     noise: Float[Array, "*batch 1"],
     points: Float[Array, "point width"],
 ) -> Float[Array, "*batch dim"]:
-    """The mean of the point of each column given z, where every column has ``width`` of the dimensions."""
+    """The mean of the point of each column given z, where every column has ``width`` dimensions."""
     columns = (*z.shape[:-1], -1, 1, points.shape[1])
     distance = (z.reshape(columns) - signal[..., None, None] * points) / noise[..., None, None]
     log_p = jnp.sum(parameter.reshape(columns) * points - jnp.square(distance) / 2, -1)

@@ -20,17 +20,17 @@ from probdiff.networks.base import (
     sinusoids,
 )
 
-MOST_HARMONICS = 24  # the last then turns as fast as float32 resolves
+MOST_HARMONICS = 24  # the highest frequency is the limit of float32
 
 
 class MLP(AbstractEmbeddedNetwork):
     r"""Residual multilayer perceptron, told the noise level by a sinusoidal embedding of its log-SNR.
 
-    In each block the embedding shifts and scales the hidden layer. Beside the blocks there is a short cut: the output
-    has a combination, different at each noise level, of z and its harmonics added to it, dimension by dimension. Where z is nearly all
-    noise it is nearly its own noise; where the noise is finer than the grid of the data, the nearest level tells it. Covariates enter beside
-    the blocks, too, by a learned linear regression of the data on them: of Gaussian data whose mean is linear in the covariates, with independent
-    residuals, the short cut alone is exact.
+    In each block the embedding shifts and scales the hidden layer. Beside the blocks there is a skip connection: a combination, different
+    at each noise level, of z and its harmonics is added to the output, dimension by dimension. If z is nearly all
+    noise, the noise is nearly z itself; if the noise is finer than the grid of the data, it follows from the nearest level. Covariates also enter
+    the skip connection, by a learned linear regression of the data on them: for Gaussian data whose mean is linear in the covariates, with independent
+    residuals, the skip connection alone is exact.
 
     Args:
         dim: Dimension of the data.

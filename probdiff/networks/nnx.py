@@ -1,4 +1,4 @@
-"""Modules of Flax NNX, which are networks as they are, if calling them changes nothing in them. Imports no Flax."""
+"""Modules of Flax NNX, which are networks without an adapter, if a call does not change their state. Flax is not imported here."""
 
 import sys
 from typing import Any
