@@ -10,8 +10,8 @@ import numpy.typing as npt
 from jaxtyping import Integer
 
 GAPS = (
-    "fit to the complete rows; of the others, probdiff.inference.observed_log_prob(fitted, x, …) has the density of what is there, and "
-    "probdiff.inference.smc(fitted, Inpainting(mask, values), …) draws what is missing"
+    "fit to the complete rows; for the others, probdiff.inference.observed_log_prob(fitted, x, …) estimates the density of the observed values, and "
+    "probdiff.inference.smc(fitted, Inpainting(mask, values), …) draws the missing ones"
 )
 AnyArray = jax.Array | np.ndarray
 Whole = int | np.integer

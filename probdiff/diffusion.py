@@ -42,7 +42,7 @@ from probdiff.programs.sites import PARAMS, AbstractDiffusion, Data, Size, svi_b
 
 UNTRAINED = (
     "network: Expected something to train, the arrays of a module of equinox or Flax NNX or those of probdiff.networks.from_apply(apply, params); got a {} without "
-    "any: SVI trains nothing that a function closes over. diffusion.bind({{}}) is a model that is to stay as it is"
+    "any: parameters in the closure of a function are not trained. diffusion.bind({{}}) is a model that is not to be trained"
 )
 
 

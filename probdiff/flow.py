@@ -307,9 +307,9 @@ class FlowLikelihood(NamedTuple):
             ("log-likelihood by the flow (lower bound)", self.log_prob),
             ("  log q(z_1)", self.log_q),
             ("  error from interpolation, estimated", self.interpolation),
-            ("  error from the solver, about, without its sign", np.abs(self.solver)),
-            ("  error from the base, at most", self.base[None]),
-            ("  error from σ_1, if log q(z_1) is read as log p(x)", self.smoothing),
+            ("  error from the solver, estimated, absolute value", np.abs(self.solver)),
+            ("  error from the base N(0, I), at most", self.base[None]),
+            ("  error from σ_1, if log q(z_1) is taken as log p(x)", self.smoothing),
         )
         draws, size = self.log_q.shape
         lines = [f"{size} data, {draws} draws of z_1 each; nats per datum, ± standard error over data"]

@@ -290,7 +290,7 @@ def test_models_of_a_density_and_of_a_probability_are_not_compared():
     density = probdiff.Diffusion(SCHEDULE, lambda z, n: z, NormalLikelihood(), dim=2)
     mixed = ColumnLikelihood({0: NormalLikelihood(), 1: DiscretizedNormalLikelihood(4)})
     models = {"density": density, "mixed": probdiff.Diffusion(SCHEDULE, lambda z, n: z, mixed, dim=2)}
-    with pytest.raises(ValueError, match="the same columns for discrete; got other columns with a density in mixed"):
+    with pytest.raises(ValueError, match="the same discrete columns; got other columns with a density in mixed"):
         probdiff.compare_models(models, CELLS.astype(float), key=jax.random.key(0))
 
 

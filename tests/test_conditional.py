@@ -311,7 +311,7 @@ def test_the_context_of_validation_is_refused_by_its_name():
 
 
 def test_a_fit_of_a_model_that_was_given_a_context_says_where_it_goes():
-    with pytest.raises(ValueError, match="diffusion: Expected a model that was given no context: it goes to fit as context="):
+    with pytest.raises(ValueError, match="diffusion: Expected a model that was given no context: pass it to fit as context="):
         probdiff.fit(MODEL.given(C), X, iterations=2, progress=False)
 
 
@@ -319,5 +319,5 @@ def test_a_fit_is_resumed_with_the_same_context_only(tmp_path):
     checkpoint = probdiff.storage.Checkpoint(tmp_path / "state.eqx")
     options = {"iterations": 4, "batch_size": 8, "validate_every": 2, "progress": False, "checkpoint": checkpoint}
     probdiff.fit(MODEL, X, context=C, **options)
-    with pytest.raises(ValueError, match="context: Expected .*, as in the fit that the checkpoint is of"):
+    with pytest.raises(ValueError, match="context: Expected .*, as in the fit of the checkpoint"):
         probdiff.fit(MODEL, X, context=C[::-1], **options)

@@ -411,7 +411,7 @@ def test_a_resumed_fit_must_be_asked_for_the_same(changed):
     with pytest.raises(KeyboardInterrupt):
         probdiff.fit(make(), X, checkpoint=checkpoint, **arguments)
     ((name, value),) = changed.items()
-    with pytest.raises(ValueError, match=f"{name}: Expected .* as in the fit that the checkpoint is of"):
+    with pytest.raises(ValueError, match=f"{name}: Expected .* as in the fit of the checkpoint"):
         probdiff.fit(make(), X, checkpoint=checkpoint, **arguments | changed)
 
 
@@ -429,7 +429,7 @@ def test_a_fit_that_has_ended_goes_on_in_another_leg(float64):
         assert float(fit.diffusion.network.weight) == pytest.approx(float(alone.diffusion.network.weight), rel=1e-12)
         assert checkpoint.state.settings["begun"] == done and checkpoint.state.settings["iterations"] == more
         first, start, done = fit, float(fit.diffusion.network.weight), more
-    with pytest.raises(ValueError, match="iterations: Expected 100, as in the fit .* or more when that has ended; got 90"):
+    with pytest.raises(ValueError, match="iterations: Expected 100, as in the fit .* or more if that has ended; got 90"):
         fit_line(90, -1.0, learning_rate=0.02, checkpoint=checkpoint)
 
 

@@ -224,7 +224,7 @@ def _add_fit(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "swissroll, or a .npy, .npz or .csv file of shape (datum, column)",
     )
     fit.add_argument("--index", metavar="COLUMN", help="column of the .csv file that numbers the rows, to leave out")
-    columns = "columns of the file that the model is given, by name or counted from 0, such as age,sex; an array of the .npz file; labels, of digits"
+    columns = "columns of the context, by name or counted from 0, such as age,sex; for a .npz file the name of an array; for digits: labels"
     fit.add_argument("--context", metavar="COLUMNS", help=columns)
     fit.add_argument("--out", metavar="DIR", help="run folder (default: the next free runs/NAME-k)")
     fit.add_argument("--num-steps", type=_count, metavar="N", help="steps of the chain")
@@ -232,27 +232,27 @@ def _add_fit(commands: "argparse._SubParsersAction[_Parser]") -> None:
     fit.add_argument("--batch-size", type=_count, metavar="B", help="data per update")
     fit.add_argument("--learning-rate", type=_rate, metavar="R", help="peak learning rate of Adam")
     fit.add_argument("--seed", type=_seed, metavar="S", help="seed of everything random (default 0)")
-    fit.add_argument("--resume", action="store_true", help="go on with the run in --out; with --iterations K, also after its end")
+    fit.add_argument("--resume", action="store_true", help="continue the run in --out; with --iterations K, also after its end")
     _add_devices(fit)
-    fit.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: the address of the first (or: auto)")
-    fit.add_argument("--processes", type=int, metavar="P", help="how many processes there are")
-    fit.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    fit.add_argument("--coordinator", metavar="HOST:PORT", help="with several processes: the address of the first (or: auto)")
+    fit.add_argument("--processes", type=int, metavar="P", help="number of processes")
+    fit.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
     _add_json(fit)
 
 
 def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    inspect = commands.add_parser("inspect", help="what is known of a fitted model, and where it spends its nats")
+    inspect = commands.add_parser("inspect", help="the results of a fitted model, and the terms of its bound by steps")
     inspect.add_argument("run", metavar="RUN", help="run folder")
-    inspect.add_argument("--figures", action="store_true", help="draw the figures anew, in place of those in RUN")
-    known = "take the gap of the bound apart, of data of known density, and keep the account in RUN"
+    inspect.add_argument("--figures", action="store_true", help="draw the figures again, in place of those in RUN")
+    known = "decompose the gap of the bound, for data of known density, and store the result in RUN"
     inspect.add_argument("--ledger", action="store_true", help=known)
     _add_json(inspect)
 
 
 def _add_audit(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    audit = commands.add_parser("audit", help="what a network is worth: its bound both ways, where its nats go, and what is wrong with it")
+    audit = commands.add_parser("audit", help="audit a network: its bound both ways, the terms of the bound, and errors in its use")
     audit.add_argument("run", metavar="RUN", help="run folder")
-    audit.add_argument("--num-items", type=_count, metavar="K", help="test items (default: 64 to 1024, as there are many steps or few)")
+    audit.add_argument("--num-items", type=_count, metavar="K", help="test items (default: 64 for many steps, up to 1024 for few)")
     audit.add_argument("--num-draws", type=_count, default=8, metavar="S", help="draws of the noise for each (default 8)")
     _add_json(audit)
 
@@ -260,9 +260,9 @@ def _add_audit(commands: "argparse._SubParsersAction[_Parser]") -> None:
 def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
     compare = commands.add_parser("compare", help="compare all estimators of the bound on one run, or several runs")
     compare.add_argument("runs", metavar="RUN", nargs="+", help="run folder; with several, the models are compared")
-    compare.add_argument("--num-draws", type=int, metavar="S", help="draws of each estimator (default: as --minutes allow), of each model (4)")
+    compare.add_argument("--num-draws", type=int, metavar="S", help="draws of each estimator (default: as many as --minutes allow), or of each model (4)")
     compare.add_argument("--num-items", type=int, metavar="K", help="test items of the batch whose bound is estimated (64)")
-    compare.add_argument("--minutes", type=_rate, metavar="M", help="about how long to take, compilation included (1)")
+    compare.add_argument("--minutes", type=_rate, metavar="M", help="approximate duration, compilation included (1)")
     names = "estimators to compare (default: all)"
     compare.add_argument("--estimators", type=lambda text: [name.strip() for name in text.split(",")], metavar="A,B,C", help=names)
     _add_devices(compare)
@@ -272,7 +272,7 @@ def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
 def _add_sample(commands: "argparse._SubParsersAction[_Parser]") -> None:
     sample = commands.add_parser("sample", help="draw from a fitted model")
     sample.add_argument("run", metavar="RUN", help="run folder")
-    given = "what a conditional model is given: 7, or age=0.3,sex=1, for all samples, or a .csv or .npy file with a row for each (default: the test data's)"
+    given = "context of a conditional model: 7, or age=0.3,sex=1, for all samples, or a .csv or .npy file with a row for each (default: the test data's)"
     sample.add_argument("--context", metavar="VALUES|FILE", help=given)
     sample.add_argument("--num-samples", type=_count, metavar="K", help="samples to draw (64 images, or 2000 points)")
     sample.add_argument("--sampler", default="ancestral", choices=SAMPLERS, help="the default is ancestral")
@@ -280,7 +280,7 @@ def _add_sample(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--steps",
         type=_count,
         metavar="S",
-        help="steps of ddim, noise levels of langevin (default: all N); equal steps of ode (default: it chooses)",
+        help="steps of ddim, noise levels of langevin (default: all N); equal steps of ode (default: adaptive)",
     )
     sample.add_argument("--seed", type=_seed, default=0, metavar="S", help="seed (default 0)")
     sample.add_argument("--out", metavar="FILE", help="a new .npy or .csv file (default: the next free RUN/samples/NAME-k)")
@@ -291,12 +291,12 @@ def _add_sample(commands: "argparse._SubParsersAction[_Parser]") -> None:
 def _add_posterior(commands: "argparse._SubParsersAction[_Parser]") -> None:
     posterior = commands.add_parser("posterior", help="condition a fitted model on an observation: weighted samples, and the evidence")
     posterior.add_argument("run", metavar="RUN", help="run folder")
-    observe = "a .npz file with matrix, y and scale, or a .npy, .npz or .csv file of one datum with NaN where nothing is known"
+    observe = "a .npz file with matrix, y and scale, or a .npy, .npz or .csv file of one datum with NaN for missing values"
     posterior.add_argument("--observe", metavar="FILE", required=True, help=observe)
     posterior.add_argument("--particles", type=_count, default=256, metavar="K", help="particles of each run (default 256)")
-    posterior.add_argument("--runs", type=_count, default=4, metavar="R", help="independent runs, for an error of the evidence (default 4)")
-    posterior.add_argument("--twist", choices=TWISTS, default="tweedie", help="what particles know of the observation on their way (default tweedie)")
-    posterior.add_argument("--context", metavar="VALUES|FILE", help="what a conditional model is given: 7, or age=0.3,sex=1, or a .csv or .npy file of one row")
+    posterior.add_argument("--runs", type=_count, default=4, metavar="R", help="independent runs, for a standard error of the evidence (default 4)")
+    posterior.add_argument("--twist", choices=TWISTS, default="tweedie", help="approximation of p(y | z_n) that guides the particles (default tweedie)")
+    posterior.add_argument("--context", metavar="VALUES|FILE", help="context of a conditional model: 7, or age=0.3,sex=1, or a .csv or .npy file of one row")
     posterior.add_argument("--seed", type=_seed, default=0, metavar="S", help="seed (default 0)")
     _add_devices(posterior)
     _add_json(posterior)

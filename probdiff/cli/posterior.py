@@ -115,7 +115,7 @@ def _context(dataset: Dataset, text: str | None) -> Real[np.ndarray, "1 width"] 
     if text is None:
         return None
     covariates = dataset.covariates
-    require(covariates is not None, "--context", "data that say what their context is of", None)
+    require(covariates is not None, "--context", "data whose covariates are known", None)
     assert covariates is not None
     rows, _ = read_contexts(covariates, text)
     require(len(rows) == 1, "--context", "the values of one row", f"{len(rows)} rows")

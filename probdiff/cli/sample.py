@@ -69,7 +69,7 @@ def _context(dataset: Dataset, text: str | None, num_samples: int | None) -> Rea
         return contexts_of_test_data(dataset, num_samples or default_count(dataset))
     require(dataset.test_context is not None, "--context", "none, for a run whose model is given none", text)
     covariates = dataset.covariates
-    require(covariates is not None, "--context", "none, for data that do not say what their context is of: sample in Python", text)
+    require(covariates is not None, "--context", "none, for data whose covariates are not known: sample in Python", text)
     assert covariates is not None
     rows, in_file = read_contexts(covariates, text)
     count = num_samples or (len(rows) if in_file else default_count(dataset))

@@ -133,7 +133,7 @@ class Dataset:
             lines.append(f"  continuous, with a density: {', '.join(names)}{f' and {more} more' if more else ''}")
         for j in self._continuous:
             if found := atom(self.train[:, j]):
-                lines.append(f"    though {found[1]:.0%} of the rows of {self.column_name(j)} are {found[0]:g}, so that its density can be as large as one likes")
+                lines.append(f"    though {found[1]:.0%} of the rows of {self.column_name(j)} are {found[0]:g}, so that its density can be arbitrarily large")
         lines += [f"  {part.words}: {self.column_name(j)}" for j, part in self.discrete.items()]
         return "\n".join(lines + self._given)
 

@@ -130,8 +130,8 @@ def compare_models(
         diffusion.read_data(x)
     of = {name: diffusion.likelihood.discrete(x.shape[1]) for name, diffusion in models.items()}
     different = [str(name) for name, kinds in of.items() if kinds != next(iter(of.values()))]
-    got = f"other columns with a density in {', '.join(different)}, whose bound is that of something else"
-    require(not different, "models", "likelihoods that take the same columns for discrete", got)
+    got = f"other columns with a density in {', '.join(different)}, whose bounds cannot be compared"
+    require(not different, "models", "likelihoods with the same discrete columns", got)
     moments = {
         name: elbo_terms(diffusion, x, key=key, num_draws=num_draws, reduce=True, progress=progress).elbo
         for name, diffusion in models.items()

@@ -50,9 +50,9 @@ SURE = 5.0  # standard errors
 WORTH, WORTH_OF_FACTOR, WORTH_OF_RANGE = 0.01, 0.05, 0.1
 SAME = 1e-5  # relative: rounding of an excess in float32
 STEP_WORDS = {
-    EARLY: "The network counts the steps from 0: asked for n − 1 in the place of n it does better",
-    LATE: "The network is asked a step too early: asked for n + 1 in the place of n it does better",
-    REVERSED: "The network counts the steps from the noisy end: asked for N + 1 − n in the place of n it does better",
+    EARLY: "The network counts the steps from 0: called with n − 1 instead of n, it has the larger bound",
+    LATE: "The network is called with a step too low: called with n + 1 instead of n, it has the larger bound",
+    REVERSED: "The network counts the steps from the noisy end: called with N + 1 − n instead of n, it has the larger bound",
 }
 
 
@@ -286,13 +286,13 @@ def _misread(compared: ReadingComparison, best: Reading) -> Iterator[Finding]:
     gains, normals = compared.gains, Reading(OWN, NORMALS)
     if not _predicts(compared, best) and (gain := _stands_out(gains[normals], compared.dim)):
         shares = (f"{max(0, compared.explained(reading).mean()):.1%}" for reading in (best, normals))
-        words = "The network predicts {} of the noise, independent normals with the means and variances of the data {}: it is not trained, or read wrongly"
+        words = "The network predicts {} of the noise, independent normals with the means and variances of the data {}: it is not trained, or its output is misinterpreted"
         yield Finding("predicts no noise", words.format(*shares), *gain[:2])
     if best.answer != OWN:
         gain = _stands_out(gains[best] - gains[Reading(best.asked, OWN)], compared.dim)
         if gain and best.answer == SCALED:
             parts = ", ".join(f"{slope:.3f}" for slope in compared.slopes.slope)
-            words = f"The prediction is off by a factor: the noise is {compared.slopes.median:.3f} times it ({parts} in ranges of steps from n = 1 on)"
+            words = f"The prediction is off by a factor: the noise is {compared.slopes.median:.3f} times the prediction ({parts} in ranges of steps from n = 1 on)"
             yield Finding("off by a scale", words, *gain[:2])
         elif gain:
             yield Finding(f"predicts {best.answer}", f"The network predicts {best.answer}, and is taken to predict {_taken_for(compared)}", *gain[:2])
@@ -308,7 +308,7 @@ def _misread(compared: ReadingComparison, best: Reading) -> Iterator[Finding]:
 def _taken_for(compared: ReadingComparison) -> str:
     """The meaning that the model gives to the output of the network."""
     name = type(compared.models[OWN].network).__name__
-    return {"VHead": "v", "X0Head": "x_0"}.get(name, f"what a {name} takes" if name.endswith("Head") else "the noise")
+    return {"VHead": "v", "X0Head": "x_0"}.get(name, f"the quantity for a {name}" if name.endswith("Head") else "the noise")
 
 
 def _range(compared: ReadingComparison, asked: str) -> str:
@@ -318,7 +318,7 @@ def _range(compared: ReadingComparison, asked: str) -> str:
     a, b = np.asarray(likelihood.scale), np.asarray(likelihood.shift)
     same = np.ptp(a) == np.ptp(b) == 0
     words = f"{a[0]:.3g} · x_0 {'+' if b[0] >= 0 else '−'} {abs(b[0]):.3g}" if same else f"a · x_0 + b with a from {a.min():.3g} to {a.max():.3g} and b from {b.min():.3g} to {b.max():.3g}"
-    return f"The network knows data of another range: its samples have mean {samples.mean():.3g}, and x_0 as the data are encoded should be {words}"
+    return f"The network was trained on data of another range: its samples have mean {samples.mean():.3g}, and the encoded data x_0 should be {words}"
 
 
 def _not_finite(both: TwoWays) -> Iterator[Finding]:
@@ -388,5 +388,5 @@ def _optimal_variance(compared: ReadingComparison, best: Reading) -> tuple[Estim
         constants, weights = (np.asarray(each, np.float64)[1:, None] for each in (textbook.constants(schedule, dim), textbook.kl_weight(schedule)))
         gains.append(own - (constants + weights * squared_error[1:]).sum(0))
     gain, worse = Estimate.of(own - least), all(_stands_out(each, dim) for each in gains)
-    words = "The reverse variances are worse than β̃_n and than β_n; this is what the best for the network gain"
+    words = "The reverse variances are worse than β̃_n and than β_n; the gain is that of the optimal ones for the network"
     return gain, [Finding("reverse variance", words, *gain[:2])] if worse else []

@@ -149,7 +149,7 @@ def _verdict(comparison: "probdiff.diagnostics.compare_estimators.EstimatorCompa
         words = "agree" if comparison.agree else "DO NOT AGREE"
         yield (
             f"The {len(table)} estimators {words}: the largest |z| is {comparison.largest_z:.1f}, "
-            f"and {comparison.z_limit:.1f} is to be expected of so many"
+            f"and {comparison.z_limit:.1f} is the limit for so many pairs"
         )
     for kind in ("value", "gradient"):
         best = comparison.tied(f"{kind}_by_evaluations")
@@ -204,7 +204,7 @@ def format_models(comparison: "probdiff.diagnostics.compare_models.ModelComparis
         line = f"{name:{width}}{int(row['rank']):5d}{row['elbo']:12.4f}{row['se']:9.4f}{row['elbo_diff']:12.4f}"
         line += f"{row['dse']:10.4f}{row['mc_error']:10.4f}"
         lines.append(line + (f"{bits_per_dim(row['elbo'], comparison.dim):10.4f}" if comparison.levels else ""))
-    return "\n".join([*lines, "difference: what the best model has more, paired item by item"])
+    return "\n".join([*lines, "difference: the bound of the best model minus that of this one, paired item by item"])
 
 
 def format_terms(table: "pandas.DataFrame", found: Mapping[str, Any], dim: Whole | None = None) -> str:
@@ -231,11 +231,11 @@ def format_terms(table: "pandas.DataFrame", found: Mapping[str, Any], dim: Whole
         lead = f"{largest['lead']:.2f} ± {largest['lead_error']:.2f} nats more than steps {largest['next']}"
         lines.append(f"steps {largest['steps']} cost most, {lead}")
     if worst is None:
-        lines.append("no item is coded worse than the next by three standard errors of the noise")
+        lines.append("no item has a lower bound than the next by three standard errors of the noise")
     else:
         bits = "" if dim is None else f" = {bits_per_dim(worst['elbo'], dim):.3f} bits/dim"
         lines += [
-            f"coded worst: item {worst['item']}, ELBO {worst['elbo']:.2f} ± {worst['error']:.2f} nats (of the noise){bits}, "
+            f"lowest bound: item {worst['item']}, ELBO {worst['elbo']:.2f} ± {worst['error']:.2f} nats (of the noise){bits}, "
             f"{worst['lead']:.2f} ± {worst['lead_error']:.2f} nats below the next"
         ]
     return "\n".join(lines)

@@ -38,7 +38,7 @@ class _ConditionalLikelihood(dist.Distribution):
 
     def __init__(self, diffusion: Diffusion, context: PyTree, key: PRNGKeyArray, count: Whole, validate_args: bool | None) -> None:
         require_type("diffusion", diffusion, Diffusion)
-        require(context is not None, "context", "a context, whose likelihood this is", None)
+        require(context is not None, "context", "a context, the argument of the likelihood", None)
         dim = "Diffusion(…, dim=…) or a network with .dim"
         require(diffusion.dim is not None, "diffusion", f"one that knows its dimension: {dim}", None)
         require_key(key)

@@ -312,7 +312,7 @@ class Program(AbstractObservation):
         parts = [site["name"] for site in self._trace(jnp.zeros(dim)) if site["type"] == "plate" and site["args"][0] != site["args"][1]]
         require(not parts, "function", "plates without subsample_size: all that was observed", ", ".join(parts))
         latent = [site["name"] for site in sites if not site["is_observed"]]
-        remedy = "; give what is not known a prior around log_evidence, under PseudoMarginal"
+        remedy = "; give unknown parameters a prior in a program with log_evidence, under PseudoMarginal"
         require(not latent, "function", f"a program whose sites are all observed{remedy}", f"latent {', '.join(latent)}")
 
     def log_prob(self, x: Real[Array, "*batch dim"]) -> Float[Array, "*batch"]:

@@ -75,7 +75,7 @@ class PseudoMarginal(MCMCKernel):
     """
 
     def __init__(self, model: Callable[..., Any], *, init_strategy: Callable[..., Any] = init_to_uniform) -> None:
-        require(callable(model), "model", "a program of a key and what else it needs", type(model).__name__, TypeError)
+        require(callable(model), "model", "a program whose first argument is a key", type(model).__name__, TypeError)
         self._model, self._init_strategy = model, init_strategy
 
     @property

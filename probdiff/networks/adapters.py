@@ -91,7 +91,7 @@ def from_apply(apply: Callable[..., Array], params: PyTree) -> jax.tree_util.Par
     """
     require(callable(apply), "apply", "a callable apply(params, z, n)", type(apply).__name__, TypeError)
     others = sorted(set(params) - {"params"}) if isinstance(params, Mapping) and "params" in params else []
-    remedy = 'lambda params, z, n: apply({**others, "params": params}, z, n) holds the others as they are'
+    remedy = 'lambda params, z, n: apply({**others, "params": params}, z, n) keeps the others constant'
     require(not others, "params", 'the collection "params" of Flax linen alone', f"{others} beside it: {remedy}")
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf) if _is_floating(leaf) else leaf, params)
     require(any(map(_is_floating, jax.tree.leaves(params))), "params", "a tree with floating-point arrays, to be trained", repr(params)[:60])

@@ -18,7 +18,7 @@ from probdiff.networks.base import flattened
 
 NO_DERIVATIVE = (
     "network: Expected one that JAX can differentiate; got one of another library, which can only be evaluated. It has no gradient for a schedule that is "
-    'learned around it, a twist of particles (but twist="none"), or the divergence of a flow. Fit it where it is from, or write it in JAX: '
+    'learned around it, a twist of particles (except twist="none"), or the divergence of a flow. Train it in its own library, or write it in JAX: '
     "probdiff.networks.from_apply"
 )
 

@@ -37,4 +37,4 @@ def require_pure(network: Network) -> None:
         require(False, "network", "a module of Flax NNX without dropout", f"{name}: module.eval() switches it off; to train with it, {SPLIT}, with key=")
     for name, variable in found(lambda node: isinstance(node, nnx.Variable)).items():
         known = isinstance(variable, nnx.Param | nnx.RngState)
-        require(known, "network", "a module of Flax NNX that has nnx.Param alone", f"{name}: {SPLIT} keeps it as it is")
+        require(known, "network", "a module of Flax NNX that has nnx.Param alone", f"{name}: {SPLIT} keeps it constant")

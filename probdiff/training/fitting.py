@@ -257,13 +257,13 @@ def fit(
 def _require_same(settings: dict[str, Any], saved: dict[str, Any]) -> None:
     """Refuse arguments that differ from those of the fit in the checkpoint, by name."""
     for name, value in settings.items():
-        more = ", or more when that has ended" if name == "iterations" else ""
-        require(saved[name] == value, name, f"{saved[name]}, as in the fit that the checkpoint is of{more}", value)
+        more = ", or more if that has ended" if name == "iterations" else ""
+        require(saved[name] == value, name, f"{saved[name]}, as in the fit of the checkpoint{more}", value)
 
 
 def _read(name: str, diffusion: Diffusion, data: Data, context: PyTree) -> tuple[Data, PyTree]:
     """Data and their context, checked; ``name`` is the name of the context in messages."""
-    require(diffusion.context is None, "diffusion", "a model that was given no context: it goes to fit as context=", "one that was")
+    require(diffusion.context is None, "diffusion", "a model that was given no context: pass it to fit as context=", "one that was")
     with named(name):
         given = diffusion.given(context)
         return given.read_data(data), given.context

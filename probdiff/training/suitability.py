@@ -51,8 +51,8 @@ def warn_of_unsuited(diffusion: Diffusion, x: Real[AnyArray, "datum column"], co
         else:
             continue
         warnings.warn(
-            f"x: Expected continuous data for a density; got {got} of column {name}. The bound of such a column can be made as large as "
-            f"one likes, and means nothing{remedy}",
+            f"x: Expected continuous data for a density; got {got} of column {name}. The bound of such a column can be made "
+            f"arbitrarily large, and has no meaning{remedy}",
             stacklevel=3,
         )
         return

@@ -81,7 +81,7 @@ def test_the_findings_of_an_inspection_are_those_of_the_terms():
     expected = {"item": 5, "elbo": worst, "error": own, "next": second, "lead": ahead, "lead_error": lead}
     assert found["worst_item"] == pytest.approx(expected, rel=1e-9)
     bits = -worst / (7 * np.log(2))
-    assert f"coded worst: item 5, ELBO {worst:.2f} ± {own:.2f} nats (of the noise) = {bits:.3f} bits/dim, {ahead:.2f} ± " in found["text"]
+    assert f"lowest bound: item 5, ELBO {worst:.2f} ± {own:.2f} nats (of the noise) = {bits:.3f} bits/dim, {ahead:.2f} ± " in found["text"]
     assert "of the first 7 items" in found["text"] and "4 draws" in found["text"]
 
 
@@ -92,7 +92,7 @@ def test_what_is_within_its_error_is_not_ranked(num_draws, num_steps, num_data):
     parts = (rng.normal(3, 1, (num_draws, *shape)) for shape in ((num_steps - 1, num_data), (num_data,)))
     found = inspect_terms(probdiff.to_datatree(probdiff.elbo.ELBOTerms(np.ones(num_data), *parts)))
     assert found["largest_steps"] is None and found["worst_item"] is None
-    assert "no range of steps costs more" in found["text"] and "no item is coded worse" in found["text"]
+    assert "no range of steps costs more" in found["text"] and "no item has a lower bound" in found["text"]
     assert "nan" not in found["text"] and len(found["table"]) == 3 + min(10, num_steps - 1)
 
 
