@@ -51,22 +51,22 @@ napoleon_use_ivar = True
 nitpicky = False
 suppress_warnings = ["config.cache", "myst.header", "ref.python"]
 
-# The namespaces in the order of the theory, and what is said of each.
+# The namespaces in the order of the theory, with a description.
 NAMESPACES = {
-    "probdiff": "The everyday names.",
+    "probdiff": "The names that are used most.",
     "probdiff.chain": "The two Markov chains: schedules, the forward chain in closed form, reverse kernels and variances.",
     "probdiff.chain.score": "Noise and score.",
     "probdiff.networks": "Networks and heads.",
-    "probdiff.likelihoods": "p(x | z₁).",
-    "probdiff.programs": "The NumPyro programs, scanned or parallel.",
+    "probdiff.likelihoods": "Likelihoods p(x | z₁).",
+    "probdiff.programs": "The NumPyro programs, by a scan over the steps or parallel in them.",
     "probdiff.elbo": "The terms of the bound, its estimators, importance weighting, score matching.",
     "probdiff.flow": "The probability flow.",
-    "probdiff.training": "Fits.",
+    "probdiff.training": "Fitting by SVI, and the optimiser.",
     "probdiff.samplers": "Samplers.",
     "probdiff.inference": "A fitted model as a likelihood of its context, and as a prior with evidence.",
-    "probdiff.diagnostics": "Whether two ways agree, comparisons, the gap taken apart, DataTrees for ArviZ.",
+    "probdiff.diagnostics": "Agreement of the two ways, comparisons, the decomposition of the gap, audits, DataTrees for ArviZ.",
     "probdiff.plots": "Figures.",
-    "probdiff.oracles": "Distributions of which everything is known, with their exact networks.",
+    "probdiff.oracles": "Distributions that are known exactly, with their exact networks.",
     "probdiff.datasets": "Data, splits, covariates.",
     "probdiff.presets": "The models and options of `probdiff fit`.",
     "probdiff.storage": "Run folders and checkpoints.",
@@ -90,7 +90,7 @@ def write_reference(folder: Path) -> None:
         for name in public_names(module):
             value = getattr(module, name)
             if namespace != "probdiff" and id(value) in everyday:
-                lines += [f"- `{everyday[id(value)]}`: see [the everyday names](probdiff.md)", ""]
+                lines += [f"- `{everyday[id(value)]}`: see [the names that are used most](probdiff.md)", ""]
                 continue
             if not callable(value):
                 about = "A dict with the keys " + ", ".join(f"``{key}``" for key in value) + "." if isinstance(value, dict) else f"``{value!r}``"
@@ -113,7 +113,7 @@ def write_gallery(folder: Path) -> None:
             continue
         found = DOCS / "results" / f"{script.stem}.md"
         if found.exists():
-            notebook.cells.insert(1, nbformat.v4.new_markdown_cell(f"## What it found\n\n{found.read_text()}"))
+            notebook.cells.insert(1, nbformat.v4.new_markdown_cell(f"## Results\n\n{found.read_text()}"))
             notebook.cells.insert(2, nbformat.v4.new_markdown_cell(f"## The script\n\n`python analyses/{script.name}`; `--quick` runs it at toy size."))
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "python"}

@@ -60,7 +60,7 @@ class Diffusion(AbstractDiffusion):
             :mod:`probdiff.chain.variances`; an :class:`~probdiff.chain.AbstractReverseVariance`; or ``"predicted"`` (between the two, by the
             network, a :class:`~probdiff.networks.VarianceHead`): :class:`~probdiff.chain.PredictedVarianceKernel`.
         dim: Dimension of the data; ``network.dim`` if not given. Needed only to generate, and for ``"learned"``.
-        kernel: A reverse kernel in the place of the Gaussian one, such as a :class:`~probdiff.chain.MixtureKernel`.
+        kernel: A reverse kernel in place of the Gaussian one, such as a :class:`~probdiff.chain.MixtureKernel`.
 
     It is a tree of JAX arrays alone: ``jax.jit(f)(diffusion)`` works; everything else in the network is static.
 

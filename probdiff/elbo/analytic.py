@@ -60,7 +60,7 @@ class BoundTerm(AbstractTerm):
 
 
 class AnalyticELBO(StepObjective):
-    """The analytic bound as an objective for ``SVI``, in the place of ``Trace_ELBO``.
+    """The analytic bound as an objective for ``SVI``, in place of ``Trace_ELBO``.
 
     Args:
         diffusion: The model.

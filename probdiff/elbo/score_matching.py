@@ -68,7 +68,7 @@ WEIGHTS = {"sigma_squared": sigma_squared_weights, "likelihood": likelihood_weig
 
 
 class ScoreMatching(StepObjective):
-    r"""Denoising score matching, :math:`\sum_n \lambda_n E\|s_\theta + \epsilon/\sigma_n\|^2`, in the place of an ELBO.
+    r"""Denoising score matching, :math:`\sum_n \lambda_n E\|s_\theta + \epsilon/\sigma_n\|^2`, in place of an ELBO.
 
     ``SVI(diffusion.model, diffusion.guide, optim, ScoreMatching(diffusion))`` minimises it, summed over the data and the
     dimensions. With ``weights="likelihood"`` and a :class:`~probdiff.NormalLikelihood` it is minus the bound, up to a

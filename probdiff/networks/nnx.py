@@ -15,7 +15,7 @@ SPLIT = (
 
 
 def require_pure(network: Network) -> None:
-    """Refuse a network that has in it a module of Flax NNX that changes as it is called, or holds what must not be trained.
+    """Refuse a network that contains a module of Flax NNX whose state changes in a call, or which holds state that must not be trained.
 
     Raises:
         ValueError: If there is dropout that is not switched off, or a variable that is neither an ``nnx.Param`` nor the state of a random generator,

@@ -13,7 +13,7 @@ estimators.nc    draws of every estimator of the bound, if they were compared
 figures/         loss, KL against step, samples
 samples/         samples that were drawn later, an array and a figure each
 
-Folders of probdiff 0.1 have ``.npz`` in the place of ``.eqx``; they are read, and a resumed fit writes ``.eqx``.
+Folders of probdiff 0.1 have ``.npz`` in place of ``.eqx``; they are read, and a resumed fit writes ``.eqx``.
 """
 
 import dataclasses

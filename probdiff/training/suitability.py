@@ -16,7 +16,7 @@ LARGEST_SQUARE, SMALLEST_SD = 10.0, 0.1  # of encoded data, about 1 where they a
 
 
 def warn_of_unsuited(diffusion: Diffusion, x: Real[AnyArray, "datum column"], columns: Sequence[str] | None = None) -> None:
-    """Warn of columns with a density whose scale is far from that of the noise, and of columns with few distinct values that are modelled by a density.
+    """Warn of columns with a density whose standard deviation is far from 1, that of the noise, and of columns with few distinct values that are modelled by a density.
 
     Args:
         diffusion: The model that is to be fitted.
