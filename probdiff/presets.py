@@ -60,6 +60,9 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
         num_steps: N.
         seed: Seed of the initial weights.
 
+    Raises:
+        TypeError: If ``dataset`` is not a Dataset.
+
     Example:
         >>> import numpy as np, probdiff
         >>> data = probdiff.datasets.split(np.random.default_rng(0).normal(size=(50, 3)))

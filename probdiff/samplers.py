@@ -61,6 +61,9 @@ def ancestral(
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
 
+    Raises:
+        ValueError, TypeError: If the model does not know its dimension, the context does not suit it, or an argument is out of range.
+
     Example:
         >>> import jax, probdiff
         >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
@@ -110,6 +113,9 @@ def ddim(
 
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
+
+    Raises:
+        ValueError, TypeError: If the model does not know its dimension, the context does not suit it, or an argument is out of range.
 
     Example:
         >>> import jax, probdiff
@@ -186,6 +192,9 @@ def annealed_langevin(
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
 
+    Raises:
+        ValueError, TypeError: If the model does not know its dimension, the context does not suit it, or an argument is out of range.
+
     Example:
         >>> import jax, probdiff
         >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
@@ -245,6 +254,9 @@ def probability_flow(
 
     Returns:
         Samples in the units of the data, shape ``(num_samples, dim)``.
+
+    Raises:
+        ValueError, TypeError: If the model does not know its dimension, the context does not suit it, or an argument is out of range.
 
     Example:
         >>> import jax, probdiff

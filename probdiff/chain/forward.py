@@ -48,7 +48,7 @@ def forward_step(schedule: AbstractSchedule, z_prev: Float[AnyArray, "*batch dim
 
 
 def forward_marginal(schedule: AbstractSchedule, x0: Float[AnyArray, "*batch dim"], n: Step) -> dist.Independent:
-    r"""All n steps at once, :math:`q(z_n | x_0) = N(\sqrt{\bar\alpha_n} x_0, (1-\bar\alpha_n) I)`.
+    r"""The marginal distribution after n steps, :math:`q(z_n | x_0) = N(\sqrt{\bar\alpha_n} x_0, (1-\bar\alpha_n) I)`.
 
     Args:
         schedule: The noise schedule.

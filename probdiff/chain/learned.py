@@ -35,6 +35,9 @@ class LearnedSchedule(AbstractSchedule):
         log_range: Logarithm of the difference between the first and the last log-SNR.
         logits: Logits of the share of the range that belongs to each piece, shape ``(piece,)``.
 
+    Raises:
+        ValueError: If ``num_steps`` is less than 2, or the log-SNR does not decrease.
+
     Example:
         >>> import jax, probdiff
         >>> schedule = probdiff.LearnedSchedule(num_steps=10)

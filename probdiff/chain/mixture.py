@@ -46,6 +46,9 @@ class MixtureKernel(AbstractKernel):
     Args:
         levels: Number of levels L.
 
+    Raises:
+        ValueError: If ``levels`` is not a positive integer.
+
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
         >>> grid = probdiff.DiscretizedNormalLikelihood(4)

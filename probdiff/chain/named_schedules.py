@@ -29,6 +29,9 @@ def linear_schedule(num_steps: Whole, beta_min: Number = 1e-4, beta_max: Number 
         beta_min: First variance, at N = 1000.
         beta_max: Last variance, at N = 1000.
 
+    Raises:
+        ValueError, TypeError: If ``num_steps`` is not a positive integer, or the variances are not between 0 and 1.
+
     Example:
         >>> import probdiff
         >>> schedule = probdiff.linear_schedule(num_steps=1000)
@@ -54,6 +57,9 @@ def cosine_schedule(num_steps: Whole) -> NoiseSchedule:
     Args:
         num_steps: N, at least 1.
 
+    Raises:
+        ValueError, TypeError: If ``num_steps`` is not a positive integer.
+
     Example:
         >>> import probdiff
         >>> probdiff.cosine_schedule(num_steps=4).alpha_bar.round(2)
@@ -75,6 +81,9 @@ def log_snr_schedule(num_steps: Whole, log_snr_max: Number = 10.0, log_snr_min: 
         num_steps: N, at least 1.
         log_snr_max: Log-SNR after the first step; :math:`\beta_1` = sigmoid(−``log_snr_max``).
         log_snr_min: Log-SNR after the last step.
+
+    Raises:
+        ValueError, TypeError: If ``num_steps`` is not a positive integer, or the log-SNR does not decrease.
 
     Example:
         >>> import probdiff
@@ -102,6 +111,9 @@ def geometric_schedule(num_steps: Whole, sigma_min: Number = 0.01, sigma_max: Nu
         num_steps: N, at least 1; at N = 1 the only level is ``sigma_max``.
         sigma_min: :math:`\sigma_1`, the standard deviation of the least noise, in units of the encoded data.
         sigma_max: :math:`\sigma_N`.
+
+    Raises:
+        ValueError, TypeError: If ``num_steps`` is not a positive integer, or the noise levels do not increase.
 
     Example:
         >>> import probdiff

@@ -155,6 +155,9 @@ class GaussianKernel(AbstractKernel):
         schedule: The noise schedule; ``"learned"`` and ``"optimal"`` start from it.
         dim: Dimension of the data; for ``"learned"``.
 
+    Raises:
+        ValueError: If the name of the reverse variance is not known, or ``dim`` is missing for ``"learned"``.
+
     Example:
         >>> import numpy as np, probdiff
         >>> schedule = probdiff.cosine_schedule(10)

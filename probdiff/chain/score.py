@@ -212,6 +212,9 @@ def score(
     Returns:
         Shape ``(*batch, dim)``. In VP coordinates the score is this divided by :math:`\sqrt{\bar\alpha_n}`.
 
+    Raises:
+        ValueError, TypeError: If ``n`` is not a step of the model, or the context does not suit it.
+
     Example:
         >>> import jax.numpy as jnp, probdiff
         >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0], [[1.0]])

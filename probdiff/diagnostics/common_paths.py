@@ -89,6 +89,9 @@ def compare_on_common_paths(
     Returns:
         :class:`CommonPaths`; None if the steps of the model are not normal or their KLs are sampled.
 
+    Raises:
+        ValueError, TypeError: If the data do not suit the model.
+
     Example:
         >>> import jax, probdiff
         >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))

@@ -50,6 +50,9 @@ def to_datatree(terms: ELBOTerms) -> "xarray.DataTree":
     Args:
         terms: :class:`~probdiff.elbo.ELBOTerms`.
 
+    Raises:
+        TypeError: If ``terms`` are not ELBOTerms.
+
     Example:
         >>> import jax, probdiff
         >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
@@ -151,6 +154,9 @@ def arviz_dims(diffusion: Diffusion) -> dict[str, dict[str, Any]]:
     Returns:
         A dict: ``dims``, for ``z`` step, datum and dim, for ``x`` datum and dim, or column if each column has its own likelihood;
         ``coords``, the steps N … 1 in the order of ``z``, and the names of the columns.
+
+    Raises:
+        TypeError: If ``diffusion`` is not a Diffusion.
 
     Example:
         >>> import jax, probdiff

@@ -54,6 +54,9 @@ def path_elbo(
     Returns:
         Nats, shape ``(draw, datum)``.
 
+    Raises:
+        ValueError, TypeError: If the data do not suit the model, or ``num_draws`` is not a positive integer.
+
     Example:
         >>> import jax, probdiff
         >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0], [[1.0]])
@@ -133,6 +136,9 @@ def iwae(
     Returns:
         Nats, shape ``(draw, datum)``.
 
+    Raises:
+        ValueError, TypeError: If the data do not suit the model, or a number is not a positive integer.
+
     Example:
         >>> import jax, probdiff
         >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
@@ -165,6 +171,9 @@ def pareto_khat(log_weights: Any) -> Float[np.ndarray, "datum"]:
     Returns:
         Shape ``(datum,)``; −inf where all weights are equal: the guide is the exact posterior. NaN throughout if there
         are fewer than 25 draws: the tail is then too short.
+
+    Raises:
+        ValueError: If ``log_weights`` does not have two axes.
 
     Example:
         >>> import numpy as np, probdiff
@@ -263,6 +272,9 @@ def sandwich(
 
     Returns:
         A :class:`Sandwich`.
+
+    Raises:
+        ValueError, TypeError: If the context does not suit the model, or a number is out of range.
 
     Example:
         >>> import jax, probdiff

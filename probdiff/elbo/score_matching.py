@@ -42,6 +42,9 @@ def likelihood_weights(diffusion: Diffusion) -> Float[np.ndarray, "num_steps"]:
     :math:`\tfrac12 \sigma_n^2 (\sigma_n^2/\sigma_{n-1}^2 - 1)` for n ≥ 2. The first, :math:`w_1 = 1/(2\alpha_1)`, makes the
     first term minus the reconstruction of a :class:`~probdiff.NormalLikelihood`, up to a constant.
 
+    Raises:
+        ValueError, TypeError: If the model has a learned schedule, or reverse steps other than Gaussian ones with one variance for each step.
+
     Example:
         >>> import jax, probdiff
         >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))

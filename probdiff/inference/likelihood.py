@@ -90,6 +90,9 @@ class ConditionalBound(_ConditionalLikelihood):
         key: JAX key of the noise.
         num_draws: Draws of the noise over which the bound is averaged, each of N network evaluations a datum.
 
+    Raises:
+        ValueError, TypeError: If the context does not suit the model, or ``num_draws`` is not a positive integer.
+
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
         >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, context_dim=3))
@@ -119,6 +122,9 @@ class ConditionalEstimate(_ConditionalLikelihood):
         context: As for :meth:`Diffusion.given`, a row for each datum: the batch shape.
         key: JAX key of the paths.
         num_particles: Paths K of each datum: N K network evaluations.
+
+    Raises:
+        ValueError, TypeError: If the context does not suit the model, or ``num_particles`` is not a positive integer.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff

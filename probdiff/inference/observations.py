@@ -282,6 +282,9 @@ class Program(AbstractObservation):
     Args:
         function: A program ``f(x)``, x of shape ``(dim,)``, whose ``sample`` sites are all observed and have mean and variance.
 
+    Raises:
+        TypeError: If ``function`` is not callable. ValueError in use, if a site has no mean or variance for the twist.
+
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from probdiff.inference import Program

@@ -344,6 +344,9 @@ def log_evidence(
         key: JAX key.
         num_particles: Number of particles.
 
+    Raises:
+        ValueError, TypeError: If the observation does not suit the model, or an argument is out of range.
+
     Example:
         >>> import jax, probdiff
         >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0, 0.0], [[1.0, 0.5], [0.5, 1.0]])

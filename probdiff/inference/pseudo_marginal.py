@@ -61,6 +61,9 @@ class PseudoMarginal(MCMCKernel):
         model: The program. Its log density must be the log density of its sites plus the log of an unbiased estimate that depends on the key.
         init_strategy: As for the kernels of NumPyro.
 
+    Raises:
+        TypeError: If ``model`` is not callable.
+
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
         >>> from numpyro.infer import MCMC

@@ -34,6 +34,9 @@ class CategoricalLikelihood(AbstractLikelihood):
         categories: Their number K, for data 0 … K − 1; or the categories themselves: numbers, which are the values of the data, or
             labels, for which an array has 0 … K − 1 (and a data frame the labels). At least two.
 
+    Raises:
+        ValueError, TypeError: If there are fewer than two categories or too many, they are not different, or they are neither numbers nor strings.
+
     Example:
         >>> import numpy as np, probdiff
         >>> colours = probdiff.likelihoods.CategoricalLikelihood(["red", "green", "blue"])

@@ -28,6 +28,9 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
         levels: Number of levels L, at least 2.
         first: The lowest integer, for data that do not begin at 0, such as years.
 
+    Raises:
+        ValueError, TypeError: If ``levels`` or ``first`` is not an integer, or ``levels`` is out of range.
+
     Example:
         >>> import numpy as np, probdiff
         >>> grey = probdiff.DiscretizedNormalLikelihood(levels=3)

@@ -21,6 +21,9 @@ class NormalLikelihood(AbstractLikelihood):
 
     Use :meth:`standardized` to compute both from data.
 
+    Raises:
+        ValueError: If ``scale`` is not positive.
+
     Example:
         >>> import numpy as np, probdiff
         >>> likelihood = probdiff.NormalLikelihood.standardized(np.array([[1.0], [3.0], [5.0]]))

@@ -55,6 +55,9 @@ class Embedding(_AbstractContextWrapper):
         num_labels: Number of labels, 0 … num_labels − 1.
         key: JAX key for the initial vectors, which are standard normal.
 
+    Raises:
+        ValueError, TypeError: If the network has no ``context_dim``, or ``num_labels`` is not a positive integer.
+
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
         >>> network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, context_dim=3)
@@ -108,6 +111,9 @@ class ContextDropout(_AbstractContextWrapper):
     Args:
         network: A network with a ``context_dim``, such as ``MLP(…, context_dim=16)``. An :class:`Embedding` is put around this wrapper.
         probability: Probability of dropping a context, 0 ≤ probability < 1.
+
+    Raises:
+        ValueError, TypeError: If the network has no ``context_dim``, or ``probability`` is out of range.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff

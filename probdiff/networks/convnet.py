@@ -62,6 +62,9 @@ class ConvNet(AbstractEmbeddedNetwork):
         context_dim: For a conditional model, the number of covariates: ``context`` of shape ``(datum, context_dim)``, of about mean 0 and
             standard deviation 1, embedded along with the noise level. None for a model without a context.
 
+    Raises:
+        ValueError, TypeError: If a size is not a positive integer, or ``dropout`` is not a probability below 1.
+
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
         >>> network = probdiff.networks.ConvNet((4, 4), key=jax.random.key(0), channels=2, num_blocks=1)

@@ -20,6 +20,9 @@ class Ensemble(AbstractWrapper):
     Args:
         networks: ε-networks on data of one dimension, at least one.
 
+    Raises:
+        ValueError, TypeError: If ``networks`` is empty, has entries that are not callable, or has networks of different dimensions.
+
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
         >>> networks = [probdiff.MLP(2, key=key, hidden=8) for key in jax.random.split(jax.random.key(0), 3)]

@@ -172,6 +172,9 @@ class ClipHead(AbstractHead):
         network: An ε-network, such as another head.
         bound: The largest absolute value of encoded data, positive: 1 for a grid in [−1, 1].
 
+    Raises:
+        ValueError: If ``bound`` is not a positive number.
+
     Example:
         >>> import jax.numpy as jnp, probdiff
         >>> head = probdiff.networks.ClipHead(lambda z, n: -3.0 * z)
@@ -212,6 +215,9 @@ class VarianceHead(AbstractHead):
         network: An ε-network, or heads around a network with another prediction, ``VarianceHead(ClipHead(VHead(network)))``; the innermost
             network returns two outputs for each dimension, of shape ``(*batch, 2 · dim)``, all of the first and then all of the second (as for images
             of 2 C channels), or of shape ``(*batch, dim, 2)`` (as returned by ``MLP(…, outputs=2)``).
+
+    Raises:
+        ValueError: If a head inside has another shape of output; in use, if the innermost network does not return two outputs for each dimension.
 
     Example:
         >>> import jax.numpy as jnp, probdiff

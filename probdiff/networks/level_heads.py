@@ -28,6 +28,9 @@ class CategoricalHead(AbstractHead):
         network: Returns logits of shape ``(*z.shape, levels)``, such as ``MLP(…, outputs=levels)``.
         levels: Number of levels L.
 
+    Raises:
+        ValueError: If ``levels`` is not an integer of at least 2.
+
     Example:
         >>> import jax.numpy as jnp, probdiff
         >>> schedule = probdiff.cosine_schedule(5)
@@ -101,6 +104,9 @@ class ColumnHead(AbstractHead):
     Args:
         network: Its prediction is shaped like ``z``.
         likelihood: The likelihood of the model.
+
+    Raises:
+        TypeError: If ``likelihood`` is not a likelihood.
 
     Example:
         >>> import jax, probdiff

@@ -45,6 +45,9 @@ class MLP(AbstractEmbeddedNetwork):
         context_dim: For a conditional model, the number of covariates: ``context`` of shape ``(datum, context_dim)``, of about mean 0 and
             standard deviation 1. They are inputs beside z, and are embedded along with the noise level. None for a model without.
 
+    Raises:
+        ValueError, TypeError: If a size is not a positive integer, or ``dropout`` is not a probability below 1.
+
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
         >>> network = probdiff.MLP(2, key=jax.random.key(0), hidden=8)

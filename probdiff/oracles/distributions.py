@@ -36,6 +36,9 @@ class GaussianOracle:
         covariance: S, shape ``(dim, dim)``, positive definite.
         slope: B, shape ``(dim, context_dim)``, for data given a context c of shape ``(datum, context_dim)``; None for data without a context.
 
+    Raises:
+        ValueError: If shapes do not fit, a number is not finite, or the covariance is not positive definite.
+
     Example:
         >>> import probdiff
         >>> normal = probdiff.oracles.GaussianOracle(mean=[0.0, 1.0], covariance=[[1.0, 0.5], [0.5, 1.0]])

@@ -67,6 +67,9 @@ class ForwardChain(Chain):
         schedule: The noise schedule.
         x0: Encoded data, shape ``(datum, dim)``.
 
+    Raises:
+        ValueError, TypeError: If ``schedule`` is not a schedule, or ``x0`` does not have two axes.
+
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
         >>> q = probdiff.programs.ForwardChain(probdiff.cosine_schedule(5), jnp.zeros((3, 2)))
@@ -141,6 +144,9 @@ class ReverseChain(Chain):
         shape: ``(datum, dim)``.
         key: For the network's ``key=`` while training.
 
+    Raises:
+        ValueError, TypeError: If ``diffusion`` is not a Diffusion, or ``shape`` does not have two entries.
+
     Example:
         >>> import jax, probdiff
         >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), probdiff.MLP(2, key=jax.random.key(0), hidden=8))
@@ -206,6 +212,9 @@ class ParallelPrograms(eqx.Module):
 
     Args:
         diffusion: The model; ``diffusion.bind`` takes the fitted parameters.
+
+    Raises:
+        TypeError: If ``diffusion`` is not a Diffusion.
 
     Example:
         >>> import jax, probdiff
