@@ -18,7 +18,7 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
-from probdiff._checks import PyTree, Whole, require, require_count, require_type
+from probdiff._checks import AnyArray, PyTree, Whole, require, require_count, require_type
 from probdiff.chain.schedules import at_step
 from probdiff.diffusion import Diffusion
 from probdiff.flow import in_continuous_time, solve, velocity
@@ -124,7 +124,7 @@ class FlowPrior(dist.TransformedDistribution):
         base = dist.Normal(jnp.zeros(dim), 1.0).to_event(1)
         super().__init__(base, [FlowTransform(diffusion, int(steps))], validate_args=validate_args)
 
-    def log_prob(self, value: Float[Array, "*batch dim"], intermediates: Any = None) -> Float[Array, "*batch"]:
+    def log_prob(self, value: Float[AnyArray, "*batch dim"], intermediates: Any = None) -> Float[Array, "*batch"]:
         """The log density, nats, shape ``batch``; differentiable."""
         z, log_det = self.transforms[0].inverse_and_log_det(jnp.asarray(value))
         return self.base_dist.log_prob(z) + log_det
