@@ -15,10 +15,12 @@ from probdiff.networks.base import AbstractNetwork, Network
 from probdiff.networks.conventions import from_timesteps
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.heads import ClipHead, DensityHead, VarianceHead, VHead, X0Head
-from probdiff.networks.level_heads import CategoricalHead, ColumnHead
+from probdiff.networks.level_heads import CategoricalHead, ColumnHead, LevelMixtureHead
 from probdiff.networks.mlp import MLP
+from probdiff.networks.unet import UNet, has_fast_bfloat16
 
 MOST_LOGITS = 2**14
+COMPONENTS = 3  # of a LevelMixtureHead
 ITERATIONS_PER_ROW, TABLE_ITERATIONS = 5, (500, 25_000)
 # The values of entries in the configuration of a diffusers scheduler.
 PREDICTIONS: dict[str, type[VHead] | type[X0Head] | None] = {"epsilon": None, "v_prediction": VHead, "sample": X0Head}
@@ -38,19 +40,23 @@ def default_options(dataset: Dataset) -> dict[str, Any]:
     """
     if _has_few_levels(dataset):
         options = {"num_steps": 1000, "iterations": 2_000, "batch_size": 64, "learning_rate": 4e-3}
+    elif _is_fine_image(dataset):
+        options = {"num_steps": 1000, "iterations": 8_000, "batch_size": 64, "learning_rate": 3e-3}
     elif dataset.levels is not None:
         options = {"num_steps": 1000, "iterations": 4_000, "batch_size": 128, "learning_rate": 1e-3}
     else:
         passes = int(np.clip(len(dataset.train) * ITERATIONS_PER_ROW, *TABLE_ITERATIONS))
         options = {"num_steps": 2000, "iterations": passes, "batch_size": 256, "learning_rate": 4e-3}
-    return options | {"seed": 0, "validate_every": min(500, options["iterations"] // 4 if dataset.levels else options["iterations"] // 20)}
+    most = 1000 if _is_fine_image(dataset) else 500
+    return options | {"seed": 0, "validate_every": min(most, options["iterations"] // (4 if dataset.levels else 20))}
 
 
 def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diffusion:
     r"""The untrained model for a data set.
 
     On a grid the last noise is a third of the half-width 1/(L−1) of a level, so that the reconstruction term is nearly 0.
-    With few levels the network predicts probabilities of the levels; for images it is convolutional. With many levels it predicts
+    With few levels the network predicts probabilities of the levels; for images it is convolutional. For images with many levels the network is a U-Net
+    that predicts a mixture on the levels, with matrix products in bfloat16 where these are fast. For other data with many levels it predicts
     the noise, and its inputs include harmonics up to the period of the grid. Continuous data are assumed to have a density
     without atoms: the optimal reverse variance is then near :math:`\beta_n`, and is computed after the fit. Where columns are of several kinds
     the variance is learned for each dimension, as the optimal variance of discrete columns is near :math:`\tilde\beta_n`. With a context, the model is conditional.
@@ -81,7 +87,12 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
         return Diffusion(schedule, DensityHead(mlp), likelihood, "optimal")
     network: AbstractNetwork
     width = dataset.levels - 1
-    if not _has_few_levels(dataset):
+    if _is_fine_image(dataset):
+        assert dataset.image_shape is not None
+        outputs, products = LevelMixtureHead.outputs(COMPONENTS), "bfloat16" if has_fast_bfloat16() else None
+        unet = UNet(dataset.image_shape, key=key, outputs=outputs, context_dim=context_dim, products=products)
+        network = LevelMixtureHead(unet, dataset.levels, COMPONENTS)
+    elif not _has_few_levels(dataset):
         harmonics = int(np.ceil(np.log2(width))) + 1
         network = MLP(dataset.dim, key=key, hidden=256, num_blocks=2, dropout=0.1, num_harmonics=harmonics, context_dim=context_dim)
     elif dataset.image_shape is None:
@@ -99,6 +110,11 @@ def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diff
 def _has_few_levels(dataset: Dataset) -> bool:
     """Whether the data have so few levels that a network can predict a probability for each level of each dimension."""
     return dataset.levels is not None and dataset.levels * dataset.dim <= MOST_LOGITS
+
+
+def _is_fine_image(dataset: Dataset) -> bool:
+    """Whether data are images with more levels than a network can give probabilities of."""
+    return dataset.image_shape is not None and dataset.levels is not None and not _has_few_levels(dataset)
 
 
 def from_diffusers(

@@ -706,6 +706,15 @@ CALLS = {
     ),
     "a flat image": (lambda: probdiff.networks.ConvNet(64, key=KEY), ValueError, r"shape: Expected \(height, width\); got 64"),
     "no channels": (lambda: probdiff.networks.ConvNet((8, 8), key=KEY, channels=0), ValueError, "channels: Expected a positive"),
+    "channels that are no multiple": (lambda: probdiff.networks.UNet((8, 8), key=KEY, channels=3), ValueError, "channels: Expected a multiple of 2; got 3"),
+    "half precision": (
+        lambda: probdiff.networks.UNet((8, 8), key=KEY, products="float16"),
+        ValueError,
+        "products: Expected one of .None, 'bfloat16'.; got 'float16'",
+    ),
+    "waves that are no integers": (lambda: probdiff.networks.UNet((8, 8), key=KEY, fourier=(0.5,)), ValueError, "fourier: Expected integers from 0 to 15"),
+    "a mixture on one level": (lambda: probdiff.networks.LevelMixtureHead(NETWORK, 1), ValueError, "levels: Expected at least 2; got 1"),
+    "a mixture of nothing": (lambda: probdiff.networks.LevelMixtureHead(NETWORK, 8, 0), ValueError, "components: Expected a positive"),
     "score matching of a mixture": (
         lambda: probdiff.elbo.ScoreMatching(MIXTURE),
         ValueError,
@@ -921,6 +930,7 @@ def test_calls(case):
 TAKES_KEY = {
     "MLP": lambda key: probdiff.MLP(2, key=key),
     "ConvNet": lambda key: probdiff.networks.ConvNet((2, 2), key=key),
+    "UNet": lambda key: probdiff.networks.UNet((4, 4), key=key),
     "Embedding": lambda key: probdiff.networks.Embedding(OF_VECTOR, 4, key=key),
     "fit": lambda key: probdiff.fit(NORMAL, X, key=key, progress=False),
     "elbo_terms": lambda key: probdiff.elbo_terms(NORMAL, X, key=key),
@@ -955,7 +965,7 @@ RESULTS = {"ELBOTerms", "ELBOMoments", "Moments", "Estimate", "Sandwich", "TwoWa
 RESULTS |= {"Classification", "ContextDifference", "EvidenceBounds", "ObservedLogProb", "Posterior", "Dataset", "ModelComparison", "GapDecomposition", "DataSetELBO"}
 RESULTS |= {"Audit", "CommonPaths", "Finding", "Fit", "FitState", "EMAState", "Run", "Checkpoint", "ScheduleTables"}
 # What takes a result, or encoded data; what an optimiser is made of.
-INNER = {"NoTwist", "PointTwist", "DiagonalTwist", "TweedieTwist", "Categories", "Columns", "DiscretizedNormal", "prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema"}
+INNER = {"NoTwist", "PointTwist", "DiagonalTwist", "TweedieTwist", "Categories", "Columns", "DiscretizedNormal", "prior_kl", "from_datatree", "inspect_terms", "orthogonalised_convolutions", "parameter_ema", "has_fast_bfloat16"}
 # What a user makes a part of, in tests/test_own_parts.py.
 ABSTRACT = {"AbstractHead", "AbstractKernel", "AbstractLikelihood", "AbstractNetwork", "AbstractReverseVariance", "AbstractSchedule"}
 ABSTRACT |= {"AbstractObservation", "AbstractTwist", "CheckpointLike", "AbstractControl", "AbstractNoise", "AbstractSteps", "AbstractTerm"}

@@ -97,7 +97,7 @@ FLOATS = np.random.default_rng(0).normal(size=(20, 2))
 BAD_FILES = {
     "nan": (np.where(np.arange(40).reshape(20, 2) == 7, np.nan, FLOATS), ValueError, r"nan at index \[3, 1\]"),
     "infinite": (np.where(np.arange(40).reshape(20, 2) == 0, np.inf, FLOATS), ValueError, r"inf at index \[0, 0\]"),
-    "images": (np.zeros((20, 8, 8), int), ValueError, r"got shape \(20, 8, 8\).*x.reshape\(len\(x\), -1\)"),
+    "images of floats": (np.zeros((20, 8, 8)), ValueError, r"got shape \(20, 8, 8\).*x.reshape\(len\(x\), -1\)"),
     "one column without its axis": (FLOATS[:, 0], ValueError, r"got shape \(20,\).*x.reshape\(-1, 1\)"),
     "no rows": (FLOATS[:0], ValueError, "at least 10 rows"),
     "one row": (FLOATS[:1], ValueError, "at least 10 rows"),
@@ -131,8 +131,8 @@ def test_bad_arrays_in_files(case, tmp_path):
     ("words.csv", b"a,b\n1,2\nthree,4\n", ValueError, "a readable .csv file"),
     ("missing.csv", b"1.5,NA\n" + b"1.5,2.5\n" * 20, ValueError, "a readable .csv file"),
     ("ragged.csv", b"1,2\n3\n", ValueError, "a readable .csv file"),
-    ("data.txt", b"1,2\n", ValueError, "Expected one of digits, checkerboard"),
-    ("moon", None, ValueError, "Expected one of digits, checkerboard"),
+    ("data.txt", b"1,2\n", ValueError, "Expected one of digits, fashion-mnist"),
+    ("moon", None, ValueError, "Expected one of digits, fashion-mnist"),
 ])  # fmt: skip
 def test_bad_files(name, content, error, message, tmp_path):
     path = tmp_path / name

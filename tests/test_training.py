@@ -1,6 +1,7 @@
 """The SVI loop: it learns, resumes bit for bit, averages parameters, and keeps the best."""
 
 import warnings
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -119,6 +120,52 @@ def test_ctrl_c_saves_the_iterations_since_the_last_checkpoint(patched):
     with pytest.raises(KeyboardInterrupt):
         probdiff.fit(make(5), X, iterations=1000, checkpoint=checkpoint, progress=False)
     assert len(checkpoint.state.losses) == 200
+
+
+def test_a_fit_with_minutes_ends_with_its_time(monkeypatch, patched):
+    """Five seconds are compiled and a tenth is an update: there is time for 550 in a minute, whether it is interrupted or not, and for as many as the rest in another leg."""
+    now, advance, spent, checkpoint = [0.0], training.loop.Loop.advance, [], Interrupt(at=2)
+    monkeypatch.setattr(training.clock, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def timed(self, state, count):
+        now[0] += 0.1 * count + (0 if len(state.losses) else 5)
+        spent.append(float(optax.tree_utils.tree_get(state.svi.optim_state, "spent")))
+        return advance(self, state, count)
+
+    patched(advance, timed)
+    arguments = dict(batch_size=8, validate_every=150, checkpoint=checkpoint, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        probdiff.fit(make(5), X, minutes=1, **arguments)
+    now[0] = 1e6  # in between nothing is counted
+    fit = probdiff.fit(make(5), X, minutes=1, **arguments)
+    assert len(fit.losses) == 550
+    # Of the first hundred, in which it was compiled, nothing is learned; after 150 there is time for 400 more.
+    np.testing.assert_allclose(spent[:4], [0, 0, 0, 100 / 400], atol=1e-3)
+    np.testing.assert_allclose(optax.tree_utils.tree_get(fit.state.svi.optim_state, "spent"), 1, atol=1e-3)
+    assert np.all(np.diff(spent) >= 0)
+    assert len(probdiff.fit(make(5), X, minutes=1, **arguments).losses) == 550
+    assert len(probdiff.fit(make(5), X, minutes=2, **arguments).losses) == 1150
+    for bad, message in (
+        ({"minutes": 0}, "minutes: Expected a positive number; got 0"),
+        ({"minutes": 1, "iterations": 5}, "iterations: Expected none with minutes; got 5"),
+        ({"minutes": 1, "learning_rate": optax.adam(1e-3)}, "learning_rate: Expected a number, with minutes"),
+        ({"iterations": 2000}, "minutes: Expected 2.0, as in the fit of the checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            probdiff.fit(make(5), X, **arguments | bad)
+
+
+def test_the_learning_rate_of_a_pace_is_the_cosine_of_so_many_updates():
+    """At a steady pace: that of a fit of so many iterations, with the same warm-up."""
+    count, optimiser = 2000, training.optimiser.scale_by_pace(0.5)
+    state = optax.tree_utils.tree_set(optimiser.init({"x": jnp.zeros(())}), pace=1 / count)
+    step = jax.jit(lambda state: optimiser.update({"x": jnp.ones(())}, state))
+    rates = []
+    for _ in range(count):
+        change, state = step(state)
+        rates.append(-float(change["x"]))
+    n = np.arange(count)
+    np.testing.assert_allclose(rates, 0.5 * np.minimum(1, n / training.optimiser.WARM_UP) * np.cos(np.pi * n / count / 2) ** 2, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 4, 6), (1, 1, 9, 5), (6, 4, 3, 3)])

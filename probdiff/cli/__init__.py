@@ -220,19 +220,20 @@ def _add_fit(commands: "argparse._SubParsersAction[_Parser]") -> None:
     fit.add_argument(
         "--data",
         metavar="NAME|FILE",
-        help="digits (default), checkerboard, circles, moons, 8gaussians, "
-        "swissroll, or a .npy, .npz or .csv file of shape (datum, column)",
+        help="digits (default), fashion-mnist, fashion-mnist-16, checkerboard, circles, moons, 8gaussians, swissroll; a .npy, .npz, .csv or idx file of shape "
+        "(datum, column) or of images; or a folder with the four files of MNIST",
     )
     fit.add_argument("--index", metavar="COLUMN", help="column of the .csv file that numbers the rows, to leave out")
-    columns = "columns of the context, by name or counted from 0, such as age,sex; for a .npz file the name of an array; for digits: labels"
+    columns = "columns of the context, by name or counted from 0, such as age,sex; for a .npz file the name of an array; for digits and folders of images: labels"
     fit.add_argument("--context", metavar="COLUMNS", help=columns)
     fit.add_argument("--out", metavar="DIR", help="run folder (default: the next free runs/NAME-k)")
     fit.add_argument("--num-steps", type=_count, metavar="N", help="steps of the chain")
     fit.add_argument("--iterations", type=_count, metavar="K", help="SVI updates")
+    fit.add_argument("--minutes", type=_rate, metavar="M", help="time for the fit, in the place of --iterations")
     fit.add_argument("--batch-size", type=_count, metavar="B", help="data per update")
     fit.add_argument("--learning-rate", type=_rate, metavar="R", help="peak learning rate of Adam")
     fit.add_argument("--seed", type=_seed, metavar="S", help="seed of everything random (default 0)")
-    fit.add_argument("--resume", action="store_true", help="continue the run in --out; with --iterations K, also after its end")
+    fit.add_argument("--resume", action="store_true", help="continue the run in --out; with more --iterations or --minutes, also after its end")
     _add_devices(fit)
     fit.add_argument("--coordinator", metavar="HOST:PORT", help="with several processes: the address of the first (or: auto)")
     fit.add_argument("--processes", type=int, metavar="P", help="number of processes")

@@ -28,7 +28,8 @@ from probdiff.presets import default_diffusion, default_options
 from probdiff.storage.run import Run, check_free, check_splits, create_run, next_free, open_run
 from probdiff.training import fit
 
-OPTIONS = ("num_steps", "iterations", "batch_size", "learning_rate", "seed")
+OPTIONS = ("num_steps", "batch_size", "learning_rate", "seed")
+LIMITS = ("iterations", "minutes")  # of which a fit has one
 ITEMS = 512
 DRAWS = 4
 EVALUATIONS = 2**16  # evaluations of the network, for each of the two ways
@@ -38,8 +39,9 @@ SIGNS = {"prior_kl": -1, "step_kl": -1, "reconstruction": 1}
 
 def run(arguments: argparse.Namespace) -> int:
     """Fit a model, or resume a fit, and evaluate it; returns the exit code."""
-    given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
+    given = {name: getattr(arguments, name) for name in (*OPTIONS, *LIMITS) if getattr(arguments, name) is not None}
     with usage():
+        require(len(given.keys() & LIMITS) < 2, "--minutes", "none with --iterations", arguments.minutes)
         resumable = not arguments.resume or arguments.out is not None
         require(resumable, "--resume", "--out DIR, the run to go on with", "none")
         first = _join(arguments)
@@ -50,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         about = f"{dataset.name}, {len(dataset.train)} training items of {dataset.dim} dimensions"
         print(
             f"probdiff: {_words(dataset) or about}\n"
-            f"probdiff: N = {options['num_steps']} steps in {diffusion.dim} dimensions, {options['iterations']} iterations, in {folder.path}",
+            f"probdiff: N = {options['num_steps']} steps in {diffusion.dim} dimensions, {_limit(options)[1]:g} {_limit(options)[0]}, in {folder.path}",
             file=sys.stderr if arguments.json else sys.stdout,
             flush=True,
         )
@@ -119,6 +121,8 @@ def _prepare(given: dict[str, Any], arguments: argparse.Namespace, first: bool) 
     columns = _columns(arguments)
     dataset = load(name, given.get("seed", 0), **columns)
     options = {"data": name} | default_options(dataset) | given | columns
+    if "minutes" in given:
+        del options["iterations"]
     diffusion = default_diffusion(dataset, options["num_steps"], options["seed"])
     check_splits(diffusion, dataset)
     path = arguments.out or next_free(dataset.name)
@@ -133,24 +137,32 @@ def _reopen(given: dict[str, Any], arguments: argparse.Namespace, first: bool) -
     """The run to resume, its model, its data and its options; no option may be changed, except for more iterations after the end."""
     folder = open_run(arguments.out)
     options = folder.config
-    missing = [name for name in ("data", *OPTIONS) if name not in options]
+    limit = _limit(options)[0]
+    names = (*OPTIONS, limit)
+    missing = [name for name in ("data", *names) if name not in options]
     without = f"a config.json without {', '.join(missing)}: go on in Python, with probdiff.fit(…, checkpoint=run.checkpoint)"
     require(not missing, str(folder.path), "a run of probdiff fit", without)
-    checked = parser().parse_args(["fit", *(f"{flag(name)}={options[name]}" for name in OPTIONS)])
-    options |= {name: getattr(checked, name) for name in OPTIONS}
+    checked = parser().parse_args(["fit", *(f"{flag(name)}={options[name]}" for name in names)])
+    options |= {name: getattr(checked, name) for name in names}
     asked = given | ({"data": _data_name(arguments.data)} if arguments.data else {}) | _columns(arguments)
-    more = asked.get("iterations", 0) > options["iterations"]
+    more = asked.get(limit, 0) > options[limit]
     if more:
-        done = folder.checkpoint.num_iterations
-        expected = f"{options['iterations']}, as in the run to resume, before it goes on to more"
-        require(done == options["iterations"], "--iterations", expected, f"{asked['iterations']} after {done} iterations")
-        options["iterations"] = asked["iterations"]
+        expected = f"{options[limit]:g}, as in the run to resume, before it goes on to more"
+        done = folder.checkpoint.minutes if limit == "minutes" else folder.checkpoint.num_iterations
+        require(done >= options[limit], flag(limit), expected, f"{asked[limit]:g} after {done:.3g} {limit}")
+        options[limit] = asked[limit]
     for name, value in asked.items():
         require(value == options.get(name), flag(name), f"{options.get(name)}, as in the run to resume", value)
     untrained, dataset = folder.untrained, folder.data
     if more and first:
-        folder.extend(options["iterations"])
+        folder.extend(limit, options[limit])
     return folder, untrained, dataset, options
+
+
+def _limit(options: dict[str, Any]) -> tuple[str, float]:
+    """What ends a fit, and after how many."""
+    name = "minutes" if "minutes" in options else "iterations"
+    return name, options.get(name, 0)
 
 
 def _columns(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -175,7 +187,8 @@ def _fit_and_evaluate(
         diffusion,
         dataset.train,
         context=dataset.train_context,
-        iterations=options["iterations"],
+        iterations=options.get("iterations"),
+        minutes=options.get("minutes"),
         batch_size=options["batch_size"],
         learning_rate=options["learning_rate"],
         key=fit_key,

@@ -1,7 +1,8 @@
 """Data by name, from a file or from the user's arrays and data frames, split into training, validation and test.
 
-``digits`` are scikit-learn's 8×8 images; the two-dimensional sets have a known density. In the user's own data, floats are
-continuous and integers are levels of a grid; if the columns of a table are of several kinds, the kind of each is found from its values.
+``digits`` are scikit-learn's 8×8 images, ``fashion-mnist`` the 28×28 images of a Debian package; the two-dimensional sets have a known density. In the
+user's own data, floats are continuous and integers are levels of a grid; if the columns of a table are of several kinds, the kind of each is found from
+its values.
 Imports likelihoods, networks and oracles.
 """
 
@@ -16,27 +17,30 @@ from probdiff._frames import is_frame
 from probdiff.datasets.covariates import Covariate, Covariates
 from probdiff.datasets.dataset import Dataset
 from probdiff.datasets.files import read_file
+from probdiff.datasets.images import load_fashion_mnist, load_folder
 from probdiff.datasets.planar import PLANAR
 from probdiff.datasets.tables import Columns, listed, read_table, split_table
 
 __all__ = ["NAMES", "PLANAR", "Covariate", "Covariates", "Dataset", "load", "split"]
 
 SIZES = {"train": 100_000, "validation": 5_000, "test": 20_000}
-NAMES = ("digits", *PLANAR)
-SUFFIXES = (".npy", ".npz", ".csv")
+FASHION_MNIST = {"fashion-mnist": None, "fashion-mnist-16": 16}
+NAMES = ("digits", *FASHION_MNIST, *PLANAR)
+SUFFIXES = (".npy", ".npz", ".csv", ".idx", "ubyte", "ubyte.gz")
 
 
 def load(name: Any, seed: Whole = 0, index: str | None = None, context: Columns | None = None) -> Dataset:
-    """A data set by name, from a ``.npy``, ``.npz`` or ``.csv`` file, or from a data frame.
+    """A data set by name, from a ``.npy``, ``.npz``, ``.csv`` or idx file, from a folder of images like MNIST's, or from a data frame.
 
     Args:
-        name: One of :data:`NAMES`, the path of a file, or a data frame.
+        name: One of :data:`NAMES`, the path of a file, or a data frame. ``fashion-mnist`` is read from the Debian package ``dataset-fashion-mnist``;
+            another folder with the four idx files of MNIST is given by its path.
         seed: Seed of the draws of the two-dimensional sets, and of the shuffle before data are split
             (80 % training, 10 % validation, 10 % test).
         index: Name of the column of a ``.csv`` file or of a data frame that numbers the rows and is left out. A first column of
             the file without a name, or with the values 0, 1, 2, … or 1, 2, 3, …, is recognised.
         context: For a conditional model: the columns of the context, by name or counted from 0, one or a sequence, as for :func:`split`;
-            for an ``.npz`` file of two arrays, the name of the array with the context; for the digits, ``"labels"``.
+            for an ``.npz`` file of two arrays, the name of the array with the context; for the digits, Fashion-MNIST and folders of images, ``"labels"``.
 
     Raises:
         ValueError: If the name is unknown, or the array is not usable; FileNotFoundError if there is no
@@ -51,16 +55,20 @@ def load(name: Any, seed: Whole = 0, index: str | None = None, context: Columns 
     if is_frame(name):
         return split(name, seed=seed, index=index, context=context)
     name = str(name)
-    if name == "digits":
-        require(index is None, "index", "none for digits", repr(index))
-        require(listed(context) in ([], ["labels"]), "context", "labels, or none, for digits", repr(context))
-        return _digits(context is not None)
+    if name in ("digits", *FASHION_MNIST) or Path(name).is_dir():
+        require(index is None, "index", f"none for {name}", repr(index))
+        require(listed(context) in ([], ["labels"]), "context", f"labels, or none, for {name}", repr(context))
+        if name == "digits":
+            return _digits(context is not None)
+        if name in FASHION_MNIST:
+            return load_fashion_mnist(FASHION_MNIST[name], context is not None)
+        return load_folder(Path(name), Path(name).name, context is not None)
     if name in PLANAR:
         for option, value in (("index", index), ("context", context)):
             require(value is None, option, f"none for {name}", repr(value))
         return _planar(name, int(seed))
-    known = f"one of {', '.join(NAMES)}, or a file ending in {', '.join(SUFFIXES)}"
-    require(Path(name).suffix in SUFFIXES, "data", known, repr(name))
+    known = f"one of {', '.join(NAMES)}, a folder that is made like MNIST's, or a file ending in {', '.join(SUFFIXES)}"
+    require(name.endswith(SUFFIXES), "data", known, repr(name))
     return split_table(read_file(Path(name), index, context), Path(name).stem, seed, name)
 
 

@@ -205,8 +205,10 @@ class Dataset:
                 z = (test - train.mean()) / train.std()
                 per_datum -= z**2 / 2 + np.log(train.std() * np.sqrt(2 * np.pi))
             else:
-                counts = 0.5 + (train[:, None] == part).sum(0)
-                per_datum += np.log(counts / counts.sum())[(test[:, None] == part).argmax(1)]
+                order = np.argsort(part)
+                of_train, of_test = (np.searchsorted(part, values, sorter=order) for values in (train, test))
+                counts = 0.5 + np.bincount(of_train, minlength=len(part))
+                per_datum += np.log(counts / counts.sum())[of_test]
         return float(per_datum.mean()), float(per_datum.std(ddof=1) / np.sqrt(len(per_datum)))
 
     def _grid(self, position: int) -> np.ndarray | None:

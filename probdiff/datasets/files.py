@@ -1,4 +1,4 @@
-"""A user's file as a :class:`~probdiff.datasets.tables.Table`: ``.npy``, ``.npz`` or ``.csv``."""
+"""A user's file as a :class:`~probdiff.datasets.tables.Table`: ``.npy``, ``.npz``, ``.csv`` or idx."""
 
 import csv
 from pathlib import Path
@@ -8,6 +8,7 @@ import numpy as np
 
 from probdiff._checks import require
 from probdiff._files import MAX_BYTES, read_npy, read_npz
+from probdiff.datasets.images import is_idx, read_idx
 from probdiff.datasets.tables import Columns, Table, beside, chosen, listed, read_cells, read_frame, read_table
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def read_file(path: Path, index: str | None = None, context: Columns | None = No
     if path.suffix == ".csv":
         return _read_csv(path, index, context)
     require(index is None, "index", "none for an array, whose columns have no names", repr(index))
+    if is_idx(path):
+        return read_table(read_idx(path), str(path), None, context)
     return read_table(read_npy(path), str(path), None, context) if path.suffix == ".npy" else _read_npz(path, listed(context))
 
 

@@ -35,6 +35,8 @@ class Table:
         labels: The labels of the columns of categories, by position.
         index: Name of a column that was left out because it numbers the rows.
         context: The cells of the columns of the context, by name: numbers, or labels as strings.
+        image_shape: Height and width, if the rows are images; otherwise None.
+        levels: The number of levels of images of 8 bits; otherwise None.
     """
 
     array: Real[np.ndarray, "row column"]
@@ -42,6 +44,8 @@ class Table:
     labels: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     index: str | None = None
     context: Mapping[str, Cells] = dataclasses.field(default_factory=dict)
+    image_shape: tuple[int, int] | None = None
+    levels: int | None = None
 
     def name(self, position: int) -> str:
         """The name of a column in messages."""
@@ -114,7 +118,7 @@ def split_table(table: Table, name: str, seed: Whole, shown: str) -> Dataset:
     if grid:
         require(array.min() >= 0, shown, "integer levels 0, 1, 2, …", f"a negative integer, {array.min()}")
         require(array.max() >= 1, shown, "integers of at least two levels", "zeros only")
-        levels = int(array.max()) + 1
+        levels = table.levels or int(array.max()) + 1
     else:
         numbers_only = table.columns is None and not table.labels and np.all(array == np.round(array))
         whole = "whole numbers stored as floats: data on a grid has no density; save x.astype(int)"
@@ -123,11 +127,12 @@ def split_table(table: Table, name: str, seed: Whole, shown: str) -> Dataset:
         discrete = {j: kind for j, kind in kinds.items() if kind is not None}
     order = np.random.default_rng(seed).permutation(len(array))
     held_out = max(2, len(array) // 10)
-    array = array[order].astype(np.int32 if grid else np.float32)
+    # Images of 8 bits stay as small as they are.
+    array = array[order].astype((array.dtype if table.levels else np.int32) if grid else np.float32, copy=False)
     cuts = [len(array) - 2 * held_out, len(array) - held_out]
     rows = dict(zip(("train", "validation", "test"), np.split(order, cuts)))
     train, validation, test = np.split(array, cuts)
-    data = Dataset(name, train, validation, test, levels, None, None, table.columns, discrete, table.index, rows)
+    data = Dataset(name, train, validation, test, levels, None, table.image_shape, table.columns, discrete, table.index, rows)
     if not table.context:
         return data
     covariates = Covariates.of(table.context, rows["train"])
@@ -194,7 +199,12 @@ def read_table(x: Any, name: str, index: str | None = None, context: Any = None)
         table = read_frame(x, name, index, columns)
     else:
         require(index is None, "index", "none for an array, whose columns have no names", repr(index))
-        array = check_array(x, name)
+        array = np.asarray(x)
+        if array.ndim == 3 and np.issubdtype(array.dtype, np.integer) and array.size > 0:
+            require(not columns, "context", "none, or an array with a row for each image", ", ".join(map(str, columns)))
+            images = Table(check_array(array.reshape(len(array), -1), name), image_shape=array.shape[1:], levels=256 if array.dtype == np.uint8 else None)
+            return images if not apart else beside(images, read_cells(context))
+        array = check_array(array, name)
         given = [int(j) for j in chosen(columns, map(str, range(array.shape[1])))]
         own = [j for j in range(array.shape[1]) if j not in given]
         require(own, "context", "some of the columns, so that there are others to model", f"all: {', '.join(map(str, given))}")

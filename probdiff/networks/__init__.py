@@ -13,10 +13,12 @@ from probdiff.networks.convnet import ConvNet
 from probdiff.networks.ensemble import Ensemble
 from probdiff.networks.heads import AbstractHead, ClipHead, DensityHead, VarianceHead, VHead, X0Head
 from probdiff.networks.host import from_torch
-from probdiff.networks.level_heads import CategoricalHead, ColumnHead
+from probdiff.networks.level_heads import CategoricalHead, ColumnHead, LevelMixtureHead
 from probdiff.networks.mlp import MLP
+from probdiff.networks.unet import UNet, has_fast_bfloat16
 
 __all__ = [
+    "LevelMixtureHead",
     "MLP",
     "AbstractHead",
     "AbstractNetwork",
@@ -28,6 +30,7 @@ __all__ = [
     "DensityHead",
     "Embedding",
     "Ensemble",
+    "UNet",
     "VHead",
     "VarianceHead",
     "X0Head",
@@ -38,5 +41,6 @@ __all__ = [
     "from_timesteps",
     "from_torch",
     "from_vdm",
+    "has_fast_bfloat16",
     "unconditional",
 ]

@@ -145,6 +145,11 @@ class Checkpoint:
         """The number of iterations of the saved fit; 0 if there is none."""
         return self._first(lambda path: len(read_leaves(path)[1][-2]), warn=False) or 0
 
+    @property
+    def minutes(self) -> float:
+        """How many minutes the saved fit has spent, of a fit that ends with its time; 0 of any other, and if there is none."""
+        return self._first(lambda path: read_leaves(path)[0]["settings"].get("seconds", 0.0) / 60, warn=False) or 0.0
+
     def require_intact(self) -> None:
         """Raise a ValueError that names the checkpoints, if there are some and none is intact."""
         self._first(read_checked, warn=False)

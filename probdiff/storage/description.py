@@ -20,10 +20,12 @@ from probdiff.networks.base import takes
 from probdiff.networks.context import ContextDropout, Embedding
 from probdiff.networks.convnet import ConvNet
 from probdiff.networks.heads import ClipHead, DensityHead, VarianceHead, VHead, X0Head
-from probdiff.networks.level_heads import CategoricalHead, ColumnHead
+from probdiff.networks.level_heads import CategoricalHead, ColumnHead, LevelMixtureHead
 from probdiff.networks.mlp import MLP
+from probdiff.networks.unet import UNet
 
-_KINDS = (MLP, ConvNet, X0Head, VHead, DensityHead, ClipHead, VarianceHead, CategoricalHead, ColumnHead, Embedding, ContextDropout)
+_HEADS = (X0Head, VHead, DensityHead, ClipHead, VarianceHead, CategoricalHead, LevelMixtureHead, ColumnHead)
+_KINDS = (MLP, ConvNet, UNet, *_HEADS, Embedding, ContextDropout)
 NETWORKS: dict[str, Callable[..., Any]] = {kind.__name__: kind for kind in _KINDS}
 LIKELIHOODS: dict[str, Callable[..., Any]] = {
     kind.__name__: kind for kind in (NormalLikelihood, DiscretizedNormalLikelihood, CategoricalLikelihood, ColumnLikelihood)

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from probdiff import datasets
-from probdiff._checks import require, require_type
+from probdiff._checks import Number, require, require_type
 from probdiff._files import MAX_BYTES, read_json, read_npy, replace, write_bytes, write_json
 from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.mixture import MixtureKernel
@@ -75,11 +75,11 @@ class Run:
         """The options of the fit, a dict; ``config["model"]`` describes the model."""
         return read_json(self.path / "config.json")
 
-    def extend(self, iterations: int) -> None:
-        """Record that the fit continues in another leg, up to a number of iterations; ``config["legs"]`` has the end of each."""
+    def extend(self, limit: str, value: Number) -> None:
+        """Record that the fit continues in another leg, up to a number of ``"iterations"`` or ``"minutes"``; ``config["legs"]`` has the end of each."""
         config = self.config
-        legs = [*config.get("legs", [config["iterations"]]), iterations]
-        write_json(self.path / "config.json", config | {"iterations": iterations, "legs": legs})
+        legs = [*config.get("legs", [config[limit]]), value]
+        write_json(self.path / "config.json", config | {limit: value, "legs": legs})
 
     @property
     def checkpoint(self) -> Checkpoint:

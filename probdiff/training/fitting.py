@@ -27,11 +27,14 @@ from probdiff.diffusion import Diffusion
 from probdiff.elbo.reverse_variance import optimal_variance
 from probdiff.elbo.terms import bits_per_dim
 from probdiff.programs.sites import PARAMS, Data
+from probdiff.training.clock import Clock
 from probdiff.training.loop import CHUNK, FitState, Loop
 from probdiff.training.minibatches import Minibatches, read_weights
 from probdiff.training.optimiser import build_optimiser
 from probdiff.training.suitability import warn_of_raw_context, warn_of_unsuited
 
+DEFAULT_ITERATIONS = 10_000
+UNKNOWN = 2**31 - 1  # number of updates, before any was timed
 VARIANCE_ROWS = 2**20  # network evaluations for the optimal reverse variances
 
 
@@ -102,7 +105,8 @@ def fit(
     data: Data,
     *,
     context: PyTree = None,
-    iterations: Whole = 10_000,
+    iterations: Whole | None = None,
+    minutes: Number | None = None,
     batch_size: Whole = 128,
     weights: Numbers | None = None,
     learning_rate: Number | optax.Schedule | optax.GradientTransformation = 1e-3,
@@ -122,10 +126,13 @@ def fit(
         diffusion: The model, bound or not; it is not changed. A bound one is fitted further, from the parameters that it has.
         data: Training data in the user's units, an array of shape ``(datum, column)`` or a data frame.
         context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
-        iterations: Total number of SVI updates, including those before a fit was resumed. A finished fit that is resumed with more iterations begins
-            another leg: the optimiser is initialised again at the result so far, and the learning rate rises and falls once more; with a
+        iterations: Total number of SVI updates, including those before a fit was resumed; 10 000 if not given. A finished fit that is resumed with more
+            iterations begins another leg: the optimiser is initialised again at the result so far, and the learning rate rises and falls once more; with a
             schedule or an optimiser of your own (see ``learning_rate``) the fit goes on as if it had not ended. An update whose loss or gradient
             is not finite changes nothing, and is reported.
+        minutes: Time for the fit, compilation included, instead of a number of ``iterations``: the learning rate falls with the time that is left, and the
+            number of updates is planned from the time that each has taken so far. Time spent before a fit was resumed counts. A finished fit that is resumed with
+            more minutes begins another leg. The result depends on the speed of the machine. For a single process, with a ``learning_rate`` that is a number.
         batch_size: Data per update, drawn with replacement.
         weights: The weight of each datum, shape ``(datum,)``, not negative: data are drawn with probabilities proportional to the weights.
             In expectation this is the fit to data that are repeated in this proportion. A datum of weight 0 is never drawn. The
@@ -166,8 +173,10 @@ def fit(
     """
     require_type("diffusion", diffusion, Diffusion)
     diffusion = diffusion.unbind()
-    for name, value in (("iterations", iterations), ("batch_size", batch_size), ("validate_every", validate_every)):
+    for name, value in (("iterations", 1 if iterations is None else iterations), ("batch_size", batch_size), ("validate_every", validate_every)):
         require_count(name, value)
+    if minutes is not None:
+        _check_minutes(minutes, iterations, learning_rate)
     require(0 <= ema_decay < 1, "ema_decay", "0 <= ema_decay < 1", ema_decay)
     names = column_names(data)
     data, context = _read("context", diffusion, data, context)
@@ -190,14 +199,18 @@ def fit(
     first_process = jax.process_index() == 0
     minibatches = Minibatches(len(data), int(batch_size), weights)
 
-    def loop_of(updates: Whole) -> Loop:
+    timed = minutes is not None
+    iterations = UNKNOWN if timed else DEFAULT_ITERATIONS if iterations is None else iterations
+
+    def loop_of(updates: Whole | None) -> Loop:
         return Loop(diffusion, data, context, minibatches, build_optimiser(learning_rate, updates, ema_decay), elbo, mesh)
 
-    loop = loop_of(iterations)
+    loop = loop_of(None if timed else iterations)
     own_optimiser, own_schedule = isinstance(learning_rate, optax.GradientTransformation), callable(learning_rate)
     settings: dict[str, Any] = {
+        "minutes": None if minutes is None else float(minutes),
         # The learning rate falls to 0 at the last iteration; the schedule of a user's optimiser is not known.
-        "iterations": None if own_optimiser or own_schedule else int(iterations),
+        "iterations": None if timed or own_optimiser or own_schedule else int(iterations),
         "batch_size": int(batch_size),
         "learning_rate": "an optax optimiser" if own_optimiser else "a schedule" if own_schedule else float(learning_rate),
         "validate_every": int(validate_every),
@@ -211,17 +224,24 @@ def fit(
     }
     quiet = not (progress and first_process)
     # The bar appears first, as compilation follows.
-    with tqdm(total=iterations, unit="it", desc="compiling", disable=quiet, mininterval=0.5) as bar:
+    with tqdm(total=None if timed else iterations, unit="it", desc="compiling", disable=quiet, mininterval=0.5) as bar:
         state = loop.init(key, settings)
         state = (checkpoint and checkpoint.load(state)) or state
         save = checkpoint.save if checkpoint is not None and first_process else _save_nothing
         # (Without these in checkpoints of 0.1.)
-        saved = {"begun": 0, "weights": None, "context": None, "validation_context": None} | (state.settings or {})
-        anew = saved["iterations"] == len(state.losses) < iterations
+        saved = dict.fromkeys(("minutes", "weights", "context", "validation_context")) | {"begun": 0, "seconds": 0.0} | (state.settings or {})
+        if minutes is not None and saved["minutes"] is not None:
+            anew = saved["seconds"] >= 60 * saved["minutes"] < 60 * minutes
+        else:
+            anew = saved["iterations"] == len(state.losses) < iterations
         settings["begun"] = len(state.losses) if anew else saved["begun"]
-        _require_same(settings, saved | {name: settings[name] for name in ("iterations", "begun") if anew})
+        _require_same(settings, saved | {name: settings[name] for name in ("iterations", "minutes", "begun") if anew})
+        settings["seconds"] = saved["seconds"]
+        clock = None if minutes is None else Clock(60.0 * float(minutes), float(saved["seconds"] or 0))
+        if clock is not None and clock.spent >= clock.seconds:
+            iterations = len(state.losses)
         if settings["begun"]:
-            loop = loop_of(iterations - settings["begun"])
+            loop = loop_of(None if timed else iterations - settings["begun"])
             loop.init(key, settings)
         state = replicate((loop.begin_anew(state) if anew else state)._replace(settings=settings), mesh)
         held_out = None if validation is None else replicate((jnp.asarray(validation), validation_context), mesh)
@@ -233,6 +253,13 @@ def fit(
                 new = loop.advance(state, stop - done)
                 due = stop % validate_every == 0 or stop == iterations
                 state = loop.validate(new, *held_out) if due and held_out is not None else new
+                # The last hundred updates are made as they were planned.
+                if clock is not None and iterations - stop > CHUNK and (left := clock.updates_left(stop)) is not None:
+                    iterations = bar.total = stop + left
+                    state = loop.paced(state, left)
+                if clock is not None:
+                    # Where nothing is left, all is spent, however long the last updates took.
+                    state = state._replace(settings=settings | {"seconds": clock.seconds if stop == iterations else clock.spent})
                 if due:
                     save(to_default_device(state, mesh))
                     kept = stop
@@ -254,10 +281,17 @@ def fit(
     return Fit(fitted, state.losses, state.validation, state)
 
 
+def _check_minutes(minutes: Number, iterations: Whole | None, learning_rate: Any) -> None:
+    require(isinstance(minutes, Number) and 0 < minutes < np.inf, "minutes", "a positive number", repr(minutes))
+    require(iterations is None, "iterations", "none with minutes", iterations)
+    require(isinstance(learning_rate, Number), "learning_rate", "a number, with minutes", type(learning_rate).__name__)
+    require(jax.process_count() == 1, "minutes", "a single process", f"{jax.process_count()}, whose clocks differ")
+
+
 def _require_same(settings: dict[str, Any], saved: dict[str, Any]) -> None:
     """Refuse arguments that differ from those of the fit in the checkpoint, by name."""
     for name, value in settings.items():
-        more = ", or more if that has ended" if name == "iterations" else ""
+        more = ", or more if that has ended" if name in ("iterations", "minutes") else ""
         require(saved[name] == value, name, f"{saved[name]}, as in the fit of the checkpoint{more}", value)
 
 

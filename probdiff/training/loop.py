@@ -13,7 +13,7 @@ from numpyro import handlers
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 
-from probdiff._checks import PyTree, require
+from probdiff._checks import PyTree, Whole, require
 from probdiff._chunks import take
 from probdiff._sharding import gather, replicate, shard
 from probdiff.diffusion import Diffusion
@@ -143,6 +143,12 @@ class Loop:
     def begin_anew(self, state: FitState) -> FitState:
         """The state at the beginning of another leg: the optimiser is initialised at the result so far, everything else continues."""
         return state._replace(svi=state.svi._replace(optim_state=self.svi.optim.init(self.result(state))))
+
+    def paced(self, state: FitState, updates_left: Whole) -> FitState:
+        """The state with the rest of the budget spread over so many updates (:func:`~probdiff.training.optimiser.scale_by_pace`)."""
+        spent = optax.tree_utils.tree_get(state.svi.optim_state, "spent")
+        paced = optax.tree_utils.tree_set(state.svi.optim_state, pace=(1 - spent) / updates_left)
+        return state._replace(svi=state.svi._replace(optim_state=paced))
 
     def _updates(
         self, svi_state: Any, data: PyTree, key: PRNGKeyArray, start: Any, count: Any, guarded: bool

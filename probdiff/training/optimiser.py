@@ -95,14 +95,39 @@ def _orthogonalised(update: jax.Array) -> jax.Array:
     return 0.2 * max(matrix.shape) ** 0.5 * (x.T if tall else x).reshape(update.shape)
 
 
+class PaceState(NamedTuple):
+    """State of :func:`scale_by_pace`: the number of updates, the spent fraction of the budget, and the fraction that each update spends."""
+
+    updates: jax.Array
+    spent: jax.Array
+    pace: jax.Array
+
+
+def scale_by_pace(peak: Number) -> optax.GradientTransformation:
+    """The learning rate of a fit with an unknown number of updates: after the warm-up, a cosine of the spent fraction of a budget.
+
+    The fraction that each update spends is 0 until it is set, with ``optax.tree_utils.tree_set(state, pace=…)``.
+    """
+
+    def init(params: Any) -> PaceState:
+        return PaceState(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(()))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, PaceState]:
+        rate = peak * jnp.minimum(1, state.updates / WARM_UP) * (1 + jnp.cos(jnp.pi * state.spent)) / 2
+        spent = jnp.minimum(1, state.spent + state.pace)
+        return jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates), PaceState(state.updates + 1, spent, state.pace)
+
+    return optax.GradientTransformation(init, update)
+
+
 def build_optimiser(
-    learning_rate: Number | optax.Schedule | optax.GradientTransformation, iterations: Whole, ema_decay: Number
+    learning_rate: Number | optax.Schedule | optax.GradientTransformation, iterations: Whole | None, ema_decay: Number
 ) -> optax.GradientTransformation:
     """The optimiser of a fit, and the average of its parameters.
 
     Args:
         learning_rate: Peak of the learning rate, or a schedule or an optimiser in its place.
-        iterations: Number of updates, at the end of which the learning rate is 0.
+        iterations: Number of updates, at the end of which the learning rate is 0; None for a fit with a given time (:func:`scale_by_pace`).
         ema_decay: Decay of the average.
     """
     if isinstance(learning_rate, optax.GradientTransformation):
@@ -111,11 +136,17 @@ def build_optimiser(
     if not callable(schedule):
         numeric = isinstance(schedule, Number) and np.isfinite(schedule) and schedule > 0
         require(numeric, "learning_rate", "a positive number, a schedule or an optimiser of optax", repr(schedule))
-        schedule = optax.warmup_cosine_decay_schedule(0.0, schedule, min(WARM_UP, iterations // 10), iterations)
+        if iterations is None:
+            scaled = scale_by_pace(schedule)
+        else:
+            warm_up = min(WARM_UP, iterations // 10)
+            scaled = optax.scale_by_learning_rate(optax.warmup_cosine_decay_schedule(0.0, schedule, warm_up, iterations))
+    else:
+        scaled = optax.scale_by_learning_rate(schedule)
     optimiser = optax.chain(
         optax.scale_by_adam(),
         orthogonalised_convolutions(),
         optax.add_decayed_weights(WEIGHT_DECAY, lambda params: jax.tree.map(_is_convolution, params)),
-        optax.scale_by_learning_rate(schedule),
+        scaled,
     )
     return optax.chain(optimiser, parameter_ema(float(ema_decay)))

@@ -253,7 +253,25 @@ def test_a_fit_that_has_ended_goes_on_to_more_iterations(tmp_path, capsys, patch
     assert "--iterations: Expected 5, as in the run to resume, before it goes on to more; got 9 after 0 iterations" in error
 
 
+def test_a_fit_with_minutes_and_then_more(tmp_path, capsys, patched):
+    patched(fit_command.evaluate, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(50, 2)))
+    path, resume = tmp_path / "r", ["fit", "--out", str(tmp_path / "r"), "--resume"]
+    options = ["--num-steps", "2", "--minutes", "0.01", "--batch-size", "4"]
+    assert cli.main(["fit", "--data", str(tmp_path / "x.npy"), "--out", str(path), *options]) == 130
+    run = probdiff.open_run(path)
+    assert run.config["minutes"] == 0.01 and "iterations" not in run.config and run.checkpoint.minutes == 0.01
+    count = len(run.losses)
+    assert cli.main([*resume, "--minutes", "0.02"]) == 130
+    assert run.config["legs"] == [0.01, 0.02] and run.checkpoint.minutes == 0.02 and len(run.losses) > count
+    capsys.readouterr()
+    assert cli.main([*resume, "--iterations", "5000"]) == 2
+    assert "--iterations: Expected None, as in the run to resume; got 5000" in capsys.readouterr().err
+
+
 BAD = {
+    "time and iterations": (["--minutes", "1", "--iterations", "5"], "--minutes: Expected none with --iterations; got 1.0"),
+    "no time": (["--minutes", "0"], "--minutes: Expected a positive number; got 0"),
     "more devices than there are": (["--devices", "2"], "devices: Expected 1 to 1, the devices that JAX has; got 2"),
     "a process without the first": (["--process", "1"], "--coordinator: Expected the address HOST:PORT of the first process"),
     "processes without a folder": (["--coordinator", "a:1"], "--out: Expected a folder that all processes see; got none"),
@@ -275,7 +293,7 @@ BAD = {
     "learning rate": (["--learning-rate", "nan"], "--learning-rate: Expected a positive number; got nan"),
     "negative seed": (["--seed", "-1"], "--seed: Expected"),
     "huge seed": (["--seed", "99999999999999999999"], "--seed: Expected"),
-    "unknown data": (["--data", "digit"], "data: Expected one of digits, checkerboard"),
+    "unknown data": (["--data", "digit"], "data: Expected one of digits, fashion-mnist"),
     "no such file": (["--data", "none.npy"], "none.npy, which is not there"),
     "empty file": (["--data", "{tmp}/empty.npy"], "an empty file"),
     "nan": (["--data", "{tmp}/nan.npy"], "Expected finite values; got nan at index [3, 1]"),
