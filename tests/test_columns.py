@@ -272,7 +272,7 @@ def test_a_density_head_and_a_column_head_of_a_density_are_one():
 
 def test_frames_go_where_arrays_go():
     """The terms of a bound, a comparison and a fit: the same numbers, bit for bit."""
-    diffusion = probdiff.Diffusion(SCHEDULE, ColumnHead(probdiff.MLP(dim=6, key=jax.random.key(0), hidden=8), TABLE), TABLE)
+    diffusion = probdiff.Diffusion(SCHEDULE, ColumnHead(probdiff.MLP(dim=6, key=jax.random.key(0), hidden=8, num_blocks=1), TABLE), TABLE)
     array = np.concatenate([X] * 4) + np.outer(np.arange(12), [0.1, 0, 0, 0.01])
     frame = pd.concat([FRAME] * 4).assign(a=array[:, 0], b=array[:, 3])
     a, b = (probdiff.elbo_terms(diffusion, x, key=jax.random.key(1)).elbo for x in (frame, array))
@@ -295,7 +295,7 @@ def test_models_of_a_density_and_of_a_probability_are_not_compared():
 
 
 def test_a_run_keeps_what_each_column_is(tmp_path):
-    head = ColumnHead(probdiff.MLP(dim=6, key=jax.random.key(0), hidden=8), TABLE)
+    head = ColumnHead(probdiff.MLP(dim=6, key=jax.random.key(0), hidden=8, num_blocks=1), TABLE)
     diffusion = probdiff.Diffusion(SCHEDULE, head, TABLE, "learned")
     run = probdiff.storage.create_run(tmp_path / "run", diffusion)
     back = probdiff.open_run(tmp_path / "run").untrained

@@ -34,9 +34,7 @@ def run(path):
 
 @pytest.mark.long
 def test_the_examples_of_the_first_steps_run_as_they_stand():
-    jax.config.update("jax_disable_most_optimizations", False)  # they compute more than they compile
     names = run(ROOT / "docs" / "start.md")
-    jax.config.update("jax_disable_most_optimizations", True)
     terms, result = names["terms"], names["result"]
     assert terms.step_kl.shape == (20, 19, 32) and terms.elbo.shape == (20, 32)
     assert names["drawn"].shape == (500, 2)

@@ -13,12 +13,25 @@ import pytest
 from conftest import set_constant
 
 import probdiff
-from probdiff import cli, datasets, training
+from probdiff import cli, datasets, presets, training
 from probdiff.oracles.distributions import GaussianOracle
 from probdiff.programs.sites import PARAMS
 
 SMALL = ["--num-steps", "4", "--iterations", "20", "--batch-size", "16"]
 FOLDER = tempfile.TemporaryDirectory(prefix="probdiff-cli-tests-")
+
+
+def set_small_networks(monkeypatch):
+    """Networks of one narrow block in the place of the defaults, which take much longer to compile."""
+    for name, width in (("MLP", {"hidden": 16}), ("ConvNet", {"channels": 8})):
+        network = getattr(presets, name)
+        monkeypatch.setattr(presets, name, lambda *args, network=network, width=width, **options: network(*args, **options | width | {"num_blocks": 1}))
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    """What ``probdiff fit`` fits is small; see :func:`set_small_networks`."""
+    set_small_networks(monkeypatch)
 
 
 @functools.cache
@@ -31,6 +44,7 @@ def small_run():
         contextlib.redirect_stderr(io.StringIO()) as err,
     ):
         set_constant(patch, "VALIDATION_ROWS", 64)
+        set_small_networks(patch)
         assert cli.main(["fit", "--out", str(path), "--json", *SMALL]) == 0
     return path, json.loads(out.getvalue()), err.getvalue()
 

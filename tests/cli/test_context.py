@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from cli_runs import set_small_networks
 from conftest import patcher
 from numpyro.infer import SVI
 
@@ -69,6 +70,7 @@ def table(tmp_path_factory):
 def fitted(table):
     """A fit from a file to the end; the JSON document that it printed, and what it said before."""
     with pytest.MonkeyPatch.context() as patch:
+        set_small_networks(patch)
         patcher(patch)(compare_on_common_paths, lambda *args, **kwargs: None)
         code, out, err = command("fit", "--data", table, "--context", "age, site", "--out", table.parent / "run", "--json", *SMALL)
     assert code == 0

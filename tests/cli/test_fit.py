@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
-from cli_runs import SMALL, small_run
+from cli_runs import SMALL, small_networks, small_run  # noqa: F401 (a fixture)
 from conftest import assert_mean, patcher
 from numpyro.infer import SVI
 
@@ -74,6 +74,7 @@ def _seen(diffusion, dataset):
     return found[0], both, results
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_errors_of_the_fit_in_nats_and_in_bits_are_those_over_the_test_items():
     levels = np.random.default_rng(0).integers(0, 4, (40, 5)).astype(np.int32)
     dataset = datasets.Dataset("grid", levels[:20], levels, levels[10:], levels=4)
@@ -138,6 +139,7 @@ def test_the_report_is_of_test_data():
     assert results["reference"]["gap"]["nats"] == pytest.approx(gap, rel=1e-5)
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_continuous_data_of_ones_own(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("mine.npy", np.random.default_rng(0).normal([5, -2, 0], [3, 0.1, 1], (400, 3)))
@@ -154,6 +156,7 @@ def one_way(patched):
     patched(compare_on_common_paths, lambda *args, **kwargs: None)
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_known_entropy_and_one_step(tmp_path, capsys, monkeypatch, one_way):
     monkeypatch.setitem(datasets.SIZES, "test", 200)
     arguments = ["fit", "--data", "8gaussians", "--out", str(tmp_path / "r"), "--json", *SMALL, "--num-steps", "1"]
@@ -214,6 +217,7 @@ def test_the_fit_has_the_options(given):
     assert {name: seen[name] for name in options} == options and seen["diffusion"].schedule.num_steps == 6
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_resume(tmp_path, capsys):
     path, _, _ = small_run()
     before = (path / "parameters.eqx").read_bytes()
@@ -225,6 +229,7 @@ def test_resume(tmp_path, capsys):
     assert (path / "parameters.eqx").read_bytes() == before
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_fit_that_has_ended_goes_on_to_more_iterations(tmp_path, capsys, patched):
     """The run says so; what was there stays; it is resumed, also if nothing of the new leg was saved. Before its end it is refused."""
     patched(fit_command.evaluate, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -327,6 +332,7 @@ def test_bad_input_is_one_line_and_exit_code_2_before_anything_is_compiled(case,
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_ten_rows_with_a_constant_first_pixel_to_the_end(tmp_path, capsys, one_way):
     array = np.random.default_rng(0).integers(0, 5, (10, 3)).astype(np.int8)
     array[:, 0] = 4
@@ -341,6 +347,7 @@ def test_ten_rows_with_a_constant_first_pixel_to_the_end(tmp_path, capsys, one_w
     assert error.count("\n") == 1 and "checkpoint.eqx: Expected an intact file" in error
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_resume_passes_over_a_damaged_checkpoint_with_one_line(tmp_path, capsys, patched):
     copy = tmp_path / "copy"
     shutil.copytree(small_run()[0], copy)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from cli_runs import small_networks  # noqa: F401 (a fixture)
 
 import probdiff
 from probdiff import cli, training
@@ -52,6 +53,7 @@ def test_samples_have_names_and_labels(run, tmp_path, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("small_networks")
 def test_a_table_is_fitted_and_inspected(tmp_path, capsys):
     """The columns are told before the fit and by inspect; the number of the row is no column."""
     FRAME.assign(tree=(FRAME["tree"] == "oak").astype(int)).set_index(pd.Index(RNG.permutation(60), name="id")).to_csv(tmp_path / "trees.csv")

@@ -1,6 +1,6 @@
 """``probdiff.audit`` on networks of several seeds, exact, briefly fitted and well fitted: nothing is named that is not there.
 
-Of 20 seeds nothing was; three are enough to find a rule that names too much, and each takes some ten seconds.
+Of 20 seeds nothing was at any length of the fit; a few are enough to find a rule that names too much, and each takes some ten seconds.
 """
 
 import functools
@@ -13,7 +13,7 @@ from audit_networks import DIM, OPTIONS, ORACLE, RANGES, SCHEDULE, broken
 import probdiff
 
 pytestmark = pytest.mark.long
-SEEDS, BRIEFLY, WELL = range(3), 150, 4000
+BRIEFLY, WELL = 150, 4000
 IN_THE_ARRAYS = ["coupled batch", "output not finite", "predicts no noise"]  # whatever the network is
 
 
@@ -35,8 +35,7 @@ def audited(iterations, seed, options=None, change=(1.0, 0.0)):
     return probdiff.audit(model, (x * change[0] + change[1]).astype(np.float32), key=jax.random.key(seed))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("iterations", [0, BRIEFLY, WELL])
+@pytest.mark.parametrize("iterations, seed", [(0, 0), (BRIEFLY, 0), (BRIEFLY, 1), (WELL, 0)])
 def test_nothing_is_named_on_a_sound_network(iterations, seed):
     found = audited(iterations, seed)
     assert not found.findings and abs(found.two_ways.z) < 4.9 and found.two_ways.common.agree

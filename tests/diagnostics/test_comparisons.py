@@ -512,7 +512,7 @@ def test_the_command_refuses_runs_that_cannot_be_compared(runs, tmp_path, capsys
         assert f"{option}: Expected one run; got 2" in capsys.readouterr().err
     other = tmp_path / "other"
     dataset = probdiff.datasets.load("circles")
-    diffusion = probdiff.Diffusion(SCHEDULE, probdiff.MLP(2, key=jax.random.key(0), hidden=8), dataset.likelihood())
+    diffusion = probdiff.Diffusion(SCHEDULE, probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1), dataset.likelihood())
     run = probdiff.storage.create_run(other, diffusion, {"data": "circles", "seed": 0})
     run.save(fit=probdiff.fit(diffusion, dataset.train, iterations=1, batch_size=4, progress=False))
     assert cli.main(["compare", runs[0], str(other)]) == 2

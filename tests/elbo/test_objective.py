@@ -147,31 +147,36 @@ def test_scale_and_mask_by_datum(name, float64):
     diffusion = make()
     guide, elbo = probdiff.ESTIMATORS[name](diffusion)
 
-    def loss(*wrappers, x=X):
-        programs = [diffusion.model, guide]
-        for wrap in wrappers:
-            programs = [wrap(program) for program in programs]
+    def compiled(*wrappers):
+        """The value and a gradient for data, with these handlers around the programs, each of the array that is given for it."""
 
-        def value(params):
+        def loss(params, x, *arrays):
+            programs = [diffusion.model, guide]
+            for wrap, array in zip(wrappers, arrays):
+                programs = [wrap(program, array) for program in programs]
             return elbo.loss(jax.random.key(3), {"diffusion$params": params, **getattr(elbo, "initial_state", {})}, *programs, x)
 
-        found, gradient = jax.value_and_grad(value)(diffusion.trainable())
-        return np.append(gradient.network.write.weight, found)
+        def both(*arguments):
+            value, gradient = jax.value_and_grad(loss)(diffusion.trainable(), *arguments)
+            return jnp.append(gradient.network.write.weight, value)
 
-    def mask(keep):
-        return lambda program: handlers.mask(program, mask=keep)
+        return jax.jit(both)
 
-    def scale(by):
-        return lambda program: handlers.scale(program, scale=by)
+    def mask(program, keep):
+        return handlers.mask(program, mask=keep)
 
-    alone = np.array([loss(mask(jnp.arange(7) == i)) for i in range(7)])
-    close = dict(rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(alone.sum(0), loss(), **close)
-    np.testing.assert_allclose(WEIGHT @ alone, loss(scale(WEIGHT)), **close)
-    np.testing.assert_allclose(0.3 * WEIGHT[:3] @ alone[:3], loss(mask(jnp.arange(7) < 3), scale(0.3), scale(WEIGHT)), **close)
-    assert not loss(mask(False)).any()
+    def scale(program, by):
+        return handlers.scale(program, scale=by)
+
+    masked, close = compiled(mask), dict(rtol=1e-9, atol=1e-9)
+    alone = np.array([masked(X, np.arange(7) == i) for i in range(7)])
+    np.testing.assert_allclose(alone.sum(0), compiled()(X), **close)
+    np.testing.assert_allclose(WEIGHT @ alone, compiled(scale)(X, WEIGHT), **close)
+    some = compiled(mask, scale, scale)(X, np.arange(7) < 3, 0.3, WEIGHT)
+    np.testing.assert_allclose(0.3 * WEIGHT[:3] @ alone[:3], some, **close)
+    assert not masked(X, np.zeros(7, bool)).any()
     if name not in ("kl_combined", "kl_controlled"):  # (its control variate is fitted to the batch)
-        np.testing.assert_allclose(alone[2], loss(mask(jnp.arange(7) == 2), x=X.at[3:].add(1.0)), **close)
+        np.testing.assert_allclose(alone[2], masked(X.at[3:].add(1.0), np.arange(7) == 2), **close)
 
 
 def test_the_posterior_target_counts_its_points_as_their_terms(float64):

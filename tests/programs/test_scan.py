@@ -67,11 +67,11 @@ def test_replay_pairs_each_step_with_itself(num_steps, float64):
 
             scan(step, None, steps, **kwargs)
 
-        return Trace_ELBO().loss(jax.random.key(0), {}, diffusion.model, guide, x)
+        return jax.jit(lambda key: Trace_ELBO().loss(key, {}, diffusion.model, guide, x))(jax.random.key(0))
 
     descending = jnp.arange(num_steps, 0, -1)
     path = jnp.broadcast_to(descending[:, None, None].astype(jnp.float64), (num_steps, 1, 2))
-    right = -unrolled_log_p(diffusion, x, path)
+    right = -jax.jit(lambda path: unrolled_log_p(diffusion, x, path))(path)
     np.testing.assert_allclose(loss(descending), right, rtol=1e-9)
     np.testing.assert_allclose(loss(descending, reverse=True), right, rtol=1e-9)
     if num_steps > 1:  # a guide that stacks its steps upwards is wrong, silently: what the order of the programs avoids
@@ -79,17 +79,24 @@ def test_replay_pairs_each_step_with_itself(num_steps, float64):
 
 
 @pytest.mark.parametrize("num_steps", long_but([1, 3], [1, 3, 8]))
-@pytest.mark.parametrize("name", ["guide", "posterior_guide"])
-def test_densities_on_a_sampled_path(name, num_steps, x, float64):
+def test_densities_on_a_sampled_path(num_steps, x, float64):
     diffusion, x = make(num_steps), jnp.asarray(x, jnp.float64)
-    guide = getattr(diffusion, name)
-    trace = handlers.trace(handlers.seed(guide, 3)).get_trace(x)
-    z = trace["z"]["value"]
-    assert z.shape == (num_steps, 4, 2)
-    log_q = trace["z"]["fn"].log_prob(z).sum()
-    np.testing.assert_allclose(log_q, unrolled_log_q(diffusion, x, z), rtol=1e-9)
-    log_p, _ = log_density(handlers.seed(diffusion.model, 0), (x,), {}, {"z": z})
-    np.testing.assert_allclose(log_p, unrolled_log_p(diffusion, x, z), rtol=1e-9)
+
+    @jax.jit
+    def found():
+        """A path of either guide and its densities, by the programs and by the definition."""
+        rows = []
+        for guide in (diffusion.guide, diffusion.posterior_guide):
+            trace = handlers.trace(handlers.seed(guide, 3)).get_trace(x)
+            z = trace["z"]["value"]
+            assert z.shape == (num_steps, 4, 2)
+            log_p, _ = log_density(handlers.seed(diffusion.model, 0), (x,), {}, {"z": z})
+            rows.append([trace["z"]["fn"].log_prob(z).sum(), unrolled_log_q(diffusion, x, z), log_p, unrolled_log_p(diffusion, x, z)])
+        return rows
+
+    for log_q, expected_q, log_p, expected_p in found():
+        np.testing.assert_allclose(log_q, expected_q, rtol=1e-9)
+        np.testing.assert_allclose(log_p, expected_p, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -191,9 +198,12 @@ def test_svi_trains_the_network_and_bind_returns_it(x):
     np.testing.assert_array_equal(fitted.network.frequencies, [1, 2])
     assert fitted.schedule == diffusion.schedule
     assert not np.array_equal(fitted.network.mlp.read.weight, network.mlp.read.weight)
-    key = jax.random.key(5)
-    direct = Trace_ELBO().loss(key, {}, fitted.model, fitted.guide, x)
-    np.testing.assert_allclose(direct, Trace_ELBO().loss(key, result.params, diffusion.model, diffusion.guide, x))
+
+    @jax.jit
+    def losses(key):
+        return [Trace_ELBO().loss(key, params, model.model, model.guide, x) for model, params in ((fitted, {}), (diffusion, result.params))]
+
+    np.testing.assert_allclose(*losses(jax.random.key(5)))
     with pytest.raises(ValueError, match="params: Expected only the site"):
         diffusion.bind({"network": result.params})
     with pytest.raises(ValueError, match="params: Expected the parameters of this model"):

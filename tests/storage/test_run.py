@@ -94,7 +94,7 @@ def test_a_run_of_single_precision_opens_in_double_and_not_the_other_way_round(t
 def test_discretised_run_comes_back(tmp_path):
     diffusion = probdiff.Diffusion(
         probdiff.cosine_schedule(4),
-        probdiff.MLP(2, key=jax.random.key(0), hidden=8),
+        probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1),
         probdiff.DiscretizedNormalLikelihood(levels=7),
     )
     run = probdiff.storage.create_run(tmp_path / "run", diffusion)
