@@ -64,14 +64,19 @@ def own_estimator():
         yield
 
 
-def long_but(quick, cases):
+def long_but(quick, cases, mark=pytest.mark.long):
     """``cases`` for parametrize: those in ``quick`` always run, the others are among the long proofs."""
     cases, quick = list(cases), list(quick)
     assert all(each in cases for each in quick), f"not among the cases: {[each for each in quick if each not in cases]}"
     return [
-        pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=[] if each in quick else pytest.mark.long)
+        pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=[] if each in quick else mark)
         for each in cases
     ]
+
+
+def release_but(kept, cases):
+    """The same: the cases that are not in ``kept`` run before a release."""
+    return long_but(kept, cases, pytest.mark.release)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import numpyro
 import optax
 import pytest
-from conftest import long_but
+from conftest import release_but
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO
@@ -91,7 +91,7 @@ PUBLIC = {
 FEW = ["elbo_terms", "flow_likelihood", "gap_decomposition", "ddim", "ancestral", "AnalyticELBO", "the parallel guide"]
 
 
-@pytest.mark.parametrize("name", long_but(FEW, PUBLIC))
+@pytest.mark.parametrize("name", release_but(FEW, PUBLIC))
 def test_bound_parameters_and_weights_put_in_directly_give_the_same(name):
     """With a learned schedule, learned variances and a head."""
     for bound, direct in zip(*(jax.tree.leaves(PUBLIC[name](d)) for d in (BOUND, DIRECT)), strict=True):

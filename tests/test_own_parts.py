@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import long_but, own_part
+from conftest import long_but, own_part, release_but
 from numpyro import distributions as dist
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
@@ -133,7 +133,7 @@ DISTINCT = ["trace", "kl_marginal", "kl_combined"]
 ESTIMATORS = {"distinct": DISTINCT, "others": ["kl_marginal", *(name for name in EVERY if name not in DISTINCT)]}
 
 
-@pytest.mark.parametrize("which", long_but(["distinct"], ESTIMATORS))
+@pytest.mark.parametrize("which", release_but(["distinct"], ESTIMATORS))
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_estimator_agrees_on_it(name, which):
     model = MODELS[name]()

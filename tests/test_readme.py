@@ -10,7 +10,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import long_but
+from conftest import long_but, release_but
 
 import probdiff
 
@@ -51,7 +51,7 @@ def test_the_blocks_of_a_page_run(path):
         run(path)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_notebook_for_a_class_runs(monkeypatch, tmp_path):
     import nbclient
     import nbformat
@@ -92,7 +92,7 @@ def test_each_command_is_one_line_of_a_code_block():
     assert all(command.startswith("python3 -m venv .venv && ") for command in commands)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_an_analysis_runs_in_a_notebook(tmp_path, monkeypatch):
     """The tables, cell by cell; what a cell ends with is shown in a few lines."""
     import nbclient
@@ -112,10 +112,12 @@ def test_an_analysis_runs_in_a_notebook(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
-SCRIPTS = sorted(path.name for path in (ROOT / "analyses").glob("*.py") if path.name != "tables.py")
+SCRIPTS = sorted(path.name for path in (ROOT / "analyses").glob("*.py"))
+ALWAYS, A_MINUTE = ["elbo_derivation.py", "samplers.py"], ["benchmark.py", "classification.py", "images.py"]
+CASES = [*long_but(ALWAYS, [name for name in SCRIPTS if name not in A_MINUTE]), *release_but([], A_MINUTE)]
 
 
-@pytest.mark.parametrize("name", long_but(["elbo_derivation.py", "samplers.py"], SCRIPTS))
+@pytest.mark.parametrize("name", CASES)
 def test_analyses_run_at_toy_size(name, tmp_path, monkeypatch, capsys):
     script = ROOT / "analyses" / name
     if name == "posterior_estimation.py":

@@ -53,7 +53,7 @@ def test_the_result_is_that_of_one_device(results, where):
         np.testing.assert_allclose(results[where][name], results["one"][name], rtol=1e-10, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.xdist_group("devices")
 def test_the_command_in_two_processes(tmp_path):
     """Both run the same command; the first writes the run, which one process can open; the losses are those of one process."""

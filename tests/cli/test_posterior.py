@@ -22,7 +22,7 @@ def half_of_an_image(path):
     return image
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_half_of_an_image(tmp_path, capsys):
     run = small_run()[0]
     image = half_of_an_image(tmp_path / "half.npy")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import long_but
+from conftest import release_but
 from numpyro import distributions as dist
 from numpyro.distributions import kl_divergence
 
@@ -45,7 +45,7 @@ def find(name, precision="float64"):
         return CHECKS[name]()
 
 
-@pytest.mark.parametrize("name, precision", long_but(QUICK, CASES))
+@pytest.mark.parametrize("name, precision", release_but(QUICK, CASES))
 def test_check(name, precision):
     finding = find(name, precision)
     assert finding.holds, finding

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import release_but
 from test_diffusion import PUBLIC
 
 import probdiff
@@ -128,7 +129,7 @@ def test_the_same_weights_give_the_same_terms(library, dtype, tolerance):
                 np.testing.assert_allclose(other, own, rtol=tolerance)
 
 
-@pytest.mark.parametrize("library", list(TRAINED)[1:])
+@pytest.mark.parametrize("library", release_but(list(TRAINED)[1:2], list(TRAINED)[1:]))
 def test_moons_are_fitted_to_the_same_gap(library):
     """From the same weights on the same minibatches; the gap is that to the entropy of the data, and has a Monte Carlo error by the noise and the data."""
     data = PLANAR["moons"].sample(np.random.default_rng(0), 4000).astype(np.float32)
@@ -150,7 +151,7 @@ def test_moons_are_fitted_to_the_same_gap(library):
 TORCH = {name for name in PUBLIC if name not in ("flow_log_prob", "flow_likelihood", "ScoreMatching")}
 
 
-@pytest.mark.parametrize("name", sorted(TORCH))
+@pytest.mark.parametrize("name", release_but(["AnalyticELBO", "ancestral", "elbo_terms", "iwae", "sandwich"], sorted(TORCH)))
 def test_every_function_takes_a_module_of_pytorch(name):
     """And gives what it gives of the same network in equinox: bounds, estimators, samplers, programs."""
     there, here = (of(LIBRARIES[library](weights())).bind({}) for library in ("PyTorch", "equinox"))
