@@ -17,12 +17,16 @@ AT_ONCE = 64  # images at a time, on CPU: their hidden layers then stay in the c
 PRODUCTS = (None, "bfloat16")
 
 
+def _rounded(x: Float[Array, "*shape"], products: str | None) -> Float[Array, "*shape"]:
+    """The factor of a product in the precision ``products``; float64, in which the two ways are compared to rounding, stays as it is."""
+    return x if products is None or x.dtype == jnp.float64 else x.astype(products)
+
+
 def product(x: Float[Array, "*batch inputs"], weight: Float[Array, "inputs outputs"], products: str | None) -> Float[Array, "*batch outputs"]:
-    """``x @ weight``, in the precision ``products`` unless it is None, and so are its derivatives."""
+    """``x @ weight``, rounded as :func:`_rounded` says, and so are its derivatives."""
     # As a product of two matrices, so that its derivatives are fast, too.
-    rows = x.reshape(-1, x.shape[-1])
-    found = rows @ weight if products is None else (rows.astype(products) @ weight.astype(products)).astype(x.dtype)
-    return found.reshape(*x.shape[:-1], -1)
+    rows = _rounded(x.reshape(-1, x.shape[-1]), products)
+    return (rows @ weight.astype(rows.dtype)).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def along_channels(layer: eqx.nn.Linear, image: Float[Array, "*batch inputs"], products: str | None) -> Float[Array, "*batch outputs"]:
@@ -40,12 +44,8 @@ def _shifted(image: Array, down: int, right: int) -> Array:
     return jax.lax.pad(image, zero, [(0, 0, 0)] * (image.ndim - 3) + [(down, -down, 0), (right, -right, 0), (0, 0, 0)])
 
 
-def _rounded(image: Array, products: str | None) -> Array:
-    # Before the neighbours are copied, so that the copies take half the memory.
-    return image if products is None else image.astype(products)
-
-
 def _convolved(image: Array, weight: Array, products: str | None) -> Array:
+    # Rounded before the neighbours are copied, so that the copies take half the memory.
     patches = jnp.concatenate([_shifted(_rounded(image, products), -i, -j) for i, j in SHIFTS], -1)
     return product(patches, weight.reshape(-1, weight.shape[-1]), products).astype(image.dtype)
 

@@ -45,7 +45,7 @@ class UNet(AbstractImageNetwork):
             standard deviation 1, embedded along with the noise level. None for a model without.
         fourier: Exponents k of the Fourier features, :math:`\sin 2^k \pi z` and :math:`\cos 2^k \pi z`, that each pixel is read with.
         products: ``"bfloat16"`` to compute matrix products in that precision, which is faster on some devices (:func:`has_fast_bfloat16`); None for the
-            precision of ``z``.
+            precision of ``z``. In float64 nothing is rounded.
 
     Raises:
         ValueError, TypeError: If an argument is out of range.

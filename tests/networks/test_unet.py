@@ -42,6 +42,11 @@ def derivatives(image, weight, output):
     ]
 
 
+def test_in_float64_nothing_is_rounded(float64):
+    image, weight = jax.random.normal(KEYS[0], (2, 4, 4, 3)), jax.random.normal(KEYS[1], (3, 3, 3, 2))
+    np.testing.assert_array_equal(convolve(image, weight, "bfloat16"), convolve(image, weight))
+
+
 def awake(network):
     """A network whose zero-initialised output is not zero."""
     return jax.tree.map(lambda a: a + 0.01 if is_trainable(a) else a, network)
