@@ -316,7 +316,7 @@ def bad_files(tmp_path_factory):
     nan = np.random.default_rng(0).normal(size=(20, 2))
     nan[3, 1] = np.nan
     np.save(path / "nan.npy", nan)
-    np.save(path / "images.npy", np.zeros((20, 8, 8), int))
+    np.save(path / "images.npy", np.zeros((20, 8, 8)))
     (path / "taken").mkdir()
     (path / "taken" / "notes.txt").write_text("mine")
     return path
