@@ -113,7 +113,9 @@ def test_an_analysis_runs_in_a_notebook(tmp_path, monkeypatch):
 
 
 SCRIPTS = sorted(path.name for path in (ROOT / "analyses").glob("*.py"))
-ALWAYS, A_MINUTE = ["elbo_derivation.py", "samplers.py"], ["benchmark.py", "classification.py", "images.py"]
+ALWAYS = ["elbo_derivation.py", "samplers.py"]
+A_MINUTE = ["benchmark.py", "classification.py", "efficiency.py", "flow_likelihood.py", "images.py"]
+A_MINUTE += ["inverse_problems.py", "likelihood.py", "posterior_estimation.py", "prior_in_a_program.py"]
 CASES = [*long_but(ALWAYS, [name for name in SCRIPTS if name not in A_MINUTE]), *release_but([], A_MINUTE)]
 
 
