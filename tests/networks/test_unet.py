@@ -10,6 +10,7 @@ import probdiff
 from probdiff._checks import is_trainable
 from probdiff.networks import CategoricalHead, LevelMixtureHead, UNet
 from probdiff.networks.convolution import convolve
+from probdiff.networks.unet import _gathered, _scattered
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 
@@ -60,9 +61,18 @@ def test_a_unet_takes_images_of_any_size(options):
     found = eqx.filter_jit(network)(z, log_snr, **context)  # in two pieces
     assert found.shape == ((70, 35, 3) if "outputs" in options else (70, 35))
     assert jnp.isfinite(found).all()
+    few = eqx.filter_jit(network)(z[-3:], log_snr[-3:], **jax.tree.map(lambda c: c[-3:], context))  # at once
+    np.testing.assert_allclose(found[-3:], few, atol=1e-5 if options.get("products") is None else 0.05)
     one = eqx.filter_jit(network)(z[66], log_snr[66], **jax.tree.map(lambda c: c[0], context))
     np.testing.assert_allclose(found[66], one, atol=1e-5 if options.get("products") is None else 0.05)
     assert type(network)(**network.arguments, key=KEYS[2]).arguments == network.arguments
+
+
+def test_pixels_come_back_to_their_places():
+    image = jax.random.normal(KEYS[0], (2, 4, 6, 3))
+    np.testing.assert_array_equal(_scattered(_gathered(image)), image)
+    # One pixel of the half resolution is a block of 2×2.
+    np.testing.assert_array_equal(np.sort(_gathered(image)[1, 1, 2]), np.sort(image[1, 2:4, 4:6].ravel()))
 
 
 def test_every_pixel_of_a_unet_sees_every_other_and_is_in_its_place():
