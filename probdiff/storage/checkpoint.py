@@ -106,7 +106,7 @@ def _like(new: Any, old: Any) -> Any:
 class Checkpoint:
     """A file in which :func:`~probdiff.fit` saves its state and from which it resumes; the previous state is kept.
 
-    The file holds everything that determines the further updates, and no times: equal fits give equal files. It is replaced as a
+    The file holds everything that determines the further updates, and no times (except of a fit with ``minutes``): equal fits give equal files. It is replaced as a
     whole, with a checksum; the previous file becomes ``NAME.previous.eqx``, unless it is damaged. If the file is damaged, or
     belongs to another model or optimiser, the previous one is used, with a warning. If neither exists, the files of
     probdiff 0.1 are read, ``NAME.npz`` and ``NAME.previous.npz``.
