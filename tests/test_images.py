@@ -83,7 +83,9 @@ def test_smaller_images_are_means_of_tiles_in_the_middle():
 def test_fashion_mnist_is_found_or_asked_for(folder, monkeypatch):
     monkeypatch.setattr(images, "FASHION_MNIST", folder)
     assert datasets.load("fashion-mnist").image_shape == (5, 6)
-    assert datasets.load("fashion-mnist-16").name == "fashion-mnist-16"
+    small = datasets.load("fashion-mnist-16")
+    assert small.name == "fashion-mnist-16" and small.image_shape == (16, 16)
+    assert {split.shape[1] for split in (small.train, small.validation, small.test)} == {256}
     monkeypatch.setattr(images, "FASHION_MNIST", folder / "none")
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
         datasets.load("fashion-mnist")
