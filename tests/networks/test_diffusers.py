@@ -36,20 +36,9 @@ def asked(module, z, t):
     return out.reshape(len(z), -1).numpy()
 
 
-def callback(module):
+def network_of(module):
     """The module as a network told a timestep."""
-
-    def network(z, t):
-        outputs = module.config.out_channels * DIM
-        shape = jax.ShapeDtypeStruct((*z.shape[:-1], outputs), z.dtype)
-
-        def run(z, t):
-            flat = asked(module, np.array(z).reshape(-1, DIM), np.broadcast_to(np.asarray(t), z.shape[:-1]).ravel().copy())
-            return flat.reshape(*z.shape[:-1], outputs)
-
-        return jax.pure_callback(run, shape, z, t, vmap_method="broadcast_all")
-
-    return network
+    return probdiff.networks.from_torch(module, lambda module, z, t: module(z.reshape(-1, *SHAPE), t).sample.flatten(1))
 
 
 def scheduler(**options):
@@ -78,7 +67,7 @@ def steps(name, dtype):
     """(ours, theirs) at every step, from common noise; their tables are ours in float64."""
     theirs = scheduler(**CASES[name])
     module = unet(2 if theirs.config.variance_type == "learned_range" else 1, dtype)
-    model = probdiff.presets.from_diffusers(callback(module), theirs, dim=DIM)
+    model = probdiff.presets.from_diffusers(network_of(module), theirs, dim=DIM)
     if dtype == torch.float64:
         theirs.alphas_cumprod, theirs.one = torch.as_tensor(model.schedule.alpha_bar.copy()), torch.ones((), dtype=dtype)
 
@@ -114,7 +103,7 @@ def test_every_kl_is_that_of_numpy(name, float64):
     config = scheduler(**CASES[name]).config
     learned = config.variance_type == "learned_range"
     module = unet(2 if learned else 1, torch.float64)
-    model = probdiff.presets.from_diffusers(callback(module), config, probdiff.DiscretizedNormalLikelihood(256))
+    model = probdiff.presets.from_diffusers(network_of(module), config, probdiff.DiscretizedNormalLikelihood(256))
     rng = np.random.default_rng(0)
     x, noise = rng.integers(0, 256, (3, DIM)), rng.normal(size=(1, STEPS, 3, DIM))
     terms = probdiff.elbo_terms(model, x, noise=noise)
