@@ -1,4 +1,4 @@
-"""A likelihood of one's own: data with heavy tails, Student-t around the chain's x_0 with degrees of freedom that are trained."""
+"""A user-defined likelihood for data with heavy tails: Student-t around the chain's x_0, with trained degrees of freedom."""
 
 import equinox as eqx
 import jax
@@ -10,29 +10,29 @@ import probdiff
 
 
 class StudentTLikelihood(probdiff.likelihoods.AbstractLikelihood):
-    """Real data x = unit · x_0, with a Student-t distribution in the place of a normal one."""
+    """Real data x = unit · x_0, with a Student-t distribution instead of a normal one."""
 
     log_df: jax.Array
     unit: float = eqx.field(static=True)
-    levels = None  # a density
+    levels = None  # the data have a density
 
     def check_data(self, x):
-        """Refuse what is no floating-point number."""
+        """Refuse data that are not floating-point numbers."""
         if not np.issubdtype(x.dtype, np.floating):
             raise TypeError(f"x: Expected floats for StudentTLikelihood; got dtype {x.dtype}")
 
     def encode(self, x):
-        """In the chain, one unit is 1."""
+        """Data divided by ``unit``."""
         return jnp.asarray(x) / self.unit
 
     def decode(self, x0):
-        """The inverse."""
+        """The inverse of ``encode``."""
         return x0 * self.unit
 
     def log_jacobian(self, dim):
-        """The same for every datum."""
+        """The log-determinant of ``encode``, the same for every datum."""
         return -dim * np.log(self.unit)
 
     def __call__(self, loc, scale):
-        """Student-t with the mean and the scale of the last reverse step."""
+        """Student-t around the mean of the last reverse step, with its scale."""
         return dist.StudentT(jnp.exp(self.log_df), self.unit * loc, self.unit * scale).to_event(1)

@@ -1,4 +1,4 @@
-"""A network of one's own that is told the noise level: a trained share of the noise that there would be in standard normal data."""
+"""A user-defined network with the log-SNR as its input: a trained multiple of the exact noise prediction for standard normal data."""
 
 import equinox as eqx
 import jax
@@ -7,12 +7,12 @@ import probdiff
 
 
 class Shrink(probdiff.networks.AbstractNetwork):
-    """A trained share of the noise of standard normal data."""
+    """A trained multiple of the exact noise prediction for standard normal data."""
 
     dim: int = eqx.field(static=True)
     share: jax.Array
-    activation: object  # what is neither an array nor static is a constant, such as a function
+    activation: object  # neither an array nor static, here a function: not trained
 
     def __call__(self, z, log_snr):
-        """The noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr``, shape ``batch``."""
+        """The predicted noise in ``z``, shape ``(*batch, dim)``, at log-SNR ``log_snr``, shape ``batch``."""
         return self.activation(self.share) * z * jax.nn.sigmoid(-log_snr)[..., None] ** 0.5

@@ -1,4 +1,4 @@
-"""A schedule of one's own: log-SNR along a straight line between two ends that are trained."""
+"""A user-defined schedule: log-SNR along a straight line between two trained ends."""
 
 import equinox as eqx
 import jax
@@ -14,5 +14,5 @@ class Straight(probdiff.chain.AbstractSchedule):
     num_steps: int = eqx.field(static=True)
 
     def tables(self):
-        """The tables, from the ends as they are now."""
+        """The tables for the present values of the ends."""
         return probdiff.chain.ScheduleTables.from_log_snr(jnp.linspace(self.ends[0], self.ends[1], self.num_steps))
