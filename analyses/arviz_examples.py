@@ -1,9 +1,9 @@
 # %% [markdown]
 # # The terms of a bound in ArviZ's own functions
 #
-# A small diffusion is fitted to the two moons, and its bound is handed to [ArviZ](https://www.arviz.org): which steps
-# cost what, and for which data, how exactly that is known, and whether the paths of the guide can be reweighted to
-# those of the model. Everything is in nats. Figures are saved to the current directory.
+# A small diffusion is fitted to the two moons, and the terms of its bound are given to [ArviZ](https://www.arviz.org).
+# It shows which steps cost most and for which data, the Monte Carlo errors, and whether the guide can serve as the
+# proposal of importance sampling. Everything is in nats. Figures are saved to the current directory.
 
 # %%
 import argparse
@@ -31,10 +31,10 @@ fit = probdiff.fit(diffusion, data.train, iterations=ITERATIONS, batch_size=512,
 # %% [markdown]
 # ## From the bound to a DataTree
 #
-# `posterior` is what `az.summary(tree)` looks at: each of its draws is a datum, with its prior KL, its KL by ten ranges of steps, its
-# reconstruction and its bound, means over the draws of noise. `per_datum` holds each draw of noise, and `per_step` the KL of
-# every step, `step_kl` with dimensions (chain, draw, step, datum). The draws of noise of a step are independent of each other and of
-# those of every other step, so that they come cut into chains.
+# `az.summary(tree)` reads the group `posterior`. There each draw is a datum, with its prior KL, its KL for ten ranges of steps, its
+# reconstruction and its bound, averaged over the draws of noise. `per_datum` holds each draw of noise, and `per_step` the KL of
+# every step, `step_kl` with dimensions (chain, draw, step, datum). All draws of noise are independent, within a step and between
+# steps, so that they can be cut into chains.
 
 # %%
 import arviz as az  # after NumPyro: ArviZ 1.3 imported first leaves numpyro.distributions incomplete
@@ -51,14 +51,14 @@ print("\naz.summary: the terms, a sample of the data")
 print(az.summary(tree).to_string())
 
 # %% [markdown]
-# ## How exactly is the KL of a step known?
+# ## What is the Monte Carlo error of the KL of a step?
 #
-# The bound is a mean over data, so that mean is taken first; what is left varies with the noise alone. As the
-# draws are cut into chains, `r_hat` means something: it is 1, but for chance. In `az.summary` read
-# `mean`, and `mcse_mean` as its standard error; `sd` and the interval are those of one draw. The effective sample size
-# must come out at about the number of draws, now above it and now below, because they are independent; were it far
-# lower, successive draws would share noise. As every step has noise of its own, the squares of the errors add up to the
-# square of that of Σ step KL.
+# The bound is a mean over data, so the mean over data is taken first; only the noise is left to vary. The draws are cut
+# into chains, so that `r_hat` is defined; it is 1 up to chance. In `az.summary` read `mean`, and `mcse_mean` as its
+# standard error; `sd` and the interval describe a single draw. The draws are independent, so the effective sample size
+# is about their number, sometimes above and sometimes below; if it were far lower, successive draws would share noise.
+# As the noise of different steps is independent, the squared errors of the steps add up to the squared error of
+# Σ step KL.
 
 # %%
 over_data = step_kl.mean("datum")
@@ -74,8 +74,8 @@ print(
 print(f"Σ step KL: {over_data.sum('step').mean():.4f} ± {np.sqrt((mcse**2).sum()):.4f}, by az.mcse step by step")
 
 # %% [markdown]
-# And how exactly a quantile? In `az.plot_mcse` each dot is the standard error of one quantile of the draws, and the
-# lines are those of their mean and sd. The dots rise towards the ends: where draws are few, a quantile is known badly.
+# Quantiles have an error, too. In `az.plot_mcse` each dot is the standard error of one quantile of the draws, and the
+# lines are the standard errors of their mean and standard deviation. The dots rise towards the ends, where draws are few.
 
 # %%
 plot = az.plot_mcse(
@@ -89,12 +89,12 @@ plot = az.plot_mcse(
 plot.savefig("arviz_mcse.png")
 
 # %% [markdown]
-# ## Which steps cost most, and do they for all data?
+# ## Which steps cost most, and for which data?
 #
 # Now the draws are averaged, and the data are the sample: `sample_dims=["datum"]`. A long bar is a step that is easy
-# for some data and hard for others. But the mean of each datum has a Monte Carlo error, printed here, and that alone
-# makes a 90% bar 3.3 errors long: no longer than that, it says nothing about the data. A forest of all N steps would be
-# unreadable: choose a few.
+# for some data and hard for others. But the mean of each datum has a Monte Carlo error, printed below, which alone
+# makes a 90% bar 3.3 errors long; a bar of that length says nothing about the data. A forest plot of all N steps would
+# be unreadable: choose a few.
 
 # %%
 per_datum = step_kl.mean(["chain", "draw"])
@@ -110,18 +110,18 @@ plot = az.plot_forest(
 plot.get_target("step_kl", {"column": "forest"}).set_xlabel("KL of the step, nats: mean, 50% and 90% of the data")
 plot.savefig("arviz_forest.png")
 
-print("\nThe same steps over the data")
+print("\nThe same steps: spread over the data, nats")
 for n in chosen:
     low, high = per_datum.sel(step=n).quantile([0.05, 0.95]).values
-    print(f"step {n:3}: 90% of the data in {low:.3g} … {high:.3g}, the KL of each ± {error.sel(step=n):.2g}")
+    print(f"step {n:3}: 90% of the data in {low:.3g} … {high:.3g}, each ± {error.sel(step=n):.2g} (Monte Carlo error)")
 
 # %% [markdown]
-# ## What does a single evaluation of the network tell?
+# ## How much does one evaluation of the network say about the mean?
 #
-# An update of the fit sees each datum with one draw, at one step. `az.plot_lm` plots a value against a covariate, here
-# the step, with bands over draws and data. It takes the value from `posterior_predictive`, the covariate from
-# `constant_data`, and wants `observed_data` although that is not shown; the variables' names become the labels.
-# Smoothing, its default, is off: steps are as they are. The wider the band, the less one draw tells about the mean.
+# An update of the fit evaluates each datum with one draw, at one step. `az.plot_lm` plots a value against a covariate,
+# here the step, with bands over draws and data. It takes the value from `posterior_predictive` and the covariate from
+# `constant_data`, and requires `observed_data`, which is not shown; the variables' names become the labels. Smoothing,
+# which is the default, is off. The wider the band, the less one draw says about the mean.
 
 # %%
 value = step_kl.to_dataset(name="KL of step n, nats")
@@ -139,20 +139,22 @@ plot = az.plot_lm(
     visuals={"observed_scatter": False},
     figure_kwargs=FIGURE | {"figsize": (8, 4)},
 )
-plot.add_legend("prob", title="line: mean; bands:\nof draws and data")
+plot.add_legend("prob", title="line: mean; bands: 50% and\n90% of draws and data")
 plot.savefig("arviz_lm.png")
 
 # %% [markdown]
-# ## Can the paths of the guide be reweighted to those of the model?
+# ## Can the guide serve as the proposal of importance sampling?
 #
 # `Trace_ELBO` on one path is its log weight, log p(x, z) − log q(z | x). The bound is the mean of the log weights; the
-# log of their mean estimates log p(x) itself. Trust that for a datum if the right tail of its weights is light: Pareto
-# k-hat below 1 − 1/log10(draws), and 0.7 at most. k-hat is an estimate too, ± (1 + k)/√(draws in the tail), about 0.15
-# here. Three traps: `psislw` takes *negated* log weights; `pareto_khat(log_weights=True)` does not exponentiate, and
-# fits the tail of the logs; equal weights, the perfect fit, raise `ValueError: All tail values are the same`.
+# log of the mean weight estimates log p(x). Trust this estimate for a datum if the right tail of its weights is light:
+# Pareto k-hat below 1 − 1/log10(draws), and at most 0.7. k-hat is itself an estimate, ± (1 + k)/√(draws in the tail),
+# about 0.15 here. Three pitfalls: `psislw` takes *negated* log weights; `pareto_khat(log_weights=True)` does not
+# exponentiate, and fits the tail of the log weights; equal weights, the ideal case, raise
+# `ValueError: All tail values are the same`.
 #
-# k-hat does not measure the gap of the bound. It looks at the right tail alone, while the gap, log mean − mean log,
-# comes from all of the spread: broad weights with a light tail have a small k-hat and a large gap. Report both.
+# k-hat does not measure the gap of the bound. It depends on the right tail alone. The gap, log of the mean weight minus
+# mean log weight, depends on the whole spread: broad weights with a light tail have a small k-hat and a large gap.
+# Report both.
 
 # %%
 both = probdiff.diagnostics.compute_both_ways(fit.diffusion, x, key=jax.random.key(2), num_draws=NUM_DRAWS)
@@ -170,7 +172,7 @@ plot = az.plot_khat(
 )
 plot.savefig("arviz_khat.png")
 
-print(f"\nBound of the terms minus bound of the paths: {both.difference[0]:.3f} ± {both.difference[1]:.3f}")
+print(f"\nBound of the terms minus bound of the paths: {both.difference[0]:.3f} ± {both.difference[1]:.3f} nats")
 print(f"k-hat of {NUM_DATA} data: median {k_hat.median():.2f}, largest {k_hat.max():.2f}; good below {good_k:.2f}")
-print(f"gap of the bound by the weights: mean {gap.mean():.3f}, from {gap.min():.3f} to {gap.max():.3f}")
+print(f"gap of the bound from the weights: mean {gap.mean():.3f}, from {gap.min():.3f} to {gap.max():.3f} nats")
 print(f"correlation of k-hat and gap over the data: {np.corrcoef(k_hat, gap)[0, 1]:.2f}")

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # What does a probabilistic program cost?
 #
-# Each claim is a ratio of two times (or bytes), measured in turns in this one run: first one program, then the other, so that a machine
-# that slows down slows both. A row gives the median of each, and the median and the quartiles of the ratios pair by pair.
+# Each result is a ratio of two times (or bytes), measured alternately in one run, so that a machine that slows down slows both.
+# A row gives the median of each, and the median and the quartiles of the ratios pair by pair.
 
 # %%
 import argparse
@@ -69,7 +69,7 @@ def seconds(function, *args):
 
 
 def in_turns(*calls):
-    """Milliseconds of each of some functions, in turns, after a warm-up: shape ``(function, repetition)``."""
+    """Milliseconds of some functions, called in turns after a warm-up: shape ``(function, repetition)``."""
     times = [[seconds(call) for call in calls] for _ in range(REPETITIONS + 2)]
     return 1e3 * np.array(times[2:]).T
 
@@ -84,9 +84,9 @@ say(f"machine: {machine}; jax {jax.__version__}" + ("" if torch is None else f",
 # %% [markdown]
 # ## A training step
 #
-# `probdiff.fit` with one uniform step a datum, against the same mathematics written by hand: minibatch, noise, network, weighted error, Adam
-# with its learning rate, moving average. By hand there is one dispatch for each step; PyTorch is eager. The rivals run between two stretches of
-# the fit, where it saves its checkpoint.
+# `probdiff.fit` with one uniform step per datum is compared with the same computation written by hand: minibatch, noise, network, weighted
+# error, Adam with its learning rate, moving average. The loop by hand dispatches each update separately; PyTorch is eager. The other loops run
+# between stretches of the fit, whenever it saves its checkpoint.
 
 
 # %%
@@ -104,7 +104,7 @@ class Tables:
 
 
 def one_step_loss(network, tables, x, key):
-    """Nats per datum, all but a constant."""
+    """The loss in nats per datum, up to a constant."""
     step_key, noise_key = jax.random.split(key)
     n = jax.random.randint(step_key, (len(x),), 1, tables.num_steps + 1)
     eps = jax.random.normal(noise_key, x.shape)
@@ -115,7 +115,7 @@ def one_step_loss(network, tables, x, key):
 
 
 def loop_by_hand(diffusion, data, batch, iterations):
-    """A function that makes that many updates."""
+    """A function that makes a given number of updates."""
     rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, min(200, iterations // 10), iterations)
     optimiser, tables = optax.adam(rate), Tables(diffusion.schedule)
     params, static = eqx.partition(diffusion.network, eqx.is_inexact_array)
@@ -145,7 +145,7 @@ def loop_by_hand(diffusion, data, batch, iterations):
 
 
 def net_in_torch(diffusion):
-    """The same network in PyTorch, told the step."""
+    """The same network in PyTorch, as a function of the step."""
     network, tables = diffusion.network, Tables(diffusion.schedule)
     hidden, dim = network.hidden, network.dim
     linear, silu = torch.nn.Linear, torch.nn.functional.silu
@@ -200,7 +200,7 @@ def loop_in_torch(diffusion, data, batch, iterations):
 
 
 class BetweenStretches:
-    """A checkpoint that keeps nothing: it times the stretches of a fit, and rivals between them."""
+    """A checkpoint that keeps nothing, but times the stretches of a fit, and the other loops between them."""
 
     def __init__(self, rivals, count):
         self.rivals, self.count, self.times, self.since = rivals, count, [], None
@@ -237,14 +237,13 @@ if wanted("step"):
 # %% [markdown]
 # ## Time to quality
 #
-# Seconds of fitting until the bound of the validation data has reached a value, by the defaults of `probdiff fit`, and by the same network, optimiser and
-# schedule with the usual estimator, one uniform step for each datum. Compilation is part of it. Of a fit that has not come so far the time is not known, and
-# there is no ratio.
+# Seconds of fitting until the bound of the test data has reached a value, by the defaults of `probdiff fit`, and by the same network, optimiser and
+# schedule with the usual estimator, one uniform step per datum. Compilation is included. If a fit does not reach the value, there is no ratio.
 
 
 # %%
 class Clock:
-    """In the place of a checkpoint: when each averaged model was there."""
+    """A checkpoint that records the best averaged parameters at each time."""
 
     def __init__(self):
         self.start, self.states = time.perf_counter(), []
@@ -257,7 +256,7 @@ class Clock:
 
 
 def seconds_to(wanted, dataset, options, **usual):
-    """Seconds of a fit until the test data are as good as each of ``wanted``, in nats below the best; infinite if never."""
+    """Seconds of a fit until the bound of the test data reaches each of ``wanted``, in bits/dim or in nats of gap; infinite if never."""
     diffusion, clock = probdiff.presets.default_diffusion(dataset, options["num_steps"]), Clock()
     elbo = probdiff.AnalyticELBO(diffusion, **usual) if usual else None
     given = {name: options[name] for name in ("iterations", "batch_size", "learning_rate")}
@@ -298,8 +297,8 @@ if wanted("quality"):
 # %% [markdown]
 # ## The objectives on all steps
 #
-# One SVI update through NumPyro against `value_and_grad` by hand. The path estimate runs the forward chain once and adds up log p − log q on
-# the way; the analytic one evaluates all steps in one batch. The two must agree in value, within 4.9 standard errors.
+# One SVI update through NumPyro is compared with `value_and_grad` by hand. By hand the path estimate runs the forward chain once and adds up
+# log p − log q on the way; the analytic one evaluates all steps in one batch. The two must agree in value, within 4.9 standard errors.
 
 
 # %%
@@ -392,7 +391,7 @@ if wanted("elbo"):
 # %% [markdown]
 # ## Parallel in n
 #
-# The programs with one site per chain (`ParallelPrograms`) against those that scan: a `Trace_ELBO` update, its value alone, and a path of the forward chain.
+# The programs with one site per chain (`ParallelPrograms`) are compared with the programs that scan: a `Trace_ELBO` update, its value alone, and a path of the forward chain.
 
 
 # %%
@@ -423,8 +422,8 @@ if wanted("parallel"):
 # %% [markdown]
 # ## Compilation and working memory against N
 #
-# Seconds to compile, and bytes beside arguments and results, each against the same at N = 10: of a training step (one uniform step a datum), of one on all
-# steps, and of `elbo_terms` in its reduced form.
+# Seconds to compile, and bytes of working memory besides arguments and results, relative to N = 10: for a training step with one uniform step per datum, for
+# one on all steps, and for `elbo_terms` in its reduced form.
 
 
 # %%
@@ -457,8 +456,8 @@ if wanted("compile"):
 # %% [markdown]
 # ## Evaluation of all steps
 #
-# Network evaluations per second of `elbo_terms`, and the share of them that its matrix products alone would allow at the peak of this machine: the fastest of a
-# few large products, in the same turns.
+# Network evaluations per second of `elbo_terms`, and the rate of its matrix products as a share of the machine's peak: the fastest of a few large products,
+# measured in the same turns.
 
 # %%
 if wanted("evaluation"):
@@ -481,13 +480,13 @@ if wanted("evaluation"):
 # %% [markdown]
 # ## What a network evaluation costs
 #
-# Time per network evaluation in the terms of the bound, in an estimator of `compare_estimators` and in each sampler, against the network alone on as many rows.
-# (Of Langevin's sampler and of the flow, which choose how often they ask the network, it is counted.)
+# Time per network evaluation in the terms of the bound, in the estimators of `compare_estimators` and in each sampler, compared with the network alone on as
+# many rows. (For the terms and the samplers, evaluations are counted in a run.)
 
 
 # %%
 class Counted(probdiff.networks.AbstractNetwork):
-    """A network that counts how many rows it is asked for."""
+    """A network that counts the rows that it evaluates."""
 
     inner: probdiff.MLP
     counted: list = eqx.field(static=True)
@@ -502,7 +501,7 @@ class Counted(probdiff.networks.AbstractNetwork):
 
 
 def evaluations(call, diffusion):
-    """How many rows the network is asked for by ``call(diffusion)``."""
+    """The number of rows that the network evaluates in ``call(diffusion)``."""
     counted = []
     call(diffusion.with_network(Counted(diffusion.network, counted)))
     jax.effects_barrier()
@@ -534,7 +533,7 @@ if wanted("costs"):
 # %% [markdown]
 # ## A network of PyTorch
 #
-# Calls of a module by `from_torch` in a compiled loop, against as many calls of the module itself; and all of a sampler against the calls that it needs.
+# Calls of a module through `from_torch` in a compiled loop are compared with as many calls of the module itself, and a whole sampler with the calls that it needs.
 
 # %%
 if wanted("torch") and torch is not None:
@@ -548,7 +547,7 @@ if wanted("torch") and torch is not None:
 
     @jax.jit
     def in_loop(z):
-        # (Each on what the one before gave, or they would be made one.)
+        # (Each call depends on the one before; otherwise the compiler would merge them.)
         return jax.lax.fori_loop(0, num_steps, lambda _, z: (z + network(z, n)) / 2, z)
 
     @torch.no_grad()
@@ -564,8 +563,8 @@ if wanted("torch") and torch is not None:
 # %% [markdown]
 # ## Precision
 #
-# The bound in float32 and in float64 on the same noise, and with the factors of every matrix product of the network rounded to bfloat16 (sums in float32), as
-# accelerators can do; on CPU JAX has no such setting, so it is done by hand. The network is an untrained one with noise in its weights.
+# The bound in float32 is compared with float64 on the same noise, and so is the bound with the factors of every matrix product of the network rounded to bfloat16
+# (sums in float32), as on accelerators; on CPU JAX has no such setting, so that the script rounds them itself. The network is untrained, with noise in its weights.
 
 
 # %%
@@ -617,7 +616,7 @@ if wanted("precision"):
 # %% [markdown]
 # ## Start-up
 #
-# Importing probdiff against importing NumPyro, and a small `probdiff fit` that finds what the first one compiled against that first one.
+# Importing probdiff is compared with importing NumPyro, and a second small `probdiff fit`, which finds the code that the first one compiled, with the first.
 
 
 # %%

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # How good a classifier is the bound of a conditional model, for how many network evaluations?
 #
-# scikit-learn's digits given their label, in the split of `probdiff fit --data digits`: 1000 to train on, 350 for validation, 447 to test.
-# The conditional model is that of `probdiff fit`, whose network is also given a learned vector for the label; the unconditional one is the same without.
-# By Bayes' rule the model is a classifier: p(c | x) ∝ p(x | c) p(c), with the bound in the place of log p(x | c). Its rivals are told the same labels, those of validation included:
-# the model is chosen by these, among four stages of the fit.
-# The settings are those of `probdiff fit` without a label; none was chosen by the test data. Errors (±) are one standard error over the test data. The figure is saved to the current directory.
+# The data are scikit-learn's digits, in the split of `probdiff fit --data digits`: 1000 for training, 350 for validation, 447 for testing.
+# The unconditional model is the default of `probdiff fit`. In the conditional model a learned embedding of the label is a further input of the network.
+# By Bayes' rule the conditional model is a classifier: p(c | x) ∝ p(x | c) p(c), with the bound in the place of log p(x | c). The other classifiers are trained on the
+# labels of the training and the validation split; the diffusion uses the latter to choose among four stages of its fit.
+# The settings are the defaults without a label; none was chosen on the test data. Errors (±) are one standard error over the test data. The figure is saved to the current directory.
 
 # %%
 import argparse
@@ -72,7 +72,7 @@ print(conditional[0], unconditional, sep="\n")
 # %% [markdown]
 # ## The bound, with the label and without
 #
-# The difference is taken image by image. Labels that were drawn alike and can be told from the image are worth log 10 = 2.303 nats; an image is not harder to code, given its label.
+# The difference is taken image by image. On average the label cannot increase the exact code length, and if the ten labels are equally frequent and certain given the image, it saves log 10 = 2.303 nats.
 
 # %%
 key = jax.random.key(10)
@@ -83,12 +83,12 @@ bounds = {
 dim = data.dim
 for name, bound in bounds.items():
     bits = probdiff.elbo.bits_per_dim(bound.estimate.mean, dim)
-    print(f"{name:16} {bits:.4f} ± {bound.estimate.error / dim / np.log(2):.4f} bits/dim (noise {bound.estimate.monte_carlo_error / dim / np.log(2):.4f})")
+    print(f"{name:16} {bits:.4f} ± {bound.estimate.error / dim / np.log(2):.4f} bits/dim (Monte Carlo error {bound.estimate.monte_carlo_error / dim / np.log(2):.4f})")
 paired = probdiff.elbo.Estimate.of(bounds["given the label"].elbo - bounds["without"].elbo)
 print(f"difference       {paired.mean:.3f} ± {paired.error:.3f} nats, {-paired.mean / dim / np.log(2):.4f} ± {paired.error / dim / np.log(2):.4f} bits/dim")
 
 # %% [markdown]
-# What the true label is worth over the one after it, on common random numbers:
+# The bound under the true label minus the bound under the next label, on common random numbers:
 
 # %%
 after = (y + 1) % 10
@@ -99,8 +99,8 @@ print(f"larger for the true label: {np.mean(difference.difference > 0):.4f} of t
 # %% [markdown]
 # ## The classifier
 #
-# A budget is the most that is spent on an image; the mean of what is spent is on the axis. Of the first network, how the error rate falls with it; of
-# the others, and of their ensemble, at the largest budget. An evaluation of the ensemble is one of each of its networks, and counts as so many.
+# The budget is the largest number of network evaluations for an image; the figure shows the mean number used. The error rate of the first network is measured for each budget,
+# and that of the other networks and of the ensemble for the largest. An evaluation of the ensemble counts as one of each of its networks.
 
 
 # %%
@@ -114,7 +114,7 @@ def classified(model, networks, budgets):
         surprise = -np.log(np.maximum(found.posterior[np.arange(COUNT), y], 1e-12)).mean()
         rows.append((networks * found.num_evaluations.mean(), wrong, np.sqrt(wrong * (1 - wrong) / COUNT)))
         print(f"{budget:6}: {rows[-1][0]:6.0f} evaluations, {100 * wrong:5.2f} ± {100 * rows[-1][2]:.2f} % wrong, {found.is_decided.mean():.3f} decided, "
-              f"{surprise:.3f} nats of surprise, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+              f"{surprise:.3f} nats of log loss, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
     return np.array(rows)
 
 
@@ -127,7 +127,7 @@ print(f"ensemble of {len(SEEDS)}")
 rates[f"ensemble of {len(SEEDS)} seeds"] = classified(ensemble, len(SEEDS), [AT])
 
 # %% [markdown]
-# ## The rivals
+# ## The other classifiers
 
 # %%
 seen = np.concatenate([data.train, data.validation])
@@ -148,7 +148,7 @@ for (label, rows), marker in zip(rates.items(), "osDv"):
 for (name, rate), style in zip(wrong.items(), ("--", "-.", ":")):
     axes.axhline(100 * rate, color="0.4", linestyle=style, linewidth=1)
     axes.annotate(name, (1, 100 * rate), xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=8, color="0.3")
-axes.set(xscale="log", ylim=(0, 140 * max(wrong.values())), xlabel="network evaluations for an image, mean", ylabel="test images that are wrong, %")
+axes.set(xscale="log", ylim=(0, 140 * max(wrong.values())), xlabel="network evaluations per image, mean", ylabel="misclassified test images, %")
 axes.set_title(f"Digits, classified by the bound of p(image | label): {COUNT} test images, ± one standard error", fontsize=10)
 axes.set_xticks([50, 100, 200, 400, 800, 1600], [50, 100, 200, 400, 800, 1600])
 axes.minorticks_off()

@@ -1,10 +1,10 @@
 # %% [markdown]
-# # Regression with all of the density: p(y | c)
+# # Conditional density estimation: p(y | c)
 #
-# A regression says the mean of y given covariates c, and one width for all. A conditional diffusion says the whole density of y given c, and its bound is
-# in the same unit, nats per row, so that the two can be compared on rows that neither has seen.
+# Gaussian linear regression gives the mean of y given covariates c, and one standard deviation for all c. A conditional diffusion gives the whole density
+# of y given c. Its bound and the log density of the regression are compared in nats per row, on rows that neither was fitted to.
 #
-# First a density that has two or three peaks and is known; then three real tables, against Gaussian linear regression.
+# The first example is a known density with two or three peaks; then come three real tables.
 # Figures are saved to the current directory.
 
 # %%
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import probdiff
 from probdiff.networks import DensityHead, Ensemble
 
-parser = argparse.ArgumentParser(description="Regression with all of the density: p(y | c)")
+parser = argparse.ArgumentParser(description="Conditional density estimation: p(y | c)")
 parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
 quick = parser.parse_args().quick
 ROWS, NUM_STEPS, ITERATIONS = (200, 20, 50) if quick else (4000, 500, 6000)
@@ -34,8 +34,8 @@ DRAWS = 2 if quick else 20
 # %% [markdown]
 # ## Two or three peaks
 #
-# y is uniform on (0, 1) and c = y + 0.3 sin 2πy + noise of standard deviation 0.05. Each c in the middle comes from up to three y: the mean of y
-# given c is where there are hardly any. What is known of y given c is the prior times the likelihood, normalised by quadrature.
+# y is uniform on (0, 1) and c = y + 0.3 sin 2πy + noise of standard deviation 0.05. A c in the middle comes from up to three values of y, and their
+# mean is where the density is low. The exact density of y given c is the prior times the likelihood, normalised by quadrature.
 
 # %%
 GRID = np.linspace(0, 1, 2001)
@@ -55,13 +55,13 @@ def exact_log_prob(y, c):
 rng = np.random.default_rng(0)
 y = rng.uniform(size=2 * ROWS)
 c = curve(y) + WIDTH * rng.normal(size=len(y))
-# The bounded interval on the real line, as a density needs it: y = Φ(x).
+# The interval is mapped to the real line: y = Φ(x).
 x, context = (each.astype(np.float32)[:, None] for each in (stats.norm.ppf(y), (c - c.mean()) / c.std()))
 train, held_out, test = slice(0, ROWS * 3 // 4), slice(ROWS * 3 // 4, ROWS), slice(ROWS, None)
 
 
 def make(context_dim, seed, hidden=64, dropout=0.0):
-    """An untrained model of one y."""
+    """An untrained model of a scalar y."""
     network = probdiff.MLP(1, key=jax.random.key(seed), hidden=hidden, num_blocks=2, dropout=dropout, context_dim=context_dim)
     return probdiff.Diffusion(probdiff.log_snr_schedule(NUM_STEPS, 11.0, -6.0), DensityHead(network), reverse_variance="optimal")
 
@@ -83,11 +83,11 @@ bound = np.asarray(probdiff.elbo_terms(fit.diffusion, x[test], context=context[t
 line = LinearRegression().fit(c[train, None], y[train])
 residual = y - line.predict(c[:, None])
 gaussian = stats.norm.logpdf(residual[test], 0, residual[train].std(ddof=2))
-rows = {"exact": exact_log_prob(y[test], c[test]), "diffusion, at least": bound, "Gaussian linear regression": gaussian}
+rows = {"exact": exact_log_prob(y[test], c[test]), "diffusion, lower bound": bound, "Gaussian linear regression": gaussian}
 
 
 def against(rows, reference):
-    """Each row's mean, its error, and the paired difference to one of them with its error, nats per test row."""
+    """Mean of each method with its error, and its paired difference from the reference with its error; nats per test row."""
     table = {}
     for name, values in rows.items():
         difference = values - rows[reference]
@@ -129,14 +129,14 @@ figure.savefig("conditional_density.png", dpi=150)
 # The progression of diabetes given ten measurements (scikit-learn), the food expenditure of Belgian households given their income (Engel 1857) and the investment of
 # eleven firms in twenty years given value, capital, firm and year (Grunfeld 1958; both in the public domain, from statsmodels).
 #
-# Ten-fold cross-validation: each row is a test row once. What the diffusion gets is the residual of the linear regression in units of its standard deviation,
-# so that it starts where the regression ends; a sixth of the training rows says when to stop. As these are few, five
-# networks are fitted and their predictions averaged. Differences are paired row by row.
+# By ten-fold cross-validation each row is a test row once. The diffusion models the residual of the linear regression, in units of its standard deviation.
+# A sixth of the training rows is held out for early stopping. As the rows are few, five networks are fitted and their predictions averaged.
+# Differences are paired row by row.
 
 
 # %%
 def read_tables():
-    """Covariates and targets by name."""
+    """Name, covariates and target of each table."""
     patients = load_diabetes(as_frame=True, scaled=False).frame
     yield "diabetes", patients.drop(columns="target"), patients["target"]
     households = engel.load_pandas().data
@@ -146,7 +146,7 @@ def read_tables():
 
 
 def cross_validated(covariates, target):
-    """log p of every row as a test row, nats: by the regression, and the bound of the diffusion."""
+    """For each row as a test row, in nats: log p by the regression, and the bound of the diffusion."""
     linear, diffusion = np.zeros(len(target)), np.zeros(len(target))
     for fold, (train, test) in enumerate(tqdm(list(KFold(10, shuffle=True, random_state=0).split(target))[:FOLDS], disable=None)):
         c = (covariates - covariates[train].mean(0)) / covariates[train].std(0)
@@ -179,10 +179,10 @@ def cross_validated(covariates, target):
         terms = probdiff.elbo_terms(together, x[test], context=c[test], key=jax.random.key(2), num_draws=DRAWS, reduce=True)
         diffusion[test] = np.asarray(terms.elbo.mean) - np.log(scale)
     seen = linear != 0
-    return {"Gaussian linear regression": linear[seen], "diffusion, at least": diffusion[seen]}
+    return {"Gaussian linear regression": linear[seen], "diffusion, lower bound": diffusion[seen]}
 
 
 for name, covariates, target in list(read_tables())[: 1 if quick else None]:
     found = cross_validated(covariates.to_numpy(float), target.to_numpy(float))
-    print(f"\n{name}: {len(found['diffusion, at least'])} test rows, {covariates.shape[1]} covariates; nats per row")
+    print(f"\n{name}: {len(found['diffusion, lower bound'])} test rows, {covariates.shape[1]} covariates; nats per row")
     print(against(found, "Gaussian linear regression").round(3).to_string())

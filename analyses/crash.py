@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Does a fit survive being killed?
 #
-# A small fit of the digits by the command line is killed (`kill -9`) at random moments, again and again, and resumed each time; then it is
-# left to end. Its checkpoint and its parameters must be those of a fit that was never disturbed, bit for bit, and at no
-# moment may the folder be one that cannot be opened.
+# A small fit of the digits on the command line is killed (`kill -9`) at random moments and resumed, several times, and then left to
+# finish. Its checkpoint and its parameters must equal those of an undisturbed fit bit for bit, and its folder must be readable after
+# every kill.
 
 # %%
 import argparse
@@ -31,7 +31,7 @@ OPTIONS = ["--num-steps", "5", "--batch-size", "32", "--iterations", "600" if qu
 COMPARED = ("checkpoint.eqx", "checkpoint.previous.eqx", "parameters.eqx", "schedule.npy", "losses.csv", "validation.csv")
 
 # %% [markdown]
-# Every process shares what is compiled, so that a kill is as likely during the fit as before it.
+# The processes share a compilation cache, so that kills come during the fit and not only before it.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -43,7 +43,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def start(path):
-    """Fit, or go on with what is there."""
+    """Start a fit, or resume the one in the folder."""
     arguments = ["fit", "--out", str(path), *OPTIONS] + ["--resume"] * path.exists()
     return subprocess.Popen(
         [sys.executable, "-m", "probdiff.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -60,7 +60,7 @@ def contents(path):
 
 
 def done(path):
-    """Iterations that the checkpoint has done; where the fit has not come so far, nothing."""
+    """The number of iterations in the checkpoint; None if there is no checkpoint yet."""
     run = probdiff.open_run(path)
     assert run.untrained.schedule.num_steps == 5
     run.checkpoint.require_intact()

@@ -1,10 +1,10 @@
 # %% [markdown]
-# # Where do the estimators of the bound cross?
+# # Where do the variances of the estimators of the bound cross?
 #
 # It is often said that KL terms in closed form always give less variance than log p − log q on sampled paths, NumPyro's
-# `Trace_ELBO`. Term by term they do; for the sum it is false. Here an ε-network goes from untrained to exact, and the
-# variance of each estimator is measured on the way, of its value and of its gradient. The data are fixed, so that it is
-# the variance of the noise alone; it is multiplied by the network evaluations of a draw, and in nats².
+# `Trace_ELBO`. This is true of each term, but not of the sum. Here an ε-network goes from untrained to exact, and the
+# variances of every estimator's value and gradient are measured. The data are fixed, so that only the noise varies.
+# Variances are multiplied by the network evaluations per draw, and are in nats².
 
 # %%
 import argparse
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 import probdiff
 from probdiff.oracles import GaussianMixture, GaussianOracle
 
-parser = argparse.ArgumentParser(description="Where do the estimators of the bound cross?")
+parser = argparse.ArgumentParser(description="Where do the variances of the estimators of the bound cross?")
 parser.add_argument("--quick", action="store_true", help="few steps and draws, to see that it runs")
 quick = parser.parse_args().quick
 numpyro.enable_x64()
@@ -30,14 +30,14 @@ N, DRAWS, MORE = (10, 1_000, 8) if quick else (100, 4_000, 16)  # one-step estim
 DISTANCES = [1, 0] if quick else [1, 0.3, 0.1, 0.05, 0.03, 0.02, 0.01, 0]  # 1 − t
 NAMES = ["trace", "kl_marginal", "kl_combined"] + (not quick) * ["kl_path", "kl_uniform", "kl_importance"]
 KINDS = ("value", "gradient")
-Z_MAX, CLEAR = 4.9, 3  # standard errors: a disagreement of means; a difference between variances
+Z_MAX, CLEAR = 4.9, 3  # standard errors: the limit for means that agree, and for variances that differ clearly
 
 # %% [markdown]
 # ## From untrained to exact
 #
-# ε̂ = t · exact + (z, n/N, 1) · weights, at weights 0, which gradients are taken in. A fresh `probdiff.MLP` predicts 0:
-# t = 0 is an untrained network, t = 1 the exact one, and 1 − t the relative error between. Estimators that learn do so
-# first, on the same data; their draws of the value are adapted to the value, those of the gradient to the gradient.
+# ε̂ = t · exact + (z, n/N, 1) · weights, with gradients with respect to the weights, at 0. A fresh `probdiff.MLP`
+# predicts 0: t = 0 is an untrained network, t = 1 the exact one, and 1 − t the relative error. Estimators with learned
+# parts learn first, on the same data, and are adapted to the value or the gradient, whichever is drawn.
 
 
 # %%
@@ -54,10 +54,10 @@ class Mixed(eqx.Module):
 def measure(name, oracle, schedule, reverse_variance, distances):
     """Mean and its error, shape (distance, component); variance and its error, shape (distance, kind).
 
-    The components are the bound, mean over the data, and its slopes, whose variances are added up.
+    The components are the bound, averaged over the data, and its partial derivatives, whose variances are added up.
     """
     x = jnp.asarray(oracle.sample(np.random.default_rng(0), 4))
-    exact = probdiff.Diffusion(schedule, oracle.network(schedule)).predict_noise  # by the step
+    exact = probdiff.Diffusion(schedule, oracle.network(schedule)).predict_noise  # a function of z and n
     zero = jnp.zeros((oracle.dim + 2, oracle.dim))
 
     def make(weights, t, **options):
@@ -102,12 +102,12 @@ def measure(name, oracle, schedule, reverse_variance, distances):
 
 
 def check_agreement(measured):
-    """Assert that all means agree: of the bound and of its slopes, between every two estimators."""
+    """Assert that every two estimators agree on the means of the bound and of its derivatives."""
     worst = 0.0
     for (mean, error, *_), (other, other_error, *_) in itertools.combinations(measured.values(), 2):
         worst = max(worst, np.max(np.abs(mean - other) / (np.hypot(error, other_error) + 1e-9)))
     assert worst <= Z_MAX, f"two means are {worst:.1f} standard errors apart"
-    print(f"All agree on the bound and its slopes: of any two, the largest |z| is {worst:.1f}", flush=True)
+    print(f"All estimators agree on the bound and its derivatives: the largest |z| of two is {worst:.1f}", flush=True)
 
 
 def print_row(name, values, errors, marks=""):
@@ -117,7 +117,7 @@ def print_row(name, values, errors, marks=""):
 
 
 def compare(measured, rival, kind):
-    """Print the variance of ``trace`` over a rival's, with marks that say where it is clearly not 1; return them."""
+    """Print the variance of ``trace`` over another estimator's, with marks for clear differences from 1; return the marks."""
     (a, a_error), (b, b_error) = ([each[:, kind] for each in measured[name][2:]] for name in ("trace", rival))
     ratio, error = a / b, a / b * np.hypot(a_error / a, b_error / b)
     marks = [">" if z > CLEAR else "<" if z < -CLEAR else "=" for z in (ratio - 1) / error]
@@ -128,7 +128,8 @@ def compare(measured, rival, kind):
 # %% [markdown]
 # ## The measurements
 #
-# Three Gaussians in the plane; the cosine schedule with both reverse variances, and the log-SNR schedule.
+# The data are a mixture of three Gaussians in the plane; the schedules are cosine with both reverse variances, and
+# log-SNR with β̃_n.
 
 # %%
 mixture = GaussianMixture([0.4, 0.3, 0.3], [[-1.2, 0.5], [1.0, -0.7], [0.3, 1.2]], [[0.15, 0.05], [0.05, 0.1]])
@@ -152,24 +153,25 @@ for case, options in CASES.items():
     check_agreement(measured)
 
 # %% [markdown]
-# ## What they say
+# ## What the measurements show
 #
-# Ratios of variances, ± standard error; which is larger is asserted.
+# Ratios of variances, ± standard error; which is larger is asserted below.
 #
-# **Values.** On the cosine schedule the last step has weight w_N = 500 in the bound, and no other more than 1.5. While
-# the network is far from exact that one term is all there is, in every estimator, and those with all steps coincide.
-# From 1 − t = 0.1 on `kl_marginal` is the quieter one; at 0.05 `trace` has 1.39 ± 0.06 times its variance. Then they
-# cross: between 0.03 and 0 where v_n = β̃_n, between 0.05 and 0.02 where v_n = β_n. At the exact network `trace` has
-# 0.89 ± 0.04 and 0.031 ± 0.002 of that variance. On the log-SNR schedule they do not cross: `trace` never has clearly
-# more, and 0.62 ± 0.02 at the exact network. The KLs on one path (`kl_path`, NumPyro's `TraceMeanField_ELBO`) have more
-# than `trace` there in every case, as they swing together. `kl_combined`, one step where it matters and a control
-# variate, is far below all these, but not below `trace` at an exact network with v_n = β_n: 0.87 ± 0.03.
+# **Values.** On the cosine schedule the last step has weight w_N = 500 in the bound, and no other step more than 1.5.
+# While the network is far from exact, this term dominates every estimator, and all estimators with all steps have the
+# same variance. From 1 − t = 0.1 on `kl_marginal` has the smaller one; at 0.05 `trace` has 1.39 ± 0.06 times as much.
+# Then they cross: between 0.03 and 0 with v_n = β̃_n, between 0.05 and 0.02 with v_n = β_n. At the exact network `trace`
+# has 0.89 ± 0.04 and 0.031 ± 0.002 times the variance of `kl_marginal`. On the log-SNR schedule they do not cross:
+# `trace` never has clearly more variance, and 0.62 ± 0.02 times as much at the exact network. There the KLs on one path
+# (`kl_path`, NumPyro's `TraceMeanField_ELBO`) have more variance than `trace` in every case, as they are positively
+# correlated. `kl_combined`, with importance-sampled steps and a control variate, has far less variance than all these,
+# except at the exact network with v_n = β_n, where `trace` has 0.87 ± 0.03 times as much.
 #
-# **Gradients.** Near the optimum the KLs win: at the exact network `trace` has 265 ± 7, 688 ± 17 and 5.7 ± 0.1 times
-# the variance of `kl_marginal` in the three cases; it is nowhere clearly below. In log p_θ(z_{n−1} | z_n) − log q most
-# noise cancels as the network becomes exact; in the gradient nothing does, as q has no parameters. But the KLs need
-# noise of their own to win: on one path they do so on the cosine schedule (`trace` has 54 ± 2 and 113 ± 3 times the
-# variance of `kl_path`), and on the log-SNR schedule they lose at every t (0.44 ± 0.01 at the exact network).
+# **Gradients.** At the exact network `trace` has 265 ± 7, 688 ± 17 and 5.7 ± 0.1 times the variance of `kl_marginal` in
+# the three cases; nowhere has it clearly less. In log p_θ(z_{n−1} | z_n) − log q most noise cancels as the network becomes
+# exact; in the gradient nothing cancels, as q has no parameters. But the KLs need independent noise: on one path they
+# still have less variance on the cosine schedule (`trace` has 54 ± 2 and 113 ± 3 times the variance of `kl_path`), but
+# more on the log-SNR schedule at every t (`trace` has 0.44 ± 0.01 times as much at the exact network).
 
 # %%
 exact = {key: mark[0] for key, mark in marks.items()}
@@ -187,8 +189,9 @@ if not quick:
 # %% [markdown]
 # ## The extreme: reverse steps that are exact
 #
-# Data N(0, I), v_n = β_n, exact network: the model is the noising chain reversed, log p − log q is log p(x) on every
-# path, and the path has no variance at all. The KLs have, as q(z_{n−1} | z_n, x_0) knows x_0 and the model does not.
+# With data N(0, I), v_n = β_n and the exact network, the model is the exact reversal of the noising chain. Then
+# log p − log q is log p(x) on every path, and `trace` has no variance at all. The KLs do vary, as q(z_{n−1} | z_n, x_0)
+# depends on x_0 and the model does not.
 
 # %%
 standard = GaussianOracle([0.0, 0.0], np.eye(2))

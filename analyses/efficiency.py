@@ -1,10 +1,10 @@
 # %% [markdown]
 # # How much does each part of a one-step estimator save?
 #
-# Efficiency is batch × Var(batch mean) × network evaluations per datum, with a batch of 128 drawn afresh each time, relative to
-# `kl_uniform`: one step per datum, uniform on 1 … N, n = 1 being the reconstruction. Values and gradients are measured
-# on models of the moons, fitted for 20 000 iterations at N = 1000: log-SNR-linear from 10 to −8, and cosine. Estimators
-# that learn are adapted to what is measured, and then held fixed.
+# The cost of an estimator is batch × Var(batch mean) × network evaluations per datum, with a fresh batch of 128 each time. It is
+# compared with `kl_uniform`: one step per datum, uniform on 1 … N, where n = 1 is the reconstruction. Values and gradients are
+# measured on models of the moons, fitted for 20 000 iterations at N = 1000: log-SNR-linear from 10 to −8, and cosine. Estimators
+# with learned parts are adapted to what is measured, and then held fixed.
 
 # %%
 import argparse
@@ -35,19 +35,19 @@ def fit(schedule, train):
     likelihood = probdiff.NormalLikelihood.standardized(data.train)
     diffusion = probdiff.Diffusion(schedule, network, likelihood)
     options = {"iterations": ITERATIONS, "batch_size": BATCH, "learning_rate": 2e-3, "key": jax.random.key(1)}
-    return probdiff.fit(diffusion, train, **options).diffusion.unbind()  # to take gradients in its parameters
+    return probdiff.fit(diffusion, train, **options).diffusion.unbind()  # gradients are taken with respect to its parameters
 
 
 # %% [markdown]
 # ## Measuring
 #
 # Each draw takes a fresh batch and fresh noise. The variance of a gradient is the trace of its covariance over all parameters. The
-# interval is the 95 % bootstrap interval of the ratio to `kl_uniform`, both resampled.
+# interval is the 95 % bootstrap interval of the ratio to `kl_uniform`; both costs are resampled.
 
 
 # %%
 def draws(diffusion, train, name, purpose, **options):
-    """Batch × squared deviation from the mean × evaluations of each draw, the mean of which is the cost; and seconds."""
+    """For each draw, batch × squared deviation from the mean × evaluations, whose mean is the cost; and the seconds per draw."""
     train = jnp.asarray(train)
     guide, elbo = probdiff.ESTIMATORS[name](diffusion, adapt_to=purpose, **options)
 
@@ -76,7 +76,7 @@ def draws(diffusion, train, name, purpose, **options):
         each = ravel_pytree(one)[0]
         return total + each, jnp.square(each - centre).sum()
 
-    centre = jax.jit(lambda key: bound(own, key))(keys[0]) if purpose == "value" else 0.0  # for accuracy only
+    centre = jax.jit(lambda key: bound(own, key))(keys[0]) if purpose == "value" else 0.0  # against rounding only
     zero = jnp.zeros(1 if purpose == "value" else ravel_pytree(own)[0].size)
     compiled = jax.jit(lambda keys: jax.lax.scan(add, zero, keys)).lower(keys).compile()
     start = time.perf_counter()
@@ -111,9 +111,9 @@ def table(title, diffusion, train, variants):
 # %% [markdown]
 # ## The parts, and all of them together
 #
-# For scale: the reconstruction has weight N whenever n = 1 is drawn, and makes up most of the variance of `kl_uniform`.
-# Had it been evaluated for every datum beside the one step, at two evaluations, the cost would be as printed
-# under each table. The control variate does not contain the parameters, so it leaves gradients as they are.
+# The reconstruction has weight N whenever n = 1 is drawn, and causes most of the variance of `kl_uniform` on the first
+# schedule. Under each table is the cost with the reconstruction of every datum and one uniform step of 2 … N, at two
+# evaluations. The control variate does not depend on the parameters, so that gradients are unchanged.
 
 # %%
 variants = {name: (name, {}) for name in NAMES}
@@ -135,8 +135,8 @@ for title, schedule in schedules.items():
 # %% [markdown]
 # ## A finite training set: the noise replaced by its mean and variance given z_n
 #
-# With a training set of 1000 points, E[ε | z_n] over the *whole set* gives the same expected gradient; what it costs is
-# a squared distance to each of the points for every network evaluation; the last column is the time of a gradient.
+# With a training set of 1000 points, the noise may be replaced by E[ε | z_n] over the *whole set*: the expected gradient is
+# the same. This costs a squared distance to each point for every network evaluation. The last column is the time of a gradient.
 
 # %%
 few = data.train[: 50 if quick else 1000]

@@ -5,7 +5,7 @@
 # number on *each path*. Lines 6 to 8 take expectations: they give the same number *on average*. Both are asserted.
 #
 # Sources: Sohl-Dickstein et al. (2015), arXiv:1503.03585 [S], and Ho et al. (2020), arXiv:2006.11239 [H].
-# Notation is that of the README: x_0 is the datum, z_1 … z_N the latents, q the noising chain, p the model.
+# The notation is that of docs/theory.md: x_0 is the datum, z_1 … z_N the latents, q the noising chain, p the model.
 
 # %%
 import argparse
@@ -32,9 +32,9 @@ numpyro.enable_x64()
 # %% [markdown]
 # ## The model
 #
-# Gaussian data and a linear network, so that every expectation is known exactly. The network is the best one times
-# 0.9: a wrong model, in which nothing cancels by luck. N is small, so that each term counts, and the chain ends
-# before all signal is gone, so that the prior KL does too.
+# The data are Gaussian and the network is linear, so that every expectation is known exactly. The network is the exact
+# one times 0.9: a wrong model, in which nothing cancels by chance. N is small, and the chain ends before all signal is
+# gone, so that no term is negligible, not even the prior KL.
 
 # %%
 N = 8
@@ -72,11 +72,11 @@ for n in range(1, N + 1):
     print(row)
 
 # %% [markdown]
-# ## 2. The heart: Bayes' rule is a change of guide
+# ## 2. The key step: Bayes' rule is a change of guide
 #
 # `guide` draws z_1, then z_n given z_{n−1}. `posterior_guide` draws z_N, then z_{n−1} given z_n and x_0: the same
-# distribution, factorised in the model's order. One path, two factorisations, one number: *switching guide is the
-# "apply Bayes' rule" line of the proof*. (The forward guide refuses given values: its density is read from its trace.)
+# distribution, factorised in the model's order. Both give a path the same density: *changing the guide is the line
+# "apply Bayes' rule" of the proof*. (The forward guide refuses given values: its density is read from its trace.)
 
 # %%
 path = handlers.trace(handlers.seed(diffusion.guide, 0)).get_trace(x[:1])["z"]
@@ -142,20 +142,21 @@ for name, value in lines.items():
 # %% [markdown]
 # ## 4. Lines 6 to 8: the same number on average
 #
-# 6. Each log-ratio gives way to its expectation given what the posterior guide drew before it: for step n given z_n,
-#    for z_N given x_0 alone. These are KLs, known in closed form [S, eq. 14; H, eqs. 5 and 22]. As the variances are
-#    fixed, the KL of a step is a weighted squared error of the predicted noise, plus a constant [H, eq. 12]:
-#    `elbo_terms` computes it so, and on the noise of these paths it must give line 6 again.
-# 7. The expectation of a KL given z_n needs only q(z_n | x_0): each step may draw a z_n of its own.
-# 8. The expectation itself. Lines 5 to 7 are held against it term by term, datum by datum.
+# 6. Each log-ratio is replaced by its expectation given the sites that the posterior guide draws before it: z_n for
+#    step n, none for z_N (x_0 is given throughout). These are KLs in closed form [S, eq. 14; H, eqs. 5 and 22]. As the
+#    variances are fixed, the KL of a step is a weighted squared error of the predicted noise, plus a constant
+#    [H, eq. 12]. `elbo_terms` computes it in this form, and on the noise of these paths it must give line 6 again.
+# 7. The KL of a step depends on z_n alone, so that its expectation needs only q(z_n | x_0): each step may draw its
+#    own z_n.
+# 8. The expectation itself. Lines 5 to 7 are compared with it term by term, datum by datum.
 #
-# As estimators these are `Trace_ELBO` (lines 1 to 5), `TraceMeanField_ELBO` with the posterior guide (line 6), and
-# `elbo_terms` and `AnalyticELBO` (line 7).
+# As estimators these lines are `Trace_ELBO` (lines 1 to 5), `TraceMeanField_ELBO` with the posterior guide (line 6),
+# and `elbo_terms` and `AnalyticELBO` (line 7).
 #
-# Line 6 is where samples turn into expectations. *Term by term* the variance cannot rise (Rao-Blackwell): see the last
-# column. That of the *sum* can. Compare the last two columns: in line 5 the terms are negatively correlated and make
-# up for one another; in line 6 they are positively correlated, as neighbouring z_n are alike and so are their KLs;
-# in line 7 they are independent.
+# In line 6 samples are replaced by expectations. The variance of *each term* cannot rise (Rao-Blackwell): see the last
+# column. The variance of the *sum* can. Compare the last two columns: in line 5 the terms are negatively correlated and
+# partly cancel; in line 6 they are positively correlated, as neighbouring z_n are similar and so are their KLs; in line
+# 7 they are independent.
 
 
 # %%
@@ -166,7 +167,7 @@ def kl_terms(diffusion):
 
 
 def stacked(prior_kl, step_kl, reconstruction):
-    """The terms of line 8, or those of line 7 with the term first, as one array in the order of line 6."""
+    """The terms of line 7 (the term as the first axis) or of line 8 as one array, in the order of line 6."""
     return np.concatenate([-prior_kl[None], -step_kl, reconstruction[None]])
 
 
@@ -197,7 +198,7 @@ line_8, log_p_x = exact.pop("elbo"), exact_log_prob(diffusion, x)
 terms_8 = stacked(**exact)
 
 header = f"{'line':24}{'mean':>10}{'s.e.':>10}{'z':>7}{'variance':>12}{'Σ of its terms':>18}"
-print(f"\nMean ± s.e., nats; z against line 8; variance over paths, and that of each term, added up\n{header}")
+print(f"\nMean ± s.e., nats; z against line 8; variance over paths, and that of the terms, summed\n{header}")
 line_5 = summarise("5 log-ratios on paths", terms_5, terms_8)
 line_6 = summarise("6 KLs, same paths", terms_6, terms_8)
 line_7 = summarise("7 KLs, independent z_n", terms_7, terms_8)
@@ -208,12 +209,13 @@ assert abs(weight.mean() - 1) <= Z_MAX * se, f"line 0: {weight.mean()} ± {se}"
 print(f"   E_q[p(x, z) / q(z | x_0)] / p(x) = {weight.mean():.4f} ± {se:.4f}")
 
 # %% [markdown]
-# ## 5. Where the path has less variance than the KLs
+# ## 5. Where log-ratios on a path have less variance than KLs
 #
-# Data N(0, I), the best network and v_n = β_n: the chain is stationary and p is its exact reversal, so that
+# Data N(0, I), the exact network and v_n = β_n: the chain is stationary and p is its exact reversal, so that
 # q(z | x_0) = p(z | x). Then log p(x, z) − log q(z | x_0) is log p(x), whatever the path: the bound is tight and a
-# single path gives it [S, sections 2.3 and 2.4]. The KLs of line 6 are not zero, as q(z_{n−1} | z_n, x_0) knows x_0
-# and p does not. They depend on z_n; the swings of the log-ratios cancel on every path, those of the KLs do not.
+# single path gives it [S, sections 2.3 and 2.4]. The KLs of line 6 are not zero, as q(z_{n−1} | z_n, x_0) depends on
+# x_0 and p does not. The KLs vary with z_n. On every path the variations of the log-ratios cancel; those of the KLs do
+# not.
 
 # %%
 network = GaussianOracle([0.0, 0.0], np.eye(2)).network(schedule)
@@ -231,8 +233,8 @@ print(f"{'8 exact, and log p(x)':24}{log_p_stationary.mean():10.5f}")
 # %% [markdown]
 # ## 6. The figure, for the first datum
 #
-# Left, 300 paths: line 5 is on the diagonal, line 6 is not. Right, all paths: one mean for all lines, a spread for each
-# (the lowest half per cent of line 6 is cut off).
+# Left, 300 paths: line 5 is on the diagonal, line 6 is not. Right, all paths: the lines have the same mean and
+# different spreads (the lowest half per cent of line 6 is cut off).
 
 # %%
 figure = Figure(figsize=(9, 4.4), dpi=130, layout="constrained")

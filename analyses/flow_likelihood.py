@@ -1,10 +1,10 @@
 # %% [markdown]
 # # What likelihood does the probability flow have, and is its difference from the ELBO an error?
 #
-# The probability flow is an ordinary differential equation made of the ε-network. It gives a density, not a bound; but
-# one of z_1, from N(0, I) at z_N, by a network that is asked between the steps, or interpolated. Its likelihood of test data is
-# held against the bounds of the reverse chain and against the true density; then, with the exact network, each of its
-# three errors against what `flow_likelihood` reports of it.
+# The probability flow is an ordinary differential equation defined by the ε-network. It gives a density, not a bound. But
+# this is a density of z_1, it replaces q(z_N) by N(0, I), and a network that is a function of the step must be interpolated
+# between steps. The likelihood of test data is compared with the bounds of the reverse chain and with the true density.
+# Then, with the exact network, each of these three errors is compared with the value that `flow_likelihood` reports.
 #
 # The data are the moons. Errors (±) are one standard error over data and noise; differences are paired datum by datum.
 # The figure is saved to the current directory.
@@ -61,7 +61,7 @@ def shown(values, digits=4):
 
 
 def bound(diffusion, x):
-    """The bound of each datum: all steps, less a control variate."""
+    """The bound of each datum, from all steps with a control variate."""
     per_datum = probdiff.AnalyticELBO(diffusion, "all", control="linear").per_datum
     evaluate = jax.jit(lambda keys, x: jax.lax.map(lambda key: per_datum(key, x), keys).mean(0))
     keys = jax.random.split(jax.random.key(1), DRAWS)
@@ -69,7 +69,7 @@ def bound(diffusion, x):
 
 
 def print_likelihoods(name, x, values):
-    """Print a row for each likelihood, with what it is more than the truth and more than the first."""
+    """Print a row for each likelihood: its mean, and its differences from the true log density and from the ELBO."""
     print(f"\n{name}, {len(x)} data{'nats':>25}{'minus log p':>20}{'minus the ELBO':>20}")
     for label, value in {"log p": data.log_prob(x), **values}.items():
         print(f"{label:36}{shown(value)}{shown(value - data.log_prob(x))}{shown(value - values['ELBO'])}", flush=True)
@@ -82,7 +82,7 @@ start = time.perf_counter()
 flow = probdiff.flow_likelihood(fitted, x, key=jax.random.key(2))
 print(f"\nThe fitted network ({time.perf_counter() - start:.0f} s)\n{flow}", flush=True)
 elbo, flow = bound(fitted, x), flow.log_prob.mean(0)
-print_likelihoods("Fitted network", x, {"ELBO": elbo, "ELBO, v_n = β̃_n instead of β_n": bound(other, x), "flow": flow})
+print_likelihoods("Fitted network", x, {"ELBO": elbo, "ELBO, v_n = β̃_n": bound(other, x), "flow": flow})
 iwae = probdiff.iwae(fitted, few, key=jax.random.key(3), num_particles=PATHS)[0]
 print_likelihoods("Fitted network", few, {"ELBO": elbo[:FEWER], f"IWAE-{PATHS}": iwae, "flow": flow[:FEWER]})
 print_likelihoods("Exact network", x, {"ELBO": bound(exact, x)})
@@ -90,14 +90,14 @@ exact_flow = probdiff.flow_likelihood(exact, few, key=jax.random.key(2)).log_pro
 print(f"{'flow minus log p':36}{shown(exact_flow, 5)}, on {FEWER} data", flush=True)
 
 # %% [markdown]
-# On average over the data, flow and ELBO of the fitted network cannot be told apart, and both are 0.04 nats below the
-# truth. But the reasons are different ones, and so are the values of each datum. The flow's distance from log p is a
-# hundred times its errors from interpolation and base: it is the density of another model. The ELBO is a bound on the
-# density of the chain: more than half of its distance the exact network's ELBO has, too (what N Gaussian steps cost),
-# and ten paths instead of one take most of it back, so that the chain is the better model by at least 0.05 ± 0.01
-# nats. With another v_n the ELBO loses 0.22 nats more, while the flow has no v_n. With the exact network the flow is
-# log p, and the difference is the gap of the ELBO. So the difference is no error: it compares two models, and a
-# density with a bound.
+# (Findings of a run with N = 500 and v_n = β_n.) On average over the data, the flow and the ELBO of the fitted network do
+# not differ significantly: both are 0.04 nats below log p. But the reasons differ, and so do the values of single data.
+# The flow's distance from log p is a hundred times its errors from interpolation and base: it is the density of another
+# model. The ELBO is a bound on the density of the chain. With the exact network it still has more than half of that gap
+# (the cost of N Gaussian steps). The importance-weighted bound with ten paths (IWAE-10) closes most of it, so that the
+# chain is the better model by at least 0.05 ± 0.01 nats. With v_n = β̃_n the ELBO is 0.22 nats lower; the flow does not
+# depend on v_n. With the exact network the flow is log p, and the difference is the gap of the ELBO. The difference is
+# therefore no error: it compares two models, and a density with a bound.
 
 # %%
 apart = np.sqrt(np.mean(np.square(flow - data.log_prob(x))))
@@ -107,9 +107,10 @@ print(f"Flow minus IWAE-{PATHS}: {shown(flow[:FEWER] - iwae).strip()}, on {FEWER
 # %% [markdown]
 # ## The error from interpolation
 #
-# The exact network is told the noise level: with the true density of z_N for `base`, the flow's log-density of z_1 is
-# the true one, up to the solver. Told the step instead, and interpolated in between, it is not: the error falls as
-# 1/N². What is reported is right where ε̂ of every second step would do; at N = 10 it is three times too large.
+# With the exact network as a function of the noise level, and the true density of z_N for `base`, the flow's log density
+# of z_1 is exact up to the solver's error. With the network as a function of the step, interpolated between steps, there
+# is an error, which falls as 1/N². It is reported accurately where every second step would suffice; at N = 10 the report
+# is three times too large.
 
 
 # %%
@@ -147,7 +148,7 @@ def print_row(name, *estimates):
 x, interpolation = data.test[:KNOWN], {}
 tolerances = {"rtol": TOLERANCE, "atol": TOLERANCE}
 print(f"\nExact network, {KNOWN} data: error of log q(z_1) from interpolation, nats")
-print(f"{'N; the solver alone':24}{'r.m.s., true':>20}{'r.m.s., reported':>20}{'mean, true':>20}{'mean, reported':>20}")
+print(f"{'N; error of the solver':24}{'r.m.s., true':>20}{'r.m.s., reported':>20}{'mean, true':>20}{'mean, reported':>20}")
 for size in SIZES:
     diffusion, schedule, noised = setting(size)
     z, base = noised(x, 1), marginal(schedule, size).log_prob
@@ -164,12 +165,12 @@ for size in SIZES:
 # %% [markdown]
 # ## The errors at the two ends
 #
-# Neither depends on N. That of N(0, I) for q(z_N) depends on the last log-SNR, and is KL[q(z_N) ‖ N(0, I)] on average.
-# What is reported, the prior KL, is a bound: nearly all of it is what z_N tells of x_0, which is no error of the flow.
-# That of σ_1, if log q(z_1) is read as log p(x), depends on the first log-SNR, and is the entropy of z_1 less that of
-# x, in the same units. It is reported too small where σ_1 is no longer small beside the spread of the moons, as the
-# flow's `log_prob` is then itself a bound with a gap. The true ones are computed by quadrature. (No report looks at
-# the flow's solution here: its tolerance may be loose.)
+# Neither error depends on N. The error of N(0, I) instead of q(z_N) depends on the last log-SNR; its mean is
+# KL[q(z_N) ‖ N(0, I)]. The reported value, the prior KL, is an upper bound: nearly all of it is the information of z_N
+# about x_0, which is no error of the flow. The error of reading log q(z_1) as log p(x) depends on the first log-SNR; its
+# mean is the entropy of z_1 minus that of x, in the same units. The reported value is too small unless σ_1 is small
+# compared with the spread of the moons, as the flow's `log_prob` is then itself a bound with a gap. The true errors are
+# computed by quadrature. (No reported error uses the flow's solution, so that its tolerance may be loose.)
 
 
 # %%
@@ -182,7 +183,7 @@ def base_error(schedule):
 
 
 def smoothing_error(schedule):
-    """Entropy of z_1 less that of the data, in the units of the data, and its numerical error."""
+    """Entropy of z_1 minus the entropy of the data, in the units of the data, and the numerical error."""
     to_data = likelihood.log_jacobian(data.dim) + data.dim / 2 * np.log(schedule.alpha_bar[0])
     (smooth, smooth_error), (entropy, error) = marginal(schedule, 1).entropy(), data.entropy()
     return smooth - to_data - entropy, smooth_error + error

@@ -1,9 +1,9 @@
 # %% [markdown]
-# # Can a file that is not what it should be do harm?
+# # Can a damaged file do harm?
 #
-# Data files and the files of a run are spoiled at random: bits flipped, bytes cut out, doubled or overwritten, values of the JSON
-# document replaced by others. Reading one must give a result or a clean refusal (ValueError, TypeError, OSError) within a
-# bounded time, and nothing else.
+# Data files and the files of a run are damaged at random: bits are flipped; bytes are cut out, doubled or overwritten; values of the
+# JSON document are replaced or left out. Reading such a file must end within a bounded time, with a result or with a clean refusal
+# (ValueError, TypeError, OSError).
 
 # %%
 import argparse
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import probdiff
 
-parser = argparse.ArgumentParser(description="Can a file that is not what it should be do harm?")
+parser = argparse.ArgumentParser(description="Can a damaged file do harm?")
 parser.add_argument("--quick", action="store_true", help="150 files, to see that it runs")
 quick = parser.parse_args().quick
 
@@ -65,7 +65,7 @@ READERS = {
 
 
 # %% [markdown]
-# ## Ways to spoil them
+# ## Ways to damage them
 
 
 # %%
@@ -89,7 +89,7 @@ def spoil_bytes(content):
 
 
 def spoil_json(content):
-    """One value somewhere in the document replaced, or left out."""
+    """The document with one value replaced or left out."""
     document = json.loads(content)
     place = document
     while True:
@@ -106,7 +106,7 @@ def spoil_json(content):
 
 
 def cases():
-    """A path to put the spoiled file, its content, and how to read it."""
+    """For each case: the name of the good file, the path and content of the damaged one, and a function that reads it."""
     scratch = folder / "scratch"
     shutil.copytree(run.path, scratch)
     spoiled_run = probdiff.open_run(scratch)
@@ -134,12 +134,12 @@ for name, path, content, read in tqdm(cases(), total=CASES, unit="file"):
         outcome = "read"
     except REFUSALS as error:
         outcome = "refused"
-        assert str(error), f"{name}: a refusal without a word"
+        assert str(error), f"{name}: a refusal without a message"
     slowest = max(slowest, time.monotonic() - began)
     assert slowest < LONGEST, f"{name}: {slowest:.1f} s"
     outcomes[name][outcome] += 1
 
 # %%
-print(f"{CASES} spoiled files: each was read or refused, none in more than {slowest:.1f} s")
+print(f"{CASES} damaged files: each was read or refused, in at most {slowest:.1f} s")
 for name, counts in outcomes.items():
     print(f"{name:16}" + ", ".join(f"{outcome} {count}" for outcome, count in sorted(counts.items())))

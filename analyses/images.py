@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Images of 784 pixels and 256 levels: Fashion-MNIST in bits per dimension
 #
-# A U-Net that predicts, for each pixel, a mixture on the levels (`LevelMixtureHead`), fitted for a given time. Its code length on the test
-# split, its errors, and the code lengths of others; the bound against the time of the fit; where its nats go; samples; and the images that are coded worst.
+# A U-Net that predicts a mixture on the levels for each pixel (`LevelMixtureHead`) is fitted for a given time. The results are its code length on the test
+# split with errors, beside the code lengths of other models; the bound against the time of the fit; the KL of each step; samples; and the images with the longest codes.
 #
-# `probdiff fit --data fashion-mnist --minutes 60 --out runs/images` makes the run that is read here; if there is none, it is made. Figures are saved to the current directory.
+# The script reads the run of `probdiff fit --data fashion-mnist --minutes 60 --out runs/images`, or makes it if there is none. Figures are saved to the current directory.
 
 # %%
 import argparse
@@ -62,7 +62,7 @@ bits = probdiff.elbo.bits_per_dim
 # %% [markdown]
 # ## The code length of the test split
 #
-# All test images at random steps: the error over the images, and that of the steps and the noise, which is at most a fifth of it. Beside it both ways, on a few images.
+# All test images at random steps, with the error over the images. The Monte Carlo error, of steps and noise, is at most a fifth of it. For a few images the bound is computed in two ways.
 
 # %%
 start = time.monotonic()
@@ -81,17 +81,17 @@ print(
 for name, part in (("prior KL", bound.prior_kl), ("step KL", bound.step_kl), ("reconstruction", -bound.reconstruction)):
     print(f"{name:>15}: {-bits(np.mean(part), dim):.5f} bits/dim")
 difference, error = both.difference
-print(f"both ways on {len(some)} images: {difference:.2f} ± {error:.2f} nats apart; term by term on common paths to {both.common.largest if both.common else np.nan:.1e}")
-print(f"greatest memory so far: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+print(f"the bound in two ways on {len(some)} images: {difference:.2f} ± {error:.2f} nats apart; terms on common paths at most {both.common.largest if both.common else np.nan:.1e} nats")
+print(f"peak memory so far: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 # %% [markdown]
-# ## The bound against the time of the fit, and where its nats go
+# ## The bound against the time of the fit, and the KL of each step
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 iteration, validation = np.asarray(run.validation).T
 left.plot(iteration / len(run.losses) * minutes, bits(validation, dim), marker=".", label="averaged parameters, validation split")
-left.axhline(bits(estimate.mean, dim), color="C1", label="the result, test split")
+left.axhline(bits(estimate.mean, dim), color="C1", label="result, test split")
 if not quick:
     for name in ("BitSwap", "IDF", "BB-ANS"):
         left.axhline(OTHERS[name], color="grey", linestyle=":", linewidth=1)
@@ -108,13 +108,13 @@ right.legend(fontsize=8)
 figure.savefig("images.png", dpi=150)
 
 # %% [markdown]
-# ## Samples, and the images that are coded worst
+# ## Samples, and the images with the longest and the shortest codes
 
 # %%
 count = 2 if quick else 8
 samples = np.asarray(probdiff.samplers.ancestral(diffusion, key=jax.random.key(4), num_samples=count * 3))
 order = np.argsort(bound.elbo)
-panels = {"samples": samples, "coded worst, bits/dim": dataset.test[order[: count * 3]], "coded best": dataset.test[order[::-1][: count * 3]]}
+panels = {"samples": samples, "longest codes": dataset.test[order[: count * 3]], "shortest codes": dataset.test[order[::-1][: count * 3]]}
 figure, axes = plt.subplots(1, 3, figsize=(12, 2.1 if not quick else 3), layout="constrained")
 for ax, (title, images) in zip(axes, panels.items()):
     tiles = np.asarray(images).reshape(3, count, *dataset.image_shape).swapaxes(1, 2).reshape(3 * dataset.image_shape[0], -1)
@@ -123,4 +123,4 @@ for ax, (title, images) in zip(axes, panels.items()):
     ax.set_axis_off()
 figure.savefig("images_samples.png", dpi=150)
 worst = bits(bound.elbo[order[: count * 3]], dim)
-print(f"coded worst: {worst.max():.2f} to {worst.min():.2f} bits/dim; the median is {np.median(bits(bound.elbo, dim)):.2f}")
+print(f"longest codes: {worst.max():.2f} to {worst.min():.2f} bits/dim; the median is {np.median(bits(bound.elbo, dim)):.2f}")

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Digits with the lower half hidden: what could be there, and how probable is what is seen?
+# # Digits with the lower half hidden: completions, and the probability of the visible half
 #
-# A diffusion fitted to whole digits knows what may be below a given upper half. Sequential Monte Carlo along the reverse chain
-# (`probdiff.inference`) gives completions as weighted samples, and an unbiased estimate of the probability of the visible half, which no sampler without weights has.
+# A diffusion fitted to whole digits is conditioned on their upper half. Sequential Monte Carlo along the reverse chain
+# (`probdiff.inference`) gives completions as weighted samples, and an unbiased estimate of the probability of the visible half, which samplers without weights do not give.
 # The figure is saved to the current directory.
 
 # %%
@@ -25,13 +25,13 @@ quick = parser.parse_args().quick
 NUM_STEPS, PARTICLES, RUNS, ITEMS, SIMULATED = (4, 4, 2, 2, 2) if quick else (100, 64, 2, 64, 20)
 SHOWN, COMPLETIONS = (2, 2) if quick else (8, 8)
 HALF = np.arange(64) < 32  # True is visible: the upper four rows
-TWIST = DiagonalTwist()  # 32 observed values: what "tweedie" is for more than 16
+TWIST = DiagonalTwist()  # what "tweedie" would use, as there are more than 16 observed values
 
 # %% [markdown]
 # ## The model
 #
-# That of `probdiff fit` for the digits: 1000 steps. Its network is asked for a noise level and not for a step, so that it serves a chain of 100 steps as it is.
-# What that costs the bound is the first thing to see.
+# The default model of `probdiff fit` for the digits has 1000 steps. The input of its network is the noise level and not the step, so that it can be used unchanged in a
+# chain of 100 steps. What this costs in the bound is printed first.
 
 # %%
 data = probdiff.datasets.load("digits")
@@ -56,8 +56,8 @@ items = data.test[:ITEMS].astype(np.int32)
 
 
 def shown(name, values, monte_carlo=None):
-    """A mean over data with its error, and that of the particles or the noise."""
-    noise = "" if monte_carlo is None else f"   (± {monte_carlo:.3f} of the random numbers)"
+    """Print a mean over data with its standard error, and with the Monte Carlo error if it is given."""
+    noise = "" if monte_carlo is None else f"   (Monte Carlo error {monte_carlo:.3f})"
     print(f"{name:58}{values.mean():10.3f} ± {values.std(ddof=1) / np.sqrt(len(values)):.3f}{noise}", flush=True)
 
 
@@ -74,7 +74,7 @@ for num_steps, bound in bounds.items():
 # %% [markdown]
 # ## The probability of the visible half
 #
-# Of each item in independent runs, whose mean is the estimate. Beside it the visible half by independent pixels, each by its frequencies in the training data. The log of an
+# The estimate for each item is the mean of independent runs. The reference models the pixels as independent, each with its frequencies in the training data. The log of an
 # unbiased estimate is too small on average.
 
 # %%
@@ -86,16 +86,16 @@ by_pixel = np.log(counts / counts.sum(1, keepdims=True))[np.arange(64), items]
 error = np.sqrt(np.square(visible.error).sum()) / ITEMS
 print(f"\n{ITEMS} test items, {RUNS} runs of {PARTICLES} particles each: nats per item, ± over the items")
 shown("log p(visible half)", visible.log_prob, error)
-shown("the same by independent pixels", by_pixel[:, HALF].sum(1))
+shown("the same with independent pixels", by_pixel[:, HALF].sum(1))
 shown("the bound of all pixels", bounds[NUM_STEPS])
-shown("the same by independent pixels", by_pixel.sum(1))
+shown("the same with independent pixels", by_pixel.sum(1))
 print(f"effective sample size at the worst step, of {PARTICLES}: {np.median(visible.ess):.1f} (median), {visible.ess.min():.1f} to {visible.ess.max():.1f}")
 print(f"{time.process_time() - start:.0f} s of processor time", flush=True)
 
 # %% [markdown]
 # ## Are these particles enough?
 #
-# Bounds on both sides, on visible halves of digits that were drawn from the model: between the two is its log p(visible half).
+# For visible halves of digits drawn from the model there are bounds on both sides: its mean log p(visible half) is between them.
 
 # %%
 print()
@@ -104,9 +104,9 @@ print(evidence_bounds(model, Inpainting(HALF, items[0]), key=jax.random.key(5), 
 # %% [markdown]
 # ## Completions
 #
-# Drawn by their weights, those of all runs together. Their visible half is that of the item. The mean of the completions against the mean of the training data, as a guess of the hidden pixels,
-# and how much they vary. Within a run particles have come to descend from a few at high noise, and resemble each other: so there are more runs here, and beside the effective sample size is how far two
-# particles of a run are apart, and two of different runs.
+# Completions are drawn by weight from the particles of all runs; their visible half is that of the item. Printed are the errors of the mean of the completions and of the mean of the training data as
+# predictions of the hidden pixels, and the spread of the completions. After resampling, the particles of a run descend from a few at high noise and resemble each other. Therefore there are more runs here,
+# and the distance of two particles of a run is compared with the distance of two particles of different runs.
 
 # %%
 posteriors = [
@@ -134,7 +134,7 @@ print(f"\nhidden pixels of the {SHOWN} items of the figure, {2 * RUNS} runs of {
 for name, squares in rows.items():
     print(f"{name:40}{np.sqrt(squares.mean()):6.2f}")
 within, between = np.mean([distances(posterior) for posterior in posteriors], 0)
-print(f"two particles of a run are {within:.2f} apart, two of different runs {between:.2f}")
+print(f"two particles of a run are {within:.2f} levels apart, two of different runs {between:.2f} (root mean squares)")
 
 figure = plt.figure(figsize=(9.5, 0.7 * SHOWN + 0.6), dpi=110, layout="constrained")
 left, right = figure.subfigures(1, 2, width_ratios=(2.4, 1))
@@ -156,7 +156,7 @@ for k, posterior in enumerate(posteriors):
     axes.plot(np.arange(1, NUM_STEPS + 1), posterior.ess, lw=0.8, color=plt.get_cmap("viridis")(k / SHOWN))
 axes.axhline(PARTICLES / 2, color="k", lw=0.8, ls=":", label="resampled below")
 axes.set(xlabel="step n", ylabel=f"effective sample size, of {PARTICLES}", ylim=(0, PARTICLES * 1.05))
-axes.set_title("a line for each row, mean of its runs", fontsize=8)
+axes.set_title("a line for each item, mean of its runs", fontsize=8)
 axes.legend(frameon=False, fontsize=8)
 figure.savefig("inpainting.png")
 print("figure: inpainting.png")

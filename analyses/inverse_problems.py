@@ -1,12 +1,13 @@
 # %% [markdown]
-# # How near are posteriors to the exact one, and who knows the evidence?
+# # How close are posterior samples to the exact posterior, and how accurate is the evidence?
 #
 # The benchmark of Cardoso et al. (2023), arXiv:2308.07983, section 4: a mixture of 25 Gaussians is observed through a random matrix, with noise. The posterior
-# is again a mixture of Gaussians, known in closed form, and so is the density of y. Every method has the exact network: what is left is its own error.
+# is again a mixture of Gaussians, known in closed form, and so is the density of y. Every method has the exact network, so that only its own error remains.
 #
-# `probdiff.inference.smc` with the Tweedie twist; the same with the point twist, which is TDS (Wu et al. 2023, arXiv:2306.17775); and four samplers without weights:
-# DPS (Chung et al. 2023, arXiv:2209.14687), ΠGDM (Song et al. 2023, openreview.net/forum?id=9_gsMA8MRKQ), TMPD (Boys et al. 2023, arXiv:2310.06721) and
-# DDRM (Kawar et al. 2022, arXiv:2201.11793). The figure is saved to the current directory.
+# Compared are sequential Monte Carlo (SMC, `probdiff.inference.smc`) with the Tweedie twist; SMC with the point twist, which is the twisted diffusion sampler (TDS, Wu et al. 2023,
+# arXiv:2306.17775); and four samplers without weights: diffusion posterior sampling (DPS, Chung et al. 2023, arXiv:2209.14687), pseudoinverse-guided diffusion models (ΠGDM, Song et al. 2023,
+# openreview.net/forum?id=9_gsMA8MRKQ), Tweedie moment projected diffusions (TMPD, Boys et al. 2023, arXiv:2310.06721) and denoising diffusion restoration models (DDRM, Kawar et al. 2022,
+# arXiv:2201.11793). The figure is saved to the current directory.
 
 # %%
 import argparse
@@ -26,7 +27,7 @@ import probdiff
 from probdiff.inference import LinearGaussian, smc
 from probdiff.oracles import GaussianMixture
 
-parser = argparse.ArgumentParser(description="How near are posteriors to the exact one, and who knows the evidence?")
+parser = argparse.ArgumentParser(description="How close are posterior samples to the exact posterior, and how accurate is the evidence?")
 parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
 parser.add_argument("--dims", type=int, nargs="+", default=[8, 80], help="dimensions, even numbers")
 parser.add_argument("--observed", type=int, nargs="+", default=[1, 2, 4], help="numbers of values of y")
@@ -37,23 +38,23 @@ quick = arguments.quick
 PARTICLES, NUM_STEPS, DIRECTIONS = (64, 20, 20) if quick else (1024, 200, 500)
 DIMS, PROBLEMS, OBSERVED = ([8], 1, (2,)) if quick else (arguments.dims, arguments.problems, arguments.observed)
 STEP_SIZES = (0.1, 1.0) if quick else (0.03, 0.1, 0.3, 1.0)  # of DPS
-FLOORS, MORE = (2, 2) if quick else (10, 16)  # pairs of exact samples; runs, where the evidence of the model itself is wanted
+FLOORS, MORE = (2, 2) if quick else (10, 16)  # pairs of exact samples; runs for the evidence of the model
 SCHEDULE = probdiff.log_snr_schedule(NUM_STEPS, 10.0, -8.0)
-AT_ONCE = 128  # particles, so that what is at hand stays in a processor's cache
+AT_ONCE = 128  # particles in a batch, so few that it stays in a processor's cache
 
 # %% [markdown]
 # ## The problems
 #
-# Means (8i, 8j, 8i, 8j, …) for i, j = −2 … 2, unit covariances, weights drawn as χ² with one degree of freedom. A has singular values uniform in [0, 1] and random
-# singular vectors; the noise scale is uniform between 0 and the largest of them; y is that of a draw.
+# Means (8i, 8j, 8i, 8j, …) for i, j = −2 … 2, unit covariances, weights drawn as χ² with one degree of freedom. The matrix A has singular values uniform in [0, 1] and random
+# singular vectors; the noise scale is uniform between 0 and the largest singular value; y is simulated from a draw of x.
 
 # %%
 GRID = 8.0 * np.stack(np.meshgrid(np.arange(-2, 3), np.arange(-2, 3), indexing="ij"), -1).reshape(25, 2)
-SCALE = float(np.sqrt(np.square(GRID).mean() + 1))  # of the data, over that of the chain
+SCALE = float(np.sqrt(np.square(GRID).mean() + 1))  # of the data, divided by that of the chain
 
 
 class Case(NamedTuple):
-    """A problem, and what is known of it: the posterior, and log p(y) of the true distribution."""
+    """A problem with its solution: the posterior, and log p(y) of the true distribution."""
 
     prior: GaussianMixture
     matrix: np.ndarray
@@ -99,7 +100,7 @@ def mixture_case(dim, observed, seed):
 
 
 def model_of(case):
-    """The model: the exact network, its numbers in arrays, so that a program compiled for one problem serves them all."""
+    """The model with the exact network, whose constants are arrays, so that one compiled program serves all problems."""
     network = case.prior.standardized(0.0, SCALE).network(SCHEDULE)
     network = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), network)
     return probdiff.Diffusion(SCHEDULE, network, probdiff.NormalLikelihood(0.0, SCALE), reverse_variance="forward")
@@ -108,10 +109,10 @@ def model_of(case):
 # %% [markdown]
 # ## The measures
 #
-# *Sliced Wasserstein distance*: the root mean square, over 500 random directions, of the W₂ distance on the line between the particles, with their weights, and an exact sample
-# of the same size. Its *floor* is the mean of that between ten pairs of exact samples: no sampler is below it but by luck. *Total variation* of the weights of the 25 components.
-# For sequential Monte Carlo, log Ẑ less the true log p(y), and the effective sample size of the weights at the end and at the worst step.
-# Time is that of one core, the median over problems, of which only the first compiles.
+# *Sliced Wasserstein distance*: the root mean square, over 500 random directions, of the one-dimensional 2-Wasserstein (W₂) distance between the weighted particles and an exact
+# sample of the same size. Its *floor* is the mean distance of ten pairs of exact samples: a sampler is below it only by chance. *Total variation* is the distance of the weights of the
+# 25 components. For SMC, the table also has the error of log Ẑ, the log of the estimated evidence, and the effective sample size (ESS) of the weights at the end and at the worst step.
+# Time is the time of one core, the median over problems, of which only the first compiles.
 
 
 # %%
@@ -129,7 +130,7 @@ def sliced(x, exact, weights=None):
 
 
 class Row(NamedTuple):
-    """What was measured of a method on a problem; the last three of sequential Monte Carlo only."""
+    """The measurements of a method on a problem; the last three for SMC only."""
 
     distance: float  # in units of the floor
     variation: float
@@ -161,13 +162,12 @@ def measured(case, known, x, seconds, weights=None, posterior=None):
 
 
 # %% [markdown]
-# ## The rivals
+# ## The samplers without weights
 #
-# Each is a few lines from the formulas of its paper, in the units of the chain. Three move the mean of the reverse step by a guidance term; for ΠGDM and TMPD, which approximate
-# ∇ log p(y | z_n), the step is that of the chain, β_n ∇ log p / √α_n: what ancestral sampling does with the score. (ΠGDM's paper gives another weight for images, found by trial;
-# with the one here it is exact for standard normal data.) DPS has a step size ζ that must be chosen: the mean moves by −ζ ∇‖y − A x̂_0‖, as its authors' program does;
-# for each size of problem the table has the best ζ of four *by the result on these very problems*, a choice in its favour that needs the exact posterior.
-# DDRM has η = 0.85 and η_b = 1, its authors' choice.
+# Each is a few lines from the formulas of its paper, in the units of the chain. Three of them add a guidance term to the mean of the reverse step. ΠGDM and TMPD approximate
+# ∇ log p(y | z_n); their term is β_n ∇ log p(y | z_n) / √α_n, as the score enters ancestral sampling. (The paper of ΠGDM gives another weight for images, found by trial; with the
+# weight used here ΠGDM is exact for standard normal data.) In DPS the mean moves by −ζ ∇‖y − A x̂_0‖, as in its authors' program, with a step size ζ that must be chosen. For each size
+# of problem the table has the best of four ζ *on these same problems*: a choice that favours DPS and needs the exact posterior. DDRM has η = 0.85 and η_b = 1, its authors' choice.
 
 
 # %%
@@ -192,12 +192,12 @@ def observed_of(case):
 
 
 def dps(given, z, n, step_size):
-    """How far the mean moves: eq. 16 and algorithm 1, with the norm."""
+    """The shift of the mean: eq. 16 and algorithm 1, with the norm."""
     return -step_size * jax.grad(lambda z: jnp.linalg.norm(given.y - given.matrix @ given.x0(z, n)))(z)
 
 
 def gaussian_guidance(given, z, n, covariance_of):
-    """∇ log p(y | z_n), with A x_0 given z_n normal and its covariance held fixed, as a move of the mean."""
+    """The shift of the mean by ∇ log p(y | z_n), if A x_0 given z_n is normal with a fixed covariance."""
     x0, pull = jax.vjp(lambda z: given.x0(z, n), z)
     of_y = covariance_of(pull) + jnp.square(given.noise) * jnp.eye(len(given.y))
     gradient = pull(jnp.linalg.solve(of_y, given.y - given.matrix @ x0) @ given.matrix)[0]
@@ -221,7 +221,7 @@ def _each(chain, key):
 
 @eqx.filter_jit
 def guided(given, key, move, step_size):
-    """Ancestral sampling with the mean of each step moved; samples in the chain's units."""
+    """Ancestral sampling with a shifted mean at each step; samples in the chain's units."""
 
     def chain(key):
         first, *keys = jax.random.split(key, NUM_STEPS + 1)
@@ -243,7 +243,7 @@ def ddrm(given, key, eta=0.85, eta_b=1.0):
     left, singular, right = jnp.linalg.svd(given.matrix, full_matrices=True)
     dim, observed = given.matrix.shape[1], len(given.y)
     y = jnp.zeros(dim).at[:observed].set(left.T @ given.y / singular)
-    spread = jnp.full(dim, jnp.inf).at[:observed].set(given.noise / singular)  # the noise of y there
+    spread = jnp.full(dim, jnp.inf).at[:observed].set(given.noise / singular)  # the noise of y in these coordinates
     sigmas = jnp.asarray(SCHEDULE.noise_scale / SCHEDULE.signal_scale, jnp.float32)
 
     def chain(key):
@@ -286,7 +286,7 @@ def compared(case, seed):
     known, given, key, rows = reference(case), observed_of(case), jax.random.key(seed), {}
     for name, twist in TWISTS.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # particles that have collapsed: the table says so
+            warnings.simplefilter("ignore")  # of degenerate weights, which the table shows
             observation = LinearGaussian(case.matrix, case.y, case.noise)
             found, seconds = timed(smc, given.model, observation, key=key, num_particles=PARTICLES, twist=twist)
         rows[name] = measured(case, known, found.samples, seconds, found.weights if np.isfinite(found.log_evidence) else None, found)
@@ -300,7 +300,7 @@ def compared(case, seed):
 # %% [markdown]
 # ## The comparison
 #
-# What was measured of a size is kept in a file in the current directory: where it was, a run goes on.
+# The measurements of each size are kept in a file in the current directory, from which an interrupted run continues.
 
 
 # %%
@@ -334,8 +334,8 @@ def of_size(dim, observed):
 results = {(dim, observed): of_size(dim, observed) for dim in DIMS for observed in OBSERVED}
 ours = [row for each in results.values() for row in each["SMC, Tweedie"]]
 distances, errors = (np.array([getattr(row, name) for row in ours]) for name in ("distance", "error"))
-print(f"\nSMC, Tweedie, all {len(ours)} problems: distance / floor {spread(distances)}; to show: a median of at most 1.3")
-print(f"|log Ẑ − log p(y)| at most 0.2 in {np.mean(np.abs(errors) <= 0.2):.0%}; to show: 90 %. Mean of log Ẑ − log p(y): {errors.mean():+.3f}, r.m.s. {np.sqrt(np.square(errors).mean()):.3f}")
+print(f"\nSMC, Tweedie, all {len(ours)} problems: distance / floor {spread(distances)}; target: a median of at most 1.3")
+print(f"|log Ẑ − log p(y)| at most 0.2 in {np.mean(np.abs(errors) <= 0.2):.0%}; target: 90 %. Mean of log Ẑ − log p(y): {errors.mean():+.3f}, r.m.s. {np.sqrt(np.square(errors).mean()):.3f}")
 
 # %% [markdown]
 # ## The figure
@@ -344,7 +344,7 @@ print(f"|log Ẑ − log p(y)| at most 0.2 in {np.mean(np.abs(errors) <= 0.2):.0
 names = list(next(iter(results.values())))[:-1]
 figure = Figure(figsize=(10, 4.8), dpi=110, layout="constrained")
 left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-places, MOST = np.arange(len(results)), 1000  # what is further is drawn there
+places, MOST = np.arange(len(results)), 1000  # larger distances are drawn at this one
 for k, name in enumerate(names):
     offset = (k - (len(names) - 1) / 2) * 0.12
     for place, each in zip(places, results.values()):
@@ -354,7 +354,7 @@ for k, name in enumerate(names):
         left.plot(place + offset, np.median(values), "_", ms=11, mew=2.5, color=colour, label=name if place == 0 else None)
 left.axhline(1, color="k", lw=0.8, ls="--", label="floor: two exact samples")
 left.set_xticks(places, [f"dim {dim}\n{observed} observed" for dim, observed in results])
-left.set(yscale="log", ylim=(0.2, 2e4), ylabel=f"sliced Wasserstein distance in units of the floor\n(at {MOST}: there or further)")
+left.set(yscale="log", ylim=(0.2, 2e4), ylabel=f"sliced Wasserstein distance in units of the floor\n({MOST}: this or more)")
 left.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 for k, name in enumerate(TWISTS):
     values = np.concatenate([[abs(row.error) for row in each[name]] for each in results.values()])
@@ -370,8 +370,8 @@ print("\nfigure: inverse_problems.png")
 # %% [markdown]
 # ## A check: normal priors
 #
-# For a standard normal prior ΠGDM, TMPD and the Tweedie twist are exact as N → ∞, and so they must be near 1, the floor; for a correlated one, TMPD and the Tweedie twist.
-# DPS and DDRM are biased there, too: DPS takes no account of what is not known of x_0 at z_n, and DDRM replaces x_0 by its mean given z_n alone.
+# As N → ∞, ΠGDM, TMPD and the Tweedie twist are exact for a standard normal prior, and TMPD and the Tweedie twist for a correlated one; their distances must be near 1, the floor.
+# DPS and DDRM are biased even here: DPS ignores the uncertainty of x_0 given z_n, and DDRM replaces x_0 by its mean given z_n alone.
 
 
 # %%
@@ -380,7 +380,7 @@ def shown(cells):
 
 
 def normal_case(seed, correlated):
-    """A normal prior of the size that the chain sees as 1, written as 25 times the same component: then nothing is compiled anew."""
+    """A normal prior on the scale of the chain, written as 25 equal components, so that nothing is compiled again."""
     rng = np.random.default_rng([7, seed])
     root = rng.normal(size=(8, 8)) / np.sqrt(8)
     covariance = SCALE**2 * (root @ root.T + 0.05 * np.eye(8) if correlated else np.eye(8))
@@ -399,13 +399,13 @@ for method in [*TWISTS, *RIVALS]:
         assert quick or not exact or median < 1.5, (method, name, median)
 
 # %% [markdown]
-# ## The evidence of the model, and of the truth
+# ## The evidence of the model, and of the true distribution
 #
-# Ẑ is unbiased for p_θ(y), the evidence of the chain with its N steps. Its log is held against the log p(y) of the distribution itself above; how far the model's own is, that takes more
-# particles: the mean of many runs.
+# Ẑ is unbiased for p_θ(y), the evidence of the chain with its N steps. Above, log Ẑ was compared with log p(y) of the true distribution. The difference of log p_θ(y) from log p(y) is
+# estimated from the mean of many runs.
 
 # %%
-print("\nlog p_θ(y) of the model, less log p(y) of the truth")
+print("\nlog p_θ(y) of the model minus log p(y) of the true distribution, nats")
 for dim in DIMS:
     for observed in OBSERVED:
         case = mixture_case(dim, observed, 0)
@@ -416,7 +416,7 @@ for dim in DIMS:
 # %% [markdown]
 # ## Time against particles, and against N
 #
-# Both should be linear: the last column is the time over what it would be, were it in proportion to that of the second row.
+# The time should be linear in both. The last column is the time divided by the time in proportion to the second row.
 
 # %%
 case = mixture_case(8, 2, 0)
@@ -429,7 +429,7 @@ def model_of_steps(num_steps):
     return probdiff.Diffusion(schedule, model_of(case).network, probdiff.NormalLikelihood(0.0, SCALE), reverse_variance="forward")
 
 
-print("\nseconds of a core, compiled; 8 dimensions, 2 observed; |log Ẑ − log p(y)| of one run")
+print("\nseconds of one core, without compilation; 8 dimensions, 2 observed")
 SIZES = [(32, NUM_STEPS), (PARTICLES, NUM_STEPS)] if quick else [(256, 200), (1024, 200), (4096, 200), (1024, 50), (1024, 100), (1024, 400)]
 times = {}
 for particles, num_steps in SIZES:
@@ -442,9 +442,9 @@ for (particles, num_steps), seconds in times.items():
 # %% [markdown]
 # ## Calibration
 #
-# Simulation-based calibration (Talts et al. 2018, arXiv:1804.06788): x is drawn from the model, y given it, and the rank of x among draws from its posterior is uniform if that is right. Of two coordinates,
-# and of log p(y | x), which a posterior that ignores y would show (Modrák et al. 2023, arXiv:2211.02383). The difference of the ECDF of the ranks from that of the uniform distribution, by ArviZ, with its
-# simultaneous band of 98.5 %, so that all three are inside theirs with at least 95 %. Then the same with the y of another x.
+# Simulation-based calibration (Talts et al. 2018, arXiv:1804.06788): x is drawn from the model and y given x; if the posterior is right, the rank of x among its draws is uniform. The ranks are of two coordinates,
+# and of log p(y | x), which detects a posterior that ignores y (Modrák et al. 2023, arXiv:2211.02383). ArviZ plots the empirical distribution function (ECDF) of the ranks minus that of the uniform distribution,
+# with a simultaneous band of 98.5 %, so that all three curves are inside with a probability of at least 95 %. As a negative control, the same is done with the y of another x.
 
 # %%
 import arviz as az
@@ -458,7 +458,7 @@ seen = true @ case.matrix.T + case.noise * np.random.default_rng(4).normal(size=
 
 
 def ranks(y, key):
-    """How many of the draws given each y are below the true x, in each quantity: (pair, quantity)."""
+    """The number of draws given each y that are below the true x, for each quantity: shape ``(pair, quantity)``."""
     found = []
     for x, each, keys in zip(true, y, jax.random.split(key, (PAIRS, 2))):
         observed = LinearGaussian(case.matrix, each, case.noise)
@@ -471,7 +471,7 @@ def ranks(y, key):
 
 uniform = np.random.default_rng(0).uniform(size=(PAIRS, len(OF)))
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # particles that have collapsed, of a y that the model does not know
+    warnings.simplefilter("ignore")  # of degenerate weights, for the y of another x
     pit = {label: (ranks(y, jax.random.key(5)) + uniform) / (RANKS + 1) for label, y in (("own y", seen), ("y of another", np.roll(seen, 1, 0)))}
 dims = {label: ["quantity"] for label in pit}
 tree = az.from_dict({"prior_sbc": {label: each[None] for label, each in pit.items()}}, dims=dims, coords={"quantity": list(OF)})

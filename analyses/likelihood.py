@@ -1,8 +1,8 @@
 # %% [markdown]
 # # How good is the model?
 #
-# The bound on test data, beside what is known about the data: their entropy, or other models. For each: what `probdiff fit` fits by default,
-# and what the parts of it are worth. Errors are standard errors over the test data. No model was chosen by its test data.
+# The bound on test data is compared with what is known about the data: their entropy, or the results of other models. The models are the defaults
+# of `probdiff fit`, and variants that show what its parts contribute. Errors are standard errors over the test data. No model was chosen on test data.
 
 # %%
 import argparse
@@ -47,7 +47,7 @@ def model_of(data, num_steps, seed=0):
 
 
 def fit(data, diffusion, seed):
-    """The default fit of a data set, of any model; the trained Diffusion and the seconds."""
+    """Fit any model with the default options of a data set; the trained Diffusion, and the seconds."""
     start = time.perf_counter()
     options = default_options(data) | ITERATIONS
     rest = {name: options[name] for name in ("iterations", "batch_size", "learning_rate")}
@@ -66,8 +66,8 @@ def bits(diffusion, x, num_draws=1):
 # %% [markdown]
 # ## Digits
 #
-# Bits per dimension of the test split. For comparison: independent pixels 2.397, an autoregressive network 1.947. The networks that
-# differ by their seeds are also put together: their mean prediction, which no more data went into.
+# Bits per dimension of the test split. For comparison: independent pixels 2.397, an autoregressive network 1.947. The networks of all
+# seeds are also combined into an ensemble, which predicts their mean and uses no more data.
 
 # %%
 digits = probdiff.datasets.load("digits")
@@ -86,7 +86,7 @@ if wanted("digits"):
     print(f"digits, N = {N}, mean of {SEEDS}: {np.mean(values):.4f}{spread}", flush=True)
     together = probdiff.Diffusion(fitted.schedule, probdiff.networks.Ensemble(networks), fitted.likelihood).bind({})
     mean, error = bits(together, x)
-    print(f"digits, N = {N}, mean network of {SEEDS}: {mean:.4f} ± {error:.4f} bits/dim, fitted in {total:.0f} s", flush=True)
+    print(f"digits, N = {N}, ensemble of {SEEDS}: {mean:.4f} ± {error:.4f} bits/dim, fitted in {total:.0f} s", flush=True)
 
 # %% [markdown]
 # ## Few steps
@@ -107,8 +107,8 @@ if wanted("few"):
 # ## Binary data
 #
 # The heartbeat of Sohl-Dickstein et al. (2015, arXiv:1503.03585, section 3.1): twenty bits of which every fifth is one, five sequences in all, so
-# that the optimum is log2(1/5) = −2.322 bits per sequence. Their chain of bit flips reached −2.414; here bits are the two levels of a grid, and
-# the chain is the Gaussian one.
+# that the optimum is log2(1/5) = −2.322 bits per sequence. Their chain of bit flips reached −2.414. Here a bit is one of the two levels of a grid,
+# and the chain is Gaussian.
 
 # %%
 if wanted("heartbeat"):
@@ -127,8 +127,8 @@ if wanted("heartbeat"):
 # %% [markdown]
 # ## Planar data: the gap of the bound to the entropy
 #
-# Paired per datum with the true log-density, and with a control variate of known mean, so that the error is small. (`probdiff inspect` says
-# how much of a gap the exact network would have, too.)
+# The gap is paired with the true log density datum by datum, and has a control variate of known mean, so that its error is small.
+# (`probdiff inspect --ledger` shows how much of a gap remains with the exact network.)
 
 # %%
 def gap(diffusion, data, x):
@@ -151,8 +151,8 @@ if wanted("planar"):
 # %% [markdown]
 # ## The variance of a one-step estimate, by schedule
 #
-# The same fitted network, which is told the log-SNR, on four schedules with equal ends, one of them learned: only its shape is
-# trained, by the gradient of the variance. Variance over a uniform n = 2 … N and the noise of (N − 1) times the KL of step n, mean over test data.
+# The same fitted network, a function of the log-SNR, is used with four schedules of equal ends. One of them is learned: only its shape is
+# trained, by the gradient of the variance. The variance is that of (N − 1) times the KL of step n, over a uniform n = 2 … N and the noise; printed is its mean over test data.
 # On CIFAR-10, Variational Diffusion Models (figure 4b) report 0.53 / 6.35 / 31.6 / 31.1 for learned / log-SNR-linear / linear β / cosine.
 
 # %%

@@ -1,10 +1,10 @@
 # %% [markdown]
-# # Is predicting the noise the same as predicting the score, and how well does a fitted network know it?
+# # Is predicting the noise the same as predicting the score, and how accurate is the score of a fitted network?
 #
 # In variance-exploding coordinates, x_n = x_0 + σ_n ε, the score of the noisy data is ∇ log p(x_n) = −E[ε | x_n]/σ_n:
 # a network that predicts the noise predicts the score. The data are eight Gaussians, whose score is known at every
-# noise level. Models of them are fitted by the bound, and by denoising score matching with other weights; what each
-# knows is measured.
+# noise level. Models of them are fitted by the bound, and by denoising score matching with other weights; the error of
+# each model's score is measured.
 #
 # Errors (±) are one standard error over data and noise. Figures are saved to the current directory.
 
@@ -48,10 +48,10 @@ print(f"8gaussians, N = {N}, σ_n from {schedule.sigma[0]:.4f} to {schedule.sigm
 # %% [markdown]
 # ## The fits
 #
-# Score matching minimises Σ_n λ_n E‖s_θ + ε/σ_n‖². With λ_n = σ_n² all noise counts alike; λ_n = σ_n counts a score
-# for more where there is little noise. The bound is fitted twice: with one step a datum, spread evenly, as the other
-# two are, and with steps drawn from learned probabilities, for less variance of the gradient. All have the same keys,
-# and are in float32; what follows is in float64.
+# Score matching minimises Σ_n λ_n E‖s_θ + ε/σ_n‖². With λ_n = σ_n² all noise levels count alike; λ_n = σ_n gives more
+# weight to low noise. The bound is fitted twice: with one step per datum, spread evenly, as in the other two fits, and
+# with steps drawn from learned probabilities, for less variance of the gradient. All fits have the same keys and are in
+# float32; all that follows is in float64.
 
 # %%
 OBJECTIVES = {
@@ -72,11 +72,11 @@ numpyro.enable_x64()
 test = likelihood.encode(data.test)
 
 # %% [markdown]
-# ## The same, twice
+# ## Two checks of the score
 #
-# The exact ε-network is held against automatic differentiation of the density of the noisy data, a NumPyro mixture.
-# And it is the mean of the conditional scores −(x_n − x_0)/σ_n² over the x_0 that x_n may come from: here an average
-# over training data, with weights p(x_n | x_0).
+# The score of the exact ε-network is compared with automatic differentiation of the density of the noisy data, a NumPyro
+# mixture. It is also the mean of the conditional scores −(x_n − x_0)/σ_n² over x_0 given x_n, here an average over
+# training data with weights p(x_n | x_0).
 
 # %%
 oracle = data.oracle.standardized(likelihood.loc, likelihood.scale)
@@ -114,11 +114,10 @@ for n in steps:
     print(f"{n:5d} {schedule.sigma[n - 1]:7.4g} {difference:29.1e}   {text}")
 
 # %% [markdown]
-# ## The bound is a score matching
+# ## The bound is score matching
 #
-# Each step KL of the bound is λ_n ‖s_θ + ε/σ_n‖² and a constant, with the `likelihood_weights` for λ_n. On this
-# schedule, equal steps of log-SNR and v_n = β_n, they are nearly a multiple of σ_n²: only the first step counts for
-# more.
+# Each step KL of the bound is λ_n ‖s_θ + ε/σ_n‖² plus a constant, where λ_n are the `likelihood_weights`. With equal
+# steps of log-SNR and v_n near β_n, they are nearly a multiple of σ_n²; only the first step has more weight.
 
 # %%
 likelihood_weights = probdiff.elbo.likelihood_weights(fitted)
@@ -136,18 +135,18 @@ print(f"\nStep KLs against score matching with the likelihood weights: largest r
 print(f"λ_n/σ_n² in the bound: {weights[0]:.4f} at n = 1, {weights[1:].min():.4f} to {weights[1:].max():.4f} after")
 
 # %% [markdown]
-# ## How well is the score known?
+# ## How accurate is the score?
 #
-# Three squared distances, in units where the noise is 1 (times σ_n²): of the model's score from the exact one, which
-# is E‖ε_θ − E[ε | x_n]‖²; of the model's from the conditional score, which score matching minimises; of the exact from
-# the conditional. The second is the sum of the others (Vincent's identity), which is checked at every level. A model
-# whose score is 0 has relative error 1. The bound loses Σ_n w_n E‖ε_θ − E[ε | x_n]‖² nats to the network, w_n =
-# λ_n/σ_n².
+# Three mean squared distances, times σ_n² so that the noise is 1: between the model's score and the exact one, which is
+# E‖ε_θ − E[ε | x_n]‖²; between the model's and the conditional score, which score matching minimises; and between the
+# exact and the conditional score. The second is the sum of the others (Vincent's identity), which is checked at every
+# level. A model whose score is 0 has relative error 1. The network costs the bound Σ_n w_n E‖ε_θ − E[ε | x_n]‖² nats,
+# with w_n = λ_n/σ_n².
 
 
 # %%
 def distances(model, steps, x0):
-    """Error of the score, size of the score, and what Vincent's identity leaves; shape ``(step, datum)`` each."""
+    """Squared error of the score, squared exact score, and residual of Vincent's identity; shape ``(step, datum)`` each."""
 
     def one(n):
         x_n = probdiff.chain.score.noising(schedule, x0, n).sample(jax.random.fold_in(jax.random.key(2), n))
@@ -194,19 +193,20 @@ for name in models:
     print(f"{name}: identity |z| ≤ {worst:.1f}; {total[0]:.4f} ± {total[1]:.4f} nats lost in all" + text)
 
 # %% [markdown]
-# ## What they say
+# ## What the measurements show
 #
-# In nats, the worst levels are those at which the Gaussians merge: of what the bound's fit loses, two thirds are lost
-# between σ_n = 0.08 and 1, though the error there is at most a hundredth of the score's square. Relative to the score,
-# the worst are those of least noise. There x_n says next to nothing of its noise, and below the printed σ_n even a
-# score of 0 is nearer than the fitted one; but all of σ_n < 0.006 is a tenth of the nats.
+# (Findings of a run with N = 500.) In nats, the worst levels are those at which the Gaussians merge: two thirds of the
+# loss of the fit by the bound are between σ_n = 0.08 and 1, although the squared error there is at most a hundredth of
+# the squared score. Relative to the score, the worst levels have the least noise. There x_n says almost nothing about its
+# noise, and below the printed σ_n a score of 0 is closer to the exact one than the fitted score; but all levels
+# σ_n < 0.006 together are a tenth of the loss.
 #
-# σ_n² weights and the bound differ in little but the first step, which has 24 times the weight of the others in the
-# bound: a large term that is rarely drawn. The fit with σ_n² weights is the better one *by the bound*, and the bound
-# with learned steps better still: what they save is variance of the gradient. The weights σ_n lose a hundred times as
-# much, and are better than the bound at the first levels only, where they are no better than learned steps: the
-# gradient of one step a datum then comes from the few levels of least noise. (One fit each: the errors are those of
-# the measurement; another seed gives another fit.)
+# The weights σ_n² and those of the bound differ in little but the first step, which has 24 times the weight of the others
+# in the bound: a large term that is rarely drawn. The fit with weights σ_n² has the better *bound*, and the bound with
+# learned steps is better still: both reduce the variance of the gradient. The fit with weights σ_n loses a hundred times
+# as much; it is better than the fit by the bound at the first levels only, and there no better than learned steps: its
+# gradient of one step per datum comes from the few levels of least noise. (One fit each: the errors are those of the
+# measurement; another seed gives another fit.)
 
 # %%
 if not quick:
@@ -215,15 +215,15 @@ if not quick:
     little = everything[schedule.sigma < 0.006].sum() / everything.sum()
     print(f"\nOf the nats that the bound's fit loses: {merging:.0%} at 0.08 < σ_n < 1, {little:.0%} at σ_n < 0.006")
     worse = schedule.sigma[everywhere["bound"][0].mean(-1) > everywhere["bound"][1].mean(-1)].max()
-    print(f"A score of 0 is nearer than that fit up to σ_n = {worse:.4f}")
+    print(f"A score of 0 is closer to the exact one than that fit up to σ_n = {worse:.4f}")
     lost = {name: each.sum(0).mean() for name, each in nats.items()}
     assert lost["bound, learned steps"] < lost["λ_n = σ_n²"] < lost["bound"] < lost["λ_n = σ_n"] / 50
 
 # %% [markdown]
 # ## The score fields
 #
-# Arrows are σ_n s, minus the noise that is expected in x_n, in the same units for both models. The fitted one is off
-# where there are hardly any data: between the Gaussians and outside.
+# Arrows are σ_n s, that is −E[ε | x_n], in the same units for both models. The fitted score is inaccurate where there are
+# hardly any data: between the Gaussians and outside.
 
 # %%
 figure = Figure(figsize=(0.8 + 3 * len(SHOWN), 10.4), dpi=100, layout="constrained")
@@ -246,7 +246,7 @@ for column, sigma in zip(panels.T, SHOWN):
     off = np.linalg.norm(fields[1] - fields[0], axis=-1)
     image = column[2].pcolormesh(horizontal, vertical, off, norm=LogNorm(1e-3, 1), cmap="magma", rasterized=True)
     column[2].contour(horizontal, vertical, log_p, levels[1:4], colors="w", linewidths=0.7, linestyles="-")
-    column[2].set_title("distance of the two", fontsize="medium")
+    column[2].set_title("distance between the two", fontsize="medium")
     column[2].set_xlabel("first coordinate of x_n")
     for ax in column:
         ax.set(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
@@ -259,7 +259,7 @@ figure.suptitle(note, fontsize="medium")
 figure.savefig("noise_and_score_fields.png")
 
 # %% [markdown]
-# ## The error of each level
+# ## The error at each level
 
 # %%
 figure = Figure(figsize=(12, 4.4), dpi=110, layout="constrained")
@@ -275,7 +275,7 @@ for name, (error, *_) in everywhere.items():
         ax.fill_between(schedule.sigma, height - 2 * band, height + 2 * band, color=line.get_color(), alpha=0.25, lw=0)
 left.set_ylabel("σ_n² E‖s_θ − s‖², units of noise")
 middle.set_ylabel("E‖s_θ − s‖² / E‖s‖²")
-right.set_ylabel("nats that the bound loses in steps 1 … n")
+right.set_ylabel("cost of the network in steps 1 … n, nats")
 for ax in (left, middle, right):
     ax.set(xscale="log", yscale="log", xlabel="noise σ_n (data of unit variance)")
     ax.grid(alpha=0.3)

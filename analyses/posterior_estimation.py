@@ -2,9 +2,9 @@
 # # How good is a posterior that a conditional diffusion learns from simulations?
 #
 # Simulation-based inference: parameters θ are drawn from a prior, data x are simulated given them, and p(θ | x) is fitted to the pairs; θ is the
-# datum and x its context. Two tasks of the benchmark of Lueckmann et al. (2021, arXiv:2101.04653), with its simulators, observations and
-# reference posteriors as `sbibm-jax` has them: `two_moons` (two crescents, a hundredth of the prior's width thick) and `gaussian_linear` (ten
-# dimensions). The density of both posteriors is known, so that the bound and the flow's density are held against it, in nats.
+# datum and x its context. The two tasks are from the benchmark of Lueckmann et al. (2021, arXiv:2101.04653), with its simulators, observations
+# and reference posteriors from `sbibm-jax`: `two_moons` (two crescents, a hundredth of the prior's width thick) and `gaussian_linear` (ten
+# dimensions). The density of both posteriors is known; the bound and the flow's density are compared with it, in nats.
 #
 # Errors (±) are one standard error, over observations or test pairs. The figures are saved to the current directory.
 
@@ -32,20 +32,20 @@ TASKS = arguments.task or ["two_moons", "gaussian_linear"]
 SIZES = (200,) if quick else (1_000, 10_000, 30_000)
 OBSERVATIONS = range(1, 3 if quick else 11)
 TEST, FLOWS = (20, 4) if quick else (2_000, 300)  # pairs for the bound, and for the flow
-SAMPLES = {"two_moons": 10_000, "gaussian_linear": 1_000}  # of each of the two sets that a classifier is to tell apart
-MORE = (50, 100) if quick else (1_000, 10_000)  # the same, where more are compared with fewer
-KNOWN = 4 if quick else 100  # reference samples, where the classifier knows both densities
-NOISE = 0.5 if quick else 0.05  # of the bound, in units of the error over the pairs
+SAMPLES = {"two_moons": 10_000, "gaussian_linear": 1_000}  # in each of the two sets that the classifier separates
+MORE = (50, 100) if quick else (1_000, 10_000)  # the same, for the effect of the number of samples
+KNOWN = 4 if quick else 100  # reference samples for the optimal classifier
+NOISE = 0.5 if quick else 0.05  # Monte Carlo error of the bound, in units of the error over the pairs
 PAIRS, RANKS = (20, 19) if quick else (400, 99)  # for calibration
 if quick:
     SAMPLES = {name: 100 for name in SAMPLES}
 
 # %% [markdown]
-# ## Simulations, and what is known of the posterior
+# ## Simulations, and the exact posterior
 #
-# Two moons: x = p + (−|θ₁ + θ₂|, θ₂ − θ₁) / √2 with p on a half-circle of radius about 0.1, so that a θ for which x − p is possible has a twin.
-# Given x, θ has the density of p at x minus that, over the chance Z(x) that p leads to a θ inside the prior's square, the two twins counted
-# each; Z is a mean over draws of p. The reference posteriors are made in the same way.
+# Two moons: x = p + m(θ) with m(θ) = (−|θ₁ + θ₂|, θ₂ − θ₁) / √2 and p on a half-circle of radius about 0.1. For each θ a second θ has the same m.
+# p(θ | x) is the density of p at x − m(θ), divided by Z(x): the probability that a random p leads to a θ inside the prior's square, counted
+# for each of the two θ. Z is a mean over draws of p. The reference posteriors are made in the same way.
 #
 # Gaussian linear: θ ~ N(0, 0.1 I) and x ~ N(θ, 0.1 I), so that θ | x ~ N(x/2, 0.05 I).
 
@@ -83,8 +83,8 @@ LOG_PROB = {"two_moons": two_moons_log_prob, "gaussian_linear": gaussian_linear_
 # %% [markdown]
 # ## The fit
 #
-# Nine tenths of the simulations are trained on, one tenth decides which of the averaged parameters are kept. Both θ and x are standardised. The
-# networks were chosen by the bound on held-out simulations of each size, looking at one observation's C2ST besides.
+# Nine tenths of the simulations are for training; one tenth decides which of the averaged parameters are kept. Both θ and x are standardised. The
+# networks were chosen by the bound on held-out simulations of each size, and by the C2ST (see below) of one observation.
 
 
 # %%
@@ -114,7 +114,7 @@ class Posterior:
 
     Attributes:
         diffusion: The fitted model.
-        seconds: What the fit took of one core, compilation and validation included.
+        seconds: CPU time of the fit, with compilation and validation.
     """
 
     def __init__(self, name, size):
@@ -151,15 +151,15 @@ class Posterior:
 # %% [markdown]
 # ## C2ST
 #
-# How often a classifier tells samples from reference samples, 0.5 for chance: the benchmark's own definition, with a perceptron of scikit-learn, two hidden layers of
-# ten units for each dimension, accuracy over five folds; all standardised by the reference samples. It stops at 1000 passes here, and at
-# 10 000 there; it stopped by itself before either. Samples outside the prior's support cannot be the posterior's: both
-# figures are given, as the samples are, and with those drawn anew, which is what "leakage correction" does for NPE.
+# The classifier two-sample test (C2ST) is the accuracy of a classifier that separates samples from reference samples; 0.5 is chance. The definition is the benchmark's: a multilayer
+# perceptron of scikit-learn with two hidden layers of ten units per dimension, accuracy over five folds, all standardised by the reference samples. It stops after 1000 passes at
+# most, and after 10 000 in the benchmark; it converged before either. Samples outside the prior's support cannot come from the posterior. The C2ST is given for the samples as they
+# are, and with those samples drawn again, which is the "leakage correction" of neural posterior estimation (NPE).
 
 
 # %%
 def c2st(samples, reference):
-    """Accuracy of the benchmark's classifier, of equally many samples and reference samples."""
+    """Accuracy of the benchmark's classifier, for equally many samples and reference samples."""
     scaled = (np.concatenate([reference, samples]) - reference.mean(0)) / reference.std(0)
     labels = np.repeat([0, 1], len(reference))
     units = 10 * samples.shape[1]
@@ -174,7 +174,7 @@ def inside(name, theta):
 
 
 def compare_with_reference(name, posterior, number, size):
-    """C2ST of samples as they are and of those in the support, and how many are outside; and the latter samples."""
+    """Samples in the support; and the C2ST of the samples as they are, the C2ST of those in the support, and the share outside."""
     task = get_task(name)
     x, reference = task.get_observation(number), np.asarray(task.get_reference_posterior_samples(number))[:size]
     samples = posterior.sample(x, size, seed=number)
@@ -212,9 +212,9 @@ print(f"\nC2ST of {SAMPLES} samples against as many")
 print(pd.DataFrame(rows).to_string(index=False), flush=True)
 
 # %% [markdown]
-# Few samples make a classifier's task harder. For the largest number of simulations: C2ST of observation 1 by the number of samples. And for all: the accuracy of the best
-# classifier there is, which knows both densities, that of the posterior p and the flow's q: ½ + ½ E_p[max(0, 1 − q/p)] (the errors of q count against it).
-# No C2ST exceeds it but by chance, whatever the number of samples.
+# With few samples a classifier is less accurate. For the largest number of simulations, the C2ST of observation 1 is printed for two numbers of samples. For all sizes, the accuracy of
+# the optimal classifier is printed, which knows both densities, p of the posterior and q of the flow: ½ + ½ E_p[max(0, 1 − q/p)] (errors of q count against the model).
+# A C2ST exceeds it only by chance, whatever the number of samples.
 
 
 # %%
@@ -232,13 +232,13 @@ for name in TASKS[:1] if quick else TASKS:
     scores = {size: compare_with_reference(name, fitted[name, SIZES[-1]], 1, size)[1]["C2ST"] for size in MORE}
     print(f"\n{name}, {SIZES[-1]} simulations: C2ST of observation 1", *(f"{score:.3f} ({size} samples)" for size, score in scores.items()), flush=True)
     for size in SIZES:
-        print(f"  {size}: best classifier", shown([best_accuracy(name, fitted[name, size], number) for number in OBSERVATIONS]), flush=True)
+        print(f"  {size}: optimal classifier", shown([best_accuracy(name, fitted[name, size], number) for number in OBSERVATIONS]), flush=True)
 
 # %% [markdown]
 # ## Bound and flow, in nats
 #
-# Simulated pairs that no fit has seen. The bound is that of the reverse chain, the flow's density that of the same network as a differential
-# equation: another model. What either is short of log p(θ | x) is how far the fitted posterior is from the true one in KL, on average over x, and what the bound's gap adds.
+# The test pairs were used in no fit. The bound is of the reverse chain; the flow's density is of another model, a differential equation with the same network. On average over x,
+# log p(θ | x) minus the flow's log density is the KL divergence of the fitted posterior from the exact one; minus the bound, it is that KL divergence for the chain plus the gap of the bound.
 
 # %%
 for name in TASKS[:1] if quick else TASKS:
@@ -262,13 +262,13 @@ for name in TASKS[:1] if quick else TASKS:
 # %% [markdown]
 # ## Calibration
 #
-# Simulation-based calibration (Talts et al. 2018, arXiv:1804.06788): the rank of θ among samples given its own x is uniform, in each coordinate, if the
-# posterior is right. ArviZ plots the difference of the ranks' ECDF from that of the uniform distribution, and tests it; the band that holds
-# all of the curve at once is ArviZ's too (Säilynoja et al. 2022), of 99.5 %, so that all ten coordinates are inside theirs with at least 95 %.
-# Then the same samples, as if each x were that of the next pair.
+# Simulation-based calibration (Talts et al. 2018, arXiv:1804.06788): if the posterior is right, the rank of θ among samples given its own x is uniform, in
+# each coordinate. ArviZ plots the empirical distribution function (ECDF) of the ranks minus that of the uniform distribution, and tests it. Its simultaneous
+# band (Säilynoja et al. 2022) is of 99.5 %, so that all ten coordinates are inside with a probability of at least 95 %. As a negative control, each θ is also
+# ranked among the samples for the x of another pair.
 
 # %%
-import arviz as az  # (Not before sbibm_jax, as NumPyro would then be imported by halves.)
+import arviz as az  # (After sbibm_jax: imported before it, ArviZ leaves NumPyro imported incompletely.)
 from arviz_stats.ecdf_utils import compute_ecdf, ecdf_pit
 
 BAND = 0.995

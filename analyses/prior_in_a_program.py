@@ -1,15 +1,15 @@
 # %% [markdown]
 # # How does a fitted diffusion become the prior of a latent in a program of one's own?
 #
-# A hierarchical program: four units have a latent x in the plane each, all from the distribution that a diffusion was fitted to. One coordinate of each is observed,
-# in a known direction, with an offset and a noise scale that nobody knows and all units share. Wanted: offset, scale, and where every unit is.
+# In a hierarchical program, each of four units has a latent x in the plane, whose prior is a diffusion. One coordinate of each x is observed, along a known direction, with an
+# unknown offset and noise scale that all units share. To be inferred are offset, scale, and every x.
 #
-# Three ways, one program. `FlowPrior`: x is a latent with the density of the probability flow, sampled by NUTS in the space of z_N. `ChainPrior`: the noise of a
-# short chain are the latents, sampled by NUTS. `log_evidence`: sequential Monte Carlo integrates x out, and `PseudoMarginal` samples offset and scale (particle marginal
+# The posterior is sampled in three ways. `FlowPrior`: x is a latent with the density of the probability flow, sampled by NUTS in the space of z_N. `ChainPrior`: the latents are the noise of a
+# short chain, sampled by NUTS. `log_evidence`: sequential Monte Carlo integrates x out, and `PseudoMarginal` samples offset and scale (particle marginal
 # Metropolis–Hastings); x is then drawn given them by `smc`.
 #
-# The distribution is a mixture of three Gaussians that overlap, and the network is the exact one, so that the posterior is known: given offset and scale it is a mixture again, and
-# these two are integrated on a grid.. The figure is saved to the current directory.
+# The distribution of x is a mixture of three Gaussians that overlap, and the network is the exact one, so that the posterior is known: given offset and scale it is a mixture again, and
+# these two are integrated on a grid. The figure is saved to the current directory.
 
 # %%
 import argparse
@@ -39,7 +39,7 @@ UNITS, CHAINS = (1, 2) if quick else (4, 4)
 NUM_STEPS, FLOW_STEPS = (4, 3) if quick else (30, 25)
 WARMUP, DRAWS = (5, 10) if quick else (200, 400)  # of NUTS, for each chain
 WALK_WARMUP, WALK, PARTICLES = (5, 60, 4) if quick else (200, 800, 16)  # of the random walk, for each chain
-PLACES, PLACE_PARTICLES = (8, 4) if quick else (100, 64)  # draws of offset and scale, for which x is drawn
+PLACES, PLACE_PARTICLES = (8, 4) if quick else (100, 64)  # draws of offset and scale for which x is drawn; particles for each
 
 # %% [markdown]
 # ## The prior, the program and the data
@@ -73,7 +73,7 @@ def program(prior, y):
 
 
 def with_flow(fitted):
-    """The latents are those of z_N: there the posterior is nearly normal."""
+    """The program with z_N as the latent, where the posterior is nearly normal."""
     return handlers.reparam(lambda y: program(lambda: numpyro.sample("x", FlowPrior(fitted, steps=FLOW_STEPS)), y), {"x": TransformReparam()})
 
 
@@ -82,7 +82,7 @@ def with_chain(fitted):
 
 
 def with_particles(fitted):
-    """The latents are offset and scale only; the key is that of the particles."""
+    """The program with x integrated out; the particles use the key."""
 
     def of_y(key, y):
         offset, scale = shared()
@@ -99,7 +99,7 @@ def with_particles(fitted):
 # %% [markdown]
 # ## The exact posterior
 #
-# On a grid of offset and scale; of x the first two moments, which are those of a mixture at each place of the grid.
+# It is computed on a grid of offset and scale. The first two moments of x are averages over the grid of the moments of a mixture.
 
 # %%
 offsets, scales = np.linspace(-2.0, 3.0, 241), np.exp(np.linspace(-3.5, 1.2, 241))
@@ -107,7 +107,7 @@ grid_offset, grid_scale = (each.ravel() for each in np.meshgrid(offsets, scales,
 
 
 def given_shared(y, offset, scale):
-    """log p(y), and the weights, means and covariances of the components of x given y: of one unit, for an array of offsets and scales."""
+    """For one unit and arrays of offsets and scales: log p(y), and the weights, means and covariances of the components of x given y."""
     gain = MIXTURE.covariances @ DIRECTION
     of_y = gain @ DIRECTION + scale[:, None] ** 2
     residual = y - offset[:, None] - MIXTURE.means @ DIRECTION
@@ -119,7 +119,7 @@ def given_shared(y, offset, scale):
 
 
 of_units = [given_shared(y, grid_offset, grid_scale) for y in Y]
-# (The grid is even in the log of the scale: its density there is normal.)
+# (The grid is even in the log of the scale, whose density is normal.)
 log_joint = stats.norm.logpdf(grid_offset) + stats.norm.logpdf(np.log(grid_scale), -1, 0.5) + sum(log_y for log_y, *_ in of_units)
 weight = np.exp(log_joint - log_joint.max())
 weight /= weight.sum()
@@ -133,8 +133,8 @@ EXACT = {name: (first, float(np.sqrt(second - first**2))) for name, (first, seco
 # %% [markdown]
 # ## The three ways
 #
-# Beside each posterior mean, its difference from the exact one in units of the exact standard deviation, with the Monte Carlo error by ArviZ's effective sample size.
-# A chain is not the flow, and neither is the distribution itself: they differ by what N steps and the noise of the first leave. With the short chain that can be seen.
+# Printed is the difference of each posterior mean from the exact one, in units of the exact standard deviation (sd), with the Monte Carlo error by ArviZ's effective sample size.
+# Neither the chain nor the flow is exactly the mixture: they differ by the effect of N steps and by the noise of the first step. With the short chain this is visible.
 
 
 # %%
@@ -148,7 +148,7 @@ def sampled(kernel, *args, seed, **options):
 
 
 def by_nuts(program, seed):
-    """All latents at once; x is a function of the latents that it was sampled by."""
+    """Sample all latents at once; x is computed from them."""
     found, seconds = sampled(NUTS(program), jnp.asarray(Y), seed=seed, num_warmup=WARMUP, num_samples=DRAWS, chain_method="vectorized")
     if "x" not in found:
         found |= Predictive(program, found, batch_ndims=2, return_sites=["x"])(jax.random.key(0), jnp.asarray(Y))
@@ -231,7 +231,7 @@ for k, (way, of_way) in enumerate(draws.items()):
 every.axvline(0, color="k", lw=0.8)
 every.axvspan(-1, 1, color="0.9", zorder=0, label="exact mean ± sd")
 every.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlim=(-2, 3.6), title="every latent: mean ± sd")
-every.set_xlabel("less the exact mean, in units of the exact sd")
+every.set_xlabel("difference from the exact mean, in units of the exact sd")
 every.legend(frameon=False, fontsize=8, loc="upper right")
 figure.savefig("prior_in_a_program.png")
 print("\nfigure: prior_in_a_program.png")

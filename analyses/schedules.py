@@ -2,12 +2,12 @@
 # # Which noise schedule?
 #
 # In continuous time the bound depends on a schedule only through the log-SNR at its two ends: Kingma et al. (2021),
-# arXiv:2107.00630 [K], section 5.1. With N steps three things are left to choose it by, one section each: where the
-# nats are spent, how much a one-step estimate varies, and what N steps cost.
+# arXiv:2107.00630 [K], section 5.1. With N steps three more things depend on it, one section each: how the KL is
+# distributed over the steps, how much a one-step estimate varies, and how large the gap of the bound is.
 #
-# The data are eight Gaussians, whose density and best ε-network are known: nothing is trained, so that what is seen is
-# the schedule. Errors (±) are one standard error over data and noise, unless said otherwise. Figures are saved to the
-# current directory.
+# The data are eight Gaussians, whose density and exact ε-network are known: nothing is trained, so that all differences
+# are due to the schedule. Errors (±) are one standard error over data and noise, unless said otherwise. Figures are saved
+# to the current directory.
 
 # %%
 import argparse
@@ -44,7 +44,7 @@ x = data.test[:NUM_DATA]
 
 
 def exact(schedule, reverse_variance="forward"):
-    """The diffusion with the best network for the data."""
+    """The diffusion with the exact network for the data."""
     network = data.exact_network(schedule, likelihood)
     return probdiff.Diffusion(schedule, network, likelihood, reverse_variance=reverse_variance)
 
@@ -66,7 +66,7 @@ def row(name, *cells):
 
 
 def entropy_gap(x, elbo):
-    """log p − ELBO, paired datum by datum: its mean and error. It cannot be negative but for the error."""
+    """log p − ELBO, paired datum by datum: its mean and error. It is not negative, except by its error."""
     gap, error = estimate(data.log_prob(x) - np.asarray(elbo, np.float64))
     assert gap >= -Z_MAX * error, f"a bound above log p: gap {gap} ± {error}"
     return gap, error
@@ -76,20 +76,20 @@ mean_log_p = shown(estimate(data.log_prob(x)), 4)
 print(f"{NUM_DATA} data, mean log p {mean_log_p} nats; entropy {data.entropy()[0]:.4f} nats", flush=True)
 
 # %% [markdown]
-# ## 1. Where does each schedule spend its nats?
+# ## 1. How does each schedule distribute the KL over the steps?
 #
-# Left: against the share of the steps that are done. Linear and cosine spend a third of their nats in the first
-# hundredth of the steps. Log-SNR-linear spreads them evenly at first, and over more than half of the steps.
+# Left: the KL of each step against n/N. Linear and cosine have a third of their KL in the first hundredth of the steps.
+# Log-SNR-linear spreads it evenly at first, and over more than half of the steps.
 #
-# Right: the same KLs per unit of log-SNR. The three curves are one: ½ E‖ε − ε̂‖² at that log-SNR, a property of the
-# data alone. It is d/2 = 1 while z_n is so clean that the network cannot tell its noise from the data's own spread,
-# about 0.6 while the noise hides that spread but not yet which Gaussian it was, and falls to 0 as the eight merge. A
-# schedule decides how many steps each piece of that curve gets, and nothing else.
+# Right: the same KLs per unit of log-SNR. The three curves coincide: ½ E‖ε − ε̂‖² at that log-SNR, a property of the data
+# alone. It is d/2 = 1 while z_n has so little noise that the network cannot separate it from the spread of a Gaussian,
+# about 0.6 while the noise hides that spread but not which Gaussian the datum is from, and falls to 0 as the eight
+# merge. A schedule determines only how many steps fall on each part of that curve.
 
 # %%
 SHARES = (0.01, 0.1, 0.5)
 few = x[:PROFILE_DATA]
-print(f"\n1. KL of the steps, nats, N = {NUM_STEPS}: {len(few)} data, {DRAWS} draws each; share spent by n/N, %")
+print(f"\n1. KL of the steps, nats, N = {NUM_STEPS}: {len(few)} data, {DRAWS} draws each; share up to n/N, %")
 row("schedule", "all steps", *(f"n/N ≤ {share}" for share in SHARES), "n = 2")
 figure = Figure(**FIGURE)
 left, right = figure.subplots(1, 2)
@@ -116,24 +116,24 @@ figure.savefig("schedules_profile.png")
 # %% [markdown]
 # ## 2. How much does a one-step estimate vary?
 #
-# The same three, their log-SNR stretched to the same two ends. The bound is then nearly the same, but the estimate from
-# one step is not: a step that is long in log-SNR has a large term, and is drawn no more often than the others.
+# The three schedules have their log-SNR stretched to the same two ends. The bound is then nearly the same, but the
+# variance from one step is not: a step that is long in log-SNR has a large term, and is drawn no more often.
 #
 # [K, fig. 4b] has the variance of bits/dim for images in continuous time, where no reconstruction is among the steps.
-# Its counterpart has n uniform on 2 … N. `kl_uniform` draws n = 1, too: that term, ½‖ε − ε̂‖², is about 1 nat however
+# Its counterpart here has n uniform on 2 … N. `kl_uniform` draws n = 1, too: that term, ½‖ε − ε̂‖², is about 1 nat however
 # small the steps are, so that with weight N it adds some N E(½‖ε‖²)² = 2N nats², at N = 1000 some 1041 (bits/dim)², to
 # every schedule.
 #
-# The order is that of [K], the ratios are not: they depend on the data, and for linear and cosine on N. There the first
-# steps are as long in log-SNR at any N, step n about log(n/(n − 1)), so that their terms stay as large while the weight
-# N grows; a path of finite slope in continuous time has a limit. `kl_stratified` spreads n evenly over the data, so
-# what counts is the variance of the mean over the data, times their number. `kl_importance` learns how often to draw
-# each n, `kl_combined` does both and subtracts a control variate: with these two the schedule makes hardly any
-# difference. The bound is that of `kl_combined`, its error that of the noise alone.
+# The order is that of [K]; the ratios are not. They depend on the data, and for linear and cosine on N: the length of
+# their first steps in log-SNR does not depend on N, about log(n/(n − 1)) for step n, so that their terms do not shrink
+# while the weight N grows. (A path of finite slope in continuous time has a limit.) `kl_stratified` spreads n evenly
+# over the data, so that its variance is that of the mean over the data, times their number. `kl_importance` learns how
+# often to draw each n, `kl_combined` does both and subtracts a control variate: with these two the schedule makes hardly
+# any difference. The last column is the bound by `kl_combined`, with its Monte Carlo error.
 
 # %%
 PUBLISHED = {"log-SNR-linear": "1", "linear": "31.6/6.35 = 5.0", "cosine": "31.1/6.35 = 4.9"}
-BITS = -probdiff.elbo.bits_per_dim(1.0, data.dim)  # of a nat
+BITS = -probdiff.elbo.bits_per_dim(1.0, data.dim)  # of one nat
 
 
 def stretched(make, num_steps, first=10.0, last=-8.0):
@@ -146,7 +146,7 @@ def stretched(make, num_steps, first=10.0, last=-8.0):
 def variance_of_steps(diffusion, draws):
     """Variance of (N − 1) times term n, n uniform on 2 … N: its mean over the data and error, (bits/dim)².
 
-    A term is the KL less what a network that knew the noise would leave of it, which needs no estimate.
+    A term is the KL minus its value for a network that knows the noise, which is constant.
     """
     terms = probdiff.elbo_terms(diffusion, x, key=jax.random.key(2), num_draws=draws)
     entropy_gap(x, terms.elbo.mean(0))
@@ -156,13 +156,13 @@ def variance_of_steps(diffusion, draws):
 
 
 def ratio(variance, reference):
-    """Of two estimates; the error is that of independent ones."""
+    """The ratio of two estimates, with its error if they are independent."""
     value = variance[0] / reference[0]
     return value, value * np.hypot(variance[1] / variance[0], reference[1] / reference[0])
 
 
 def means_over_data(diffusion, name):
-    """Many estimates of the mean bound, bits/dim, from one step a datum. What the estimator learns, it learns first."""
+    """Many estimates of the mean bound, bits/dim, from one step per datum; learned parts of the estimator are learned first."""
     guide, objective = probdiff.ESTIMATORS[name](diffusion, adapt_to="value")
 
     def update(state, key):
@@ -206,16 +206,16 @@ right.set_xticks(range(1 + len(ESTIMATORS)), ("uniform on\nn = 2 … N", *ESTIMA
 figure.savefig("schedules_variance.png")
 
 # %% [markdown]
-# ## 3. What do N steps cost?
+# ## 3. How large is the gap at N steps?
 #
-# E log p − ELBO, paired datum by datum, from all steps with a control variate, on the same data at every N. The reverse
-# variance β_n ("forward") is better than β̃_n ("posterior") at every N. Where c/N fits the gap at the four largest N,
-# within errors, the last column says at which N it is 0.01 nats: a thousand steps, more or less, with β_n.
+# The gap is E log p − ELBO, paired datum by datum, from all steps with a control variate, on the same data at every N.
+# With the reverse variance β_n ("forward") it is smaller than with β̃_n ("posterior") at every N. Where c/N fits the gap
+# at the four largest N within errors, the last column is the N of a gap of 0.01 nats: about a thousand steps with β_n.
 #
-# The reason is the plateau of section 1. While the network knows nothing of the noise, β_n is the right variance: the
-# step costs d/2 times its length in log-SNR however long it is, and nothing is lost. β̃_n overpays. In the first steps
-# of linear and cosine, whose lengths are about log(n/(n − 1)) at any N, it does so by d/2 Σ [1/(n − 1) − log(n/(n −
-# 1))]. That is d/2 times Euler's constant, 0.577 nats, which no number of steps removes.
+# The reason is the plateau of section 1. While the network cannot predict the noise, β_n is the optimal variance: a step
+# costs d/2 times its length in log-SNR however long it is, and adds no gap. With β̃_n it costs more. In the first steps of
+# linear and cosine, whose lengths are about log(n/(n − 1)) at any N, the excess is d/2 Σ [1/(n − 1) − log(n/(n − 1))].
+# That is d/2 times Euler's constant, 0.577 nats, which no number of steps removes.
 
 # %%
 print(f"\n3. log p − ELBO, nats: {NUM_DATA} data, {EVALUATIONS:.0e} network evaluations for each number")

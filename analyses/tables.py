@@ -2,8 +2,8 @@
 # # Two tables with columns of several kinds, from data frame to bound
 #
 # Both come with scikit-learn. The wines have twelve measurements, a count and a class; the patients with diabetes have measurements, an age,
-# a sex and counts. A column of few values has no density, and one that takes it for one has a bound that means nothing;
-# so each column is taken for what it can be, and the bound of a row is log p(measurements | the rest) + log P(the rest), in nats.
+# a sex and counts. A column with few distinct values has no density, and a bound that treats it as a density is meaningless.
+# Therefore each column is a density, counts or categories, and a row has a bound on log p(measurements | the rest) + log P(the rest), in nats.
 # Figures are saved to the current directory.
 
 # %%
@@ -27,10 +27,10 @@ wine["cultivar"] = wine["cultivar"].map({0: "barolo", 1: "grignolino", 2: "barbe
 diabetes = load_diabetes(as_frame=True, scaled=False).frame
 
 # %% [markdown]
-# ## What the columns are taken for
+# ## The kind of each column
 #
-# `datasets.split` shuffles the rows, splits them and looks at each column. `describe()` says what it found: to overrule it, make a
-# `ColumnLikelihood` of your own.
+# `datasets.split` shuffles the rows, splits them and chooses a kind for each column, which `describe()` prints. To choose otherwise,
+# make a `ColumnLikelihood` yourself.
 
 # %%
 tables = {"wine": probdiff.datasets.split(wine, name="wine"), "diabetes": probdiff.datasets.split(diabetes, name="diabetes")}
@@ -40,15 +40,15 @@ tables = {"wine": tables["wine"]} if quick else tables
 print(tables["wine"].likelihood())
 
 # %% [markdown]
-# ## Fit, bound, and what it has to beat
+# ## Fit, bound, and reference
 #
-# The reference codes every column by itself: a normal for a column with a density, frequencies for the others. What the bound has
-# above it is what the columns say about each other.
+# The reference models the columns as independent: a normal distribution for a column with a density, frequencies for the others.
+# The bound can be above it because the columns say something about each other.
 
 
 # %%
 def fit(table):
-    """A fitted model, with the defaults of ``probdiff fit`` but for the number of steps."""
+    """A fitted model, with the defaults of ``probdiff fit`` except for the number of steps."""
     options = probdiff.presets.default_options(table)
     diffusion = probdiff.presets.default_diffusion(table, NUM_STEPS)
     names = ("batch_size", "learning_rate", "validate_every")
@@ -71,7 +71,7 @@ for name, table in tables.items():
         "test rows": len(table.test),
         "ELBO": bound.mean,
         "± s.e.": bound.error,
-        "± of the noise": bound.monte_carlo_error,
+        "± Monte Carlo": bound.monte_carlo_error,
         "independent columns": reference,
         "± s.e. ": reference_error,
     }

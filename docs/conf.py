@@ -105,7 +105,7 @@ def write_reference(folder: Path) -> None:
 
 
 def write_gallery(folder: Path) -> None:
-    """A page for each script: its first cell, what it found when it was last run as a whole, then the script."""
+    """A page for each script: its first cell, its stored results, then the script."""
     titles = {}
     for script in sorted((ROOT / "analyses").glob("*.py")):
         notebook = jupytext.read(script, fmt="py:percent")
@@ -123,7 +123,7 @@ def write_gallery(folder: Path) -> None:
     order = first + [stem for stem in titles if stem not in first]
     figures = [next(iter(sorted((DOCS / "figures").glob(f"{stem}*.png"))), None) for stem in order]
     pictures = [f"[![{titles[stem]}](../figures/{figure.name})]({stem}.ipynb)\n\n*{titles[stem]}*" for stem, figure in zip(order, figures) if figure]
-    lines = ["# Gallery", "", "Scripts that can be run, one question each; they use public names only.", "", "```{toctree}", ":maxdepth: 1", "", *order, "```", ""]
+    lines = ["# Gallery", "", "Runnable scripts, one question each.", "", "```{toctree}", ":maxdepth: 1", "", *order, "```", ""]
     (folder / "index.md").write_text("\n".join([*lines, *("\n\n".join(pictures).splitlines())]) + "\n")
 
 
