@@ -67,19 +67,19 @@ bits = probdiff.elbo.bits_per_dim
 # %%
 start = time.monotonic()
 test = dataset.test[:NUM_TEST]
-bound = probdiff.elbo.data_set_elbo(diffusion, test, key=jax.random.key(1), noise_share=0.18)
+bound = probdiff.elbo.data_set_elbo(diffusion, test, key=jax.random.key(1), noise_share=0.18, progress=True)
 seconds = time.monotonic() - start
 estimate, dim = bound.estimate, dataset.dim
-some = test[: 4 if quick else 16]
-both = probdiff.diagnostics.compute_both_ways(diffusion, some, key=jax.random.key(2), num_draws=2)
 rows = {"probdiff": float(bits(estimate.mean, dim)), **({} if quick else OTHERS)}
-print(pd.Series(rows, name="bits/dim").sort_values(ascending=False).round(3).to_string())
+print(pd.Series(rows, name="bits/dim").sort_values(ascending=False).round(3).to_string(), flush=True)
 print(
     f"\n{NAME}, {minutes:g} minutes, {len(run.losses)} updates: {bits(estimate.mean, dim):.4f} ± {-bits(estimate.error, dim):.4f} bits/dim on {len(test)} test images "
     f"(Monte Carlo error {-bits(estimate.monte_carlo_error, dim):.4f}); {bound.num_evaluations} evaluations in {seconds:.0f} s"
 )
 for name, part in (("prior KL", bound.prior_kl), ("step KL", bound.step_kl), ("reconstruction", -bound.reconstruction)):
-    print(f"{name:>15}: {-bits(np.mean(part), dim):.5f} bits/dim")
+    print(f"{name:>15}: {-bits(np.mean(part), dim):.5f} bits/dim", flush=True)
+some = test[: 4 if quick else 16]
+both = probdiff.diagnostics.compute_both_ways(diffusion, some, key=jax.random.key(2), num_draws=2, progress=True)
 difference, error = both.difference
 print(f"the bound in two ways on {len(some)} images: {difference:.2f} ± {error:.2f} nats apart; terms on common paths at most {both.common.largest if both.common else np.nan:.1e} nats")
 print(f"peak memory so far: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")

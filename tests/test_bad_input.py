@@ -324,6 +324,9 @@ CALLS = {
         TypeError,
         "likelihood: Expected an instance",
     ),
+    "a learned variance without a schedule": (
+        lambda: probdiff.chain.GaussianKernel("learned"), ValueError, r"schedule: Expected GaussianKernel\(name, schedule, dim\)"
+    ),
     "reverse variance": (
         lambda: probdiff.Diffusion(SCHEDULE, NETWORK, reverse_variance="beta"),
         ValueError,

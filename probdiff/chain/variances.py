@@ -90,8 +90,7 @@ class LearnedVariance(AbstractReverseVariance):
     @classmethod
     def for_model(cls, schedule: AbstractSchedule | None, dim: Whole | None) -> AbstractReverseVariance:
         """Half-way between β̃_n and β_n."""
-        assert schedule is not None
-        return cls(schedule, dim)
+        return cls(_given(schedule), dim)
 
     def __call__(self, schedule: AbstractSchedule) -> Float[Array, "num_steps dim"]:
         """Shape ``(num_steps, dim)``."""
@@ -119,8 +118,7 @@ class OptimalVariance(AbstractReverseVariance):
     @classmethod
     def for_model(cls, schedule: AbstractSchedule | None, dim: Whole | None) -> AbstractReverseVariance:
         """The reverse variance of least KL for standard normal data."""
-        assert schedule is not None
-        return cls(schedule)
+        return cls(_given(schedule))
 
     def __call__(self, schedule: AbstractSchedule) -> Table:
         """Shape ``(num_steps,)``."""
@@ -136,6 +134,13 @@ class OptimalVariance(AbstractReverseVariance):
     def with_squared_error(self, squared_error: Float[Array, "num_steps"]) -> AbstractReverseVariance:
         """The variances computed from these errors."""
         return eqx.tree_at(lambda variance: variance.squared_error, self, squared_error)
+
+
+def _given(schedule: AbstractSchedule | None) -> AbstractSchedule:
+    """The schedule, for variances that begin with its tables."""
+    require(schedule is not None, "schedule", "GaussianKernel(name, schedule, dim) for variances that are learned or computed", "no schedule")
+    assert schedule is not None
+    return schedule
 
 
 def interpolation(num_steps: int, knots: int) -> Float[np.ndarray, "num_steps knots"]:

@@ -26,10 +26,10 @@ from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.objective import Learned, StepObjective
 from probdiff.programs.sites import Data
 
-STEPS = 32  # of each datum, in one draw
+STEPS = 32  # of each datum, in one draw, at most
+RECONSTRUCTIONS = 4  # draws of the noise at n = 1, in one draw, at most
 DRAWS = 2  # in one round
 DATA_AT_ONCE = 128
-RECONSTRUCTIONS = 4  # draws of the noise at n = 1, in one draw
 
 Parts = tuple[Float[Array, "*draw datum"], Float[Array, "*draw datum"], Float[Array, "*draw datum"]]
 
@@ -167,36 +167,47 @@ def data_set_elbo(
     diffusion, x, pilot_key, key = replicate((diffusion, jnp.asarray(x), pilot_key, key), mesh)
     terms = tuple(PartOfBound.of(diffusion, first) for first in (False, True))
     state: list[Learned] = replicate([objective.initial_state for objective in _objectives(diffusion, terms)], mesh)
-    rounds, found = 0, []
+    counts, rounds, found = (min(STEPS, diffusion.schedule.num_steps), RECONSTRUCTIONS), 0, []
     for rows in blocks(len(x), DATA_AT_ONCE, unit="datum", desc="bound of the data, at random steps", progress=progress):
         some = diffusion.take(rows)
         if not rounds:
             for each in jax.random.split(pilot_key):
-                state, pilot = _round(some, terms, x[rows], each, state, mesh)
-            rounds = _rounds_needed(_to_host(pilot, mesh), diffusion.schedule.num_steps, float(noise_share))
+                state, pilot = _round(some, terms, x[rows], each, counts, state, mesh)
+            needed = _rounds_needed(_to_host(pilot, mesh), diffusion.schedule.num_steps, float(noise_share))
+            counts, rounds = _smaller(counts, needed, len(x)), int(np.ceil(needed))
         parts = []
         for each in jax.random.split(jax.random.fold_in(key, rows[0]), rounds):
-            state, part = _round(some, terms, x[rows], each, state, mesh)
+            state, part = _round(some, terms, x[rows], each, counts, state, mesh)
             parts.append(_to_host(part, mesh))
         found.append([np.concatenate(draws).T for draws in zip(*parts)])  # the data first
     prior, step_kls, reconstructions = (each.T for each in joined(found, len(x)))
-    evaluations = rounds * DRAWS * sum(_evaluations(diffusion))
-    return DataSetELBO(prior[0], step_kls, reconstructions, evaluations)
+    return DataSetELBO(prior[0], step_kls, reconstructions, rounds * DRAWS * sum(counts))
 
 
 def _to_host(parts: Parts, mesh: Mesh | None) -> list[np.ndarray]:
     return [np.asarray(part, np.float64) for part in to_default_device(parts, mesh)]
 
 
-def _rounds_needed(pilot: list[np.ndarray], num_steps: int, noise_share: float) -> int:
-    """The number of rounds of draws that the bound needs, estimated from one round of some of the data."""
+def _rounds_needed(pilot: list[np.ndarray], num_steps: int, noise_share: float) -> float:
+    """The number of rounds of draws that the bound needs, a fraction of one if need be, estimated from one round of some of the data."""
     prior, step_kls, reconstructions = pilot
     draws = reconstructions - step_kls - prior
     noise = draws.var(0, ddof=1).mean()  # of a single draw
     over_data = max(0.0, draws.mean(0).var(ddof=1) - noise / DRAWS)
     wanted = noise_share**2 * over_data
     most = max(1, num_steps // (STEPS * DRAWS))
-    return int(np.ceil(min(most, noise / DRAWS / wanted))) if wanted > 0 else most
+    return min(most, noise / DRAWS / wanted) if wanted > 0 else most
+
+
+def _smaller(counts: tuple[int, int], rounds: float, num_data: int) -> tuple[int, int]:
+    """The numbers of evaluations of a draw, halved as long as less than half a round is needed; by halves, as each pair of numbers is compiled.
+
+    Only for many data: their Monte Carlo error comes from the differences of two draws, which say little if they are few and of few evaluations.
+    """
+    steps, reconstructions = counts
+    while 2 * rounds <= 1 and steps > 1 and num_data * steps >= 2 * STEPS * DATA_AT_ONCE:
+        steps, reconstructions, rounds = -(-steps // 2), -(-reconstructions // 2), 2 * rounds
+    return steps, reconstructions
 
 
 def _objectives(diffusion: Diffusion, terms: tuple[PartOfBound, ...]) -> list[StepObjective]:
@@ -209,14 +220,18 @@ def _round(
     terms: tuple[PartOfBound, ...],
     x: Float[Array, "datum dim"],
     key: PRNGKeyArray,
+    counts: tuple[int, int],
     state: list[Learned],
     mesh: Mesh | None,
 ) -> tuple[list[Learned], Parts]:
-    """A few draws of the three parts of each datum's bound, and the learned state after them."""
+    """A few draws of the three parts of each datum's bound, and the learned state after them.
+
+    ``counts`` are the network evaluations for each datum and draw, of the step KLs and of the reconstruction.
+    """
     objectives = _objectives(diffusion, terms)
     prior = prior_kl(diffusion.schedule, diffusion.likelihood.encode(x))
     # Copies of a datum are far apart in the batch: its own steps are then spread evenly.
-    copies = [shard(repeat((x, diffusion.context), count), mesh) for count in _evaluations(diffusion)]
+    copies = [shard(repeat((x, diffusion.context), count), mesh) for count in counts]
 
     def draw(state: list[Learned], key: PRNGKeyArray) -> tuple[list[Learned], Parts]:
         drawn = [
@@ -227,8 +242,3 @@ def _round(
         return [learned for _, learned in drawn], (prior, -minus_kl, reconstruction)
 
     return gather(jax.lax.scan(draw, state, jax.random.split(key, DRAWS)), mesh)
-
-
-def _evaluations(diffusion: Diffusion) -> tuple[int, int]:
-    """Network evaluations for each datum and draw, of the step KLs and of the reconstruction."""
-    return min(STEPS, diffusion.schedule.num_steps), RECONSTRUCTIONS

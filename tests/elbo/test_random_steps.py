@@ -51,6 +51,22 @@ def test_the_noise_is_the_share_that_was_asked_for_and_no_finer_than_it_must_be(
     assert share / 3 < found.estimate.monte_carlo_error / found.estimate.error < 1.2 * share
 
 
+def test_many_data_have_a_few_evaluations_each():
+    """A round of the largest draws would be finer than it must be: the draws are smaller, and still two, so that there is an error."""
+    x = ORACLE.sample(np.random.default_rng(1), 3000).astype(np.float32)
+    exact = exact_terms(MODEL, x)["elbo"].mean()
+    found = [data_set_elbo(MODEL, x, key=jax.random.key(seed), noise_share=1.5) for seed in range(10)]
+    draws, _ = found[0].draws.shape
+    most = draws * (random_steps.STEPS + random_steps.RECONSTRUCTIONS)
+    assert draws == random_steps.DRAWS and all(each.num_evaluations <= most / 4 for each in found)
+    z = np.array([(each.estimate.mean - exact) / each.estimate.monte_carlo_error for each in found])
+    assert abs(z.mean()) < 4.9 / np.sqrt(10) and 0.2 < np.square(z).mean() < 2.5, z
+    squares = np.array([(each.estimate.monte_carlo_error**2, each.estimate.error**2) for each in found]).mean(0)
+    assert 1.5 / 2 < np.sqrt(squares[0] / (squares[1] - squares[0])) < 1.2 * 1.5
+    few = data_set_elbo(MODEL, x[:100], key=jax.random.key(0), noise_share=1.5)
+    assert few.num_evaluations >= most
+
+
 def test_data_in_blocks_of_which_the_last_is_filled(constant):
     constant("DATA_AT_ONCE", 17)
     found = [data_set_elbo(MODEL, X, key=jax.random.key(seed), noise_share=0.05) for seed in range(8)]
@@ -58,7 +74,6 @@ def test_data_in_blocks_of_which_the_last_is_filled(constant):
     z = (runs.mean(0) - EXACT["elbo"]) / (runs.std(0, ddof=1) / np.sqrt(len(runs)))
     assert runs.shape == (8, SIZE) and np.abs(z).max() < 12  # of Student's t with 7 degrees of freedom
     np.testing.assert_allclose(found[0].prior_kl, EXACT["prior_kl"], rtol=1e-4)
-
 
 
 @pytest.mark.parametrize("weight, drawn", [((0.0, 2.0, 1.0), (1, 2)), ((3.0, 0.0, 0.0), (0,)), ((0.0, 0.0, 0.0), (0, 1, 2))])
