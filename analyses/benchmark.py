@@ -7,6 +7,7 @@
 # %%
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
 
 import probdiff
+from probdiff.networks.convolution import Convolution
 
 try:
     import torch
@@ -33,7 +35,8 @@ except ImportError:  # an extra: pip install 'probdiff[frameworks]'
 parser = argparse.ArgumentParser(description="What does a probabilistic program cost?")
 parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
 parser.add_argument("--json", action="store_true", help="print one JSON document")
-parser.add_argument("--only", metavar="SECTION", help="step, quality, elbo, parallel, compile, evaluation, costs, torch, precision or start")
+SECTIONS = ["step", "images", "quality", "elbo", "parallel", "compile", "evaluation", "costs", "torch", "precision", "start"]
+parser.add_argument("--only", choices=SECTIONS, help="one of the sections")
 arguments = parser.parse_args()
 quick = arguments.quick
 
@@ -216,22 +219,67 @@ class BetweenStretches:
         self.since = time.perf_counter()
 
 
+def compare_steps(section, setting, diffusion, loops, batch, count):
+    """Rows: an update of a fit, and one of each loop, a function of the data, the batch size and the number of iterations."""
+    data = np.random.default_rng(0).normal(size=(2000, diffusion.dim)).astype(np.float32)
+    iterations = count * (REPETITIONS + 3)
+    between = BetweenStretches([loop(data, batch, iterations) for loop in loops.values()], count)
+    options = {"iterations": iterations, "batch_size": batch, "validate_every": count, "ema_decay": 0.999}
+    elbo = probdiff.AnalyticELBO(diffusion, "uniform")
+    probdiff.fit(diffusion, data, elbo=elbo, checkpoint=between, progress=False, **options)
+    times = np.array(between.times[2:]).T * 1e3 / count
+    for name, other in zip(loops, times[1:]):
+        report(section, f"{setting}, batch {batch}", times[0], other, ("fit", name))
+
+
 if wanted("step"):
-    COUNT = 5 if quick else 100
     for dim, hidden, batch in [(2, 8, 4)] if quick else [(2, 128, 128), (64, 256, 128), (64, 512, 512)]:
         diffusion = make(10 if quick else 1000, dim, hidden)
-        data = np.random.default_rng(0).normal(size=(2000, dim)).astype(np.float32)
-        iterations = COUNT * (REPETITIONS + 3)
-        loops = {"by hand": loop_by_hand(diffusion, data, batch, iterations)}
+        loops = {"by hand": functools.partial(loop_by_hand, diffusion)}
         if torch is not None:
-            loops["PyTorch"] = loop_in_torch(diffusion, data, batch, iterations)
-        between = BetweenStretches(list(loops.values()), COUNT)
-        options = {"iterations": iterations, "batch_size": batch, "validate_every": COUNT, "ema_decay": 0.999}
-        elbo = probdiff.AnalyticELBO(diffusion, "uniform")
-        probdiff.fit(diffusion, data, elbo=elbo, checkpoint=between, progress=False, **options)
-        times = np.array(between.times[2:]).T * 1e3 / COUNT
-        for name, other in zip(loops, times[1:]):
-            report("step", f"dim {dim}, hidden {hidden}, batch {batch}", times[0], other, ("fit", name))
+            loops["PyTorch"] = functools.partial(loop_in_torch, diffusion)
+        compare_steps("step", f"dim {dim}, hidden {hidden}", diffusion, loops, batch, 5 if quick else 100)
+
+# %% [markdown]
+# ## Images
+#
+# The same comparison for a `UNet`, whose convolutions are matrix products, and for the same network with XLA's convolutions; and the time of an image in the terms
+# of the bound, compared with the network alone on as many images.
+
+
+# %%
+class ConvolutionOfXLA(eqx.Module):
+    """The same convolution by XLA."""
+
+    weight: jax.Array
+    bias: jax.Array
+
+    def __call__(self, image, products=None):
+        images = image.reshape(-1, *image.shape[-3:])
+        out = jax.lax.conv_general_dilated(images, self.weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return (out + self.bias).reshape(*image.shape[:-1], -1)
+
+
+def with_convolutions_of_xla(network):
+    def replaced(part):
+        return ConvolutionOfXLA(part.weight, part.bias) if isinstance(part, Convolution) else part
+
+    return jax.tree.map(replaced, network, is_leaf=lambda part: isinstance(part, Convolution))
+
+
+if wanted("images"):
+    side, channels, batch, num_blocks = (4, 2, 2, 1) if quick else (28, 64, 64, 2)
+    network = probdiff.networks.UNet((side, side), key=jax.random.key(0), channels=channels, num_blocks=num_blocks)
+    diffusion = probdiff.Diffusion(probdiff.log_snr_schedule(10 if quick else 1000), network)
+    by_xla = diffusion.with_network(with_convolutions_of_xla(network))
+    loops = {"by hand": functools.partial(loop_by_hand, diffusion), "with XLA's convolutions": functools.partial(loop_by_hand, by_xla)}
+    setting = f"{side} × {side}, {channels} channels"
+    compare_steps("images", setting, diffusion, loops, batch, 2 if quick else 4)
+    few = probdiff.Diffusion(probdiff.log_snr_schedule(4 if quick else 16), network).bind({})
+    x, size = jax.random.normal(jax.random.key(1), (batch, side * side)), few.schedule.num_steps * batch
+    z, log_snr, alone = jnp.tile(x, (few.schedule.num_steps, 1)), jnp.full(size, 0.3), eqx.filter_jit(network)
+    times = in_turns(lambda: probdiff.elbo_terms(few, x, key=KEY).elbo, lambda: alone(z, log_snr)) / size
+    report("images", f"evaluation, {setting}", *times, ("elbo_terms", "network"))
 
 
 # %% [markdown]

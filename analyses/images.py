@@ -4,7 +4,8 @@
 # A U-Net that predicts a mixture on the levels for each pixel (`LevelMixtureHead`) is fitted for a given time. The results are its code length on the test
 # split with errors, beside the code lengths of other models; the bound against the time of the fit; the KL of each step; samples; and the images with the longest codes.
 #
-# The script reads the run of `probdiff fit --data fashion-mnist --minutes 60 --out runs/images`, or makes it if there is none. Figures are saved to the current directory.
+# The script reads the run of `probdiff fit --data fashion-mnist --minutes 60 --out runs/images`, or makes it if there is none.
+# `probdiff fit --out runs/images --resume --minutes 90` continues it. Figures are saved to the current directory.
 
 # %%
 import argparse
@@ -44,17 +45,11 @@ if not Path(arguments.run).exists():
         diffusion = probdiff.Diffusion(schedule, head(network, dataset.levels, 2), dataset.likelihood())
     else:
         diffusion = probdiff.presets.default_diffusion(dataset, NUM_STEPS)
-    options = probdiff.presets.default_options(dataset)
-    run = probdiff.storage.create_run(arguments.run, diffusion, {"data": NAME, "seed": 0, "minutes": MINUTES})
-    fit = probdiff.fit(
-        diffusion,
-        dataset.train,
-        minutes=MINUTES,
-        validation=dataset.validation,
-        checkpoint=run.checkpoint,
-        **{name: options[name] for name in ("batch_size", "learning_rate", "validate_every")},
-    )
-    run.save(fit=fit)
+    options = probdiff.presets.default_options(dataset) | {"data": NAME, "num_steps": NUM_STEPS, "minutes": MINUTES}
+    del options["iterations"]
+    run = probdiff.storage.create_run(arguments.run, diffusion, options)
+    limits = {name: options[name] for name in ("minutes", "batch_size", "learning_rate", "validate_every")}
+    run.save(fit=probdiff.fit(diffusion, dataset.train, validation=dataset.validation, checkpoint=run.checkpoint, **limits))
 run = probdiff.open_run(arguments.run)
 diffusion, minutes = run.diffusion, run.config["minutes"]
 bits = probdiff.elbo.bits_per_dim

@@ -214,4 +214,4 @@ if wanted("variance"):
         axes.plot(np.linspace(0, 1, N), schedule.log_snr, label=f"{name}: {mean:.2f}")
     axes.set(xlabel="n / N", ylabel="log-SNR", title=f"digits, N = {N}")
     axes.legend(title="variance, (bits/dim)²")
-    figure.savefig("schedule_shapes.png", dpi=150)
+    figure.savefig("likelihood_schedules.png", dpi=150)

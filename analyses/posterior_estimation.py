@@ -296,7 +296,7 @@ if "gaussian_linear" in TASKS:
         for axes, coordinate in zip(plots.viz["plot"][label].values, coordinates):
             axes.fill_between(points, lower - points, upper - points, step="mid", color="C2", alpha=0.2, lw=0)
             axes.set(title=f"{coordinate}, {label}", ylim=(-0.2, 0.2), ylabel="Δ ECDF" if axes.get_subplotspec().is_first_col() else "")
-    plots.savefig("posterior_calibration.png")
+    plots.savefig("posterior_estimation_calibration.png")
     print("figure: posterior_calibration.png")
 
 # %% [markdown]
@@ -317,5 +317,5 @@ if "two_moons" in TASKS:
             ax.set(title=f"observation {number}: {label}", xlabel="θ₁", aspect="equal")
             ax.title.set_fontsize("medium")
         row[0].set_ylabel("θ₂")
-    figure.savefig("posterior_two_moons.png")
+    figure.savefig("posterior_estimation_two_moons.png")
     print("figure: posterior_two_moons.png")

@@ -64,19 +64,22 @@ def own_estimator():
         yield
 
 
-def long_but(quick, cases, mark=pytest.mark.long):
-    """``cases`` for parametrize: those in ``quick`` always run, the others are among the long proofs."""
-    cases, quick = list(cases), list(quick)
-    assert all(each in cases for each in quick), f"not among the cases: {[each for each in quick if each not in cases]}"
+def long_but(quick, cases, release=()):
+    """``cases`` for parametrize: those in ``quick`` always run, those in ``release`` before a release, the others are among the long proofs."""
+    cases, quick, release = list(cases), list(quick), list(release)
+    unknown = [each for each in quick + release if each not in cases]
+    assert not unknown, f"not among the cases: {unknown}"
+    marks = {True: pytest.mark.release, False: pytest.mark.long}
     return [
-        pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=[] if each in quick else mark)
+        pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=[] if each in quick else marks[each in release])
         for each in cases
     ]
 
 
 def release_but(kept, cases):
-    """The same: the cases that are not in ``kept`` run before a release."""
-    return long_but(kept, cases, pytest.mark.release)
+    """``cases`` for parametrize: those that are not in ``kept`` run before a release."""
+    cases = list(cases)
+    return long_but(kept, cases, [each for each in cases if each not in kept])
 
 
 @pytest.fixture(autouse=True, scope="module")

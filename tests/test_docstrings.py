@@ -35,7 +35,20 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize("name", long_but(QUICK, WITH_EXAMPLES))
+# Which take several seconds each.
+DEAR = [
+    "probdiff.diagnostics.findings",
+    "probdiff.diagnostics.agreement",
+    "probdiff.diagnostics.gap",
+    "probdiff.elbo.importance",
+    "probdiff.flow",
+    "probdiff.inference.likelihood",
+    "probdiff.inference.twists",
+    "probdiff.training.optimiser",
+]
+
+
+@pytest.mark.parametrize("name", long_but(QUICK, WITH_EXAMPLES, DEAR))
 def test_the_examples_run(name, capsys, monkeypatch, tmp_path):
     """Each in a namespace of its own, as a reader would copy it; nothing is printed that it does not show."""
     if name in OPTIONAL:

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import COMPILED, compile_anew, long_but, patcher, places, set_constant
+from conftest import COMPILED, compile_anew, patcher, places, release_but, set_constant
 
 import probdiff
 from probdiff.networks.base import predict_noise
@@ -33,7 +33,7 @@ def wrong_noise(*arguments, **options):
     return predict_noise(*arguments, **options) / 2
 
 
-@pytest.mark.parametrize("name", long_but(["_evaluate", "_draw_batch"], FIGURES))
+@pytest.mark.parametrize("name", release_but(["_evaluate", "_draw_batch"], FIGURES))
 def test_what_was_compiled_with_a_bug_is_not_used_afterwards(name):
     """Nor is, with the bug, what was compiled before; without the fixture it would be."""
     figure = FIGURES[name]

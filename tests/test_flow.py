@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_mean, long_but
+from conftest import assert_mean, long_but, release_but
 
 import probdiff
 from probdiff.flow import Interpolated, velocity
@@ -89,7 +89,7 @@ def test_the_error_from_the_base_is_the_difference_of_the_bases(float64):
     np.testing.assert_allclose(probdiff.flow_likelihood(exact(), x[:4], key=jax.random.key(0)).base.shape, (4,))
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_error_from_interpolation_is_estimated(float64):
     schedule = probdiff.log_snr_schedule(16, 6.0, -3.0)
     x = ORACLE.sample(np.random.default_rng(2), 100)
@@ -155,7 +155,7 @@ def test_on_a_grid_it_bounds_the_probability_of_each_level(float64):
     np.testing.assert_allclose(report.log_prob - report.smoothing, per_level, rtol=1e-10)
 
 
-@pytest.mark.parametrize("num_steps", long_but([1], [1, 2, 3]))
+@pytest.mark.parametrize("num_steps", release_but([1], [1, 2, 3]))
 def test_few_steps(num_steps):
     schedule = probdiff.log_snr_schedule(num_steps, 4.0, -4.0)
     x = ORACLE.sample(np.random.default_rng(5), 3)

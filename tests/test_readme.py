@@ -10,7 +10,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import long_but, release_but
+from conftest import long_but
 
 import probdiff
 
@@ -32,7 +32,7 @@ def run(path):
     return names
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_examples_of_the_first_steps_run_as_they_stand():
     names = run(ROOT / "docs" / "start.md")
     terms, result = names["terms"], names["result"]
@@ -42,10 +42,13 @@ def test_the_examples_of_the_first_steps_run_as_they_stand():
     np.testing.assert_allclose(terms.elbo.mean(), -result.losses[-10:].mean() / 32, rtol=0.2)
 
 
-PAGES = [path for path in sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]) if blocks(path)]
+PAGES = [path for path in sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]) if blocks(path) and path.name != "start.md"]
 
 
-@pytest.mark.parametrize("path", long_but([ROOT / "docs" / "theory.md"], [path for path in PAGES if path.name != "start.md"]), ids=lambda path: path.stem)
+LONG_PAGES = [path for path in PAGES if path.stem in ("conditional", "estimators", "priors")]
+
+
+@pytest.mark.parametrize("path", long_but([ROOT / "docs" / "theory.md"], PAGES, LONG_PAGES), ids=lambda path: path.stem)
 def test_the_blocks_of_a_page_run(path):
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         run(path)
@@ -116,10 +119,9 @@ SCRIPTS = sorted(path.name for path in (ROOT / "analyses").glob("*.py"))
 ALWAYS = ["elbo_derivation.py", "samplers.py"]
 A_MINUTE = ["benchmark.py", "classification.py", "efficiency.py", "flow_likelihood.py", "images.py"]
 A_MINUTE += ["inverse_problems.py", "likelihood.py", "posterior_estimation.py", "prior_in_a_program.py"]
-CASES = [*long_but(ALWAYS, [name for name in SCRIPTS if name not in A_MINUTE]), *release_but([], A_MINUTE)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", long_but(ALWAYS, SCRIPTS, A_MINUTE))
 def test_analyses_run_at_toy_size(name, tmp_path, monkeypatch, capsys):
     script = ROOT / "analyses" / name
     if name == "posterior_estimation.py":

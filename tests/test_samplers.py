@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import long_but
+from conftest import long_but, release_but
 
 import probdiff
 from probdiff import samplers as sampling
@@ -57,7 +57,7 @@ def test_samples_are_distributed_as_the_data(setting):
     check_samples(sampling.SAMPLERS[name](diffusion_with(SCHEDULE), key=KEY, num_samples=10_000, **options))
 
 
-@pytest.mark.parametrize("setting", long_but(["ancestral"], SETTINGS))
+@pytest.mark.parametrize("setting", release_but(["ancestral"], SETTINGS))
 def test_a_wrong_sigma_is_found(setting):
     name, options = SETTINGS[setting]
     wrong = by_step(probdiff.NoiseSchedule.from_sigmas(0.75 * SCHEDULE.sigma))

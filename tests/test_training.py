@@ -40,7 +40,7 @@ def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_fit_reaches_the_best_bound_and_does_not_pass_it():
     """On Gaussian data the best bound is known: the fit comes within 0.05 nats, and below it by its error at most."""
     fit = probdiff.fit(make(), X, iterations=3000, batch_size=256, learning_rate=5e-3, progress=False)

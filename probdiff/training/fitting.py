@@ -246,7 +246,7 @@ def fit(
         state = replicate((loop.begin_anew(state) if anew else state)._replace(settings=settings), mesh)
         held_out = None if validation is None else replicate((jnp.asarray(validation), validation_context), mesh)
         kept: Whole = len(state.losses)
-        bar.initial = bar.n = kept
+        bar.initial = bar.n = bar.last_print_n = kept  # so that the rate is that of this process
         try:
             while (done := len(state.losses)) < iterations:
                 stop = min(iterations, done + CHUNK, (done // validate_every + 1) * validate_every)

@@ -105,7 +105,7 @@ def test_it_is_read_the_same_way_twice():
     assert common.agree, common.wrong
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_every_function_takes_it():
     model = predicted(varied)
     two = probdiff.diagnostics.compute_both_ways(model, X.astype(np.float32), key=KEY, num_draws=400)
@@ -133,6 +133,7 @@ class Tilted(eqx.Module):
         return jnp.stack([self.parts[0] * PREDICT(z, n), self.parts[1] * varied(z, n)], -1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", release_but(["distinct"], ESTIMATORS))
 def test_every_estimator_agrees(which):
     """In the value and in the gradient of both outputs."""

@@ -139,8 +139,14 @@ def test_the_report_is_of_test_data():
     assert results["reference"]["gap"]["nats"] == pytest.approx(gap, rel=1e-5)
 
 
+@pytest.fixture
+def one_way(patched):
+    """The evaluation does not compare terms on common paths: that takes compilation, and is tested elsewhere."""
+    patched(compare_on_common_paths, lambda *args, **kwargs: None)
+
+
 @pytest.mark.usefixtures("small_networks")
-def test_continuous_data_of_ones_own(tmp_path, capsys, monkeypatch):
+def test_continuous_data_of_ones_own(tmp_path, capsys, monkeypatch, one_way):
     monkeypatch.chdir(tmp_path)
     np.save("mine.npy", np.random.default_rng(0).normal([5, -2, 0], [3, 0.1, 1], (400, 3)))
     assert cli.main(["fit", "--data", "mine.npy", *SMALL]) == 0
@@ -148,12 +154,6 @@ def test_continuous_data_of_ones_own(tmp_path, capsys, monkeypatch):
     assert "bits/dim" not in text and "they agree" in text and "runs/mine-1" in text
     monkeypatch.chdir("/")
     assert probdiff.open_run(tmp_path / "runs" / "mine-1").data.train.shape == (320, 3)
-
-
-@pytest.fixture
-def one_way(patched):
-    """The evaluation does not compare terms on common paths: that takes compilation, and is tested elsewhere."""
-    patched(compare_on_common_paths, lambda *args, **kwargs: None)
 
 
 @pytest.mark.usefixtures("small_networks")

@@ -52,7 +52,7 @@ def test_samples_have_names_and_labels(run, tmp_path, capsys):
     assert [["elm", "oak"][int(code)] for code in drawn[:, 1]] == frame["tree"].tolist()
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.usefixtures("small_networks")
 def test_a_table_is_fitted_and_inspected(tmp_path, capsys):
     """The columns are told before the fit and by inspect; the number of the row is no column."""

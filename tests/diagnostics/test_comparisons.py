@@ -454,7 +454,7 @@ def runs(tmp_path_factory):
     return paths
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_command(runs, capsys):
     arguments = ["compare", runs[0], "--num-draws", "4", "--estimators", "kl_uniform,kl_combined,trace"]
     assert cli.main([*arguments, "--json"]) == 0

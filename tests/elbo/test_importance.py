@@ -21,7 +21,7 @@ def make(scale=0.9, **kwargs):
     return probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE, scale), **kwargs)
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("scale", [0.9])
 def test_the_sandwich(scale, float64):
     """ELBO <= IWAE-10 <= IWAE-100 <= exact log p <= upper bounds, each step paired on the same x and beyond its error."""

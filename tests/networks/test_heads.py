@@ -10,7 +10,7 @@ import pytest
 import scipy.integrate
 import scipy.special
 import scipy.stats
-from conftest import assert_mean, long_but
+from conftest import assert_mean, long_but, release_but
 from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.util import log_density
 
@@ -81,7 +81,7 @@ def test_the_categorical_head_is_the_score_of_the_mixture(n, float64):
 HEADS = [probdiff.networks.X0Head, probdiff.networks.VHead, probdiff.networks.DensityHead, probdiff.networks.CategoricalHead]
 
 
-@pytest.mark.parametrize("head", long_but(HEADS[2:], HEADS))
+@pytest.mark.parametrize("head", release_but(HEADS[2:], HEADS))
 def test_a_head_is_trained(head):
     outputs = LEVELS if head is probdiff.networks.CategoricalHead else None
     network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.5, outputs=outputs)
@@ -105,7 +105,7 @@ def predicted(logits=tilted):
 WAYS = {"paths": ("guide", Trace_ELBO()), "after Bayes": ("posterior_guide", Trace_ELBO()), "mean field": ("posterior_guide", TraceMeanField_ELBO())}
 
 
-@pytest.mark.parametrize("make", [categorical, mixture, predicted])
+@pytest.mark.parametrize("make", long_but([categorical, mixture], [categorical, mixture, predicted]))
 def test_two_ways(make, float64):
     """Trace_ELBO's paths against the analytic terms (sampled ones, with the mixture kernel), on a wrong network."""
     diffusion = make(tilted).bind({})
@@ -217,8 +217,9 @@ def test_conv_net(tmp_path):
     np.testing.assert_array_equal(back.predict_noise(z, 3), fit.diffusion.predict_noise(z, 3))
     # Many images are taken in parts.
     many, n = jax.random.normal(jax.random.key(3), (3, 100, 12)), 1 + jnp.arange(300).reshape(3, 100) % N
-    few = [[back.predict_noise(many[i, j : j + 50], n[i, j : j + 50]) for j in (0, 50)] for i in range(3)]
-    np.testing.assert_allclose(back.predict_noise(many, n), np.array(few).reshape(3, 100, 12), rtol=1e-4, atol=1e-5)
+    predict = jax.jit(back.predict_noise)
+    few = [[predict(many[i, j : j + 50], n[i, j : j + 50]) for j in (0, 50)] for i in range(3)]
+    np.testing.assert_allclose(predict(many, n), np.array(few).reshape(3, 100, 12), rtol=1e-4, atol=1e-5)
     # One convolution reaches the neighbours, the whole network two blocks of two: nothing is mixed up between pixels.
     first = probdiff.networks.ConvNet((3, 9), key=jax.random.key(0), channels=6, num_blocks=1)
     first = jax.tree.map(lambda leaf: leaf + 0.1 if isinstance(leaf, jax.Array) else leaf, first)

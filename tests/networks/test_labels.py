@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_mean
+from conftest import assert_mean, long_but
 from numpyro.infer import Predictive
 
 import probdiff
@@ -181,7 +181,7 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", long_but(["ancestral", "ode", "predictive"], SAMPLERS))
 def test_every_sampler_takes_a_guided_model(name):
     """With weight 0 it is the model; with another its mean goes the way of the guided chain."""
     context = np.repeat(C, 100, 0)
