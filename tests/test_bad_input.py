@@ -549,6 +549,16 @@ CALLS = {
         ValueError,
         "likelihood: Expected a DiscretizedNormalLikelihood of 5 levels for this MixtureKernel; got a NormalLikelihood",
     ),
+    "a mixture for levels from 3": (
+        lambda: probdiff.Diffusion(
+            SCHEDULE,
+            probdiff.networks.CategoricalHead(NETWORK, 5),
+            probdiff.DiscretizedNormalLikelihood(5, first=3),
+            kernel=probdiff.chain.MixtureKernel(5),
+        ),
+        ValueError,
+        "likelihood: Expected levels from 0 for a MixtureKernel; got levels from 3: subtract it from the data",
+    ),
     "a predicted variance without a network for it": (
         lambda: probdiff.Diffusion(SCHEDULE, NETWORK, kernel=probdiff.chain.PredictedVarianceKernel()),
         ValueError,

@@ -139,11 +139,13 @@ class MixtureKernel(AbstractKernel):
         return array_module(schedule.beta).zeros(schedule.num_steps)
 
     def check_parts(self, network: Callable[..., Any], likelihood: AbstractLikelihood) -> None:
-        """Refuse a network that does not predict probabilities of as many levels, and a likelihood of another kind of data."""
+        """Refuse a network that does not predict probabilities of as many levels, and a likelihood of other data than levels from 0."""
         for name, part, expected in (("network", network, "CategoricalHead"), ("likelihood", likelihood, "DiscretizedNormalLikelihood")):
             levels = getattr(part, "levels", None)
             got = f"a {type(part).__name__} of {levels}" if levels else f"a {type(part).__name__}"
             require(levels == self.levels, name, f"a {expected} of {self.levels} levels for this MixtureKernel", got)
+        first = getattr(likelihood, "first", 0)
+        require(first == 0, "likelihood", "levels from 0 for a MixtureKernel", f"levels from {first}: subtract it from the data")
 
     def _grid(self, dtype: DTypeLike) -> Float[Array, "level"]:
         return jnp.linspace(-1.0, 1.0, self.levels, dtype=dtype)

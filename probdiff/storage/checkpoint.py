@@ -80,6 +80,11 @@ def load_tree(path: Path, template: Any, wider: bool = False) -> tuple[Any, dict
         ValueError: If the file is damaged, of another model, or was written in another precision.
     """
     about, found = read_leaves(path)
+    return _restored(path, found, template, wider), about
+
+
+def _restored(path: Path, found: list[Any], template: Any, wider: bool = False) -> Any:
+    """The leaves of a file, or some of them, as a tree like ``template``."""
     expected = _leaves(template)
     fits = len(found) == len(expected) and all(_form(a, b) == _form(b, b) for a, b in zip(found, expected))
     require(fits, str(path), "the arrays of this model and optimiser", "those of another configuration")
@@ -89,7 +94,7 @@ def load_tree(path: Path, template: Any, wider: bool = False) -> tuple[Any, dict
         fits = a.dtype == b.dtype or (wider and not x64)
         require(fits, str(path), f"arrays of {b.dtype}, the precision that JAX is set to", got)
     old, structure = jax.tree.flatten(template)
-    return jax.tree.unflatten(structure, map(_like, found, old)), about
+    return jax.tree.unflatten(structure, map(_like, found, old))
 
 
 def _form(leaf: Any, like: Any) -> tuple[Any, ...]:
@@ -149,6 +154,19 @@ class Checkpoint:
     def minutes(self) -> float:
         """How many minutes the saved fit has spent, of a fit that ends with its time; 0 of any other, and if there is none."""
         return self._first(lambda path: read_leaves(path)[0]["settings"].get("seconds", 0.0) / 60, warn=False) or 0.0
+
+    def load_best(self, template: Any) -> Any:
+        """The averaged parameters with the best validation bound so far, a tree like ``template``, the parameters of the model; None before the first validation.
+
+        Another process can load them while the fit continues.
+        """
+
+        def best(path: Path) -> Any:
+            # (A FitState ends with them, their bound, the losses and the validations.)
+            *leaves, _, _, validation = read_leaves(path)[1]
+            return _restored(path, leaves[len(leaves) - len(jax.tree.leaves(template)) :], template, wider=True) if len(validation) else None
+
+        return self._first(best, warn=False)
 
     def require_intact(self) -> None:
         """Raise a ValueError that names the checkpoints, if there are some and none is intact."""

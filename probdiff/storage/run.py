@@ -151,6 +151,19 @@ class Run:
         return diffusion.bind({PARAMS: load_tree(there[0], own, wider=True)[0]} if jax.tree.leaves(own) else {})
 
     @property
+    def best_so_far(self) -> Diffusion:
+        """The Diffusion with the best validation bound so far of a fit that continues, also in another process.
+
+        Raises:
+            FileNotFoundError: If the fit has no checkpoint, or had no validation yet.
+        """
+        diffusion = self.untrained
+        best = self.checkpoint.load_best(diffusion.trainable())
+        got = "no checkpoint, or one from before the first validation"
+        require(best is not None, str(self.path), "a checkpoint of a fit with validation data", got, FileNotFoundError)
+        return diffusion.bind({PARAMS: best})
+
+    @property
     def losses(self) -> np.ndarray:
         """Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``."""
         return self._table("losses.csv")[:, 1]

@@ -76,6 +76,23 @@ def test_a_run_comes_back(tmp_path, num_steps):
     assert_same(*(probdiff.elbo_terms(d, X[:4], key=key) for d in (run.diffusion, fit.diffusion)))
 
 
+def test_the_best_so_far_is_in_the_checkpoint(tmp_path):
+    """Of a run that has not ended; not the last parameters, which a large learning rate has made worse; none without validation."""
+    run = probdiff.storage.create_run(tmp_path / "run", make())
+    with pytest.raises(FileNotFoundError, match="Expected a checkpoint of a fit with validation data"):
+        _ = run.best_so_far
+    options = {"iterations": 20, "batch_size": 16, "validate_every": 5, "learning_rate": 1.0, "checkpoint": run.checkpoint, "progress": False}
+    fit = probdiff.fit(run.untrained, X, validation=X[:20] + 9, **options)
+    bounds = fit.validation[:, 1]
+    best = probdiff.open_run(run.path).best_so_far
+    assert_same(best.trainable(), fit.diffusion.trainable())
+    assert bounds.argmax() < len(bounds) - 1 and best.frozen
+    unvalidated = probdiff.storage.create_run(tmp_path / "unvalidated", make())
+    probdiff.fit(unvalidated.untrained, X, **options | {"checkpoint": unvalidated.checkpoint, "iterations": 5})
+    with pytest.raises(FileNotFoundError, match="before the first validation"):
+        _ = unvalidated.best_so_far
+
+
 def test_a_run_of_single_precision_opens_in_double_and_not_the_other_way_round(tmp_path):
     """No number changes on the way up; on the way down, and for a fit to go on, it says what to set."""
     single, _ = fitted_run(tmp_path / "single", make())
