@@ -200,13 +200,14 @@ def _rounds_needed(pilot: list[np.ndarray], num_steps: int, noise_share: float) 
 
 
 def _smaller(counts: tuple[int, int], rounds: float, num_data: int) -> tuple[int, int]:
-    """The numbers of evaluations of a draw, halved as long as less than half a round is needed; by halves, as each pair of numbers is compiled.
+    """The numbers of evaluations of a draw, halved as long as a single round remains enough; by halves, as each pair of numbers is compiled.
 
-    Only for many data: their Monte Carlo error comes from the differences of two draws, which say little if they are few and of few evaluations.
+    The steps of a datum are spread evenly, so that half of them have up to four times the variance. Only for many data: the Monte Carlo error comes from
+    the differences of two draws, which say little if they are few and of few evaluations.
     """
     steps, reconstructions = counts
-    while 2 * rounds <= 1 and steps > 1 and num_data * steps >= 2 * STEPS * DATA_AT_ONCE:
-        steps, reconstructions, rounds = -(-steps // 2), -(-reconstructions // 2), 2 * rounds
+    while 4 * rounds <= 1 and steps > 1 and num_data * steps >= 2 * STEPS * DATA_AT_ONCE:
+        steps, reconstructions, rounds = -(-steps // 2), -(-reconstructions // 2), 4 * rounds
     return steps, reconstructions
 
 
