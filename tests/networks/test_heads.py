@@ -217,7 +217,7 @@ def test_conv_net(tmp_path):
     np.testing.assert_array_equal(back.predict_noise(z, 3), fit.diffusion.predict_noise(z, 3))
     # Many images are taken in parts.
     many, n = jax.random.normal(jax.random.key(3), (3, 100, 12)), 1 + jnp.arange(300).reshape(3, 100) % N
-    predict = jax.jit(back.predict_noise)
+    predict = jax.jit(lambda z, n: back.predict_noise(z, n))
     few = [[predict(many[i, j : j + 50], n[i, j : j + 50]) for j in (0, 50)] for i in range(3)]
     np.testing.assert_allclose(predict(many, n), np.array(few).reshape(3, 100, 12), rtol=1e-4, atol=1e-5)
     # One convolution reaches the neighbours, the whole network two blocks of two: nothing is mixed up between pixels.
