@@ -13,6 +13,7 @@ if process:
     jax.distributed.initialize(process[0], 2, int(process[1]))
 
 X = np.random.default_rng(0).normal(size=(41, 2))
+C = X[::-1] + 0.5
 STOP = 100
 
 
@@ -30,12 +31,12 @@ class Keeper:
 
 
 def everything(devices):
-    """By name: losses, parameters and evaluations."""
+    """By name: losses, parameters and evaluations, of a conditional model: rows of the data and of the context are cut alike."""
     with jax.enable_x64(True):
-        network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.2)
+        network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.2, context_dim=2)
         model = probdiff.Diffusion(probdiff.log_snr_schedule(6), network)
         # 30 data and 41 cannot be cut into four equal parts.
-        options = {"iterations": 200, "batch_size": 30, "validate_every": STOP, "progress": False}
+        options = {"context": C, "iterations": 200, "batch_size": 30, "validate_every": STOP, "progress": False}
         keeper = Keeper()
         fit = probdiff.fit(model, X, devices=devices, checkpoint=keeper, **options)
         if devices:
@@ -43,25 +44,18 @@ def everything(devices):
             np.testing.assert_allclose(resumed.losses, fit.losses, rtol=1e-10)
         found = {"losses": fit.losses, "parameters": np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(fit.params)])}
         options = {"key": jax.random.key(1), "devices": devices}
-        terms = probdiff.elbo_terms(fit.diffusion, X, num_draws=2, **options)
-        found |= {"elbo": terms.elbo, "samples": probdiff.samplers.ancestral(fit.diffusion, num_samples=7, **options)}
-        # A conditional model: rows of the data and of the context are cut alike.
-        own = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, context_dim=2)
-        given = {"context": X[::-1] + 0.5, "devices": devices}
-        conditional = probdiff.fit(probdiff.Diffusion(probdiff.log_snr_schedule(6), own), X, iterations=20, batch_size=30, progress=False, **given)
         found |= {
-            "conditional losses": conditional.losses,
-            "conditional elbo": probdiff.elbo_terms(conditional.diffusion, X, key=jax.random.key(1), **given).elbo,
-            "conditional samples": probdiff.samplers.ancestral(conditional.diffusion, key=jax.random.key(1), **given),
+            "elbo": probdiff.elbo_terms(fit.diffusion, X, num_draws=2, context=C, **options).elbo,
+            "samples": probdiff.samplers.ancestral(fit.diffusion, context=C[:7], **options),
         }
         if not process:
-            moments = probdiff.elbo_terms(fit.diffusion, X, num_draws=2, reduce=True, **options)
-            comparison = probdiff.compare_estimators(fit.diffusion, X[:2], num_draws=3, estimators=["kl_uniform"], **options)
+            moments = probdiff.elbo_terms(fit.diffusion, X, num_draws=2, reduce=True, context=C, **options)
+            comparison = probdiff.compare_estimators(fit.diffusion, X[:2], num_draws=3, estimators=["kl_uniform"], context=C[:2], **options)
             found |= {
                 "mean": moments.elbo.mean,
                 "estimates": comparison.draws,
                 "gradients": comparison.projections["kl_uniform"],
-                "paths": probdiff.elbo.path_elbo(fit.diffusion, X[:5], num_draws=2, **options),
+                "paths": probdiff.elbo.path_elbo(fit.diffusion, X[:5], num_draws=2, context=C[:5], **options),
             }
     return found
 

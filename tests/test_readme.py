@@ -45,10 +45,10 @@ def test_the_examples_of_the_first_steps_run_as_they_stand():
 PAGES = [path for path in sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]) if blocks(path) and path.name != "start.md"]
 
 
-LONG_PAGES = [path for path in PAGES if path.stem in ("conditional", "estimators", "priors")]
+DEAR_PAGES = [path for path in PAGES if path.stem in ("arviz", "conditional", "estimators", "foreign", "priors")]
 
 
-@pytest.mark.parametrize("path", long_but([ROOT / "docs" / "theory.md"], PAGES, LONG_PAGES), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", long_but([ROOT / "docs" / "theory.md"], PAGES, DEAR_PAGES), ids=lambda path: path.stem)
 def test_the_blocks_of_a_page_run(path):
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         run(path)
@@ -117,11 +117,11 @@ def test_an_analysis_runs_in_a_notebook(tmp_path, monkeypatch):
 
 SCRIPTS = sorted(path.name for path in (ROOT / "analyses").glob("*.py"))
 ALWAYS = ["elbo_derivation.py", "samplers.py"]
-A_MINUTE = ["benchmark.py", "classification.py", "efficiency.py", "flow_likelihood.py", "images.py"]
-A_MINUTE += ["inverse_problems.py", "likelihood.py", "posterior_estimation.py", "prior_in_a_program.py"]
+DEAR = ["arviz_examples.py", "benchmark.py", "classification.py", "crossing.py", "efficiency.py", "flow_likelihood.py", "images.py", "inverse_problems.py"]
+DEAR += ["likelihood.py", "noise_and_score.py", "posterior_estimation.py", "prior_in_a_program.py", "schedules.py"]
 
 
-@pytest.mark.parametrize("name", long_but(ALWAYS, SCRIPTS, A_MINUTE))
+@pytest.mark.parametrize("name", long_but(ALWAYS, SCRIPTS, DEAR))
 def test_analyses_run_at_toy_size(name, tmp_path, monkeypatch, capsys):
     script = ROOT / "analyses" / name
     if name == "posterior_estimation.py":

@@ -187,7 +187,7 @@ def test_a_head_around_a_network_of_its_kind_is_right():
     assert not findings and Reading(OWN, "v") not in found.readings and found.readings[Reading(OWN, "the noise")].mean < -1
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_data_on_a_grid_in_bits_and_in_another_range():
     """A network of pixels in [0, 1], in a chain of [−1, 1]: both the fault, and the bits of the bound."""
     rng, levels = np.random.default_rng(0), 17

@@ -207,7 +207,7 @@ def test_a_run_with_labels_comes_back(tmp_path):
         np.testing.assert_array_equal(*(change(d).predict_noise(z, 3) for d in (opened, fit.diffusion)))
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_one_fit_is_a_conditional_and_an_unconditional_model():
     """Two groups, at −2 and at 2: given the label one of them, without both."""
     labels = RNG.integers(0, 2, 2000)
