@@ -269,12 +269,16 @@ def with_convolutions_of_xla(network):
 
 if wanted("images"):
     side, channels, batch, num_blocks = (4, 2, 2, 1) if quick else (28, 64, 64, 2)
-    network = probdiff.networks.UNet((side, side), key=jax.random.key(0), channels=channels, num_blocks=num_blocks)
+    size = {"channels": channels, "num_blocks": num_blocks}
+    network, rounded_network = (probdiff.networks.UNet((side, side), key=KEY, products=products, **size) for products in (None, "bfloat16"))
     diffusion = probdiff.Diffusion(probdiff.log_snr_schedule(10 if quick else 1000), network)
     by_xla = diffusion.with_network(with_convolutions_of_xla(network))
     loops = {"by hand": functools.partial(loop_by_hand, diffusion), "with XLA's convolutions": functools.partial(loop_by_hand, by_xla)}
     setting = f"{side} × {side}, {channels} channels"
     compare_steps("images", setting, diffusion, loops, batch, 2 if quick else 4)
+    if probdiff.networks.has_fast_bfloat16() and not quick:  # the default on such a device
+        del loops["by hand"]
+        compare_steps("images", f"bfloat16, {setting}", diffusion.with_network(rounded_network), loops, batch, 4)
     few = probdiff.Diffusion(probdiff.log_snr_schedule(4 if quick else 16), network).bind({})
     x, size = jax.random.normal(jax.random.key(1), (batch, side * side)), few.schedule.num_steps * batch
     z, log_snr, alone = jnp.tile(x, (few.schedule.num_steps, 1)), jnp.full(size, 0.3), eqx.filter_jit(network)
