@@ -11,6 +11,7 @@ import optax
 import pytest
 from conftest import long_but, set_constant
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from tqdm import tqdm
 
 import probdiff
 from probdiff import training
@@ -104,6 +105,24 @@ def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit():
     assert same(whole.diffusion, resumed.diffusion)
     keys = [jax.random.key_data(f.state.svi.rng_key) for f in (whole, resumed)]
     assert np.array_equal(*keys) and same(whole.state.svi.optim_state, resumed.state.svi.optim_state)
+
+
+def test_the_bar_of_a_resumed_fit_counts_its_own_updates(monkeypatch):
+    """Its rate and the time that is left are not those of updates before."""
+    seen = []
+
+    class Bar(tqdm):
+        def update(self, n):
+            seen.append((self.initial, self.n, self.last_print_n))
+            super().update(n)
+
+    monkeypatch.setattr(training.fitting, "tqdm", Bar)
+    checkpoint, arguments = Interrupt(at=2), dict(iterations=70, batch_size=32, validation=X[:50], validate_every=20)
+    with pytest.raises(KeyboardInterrupt):
+        probdiff.fit(make(dropout=0.2), X, checkpoint=checkpoint, **arguments)
+    seen.clear()
+    probdiff.fit(make(dropout=0.2), X, checkpoint=checkpoint, **arguments)
+    assert seen[0] == (40, 40, 40)
 
 
 def test_ctrl_c_saves_the_iterations_since_the_last_checkpoint(patched):

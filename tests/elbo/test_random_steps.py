@@ -67,6 +67,12 @@ def test_many_data_have_a_few_evaluations_each():
     assert few.num_evaluations >= most
 
 
+@pytest.mark.parametrize("rounds, expected", [(0.26, (32, 4)), (0.25, (16, 2)), (0.07, (16, 2)), (1 / 16, (8, 1)), (0.0, (1, 1)), (3.0, (32, 4))])
+def test_a_draw_is_halved_while_four_times_the_variance_is_little_enough(rounds, expected):
+    """Where the terms of a datum change slowly with the step, half as many steps, spread evenly, have four times the variance."""
+    assert random_steps._smaller((32, 4), rounds, 10**6) == expected
+
+
 def test_data_in_blocks_of_which_the_last_is_filled(constant):
     constant("DATA_AT_ONCE", 17)
     found = [data_set_elbo(MODEL, X, key=jax.random.key(seed), noise_share=0.05) for seed in range(8)]
