@@ -1,6 +1,7 @@
 """Sequential Monte Carlo against the exact evidence and posterior of the discrete linear-Gaussian chain."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from probdiff.inference import (
     log_evidence,
     smc,
 )
-from probdiff.inference.particles import evidence, make_problem
+from probdiff.inference.particles import _multinomial, evidence, make_problem
 from probdiff.inference.twists import Twisted
 from probdiff.oracles import GaussianOracle, exact_moments
 
@@ -254,6 +255,21 @@ def test_the_posterior_as_a_result():
     np.testing.assert_array_equal(right.lines[0].get_ydata(), found.ess)
     with pytest.warns(UserWarning, match="smc: the particles have collapsed: at step n = "):
         smc(make(), LinearGaussian(MATRIX, Y + 30, 0.01), key=KEY, num_particles=512, twist=NoTwist())
+
+
+def test_the_runs_of_a_posterior_count_by_their_evidence():
+    """Evidence 1 and 3: a quarter and three quarters of the weight, divided within each run by its own weights, on whatever scale."""
+    given = [(1.0, [0.5, 0.5]), (3.0, [20.0, 60.0])]
+    runs = [SimpleNamespace(log_evidence=np.log(e), log_weights=np.log(w), samples=np.full((2, 1), float(k)), ess=np.full(3, 2.0)) for k, (e, w) in enumerate(given)]
+    found = Posterior.of_runs(runs)
+    np.testing.assert_allclose(found.weights, [1 / 8, 1 / 8, 3 / 16, 9 / 16])
+    assert found.log_evidence == pytest.approx(np.log(2))
+
+
+def test_the_path_of_a_simulated_y_is_never_resampled_away():
+    log_weights = jnp.log(jnp.array([1e-6, 0.5, 0.5]))
+    drawn = np.array([_multinomial(key, log_weights) for key in jax.random.split(KEY, 20)])
+    assert np.all(drawn[:, 0] == 0) and set(drawn[:, 1:].ravel().tolist()) == {1, 2}
 
 
 @pytest.mark.parametrize("name", long_but(["inpainting"], ["linear", "inpainting"]))
