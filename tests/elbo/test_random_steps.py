@@ -62,7 +62,7 @@ def test_many_data_have_a_few_evaluations_each():
     z = np.array([(each.estimate.mean - exact) / each.estimate.monte_carlo_error for each in found])
     assert abs(z.mean()) < 4.9 / np.sqrt(10) and 0.2 < np.square(z).mean() < 2.5, z
     squares = np.array([(each.estimate.monte_carlo_error**2, each.estimate.error**2) for each in found]).mean(0)
-    assert np.sqrt(squares[0] / (squares[1] - squares[0])) < 1.2 * 3
+    assert 0.7 < np.sqrt(squares[0] / (squares[1] - squares[0])) < 1.2 * 3  # 0.4 with the most evaluations: it makes the few that it reports
     few = data_set_elbo(MODEL, x[:100], key=jax.random.key(0), noise_share=3.0)
     assert few.num_evaluations >= most
 
