@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
@@ -106,8 +107,13 @@ def _no_interrupt_lost() -> Iterator[None]:
     def watch() -> None:
         while ignored.wait() and not over.is_set():
             ignored.clear()
-            time.sleep(0.05)  # after the hook has returned: an exception in it would be ignored as well
+            while in_hook():  # an exception in it would be ignored as well
+                time.sleep(0.01)
             _thread.interrupt_main(signal.SIGTERM)
+
+    def in_hook() -> bool:
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        return any(each.f_code is hook.__code__ for each, _ in traceback.walk_stack(frame)) if frame else False
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
         if unraisable.exc_type is KeyboardInterrupt:
