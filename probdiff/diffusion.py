@@ -36,6 +36,7 @@ from probdiff.networks.base import (
     takes,
 )
 from probdiff.networks.heads import AbstractHead
+from probdiff.networks.host import require_of_jax
 from probdiff.networks.nnx import require_pure
 from probdiff.programs import scan
 from probdiff.programs.sites import PARAMS, AbstractDiffusion, Data, Size, svi_begins
@@ -100,6 +101,7 @@ class Diffusion(AbstractDiffusion):
     ) -> None:
         require_schedule(schedule)
         require(callable(network), "network", "a callable network(z, n)", type(network).__name__, TypeError)
+        require_of_jax(network)
         require_pure(network)
         likelihood = NormalLikelihood() if likelihood is None else likelihood
         own = isinstance(likelihood, AbstractLikelihood)

@@ -78,6 +78,12 @@ def test_every_link_of_the_pages_leads_somewhere():
     assert not missing
 
 
+def test_the_parts_of_a_user_are_short_and_shown():
+    page = (ROOT / "docs" / "guides" / "own_parts.md").read_text()
+    for path in (ROOT / "docs" / "own_parts").glob("*.py"):
+        assert f"literalinclude}} ../own_parts/{path.name}" in page and path.read_text().count("\n") < 40
+
+
 def test_every_finding_is_of_a_script():
     stems = {path.stem for path in (ROOT / "analyses").glob("*.py")}
     assert {path.stem for path in (ROOT / "docs" / "results").glob("*.md")} <= stems
@@ -118,7 +124,7 @@ def test_an_analysis_runs_in_a_notebook(tmp_path, monkeypatch):
 SCRIPTS = sorted(path.name for path in (ROOT / "analyses").glob("*.py"))
 ALWAYS = ["elbo_derivation.py", "samplers.py"]
 DEAR = ["arviz_examples.py", "benchmark.py", "classification.py", "crossing.py", "efficiency.py", "flow_likelihood.py", "images.py", "inverse_problems.py"]
-DEAR += ["likelihood.py", "noise_and_score.py", "posterior_estimation.py", "prior_in_a_program.py", "schedules.py"]
+DEAR += ["fitted_evidence.py", "image_options.py", "likelihood.py", "noise_and_score.py", "posterior_estimation.py", "prior_in_a_program.py", "schedules.py"]
 
 
 @pytest.mark.parametrize("name", long_but(ALWAYS, SCRIPTS, DEAR))

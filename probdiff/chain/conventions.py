@@ -34,7 +34,8 @@ def diffusers_schedule(config: Any) -> NoiseSchedule:
 
     Raises:
         ValueError, TypeError: If an entry is missing or has another value than these; and if ``rescale_betas_zero_snr`` is set: with
-            :math:`\bar\alpha_N = 0` there is no log-SNR at step N, and a prediction of the data cannot be converted into one of the noise.
+            :math:`\bar\alpha_N = 0` there is no log-SNR at step N, and a prediction of the data cannot be converted into one of the noise. If ``config`` is a
+            scheduler whose ``alphas_cumprod`` are not those of its betas, as where ``snr_shift_scale`` is not 1.
 
     Example:
         >>> import probdiff
@@ -51,7 +52,12 @@ def diffusers_schedule(config: Any) -> NoiseSchedule:
         known = isinstance(name, str) and name in BETAS
         require(known, "beta_schedule", f"one of {list(BETAS)}, or trained_betas", repr(name))
         betas = BETAS[name](settings)
-    return NoiseSchedule.from_betas(betas)
+    shift = settings.get("snr_shift_scale")
+    require(shift in (None, 1), "snr_shift_scale", "1, or none: the schedule is read from the betas alone", shift)
+    schedule, own = NoiseSchedule.from_betas(betas), getattr(config, "alphas_cumprod", None)
+    same = own is None or (np.shape(own) == (schedule.num_steps,) and np.allclose(np.asarray(own), schedule.alpha_bar, rtol=1e-3, atol=1e-6))
+    require(same, "config", "a scheduler whose alphas_cumprod are the products of 1 − beta", f"other alphas_cumprod in the {type(config).__name__}")
+    return schedule
 
 
 def improved_diffusion_schedule(name: str, num_steps: Whole) -> NoiseSchedule:

@@ -258,7 +258,8 @@ def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _add_audit(commands: "argparse._SubParsersAction[_Parser]") -> None:
     audit = commands.add_parser("audit", help="audit a network: its bound both ways, the terms of the bound, and errors in its use")
-    audit.add_argument("run", metavar="RUN", help="run folder")
+    audit.add_argument("model", metavar="RUN|FILE.py:NAME", help="run folder; or a script, and the name of a Diffusion in it, with a network of any library")
+    audit.add_argument("--data", metavar="NAME|FILE", help="data for the model of a script, as in probdiff fit: their test split is used")
     audit.add_argument("--num-items", type=_count, metavar="K", help="test items (default: 64 for many steps, up to 1024 for few)")
     audit.add_argument("--num-draws", type=_count, default=8, metavar="S", help="draws of the noise for each (default 8)")
     _add_json(audit)

@@ -262,7 +262,7 @@ def make_problem(diffusion: Diffusion, observation: AbstractObservation, twist: 
     diffusion.require_context(1)
     of_x = jax.eval_shape(lambda z: diffusion.kernel.observation(diffusion.likelihood, diffusion.reverse_kernel(z, 1)), jnp.zeros(dim))
     observation.check(dim, diffusion.likelihood, of_x)
-    return Problem(diffusion, observation, named_twist(twist))
+    return Problem(diffusion, observation, named_twist(twist).adapted(diffusion, observation))
 
 
 def smc(

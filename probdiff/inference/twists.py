@@ -5,12 +5,14 @@ The estimate of the evidence is unbiased for every twist; with a good twist the 
 
     Cov[x_0 | z_n] = (1−ᾱ_n)/√ᾱ_n · ∂x̂_0/∂z_n,
 
-which is exact for the exact network of any data. For normal data the twist is then p(y | z_n) itself.
+which is exact for the exact network of any data. For normal data the twist is then p(y | z_n) itself. Where a fitted network has derivatives that cannot be right, a
+variance takes their place that is measured on paths of the model (:mod:`probdiff.inference.uncertainty`).
 
 Sources: twisted proposals, Wu et al. (2023), arXiv:2306.17775, section 3; the covariance in a twist of this form, Boys et al. (2023), arXiv:2310.06721, section 3.
 """
 
 import abc
+import contextlib
 from typing import ClassVar, NamedTuple
 
 import equinox as eqx
@@ -20,13 +22,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from numpyro import distributions as dist
 
-from probdiff._checks import require
+from probdiff._checks import is_concrete, require
 from probdiff.chain.schedules import at_step
 from probdiff.diffusion import Diffusion
 from probdiff.inference.observations import AbstractObservation
+from probdiff.inference.uncertainty import Uncertainty, measure_uncertainty, predicted_x0
 from probdiff.likelihoods import Categories
 
 MOST_VALUES = 16  # values of y, for a covariance by as many vector-Jacobian products
+TINY = 1e-6  # of the variance of the noise: a covariance of rank less than its size has eigenvalues 0
 
 
 class Twisted(NamedTuple):
@@ -59,6 +63,10 @@ class AbstractTwist(eqx.Module):
     @abc.abstractmethod
     def __call__(self, diffusion: Diffusion, observation: AbstractObservation, z: Float[Array, "dim"], n: Int[Array, ""]) -> Twisted:
         """The twist at a particle ``z`` after n steps, 1 ≤ n ≤ N."""
+
+    def adapted(self, diffusion: Diffusion, observation: AbstractObservation) -> "AbstractTwist":
+        """The twist with what it has measured of a model, once before any particles are drawn; here the twist itself."""
+        return self
 
     def evaluations(self, observation: AbstractObservation, dim: int) -> int:
         """The approximate cost for one particle in evaluations of the network, gradients included."""
@@ -166,9 +174,13 @@ class DiagonalTwist(AbstractTwist):
 class TweedieTwist(AbstractTwist):
     r"""p(y | z_n) with x_0 given z_n normal, by the network's mean and covariance.
 
-    The covariance of A x_0 is :math:`A C A^T`, by as many vector-Jacobian products of the network as y has values; for networks that are not
-    exact it is symmetrised, and clipped to be positive semi-definite. The gradient is through the mean only. With more than 16 values of y the
+    The covariance of A x_0 is :math:`A C A^T`, by as many vector-Jacobian products of the network as y has values, symmetrised. At steps and particles where it cannot be a
+    covariance, because the derivative of a fitted network is inaccurate, C is instead diagonal, with variances that :func:`smc` and the other functions measure before they
+    draw particles; without a measurement negative eigenvalues are replaced by 0. The gradient is through the mean only. With more than 16 values of y the
     :class:`DiagonalTwist` takes its place.
+
+    Args:
+        uncertainty: What was measured of the model; None in the twist that one gives to :func:`smc`.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -180,7 +192,17 @@ class TweedieTwist(AbstractTwist):
         True
     """
 
+    uncertainty: Uncertainty | None = None
     most_values: ClassVar[int] = MOST_VALUES
+
+    def adapted(self, diffusion: Diffusion, observation: AbstractObservation) -> AbstractTwist:
+        """The twist with the uncertainty of a model."""
+        assert diffusion.dim is not None
+        if self._is_long(observation, diffusion.dim):
+            return self
+        constant = all(map(is_concrete, jax.tree.leaves(diffusion)))
+        with jax.ensure_compile_time_eval() if constant else contextlib.nullcontext():  # not again each time that a program is run
+            return TweedieTwist(measure_uncertainty(diffusion))
 
     def __call__(self, diffusion: Diffusion, observation: AbstractObservation, z: Float[Array, "dim"], n: Int[Array, ""]) -> Twisted:
         """The log density of y, and the gradient through its mean."""
@@ -190,7 +212,16 @@ class TweedieTwist(AbstractTwist):
         of_y = _linearised(diffusion, observation, x0)
         rows = jax.vmap(lambda row: from_z(row)[0])(of_y.slope)
         ratio = at_step(diffusion.schedule.one_minus_alpha_bar / diffusion.schedule.signal_scale, n, z.dtype)
-        normal = dist.MultivariateNormal(of_y.loc, _positive(ratio * _product(rows, of_y.slope.T)) + of_y.noise)
+        covariance = ratio * _product(rows, of_y.slope.T)
+        covariance = (covariance + covariance.T) / 2
+        if self.uncertainty is None:
+            covariance = _positive(covariance)
+        else:
+            own, positive = at_step(self.uncertainty.variance, n, z.dtype), jnp.linalg.eigvalsh(covariance + TINY * of_y.noise)[0] > 0
+            credible = positive & (at_step(self.uncertainty.credible, n, z.dtype) > 0)
+            covariance = jnp.where(credible, covariance, _product(of_y.slope * own, of_y.slope.T))
+            rows = jnp.where(credible, rows, of_y.slope * own / ratio)
+        normal = dist.MultivariateNormal(of_y.loc, covariance + of_y.noise)
         weighted = jax.scipy.linalg.cho_solve((normal.scale_tril, True), of_y.value - of_y.loc)
         return Twisted(normal.log_prob(of_y.value), weighted @ rows)
 
@@ -218,12 +249,6 @@ def named_twist(twist: AbstractTwist | str) -> AbstractTwist:
     known = isinstance(twist, str) and twist in TWISTS
     require(known, "twist", f"one of {list(TWISTS)} or an AbstractTwist", repr(twist))
     return TWISTS[twist]
-
-
-def predicted_x0(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""]) -> Float[Array, "dim"]:
-    r""":math:`\hat x_0`, the mean of x_0 that the network predicts from z_n, shape ``(dim,)``."""
-    signal, noise = (at_step(table, n, z.dtype) for table in (diffusion.schedule.signal_scale, diffusion.schedule.noise_scale))
-    return (z - noise * diffusion.predict_noise(z, n)) / signal
 
 
 def _log_probabilities(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""]) -> Float[Array, "dim level"] | None:

@@ -13,13 +13,13 @@ from probdiff.networks.base import AbstractWrapper, Network, Prediction, evaluat
 
 
 class Batched(AbstractWrapper):
-    """The result of :func:`batched`: a network of one example, mapped over all batch axes."""
+    """The result of :func:`batched`: a network of one example or of rows, mapped over all batch axes."""
 
     network: Network
 
     @property
     def inside(self) -> tuple[Network]:
-        """The network of one example."""
+        """The network of one example or of rows."""
         return (self.network,)
 
     def __call__(
@@ -35,17 +35,23 @@ class Batched(AbstractWrapper):
         flat, log_snr, n, context = flattened(z.ndim - 1, (z, log_snr, n, context))
         keys = None if key is None else jax.random.split(key, len(flat))
         one = jax.vmap(lambda z, log_snr, n, key, context: evaluate(self.network, z, log_snr, n, key, context))
-        output = one(flat, log_snr, n, keys, context)
+        try:
+            output = one(flat, log_snr, n, keys, context)
+        except Exception as error:
+            try:  # a network of rows, such as jax.vmap(f)
+                output = evaluate(self.network, flat, log_snr, n, key, context)
+            except Exception:
+                raise error from None
         return output.reshape(*z.shape[:-1], *output.shape[1:])
 
 
 def batched(network: Network) -> Batched:
-    """Map a network that is written for one example over a batch.
+    """Map a network that is written for one example, or for one batch axis, over any batch axes.
 
     Args:
         network: A callable ``network(z, n) -> eps_hat`` with z of shape ``(dim,)``, n an int32 of shape ``()`` and the prediction shaped like
             z, as usual in equinox; or an :class:`AbstractNetwork` of one example. ``key=`` (dropout) and ``context=`` are also for
-            one example.
+            one example. Or a network of rows, such as ``jax.vmap(f)``: z of shape ``(row, dim)`` and n of shape ``(row,)``.
 
     Returns:
         The network, for z of shape ``(*batch, dim)``. Its parameters are the parameters of ``network``.

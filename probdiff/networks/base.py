@@ -38,9 +38,8 @@ EMBEDDING = 32
 CONTEXT_HIDDEN = 64
 MOST_BLOCKS = 1000
 Network = Callable[..., Array]  # of either kind
-ONE_EXAMPLE = (
-    "network: Expected network(z, n) with z of shape (*batch, dim) and n of shape batch, here {}; got one for a single example, "
-    "z of shape ({},): give probdiff.networks.batched(network)"
+OTHER_AXES = (
+    "network: Expected network(z, n) with z of shape (*batch, dim) and n of shape batch, here {}; got one for {}: give probdiff.networks.batched(network)"
 )
 Prediction = Float[Array, "*batch dim"] | Float[Array, "*batch dim output"] | Float[Array, "*batch outputs"]
 
@@ -215,29 +214,38 @@ class _NoParamSites(Messenger):
 
 
 def _call_at_step(call: Network, z: Float[Array, "*batch dim"], n: Real[Array, "*batch"] | None, **options: Any) -> Any:
-    """``call(z, n, **options)``; for a network written for a single example the error names the remedy."""
+    """``call(z, n, **options)``; for a network written for a single example, or for one batch axis, the error names the remedy."""
     try:
         output = call(z, n, **options)
     except NotImplementedError:
         raise  # by name, already
     except Exception as error:
-        if _takes_one_example(call, z, **options):
-            raise ValueError(ONE_EXAMPLE.format(tuple(z.shape), z.shape[-1])) from error
+        if other := _axes_it_takes(call, z, **options):
+            raise ValueError(OTHER_AXES.format(tuple(z.shape), other)) from error
         raise
-    if getattr(output, "shape", ())[: z.ndim - 1] != z.shape[:-1] and _takes_one_example(call, z, **options):
-        raise ValueError(ONE_EXAMPLE.format(tuple(z.shape), z.shape[-1]))
+    shape = getattr(output, "shape", ())
+    if shape[: z.ndim - 1] != z.shape[:-1] and (other := _axes_it_takes(call, z, **options)):
+        raise ValueError(OTHER_AXES.format(tuple(z.shape), other))
     return output
 
 
-def _takes_one_example(call: Network, z: Float[Array, "*batch dim"], **options: Any) -> bool:
-    """Whether a network accepts z of shape ``(dim,)`` and one step, and returns an array of that shape; it is traced, not run."""
-    first = (0,) * (z.ndim - 1)
-    options |= jax.tree.map(lambda leaf: leaf[first], {name: value for name, value in options.items() if name == "context"})
-    try:
-        output = jax.eval_shape(call, z[first], jnp.ones((), jnp.int32), **options)
-    except Exception:
-        return False
-    return z.ndim > 1 and getattr(output, "shape", ())[:1] == z.shape[-1:]
+def _axes_it_takes(call: Network, z: Float[Array, "*batch dim"], **options: Any) -> str | None:
+    """In words, the shape of z that a network takes instead, if it is ``(dim,)`` or ``(rows, dim)``; the network is traced, not run."""
+    dim, context = z.shape[-1], options.get("context")
+    alone, rows = (0,) * (z.ndim - 1), (0,) * (z.ndim - 2)
+    given = [
+        (f"a single example, z of shape ({dim},)", alone, z.ndim > 1),
+        (f"one batch axis, z of shape (rows, {dim})", rows, z.ndim > 2),
+    ]
+    for words, first, fewer in given:
+        part = options | ({} if context is None else {"context": jax.tree.map(lambda leaf, first=first: leaf[first], context)})
+        try:
+            output = jax.eval_shape(call, z[first], jnp.ones(z[first].shape[:-1], jnp.int32), **part)
+        except Exception:
+            continue
+        if fewer and getattr(output, "shape", ())[: z[first].ndim] == z[first].shape:
+            return words
+    return None
 
 
 def predict_noise(

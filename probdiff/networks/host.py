@@ -85,6 +85,13 @@ def _refuse_derivative(function: Callable[..., Any], primals: Any, tangents: Any
     raise NotImplementedError(NO_DERIVATIVE)
 
 
+def require_of_jax(network: Any) -> None:
+    """Refuse a module of PyTorch that is given as it is."""
+    torch = sys.modules.get("torch")
+    foreign = torch is not None and isinstance(network, torch.nn.Module)
+    require(not foreign, "network", "a network of JAX; one of PyTorch as probdiff.networks.from_torch(module)", type(network).__name__, TypeError)
+
+
 def from_torch(module: Any, apply: Callable[..., Any] | None = None) -> HostNetwork:
     """A network from a module of PyTorch, for evaluation in bounds, estimators, samplers and exports. It is not trained here.
 
@@ -135,6 +142,7 @@ def from_torch(module: Any, apply: Callable[..., Any] | None = None) -> HostNetw
     def function(z: np.ndarray, n: np.ndarray, **context: PyTree) -> np.ndarray:
         with torch.no_grad():
             z, n, context = jax.tree.map(functools.partial(tensor, place=place()), (z, n, context))
-            return call(z, n, **context).cpu().numpy()
+            output = call(z, n, **context).cpu()
+            return (output.float() if output.dtype == torch.bfloat16 else output).numpy()
 
     return HostNetwork(function)

@@ -10,7 +10,11 @@ from probdiff.networks.base import Network
 
 SPLIT = (
     "graphdef, params, rest = nnx.split(module, nnx.Param, ...) and probdiff.networks.from_apply("
-    "lambda params, z, n: nnx.merge(graphdef, params, rest)(z, n), params)"
+    "lambda params, z, n: nnx.merge(graphdef, params, rest, copy=True)(z, n), params)"
+)
+WITH_DROPOUT = (
+    "give from_apply a function apply(params, z, n, *, key=None) that calls module = nnx.merge(graphdef, params, rest, copy=True), "
+    "after nnx.reseed(module, default=key), or module.eval() if key is None"
 )
 
 
@@ -34,7 +38,7 @@ def require_pure(network: Network) -> None:
         return {f"{type(leaf).__name__} at network{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves if is_leaf(leaf)}
 
     for name in found(drops):
-        require(False, "network", "a module of Flax NNX without dropout", f"{name}: module.eval() switches it off; to train with it, {SPLIT}, with key=")
+        require(False, "network", "a module of Flax NNX without dropout", f"{name}: module.eval() switches it off; to train with it, {WITH_DROPOUT}")
     for name, variable in found(lambda node: isinstance(node, nnx.Variable)).items():
         known = isinstance(variable, nnx.Param | nnx.RngState)
         require(known, "network", "a module of Flax NNX that has nnx.Param alone", f"{name}: {SPLIT} keeps it constant")

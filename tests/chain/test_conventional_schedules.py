@@ -40,6 +40,20 @@ def test_diffusers_scheduler_and_trained_betas():
     np.testing.assert_array_equal(probdiff.chain.diffusers_schedule({"trained_betas": betas, "beta_schedule": "own"}).beta, betas)
 
 
+def test_a_scheduler_whose_signal_is_not_that_of_its_betas_is_refused():
+    class Scheduler:
+        config = CONFIG | {"beta_schedule": "linear"}
+        alphas_cumprod = np.cumprod(1 - np.float32(EXPECTED["linear"]))
+
+    assert probdiff.chain.diffusers_schedule(Scheduler()) == probdiff.chain.diffusers_schedule(Scheduler.config)
+    Scheduler.alphas_cumprod = Scheduler.alphas_cumprod / (3 - 2 * Scheduler.alphas_cumprod)
+    with pytest.raises(ValueError, match="config: Expected a scheduler whose alphas_cumprod are the products of 1 − beta; got other alphas_cumprod in the Scheduler"):
+        probdiff.chain.diffusers_schedule(Scheduler())
+    with pytest.raises(ValueError, match="snr_shift_scale: Expected 1, or none: .*; got 3.0"):
+        probdiff.chain.diffusers_schedule(Scheduler.config | {"snr_shift_scale": 3.0})
+    assert probdiff.chain.diffusers_schedule(Scheduler.config | {"snr_shift_scale": 1.0}).num_steps == 50
+
+
 def test_improved_diffusion():
     """At N = 1000 the linear one is that of Ho et al.; at other N the rate at each time is the same."""
     assert probdiff.chain.improved_diffusion_schedule("linear", 1000) == probdiff.linear_schedule(1000)

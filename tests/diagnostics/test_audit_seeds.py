@@ -1,7 +1,4 @@
-"""``probdiff.audit`` on networks of several seeds, exact, briefly fitted and well fitted: nothing is named that is not there.
-
-Of 20 seeds nothing was at any length of the fit; a few are enough to find a rule that names too much, and each takes some ten seconds.
-"""
+"""``probdiff.audit`` on networks of several seeds, exact, briefly fitted and well fitted: nothing is named that is not there."""
 
 import functools
 
@@ -36,7 +33,10 @@ def audited(iterations, seed, options=None, change=(1.0, 0.0)):
     return probdiff.audit(model, (x * change[0] + change[1]).astype(np.float32), key=jax.random.key(seed))
 
 
-@pytest.mark.parametrize("iterations, seed", release_but([(0, 0), (BRIEFLY, 0)], [(0, 0), (BRIEFLY, 0), (BRIEFLY, 1), (WELL, 0), (WELL, 1)]))
+SOUND = [*((0, seed) for seed in range(20)), *((BRIEFLY, seed) for seed in range(20)), (WELL, 0), (WELL, 1)]
+
+
+@pytest.mark.parametrize("iterations, seed", release_but([*SOUND[:20], (BRIEFLY, 0)], SOUND))
 def test_nothing_is_named_on_a_sound_network(iterations, seed):
     found = audited(iterations, seed)
     assert not found.findings and abs(found.two_ways.z) < 4.9 and found.two_ways.common.agree

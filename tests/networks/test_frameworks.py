@@ -201,15 +201,18 @@ def test_a_module_of_pytorch_in_training_mode_is_refused():
         probdiff.networks.from_torch(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()))
 
 
-def test_a_network_fitted_in_pytorch_has_its_bound_and_both_ways_agree():
-    """Fitted by a loop without any of ours, on normal data, whose entropy is known."""
+def test_a_network_fitted_in_pytorch_is_audited():
+    """Fitted by a loop without any of ours, on 17 × 17 cells of known probability."""
     torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    root = np.array([[1.0, 0.0], [0.8, 0.6]])
-    draw = lambda size: (rng.normal(size=(size, 2)) @ root.T).astype(np.float32)  # noqa: E731
-    schedule = probdiff.log_snr_schedule(20, 5.0, -4.0)
+    rng, levels = np.random.default_rng(0), 17
+    cells = np.stack(np.meshgrid(np.arange(levels), np.arange(levels), indexing="ij"), -1).reshape(-1, 2)
+    x0 = cells / 8 - 1
+    probability = np.exp(-0.5 * np.einsum("ci,ij,cj->c", x0, np.linalg.inv([[0.16, 0.13], [0.13, 0.16]]), x0))
+    probability /= probability.sum()
+    draw = lambda size: cells[rng.choice(len(cells), size, p=probability)]  # noqa: E731
+    schedule = probdiff.log_snr_schedule(20, 8.0, -4.0)
     module = torch_module(weights(64), torch.float32).train()
-    optimiser, data = torch.optim.Adam(module.parameters(), 1e-2), torch.tensor(draw(4096))
+    optimiser, data = torch.optim.Adam(module.parameters(), 1e-2), torch.tensor(draw(4096) / 8 - 1, dtype=torch.float32)
     signal, noise = (torch.tensor(table, dtype=torch.float32) for table in (schedule.signal_scale, schedule.noise_scale))
     torch.manual_seed(0)
     for _ in range(1000):
@@ -221,12 +224,13 @@ def test_a_network_fitted_in_pytorch_has_its_bound_and_both_ways_agree():
         optimiser.step()
     module.eval()
     network = probdiff.networks.from_torch(module, lambda module, z, n: module(z, n * N / 20))
-    x = draw(500)
-    two = probdiff.diagnostics.compute_both_ways(probdiff.Diffusion(schedule, network, dim=2), x, key=KEY, num_draws=20)
-    entropy = 1 + np.log(2 * np.pi) + np.log(0.6)
-    print(f"bound {two.analytic.mean:.3f} ± {two.analytic.monte_carlo_error:.3f} (noise), paths {two.trace.mean:.3f} ± {two.trace.monte_carlo_error:.3f}; entropy {entropy:.3f} nats")
-    assert two.agree and two.detectable < 0.2
-    assert 0 < -entropy - two.analytic.mean < 1.5  # (12 before)
+    diffusion = probdiff.Diffusion(schedule, network, probdiff.DiscretizedNormalLikelihood(levels), dim=2)
+    found = probdiff.audit(diffusion, draw(500), key=KEY)
+    entropy = -(probability * np.log2(probability)).sum() / 2
+    print(f"{found.bits_per_dim.mean:.3f} ± {found.bits_per_dim.error:.3f} bits/dim, entropy {entropy:.3f}; {found.findings}")
+    assert not found.findings and found.two_ways.agree and found.two_ways.detectable < 0.5
+    assert 0 < found.bits_per_dim.error < 0.1
+    assert -4 * found.bits_per_dim.error < found.bits_per_dim.mean - entropy < 1.0
 
 
 def test_a_module_of_nnx_that_changes_as_it_is_called_is_refused_by_name():
@@ -244,7 +248,7 @@ def test_a_module_of_nnx_that_changes_as_it_is_called_is_refused_by_name():
     statistics = "network: Expected a module of Flax NNX that has nnx.Param alone; got BatchStat at network.*layers.*mean: .*nnx.split.*from_apply"
     for use in (of, lambda network: of(probdiff.networks.VHead(network)), lambda network: of(lambda z, n: z).with_network(network)):
         dropout = Net(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
-        with pytest.raises(ValueError, match=r"network: Expected a module of Flax NNX without dropout; got Dropout at network.*layers.*1.*: module.eval\(\)"):
+        with pytest.raises(ValueError, match=r"network: Expected a module of Flax NNX without dropout; got Dropout at network.*layers.*1.*: module.eval\(\).*reseed"):
             use(dropout)
         dropout.eval()
         assert len(jax.tree.leaves(use(dropout).trainable())) == 2
@@ -253,9 +257,57 @@ def test_a_module_of_nnx_that_changes_as_it_is_called_is_refused_by_name():
     module = Net(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
     module.eval()
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)  # as the message says
-    model = of(probdiff.networks.from_apply(lambda params, z, n: nnx.merge(graphdef, params, rest)(z, n), params))
+    model = of(probdiff.networks.from_apply(lambda params, z, n: nnx.merge(graphdef, params, rest, copy=True)(z, n), params))
     assert len(jax.tree.leaves(model.trainable())) == 4
     np.testing.assert_allclose(model.predict_noise(X, 2), module(X.astype(np.float32), None), rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_of_nnx_with_dropout_is_trained_as_the_message_says():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.linear, self.drop = nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+
+        def __call__(self, z, n):
+            return self.drop(self.linear(z))
+
+    graphdef, params, rest = nnx.split(Net(), nnx.Param, ...)
+
+    def apply(params, z, n, *, key=None):
+        module = nnx.merge(graphdef, params, rest, copy=True)
+        module.eval() if key is None else nnx.reseed(module, default=key)
+        return module(z, n)
+
+    model = of(probdiff.networks.from_apply(apply, params))
+    fitted = probdiff.fit(model, X.astype(np.float32), iterations=2, batch_size=4, progress=False).diffusion
+    assert np.any(fitted.network.args[0]["linear"]["kernel"][...] != params["linear"]["kernel"][...])
+    z = jnp.ones((40, 2))
+    assert 0.2 < (fitted.unbind().predict(z, 2, KEY) == 0).mean() < 0.8 and (fitted.predict(z, 2) != 0).all()
+
+
+def test_a_module_of_pytorch_is_refused_with_the_remedy_and_any_precision_is_read():
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Linear(2, 2).eval()
+    with pytest.raises(TypeError, match=r"network: Expected a network of JAX; one of PyTorch as probdiff.networks.from_torch\(module\); got Linear"):
+        of(module)
+    half = of(probdiff.networks.from_torch(torch.nn.Linear(2, 2).eval().bfloat16(), lambda linear, z, n: linear(z)))
+    assert half.predict_noise(X.astype(np.float32), 2).dtype == jnp.float32
+
+
+def test_a_module_of_pytorch_gets_batches_as_small_as_it_likes():
+    """As the documentation of ``from_torch`` says to write it."""
+    torch = pytest.importorskip("torch")
+    seen, module = [], torch.nn.Linear(2, 2).eval()
+
+    def apply(module, z, n):
+        seen.append(len(z))
+        return module(z)
+
+    pieces = lambda module, z, n: torch.cat([apply(module, a, b) for a, b in zip(z.split(4), n.split(4))])  # noqa: E731
+    terms = [probdiff.elbo_terms(of(probdiff.networks.from_torch(module, each)), X, key=KEY, num_draws=3).elbo for each in (pieces, lambda linear, z, n: linear(z))]
+    np.testing.assert_allclose(*terms, rtol=1e-5)
+    assert max(seen) == 4
 
 
 def test_dropout_of_linen_and_haiku_is_on_while_training_only():

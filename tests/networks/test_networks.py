@@ -143,6 +143,28 @@ def test_a_network_of_one_example_is_named_with_the_remedy():
         probdiff.fit(probdiff.Diffusion(schedule, of_one_example(), dim=2), np.random.default_rng(0).normal(size=(20, 2)), batch_size=5, progress=False)
 
 
+def of_rows(z, n):
+    """A network for one batch axis."""
+    assert z.ndim == 2 and n.ndim == 1
+    return 0.5 * z / n[:, None]
+
+
+@pytest.mark.parametrize("network", [of_rows, jax.vmap(of_one_example())], ids=["rows", "vmap"])
+def test_a_network_of_one_batch_axis_is_named_and_mapped(network):
+    """It works where there is one axis; elsewhere it is refused with the remedy, which works with any number of axes."""
+    schedule, z, n = probdiff.cosine_schedule(4), jax.random.normal(jax.random.key(1), (3, 5, 2)), jnp.full((3, 5), 2)
+    model = probdiff.Diffusion(schedule, network, dim=2)
+    expected = network(z.reshape(15, 2), n.reshape(15)).reshape(z.shape)
+    np.testing.assert_allclose(model.predict_noise(z[0], n[0]), expected[0], rtol=1e-6)
+    message = r"here \(3, 5, 2\); got one for one batch axis, z of shape \(rows, 2\): give probdiff.networks.batched"
+    with pytest.raises(ValueError, match=message):
+        model.predict_noise(z, n)
+    mapped = probdiff.Diffusion(schedule, probdiff.networks.batched(network), dim=2)
+    np.testing.assert_allclose(mapped.predict_noise(z, n), expected, rtol=1e-5)
+    with pytest.raises(ZeroDivisionError):
+        probdiff.Diffusion(schedule, probdiff.networks.batched(lambda z, n: z / (1 // 0)), dim=2).predict_noise(z, n)
+
+
 def test_a_network_with_a_mistake_of_its_own_shows_that():
     """It is not taken for one of a single example, and its error is not wrapped."""
     schedule, z = probdiff.cosine_schedule(4), jnp.ones((5, 2))
