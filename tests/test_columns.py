@@ -179,6 +179,7 @@ def test_a_column_head_enumerates(float64):
         np.testing.assert_allclose(found[:, dims], (scipy.special.softmax(joint, 1)[..., None] * eps).sum(1), rtol=1e-8)
 
 
+@pytest.mark.long
 def test_the_bound_of_independent_columns_against_quadrature(float64):
     """A Gaussian column by its closed form, one of two categories by quadrature over the one direction in which they differ."""
     p, schedule = np.array([0.3, 0.7]), probdiff.log_snr_schedule(40, 5.0, -4.0)
@@ -219,6 +220,7 @@ def test_the_bound_of_independent_columns_against_quadrature(float64):
     assert_mean(terms.elbo, expected, power=0.4)
 
 
+@pytest.mark.long
 def test_the_probabilities_of_all_cells_sum_to_one_and_are_those_of_the_samples(float64):
     """Two small columns that depend on each other, by brute force: p(x) of every cell by importance weighting."""
     log_p = probdiff.iwae(DEPENDENT, CELLS, key=jax.random.key(0), num_particles=4000, num_draws=8)
@@ -234,11 +236,13 @@ def test_the_probabilities_of_all_cells_sum_to_one_and_are_those_of_the_samples(
     assert np.abs(p - independent).max() > 0.03  # the columns do depend on each other
 
 
+@pytest.mark.long
 def test_both_ways_agree_for_a_mixed_table(float64):
     both = probdiff.diagnostics.compute_both_ways(DEPENDENT, CELLS, key=jax.random.key(0), num_draws=400)
     assert both.agree and both.common.largest < 1e-10 and both.detectable < 0.5
 
 
+@pytest.mark.long
 def test_a_class_column_costs_its_surprise_and_raises_no_bound(float64):
     """At exact networks log p(x, c) = log p(x | c) + log p(c), and no more than log p(x)."""
     schedule = probdiff.log_snr_schedule(400, 10.0, -8.0)
@@ -270,6 +274,7 @@ def test_a_density_head_and_a_column_head_of_a_density_are_one():
     np.testing.assert_allclose(a, b)
 
 
+@pytest.mark.long
 def test_frames_go_where_arrays_go():
     """The terms of a bound, a comparison and a fit: the same numbers, bit for bit."""
     diffusion = probdiff.Diffusion(SCHEDULE, ColumnHead(probdiff.MLP(dim=6, key=jax.random.key(0), hidden=8, num_blocks=1), TABLE), TABLE)
@@ -294,6 +299,7 @@ def test_models_of_a_density_and_of_a_probability_are_not_compared():
         probdiff.compare_models(models, CELLS.astype(float), key=jax.random.key(0))
 
 
+@pytest.mark.long
 def test_a_run_keeps_what_each_column_is(tmp_path):
     head = ColumnHead(probdiff.MLP(dim=6, key=jax.random.key(0), hidden=8, num_blocks=1), TABLE)
     diffusion = probdiff.Diffusion(SCHEDULE, head, TABLE, "learned")

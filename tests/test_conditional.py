@@ -76,6 +76,7 @@ def test_pieces_of_the_data_keep_their_context(name, constant):
     np.testing.assert_allclose(EVALUATIONS[name](EXACT, X, context=C), whole, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.long
 def test_the_flow_has_the_density_of_each_row(float64):
     """Of Gaussian data given c, z_1 is Gaussian of the mean of its row."""
     z = jnp.asarray(X, float)
@@ -155,6 +156,7 @@ def test_minibatches_of_a_fit_keep_rows_together(elbo):
     assert fit.validation[-1, 1] > -1.5
 
 
+@pytest.mark.long
 def test_subsampled_by_numpyros_plate():
     """``plate(subsample_size=)`` around neither program, but for its rows: those of x and of c, scaled to the whole."""
     model = probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE)).bind({})
@@ -174,6 +176,7 @@ def test_subsampled_by_numpyros_plate():
     assert_mean(loss(jnp.asarray(C)), exact_terms(model, X, context=C)["elbo"].sum(), power=40.0)
 
 
+@pytest.mark.long
 def test_both_encodings_agree():
     given = {"context": C}
     parallel = ParallelPrograms(EXACT)
@@ -209,6 +212,7 @@ def test_posterior_noise_is_of_the_same_context(float64):
     assert np.isfinite(found.mean).all() and np.isfinite(found.variance).all()
 
 
+@pytest.mark.long
 def test_the_parameters_are_not_the_context():
     """What is given is not trained, and a model is the same model whatever it is given."""
     model = probdiff.Diffusion(SCHEDULE, network())
@@ -221,6 +225,7 @@ def test_the_parameters_are_not_the_context():
     assert model.bind(result.params).context is None
 
 
+@pytest.mark.long
 def test_models_with_and_without_are_compared_on_the_same_data():
     plain = probdiff.Diffusion(SCHEDULE, GaussianOracle([0.5, -0.3], np.eye(2)).network(SCHEDULE)).bind({})
     found = probdiff.compare_models({"given": EXACT, "plain": plain}, X, context=C, key=KEY)
@@ -229,6 +234,7 @@ def test_models_with_and_without_are_compared_on_the_same_data():
     assert abs((found.elbo["given"] - expected).mean()) < 1
 
 
+@pytest.mark.long
 def test_estimators_are_compared_and_agree():
     found = probdiff.compare_estimators(EXACT, X[:8], context=C[:8], key=KEY, num_draws=200, estimators=["trace", "kl_marginal", "kl_combined"])
     assert found.agree
@@ -236,6 +242,7 @@ def test_estimators_are_compared_and_agree():
     assert np.all(np.abs(found.table["elbo"] - exact) < 5 * found.table["se"])
 
 
+@pytest.mark.long
 def test_the_gap_is_taken_apart_given_a_context(float64):
     """The gap of the exact network is irreducible: the network adds nothing."""
     many, context = np.tile(X.astype(float), (100, 1)), np.tile(C, (100, 1))
@@ -320,6 +327,7 @@ def test_a_fit_of_a_model_that_was_given_a_context_says_where_it_goes():
         probdiff.fit(MODEL.given(C), X, iterations=2, progress=False)
 
 
+@pytest.mark.long
 def test_a_fit_is_resumed_with_the_same_context_only(tmp_path):
     checkpoint = probdiff.storage.Checkpoint(tmp_path / "state.eqx")
     options = {"iterations": 4, "batch_size": 8, "validate_every": 2, "progress": False, "checkpoint": checkpoint}

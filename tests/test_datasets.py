@@ -20,6 +20,7 @@ def test_digits():
     assert -mean / (64 * np.log(2)) == pytest.approx(2.398, abs=0.002) and 0 < error < 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", datasets.PLANAR)
 def test_points_have_the_density(name):
     """Counts in the cells of a grid against the density integrated over each cell."""
@@ -40,6 +41,7 @@ def test_points_have_the_density(name):
     assert pvalue(mass) > 1e-6 > pvalue(np.roll(mass, 1, 0) * 0.05 + 0.95 * mass)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, entropy", [
     ("checkerboard", np.log(32)), ("circles", 3.268), ("moons", 2.394), ("8gaussians", 2.832), ("swissroll", 2.670)
 ])  # fmt: skip

@@ -137,6 +137,7 @@ def test_unbind_is_exact():
     assert loss(back, 0) == loss(DIRECT, 0) != loss(BOUND, 0)  # with dropout, and without
 
 
+@pytest.mark.long
 def test_a_fit_takes_a_bound_model_further():
     options = {"iterations": 4, "batch_size": 4, "progress": False}
     fits = [probdiff.fit(d, X, **options) for d in (BOUND, DIRECT)]
@@ -159,6 +160,7 @@ def test_gradients_flow_through_the_arrays_of_a_bound_model():
     assert float(found.schedule.start) != 0 and float(jnp.abs(found.network.network.read.weight).max()) > 0
 
 
+@pytest.mark.long
 def test_the_estimators_gradients_are_those_of_the_unbound_model_without_dropout():
     """All parameters of the bound model, those of the schedule too; a model that has no dropout at all gives the same."""
     dry = make(seed=10, dropout=0.0)

@@ -48,6 +48,7 @@ DEAR = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", long_but(QUICK, WITH_EXAMPLES, DEAR))
 def test_the_examples_run(name, capsys, monkeypatch, tmp_path):
     """Each in a namespace of its own, as a reader would copy it; nothing is printed that it does not show."""

@@ -33,6 +33,7 @@ def wrong_noise(*arguments, **options):
     return predict_noise(*arguments, **options) / 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", release_but(["_evaluate", "_draw_batch"], FIGURES))
 def test_what_was_compiled_with_a_bug_is_not_used_afterwards(name):
     """Nor is, with the bug, what was compiled before; without the fixture it would be."""

@@ -57,6 +57,7 @@ BUGS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bug", long_but(list(BUGS)[:2], BUGS))
 def test_a_wrong_velocity_is_found(bug, compiled_anew, patched, float64):
     patched(velocity, BUGS[bug])
@@ -126,6 +127,7 @@ def test_interpolation_is_linear_in_log_snr(every, float64):
         np.testing.assert_allclose(eps(jnp.zeros(2), jnp.asarray(log_snr)), log_snr, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.long
 def test_the_likelihood_of_the_data_and_the_error_from_sigma_1(float64):
     """In the user's units: the bound comes near the density of the data, and smoothing is what z_1's own density lacks."""
     scaled = ORACLE.standardized(0.0, 0.25)  # the data, four times as large
@@ -155,6 +157,7 @@ def test_on_a_grid_it_bounds_the_probability_of_each_level(float64):
     np.testing.assert_allclose(report.log_prob - report.smoothing, per_level, rtol=1e-10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_steps", release_but([1], [1, 2, 3]))
 def test_few_steps(num_steps):
     schedule = probdiff.log_snr_schedule(num_steps, 4.0, -4.0)

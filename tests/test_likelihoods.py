@@ -20,6 +20,7 @@ def all_log_probs(levels, loc, scale, dtype):
 LOCS, SCALES = np.meshgrid([-40.0, -1.0, -0.97, -0.3, 0.0, 1e-3, 0.5, 1.0, 3.0], [1e-3, 0.02, 0.3, 2.0, 50.0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("levels", long_but([2, 17], [2, 3, 17, 256]))
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-5), (jnp.float64, 1e-12)])
 def test_probabilities_sum_to_one(levels, dtype, tolerance, float64):
@@ -27,6 +28,7 @@ def test_probabilities_sum_to_one(levels, dtype, tolerance, float64):
     np.testing.assert_allclose(np.exp(log_p.astype(np.float64)).sum(0), 1, atol=tolerance)
 
 
+@pytest.mark.long
 def test_probabilities_are_the_normals_bins(float64):
     levels, edges = 17, np.concatenate([[-np.inf], (np.arange(1, 17) - 0.5) / 8 - 1, [np.inf]])
     for loc, scale in ((0.1, 0.2), (-0.8, 0.05), (1.2, 0.7)):
@@ -37,6 +39,7 @@ def test_probabilities_are_the_normals_bins(float64):
         np.testing.assert_allclose(np.exp(log_p), expected, rtol=1e-8, atol=1e-290)  # JAX: log_ndtr is good to 2e-9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_far_tails_and_their_gradients_are_finite_in_float32(levels):
     loc = jnp.array([-1e6, -1e3, -30.0, 0.0, 30.0, 1e3, 1e6], jnp.float32)
@@ -50,6 +53,7 @@ def test_far_tails_and_their_gradients_are_finite_in_float32(levels):
             assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in grads), (scale, level)
 
 
+@pytest.mark.long
 def test_tail_asymptotics_in_float32():
     """Where the difference of two log Φ is all rounding: log P ≈ log φ at the near edge − log(distance)."""
     loc, scale, levels = 1e4, 1.0, 256
@@ -59,6 +63,7 @@ def test_tail_asymptotics_in_float32():
     np.testing.assert_allclose(all_log_probs(levels, [loc], [scale], jnp.float32)[100, 0], expected, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_samples_have_the_probabilities():
     distribution = DiscretizedNormal(jnp.float32(0.8), jnp.float32(0.3), 9)
     counts = np.bincount(distribution.sample(jax.random.key(0), (40_000,)), minlength=9)

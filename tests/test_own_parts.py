@@ -115,6 +115,7 @@ BOTH = [TOGETHER, "kernel"]
 KERNELS = long_but(BOTH, [*BOTH, "two-headed kernel"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_function_takes_it(name):
     model = MODELS[name]()
@@ -133,6 +134,7 @@ DISTINCT = ["trace", "kl_marginal", "kl_combined"]
 ESTIMATORS = {"distinct": DISTINCT, "others": ["kl_marginal", *(name for name in EVERY if name not in DISTINCT)]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", release_but(["distinct"], ESTIMATORS))
 @pytest.mark.parametrize("name", long_but(["kernel"], [*BOTH, "two-headed kernel"]))
 def test_every_estimator_agrees_on_it(name, which):
@@ -149,6 +151,7 @@ def test_every_estimator_agrees_on_it(name, which):
         assert abs(np.mean(draws) - reference["elbo"]) < 4.9 * np.hypot(np.std(draws) / np.sqrt(30), reference["se"]) + 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", KERNELS)
 def test_svi_and_fit_train_it(name):
     model = MODELS[name]()
@@ -159,6 +162,7 @@ def test_svi_and_fit_train_it(name):
         assert all(moved), moved
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", long_but(BOTH, MODELS))
 def test_jit_takes_a_model(name):
     """Its leaves are JAX arrays alone: functions and tables are static, and two models of equal parts compile one program."""

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -32,6 +33,7 @@ def linear_case(beta, dim, seed, reverse_variance):
     return probdiff.Diffusion(schedule, network, reverse_variance=reverse_variance), rng.normal(0, 2, (3, dim))
 
 
+@pytest.mark.long
 @settings(max_examples=8)
 @given(betas, st.integers(1, 8), seeds, st.sampled_from(["posterior", "forward"]))
 def test_bound_and_terms(beta, dim, seed, reverse_variance):
@@ -48,6 +50,7 @@ def test_bound_and_terms(beta, dim, seed, reverse_variance):
         np.testing.assert_allclose(terms.prior_kl, exact["prior_kl"], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.long
 @settings(max_examples=6)
 @given(st.integers(1, 12), st.integers(1, 5), seeds)
 def test_terms_follow_a_permutation_of_the_data(num_steps, dim, seed):
@@ -62,6 +65,7 @@ def test_terms_follow_a_permutation_of_the_data(num_steps, dim, seed):
         np.testing.assert_allclose(getattr(permuted, name), getattr(straight, name)[..., order], rtol=1e-9)
 
 
+@pytest.mark.long
 @settings(max_examples=100)
 @given(betas)
 def test_schedules(beta):
@@ -74,6 +78,7 @@ def test_schedules(beta):
         np.testing.assert_allclose(marginal.mean[:, 0] ** 2 + marginal.variance[:, 0], 1, rtol=1e-12)
 
 
+@pytest.mark.long
 @settings(max_examples=100)
 @given(lists_of(st.floats(-9, 9), unique_by=lambda log: round(log, 4)))
 def test_sigmas(log_sigmas):
@@ -93,6 +98,7 @@ def test_sigmas(log_sigmas):
         np.testing.assert_allclose(in_vp * np.sqrt(schedule.alpha_bar)[:, None], score, rtol=1e-8)
 
 
+@pytest.mark.long
 @settings(max_examples=100)
 @given(st.lists(arrays.arrays(
     st.sampled_from([np.float32, np.float64, np.int32, np.uint8, np.bool_]), arrays.array_shapes(min_dims=0, min_side=0)
@@ -118,6 +124,7 @@ def test_importance_weighted_bounds_lie_between_mean_and_maximum(log_weights):
     assert np.all(log_weights.mean(0) <= bound + margin) and np.all(bound <= log_weights.max(0) + margin)
 
 
+@pytest.mark.long
 @settings(max_examples=25)
 @given(st.sampled_from([2, 3, 17, 256]), st.floats(-1e3, 1e3), st.floats(1e-3, 1e3), seeds)
 def test_discretised_probabilities(levels, loc, scale, seed):

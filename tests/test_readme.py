@@ -48,6 +48,7 @@ PAGES = [path for path in sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.m
 DEAR_PAGES = [path for path in PAGES if path.stem in ("arviz", "conditional", "estimators", "foreign", "priors")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", long_but([ROOT / "docs" / "theory.md"], PAGES, DEAR_PAGES), ids=lambda path: path.stem)
 def test_the_blocks_of_a_page_run(path):
     with warnings.catch_warnings(action="ignore", category=UserWarning):
@@ -127,6 +128,7 @@ DEAR = ["arviz_examples.py", "benchmark.py", "classification.py", "crossing.py",
 DEAR += ["fitted_evidence.py", "image_options.py", "likelihood.py", "noise_and_score.py", "posterior_estimation.py", "prior_in_a_program.py", "schedules.py"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", long_but(ALWAYS, SCRIPTS, DEAR))
 def test_analyses_run_at_toy_size(name, tmp_path, monkeypatch, capsys):
     script = ROOT / "analyses" / name

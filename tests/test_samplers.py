@@ -57,6 +57,7 @@ def test_samples_are_distributed_as_the_data(setting):
     check_samples(sampling.SAMPLERS[name](diffusion_with(SCHEDULE), key=KEY, num_samples=10_000, **options))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("setting", release_but(["ancestral"], SETTINGS))
 def test_a_wrong_sigma_is_found(setting):
     name, options = SETTINGS[setting]
@@ -92,6 +93,7 @@ def test_ddim_keeps_the_marginals_given_x_0(eta):
     np.testing.assert_allclose(added, expected, rtol=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", long_but(["ancestral", "langevin"], sampling.SAMPLERS))
 def test_a_sample_depends_on_the_key_and_its_number_alone(name, constant, float64):
     draw, diffusion = sampling.SAMPLERS[name], diffusion_with(probdiff.log_snr_schedule(5, 4.0, -4.0))
@@ -103,6 +105,7 @@ def test_a_sample_depends_on_the_key_and_its_number_alone(name, constant, float6
     assert np.abs(draw(diffusion, key=jax.random.key(2), num_samples=3) - few).min() > 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", long_but(["ancestral", "ode"], sampling.SAMPLERS))
 def test_samples_are_in_the_units_of_the_data(name):
     """Levels for data on a grid; for continuous data, those of the chain times the scale plus the shift."""
@@ -115,6 +118,7 @@ def test_samples_are_in_the_units_of_the_data(name):
     np.testing.assert_allclose(scaled, plain * [2, 3] + [7, -7], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sampling.SAMPLERS)
 def test_one_step(name):
     one = diffusion_with(probdiff.log_snr_schedule(1, log_snr_min=-1.0))
@@ -142,6 +146,7 @@ def test_other_steps_of_one_number_compile_nothing_new():
     assert len(compiled) == 1
 
 
+@pytest.mark.long
 def test_ddim_of_a_learned_schedule_has_the_coefficients_of_its_values():
     """Those of the schedule that is evaluated, to the last bit: in single precision the noise would be off by some percent."""
     learned = probdiff.LearnedSchedule(100, 12.0, -6.0)

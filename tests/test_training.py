@@ -61,6 +61,7 @@ def test_a_fit_reaches_the_best_bound_and_does_not_pass_it():
     assert -4.9 * error < excess.mean() < 0.05
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("elbo", [Trace_ELBO(), pytest.param(TraceMeanField_ELBO(), marks=pytest.mark.long), pytest.param(None, marks=pytest.mark.long)])
 def test_any_numpyro_objective(elbo):
     fit = probdiff.fit(make(5), X[:200], iterations=30, batch_size=64, elbo=elbo, progress=False)
@@ -93,6 +94,7 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit():
     arguments = dict(iterations=70, batch_size=32, validation=X[:50], validate_every=20, progress=False)
     whole = probdiff.fit(make(dropout=0.2), X, **arguments)
@@ -125,6 +127,7 @@ def test_the_bar_of_a_resumed_fit_counts_its_own_updates(monkeypatch):
     assert seen[0] == (40, 40, 40)
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_the_iterations_since_the_last_checkpoint(patched):
     checkpoint, chunks = Interrupt(), []
     advance = training.loop.Loop.advance
@@ -214,6 +217,7 @@ def test_only_convolutions_decay():
     assert kept < 0.7 and all(np.all(value == 1) for value in params.values())
 
 
+@pytest.mark.long
 def test_the_default_objective_knows_the_minibatch_where_the_kl_has_a_closed_form():
     gaussian = make(5)
     network = probdiff.networks.CategoricalHead(probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, outputs=3), 3)
@@ -226,6 +230,7 @@ def test_the_default_objective_knows_the_minibatch_where_the_kl_has_a_closed_for
         assert np.array_equal(*losses)
 
 
+@pytest.mark.long
 def test_a_fit_that_was_begun_with_adam_goes_on():
     """As were those of before: the optimiser now keeps the same numbers."""
     plain = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 4, 40))
@@ -400,6 +405,7 @@ def test_the_optimal_variances_are_those_of_the_result_on_many_data():
         assert np.abs(found / other[1:] - 1).max() > 0.2
 
 
+@pytest.mark.long
 def test_the_optimal_variances_of_sorted_data_are_those_of_all_of_them(constant):
     """From a part of the rows, which the order of a file does not choose."""
     x = np.random.default_rng(4).normal(0, 3, (4000, 2)).astype(np.float32)
@@ -412,6 +418,7 @@ def test_the_optimal_variances_of_sorted_data_are_those_of_all_of_them(constant)
     assert np.abs(up / np.asarray(first)[1:] - 1).max() > 0.3
 
 
+@pytest.mark.long
 def test_ten_iterations_trace_once():
     traces = []
 
@@ -457,6 +464,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(what):
     assert fit.state.svi.optim_state[0] == 150 - hit.sum()  # a skipped update changes nothing
 
 
+@pytest.mark.long
 def test_after_ten_in_a_row_the_fit_stops_and_says_which_batch():
     checkpoint = Interrupt()
     blow_up = optax.sgd(optax.piecewise_constant_schedule(1e-6, {150: 1e30}))
@@ -468,6 +476,7 @@ def test_after_ten_in_a_row_the_fit_stops_and_says_which_batch():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(checkpoint.state.svi.optim_state))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changed", [{"weights": np.ones(len(X))}, {"batch_size": 16}, {"iterations": 90}, {"learning_rate": 1e-2}, {"validation": X[:51]}, {"ema_decay": 0.9}]
 )
@@ -499,6 +508,7 @@ def test_a_fit_that_has_ended_goes_on_in_another_leg(float64):
         fit_line(90, -1.0, learning_rate=0.02, checkpoint=checkpoint)
 
 
+@pytest.mark.long
 def test_a_later_leg_is_resumed_bit_for_bit_and_loses_nothing():
     """What was best in validation stays so until it is surpassed; other minibatches come, and what was learned is kept."""
     arguments = dict(start=-1.0, elbo=None, learning_rate=0.02, validation=X[:50], validate_every=20)
@@ -576,6 +586,7 @@ def test_a_resumed_fit_keeps_its_keys():
     assert np.array_equal(whole.losses, resumed.losses) and same(whole.diffusion, resumed.diffusion)
 
 
+@pytest.mark.long
 def test_ctrl_c_during_validation_loses_no_validation(patched):
     arguments = dict(iterations=40, batch_size=32, validation=X[:50], validate_every=20, progress=False)
     whole, calls = probdiff.fit(make(5), X, **arguments), []
@@ -610,6 +621,7 @@ def test_a_fit_is_shown_in_two_lines():
     assert f"; {size} parameters" in second and repr(make(5)).endswith("not bound)")
 
 
+@pytest.mark.long
 def test_the_shortest_fit():
     fit = probdiff.fit(make(), X, iterations=1, batch_size=4, progress=False)
     assert fit.losses.shape == (1,) and np.isfinite(fit.losses).all()
@@ -623,6 +635,7 @@ def test_an_objective_that_is_none_is_refused(elbo):
         probdiff.fit(make(), X, iterations=1, elbo="kl_combine")
 
 
+@pytest.mark.long
 def test_an_objective_by_its_name_and_as_a_pair():
     """With the guide that carries what it learns: otherwise a warning says that it learns nothing."""
     diffusion, options = make(5), {"iterations": 6, "batch_size": 16, "progress": False}

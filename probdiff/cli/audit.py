@@ -43,4 +43,5 @@ def _model_and_data(model: str, data: str | None) -> tuple[Diffusion, Dataset]:
     require(data is not None, "--data", f"the data of {name}, a name or a file as for probdiff fit", "none")
     found = runpy.run_path(path).get(name)
     require(isinstance(found, Diffusion), model, f"a Diffusion named {name} in {path}", "nothing of that name" if found is None else type(found).__name__)
+    assert isinstance(found, Diffusion)
     return found, load(data)

@@ -32,6 +32,7 @@ def test_marginal_is_the_recursion_of_steps(schedule, float64):
         assert marginal.batch_shape == (2,) and marginal.event_shape == (2,)
 
 
+@pytest.mark.long
 def test_sampled_chain_has_the_marginal_distribution(float64):
     schedule, x0 = probdiff.cosine_schedule(5), 1.3
     z = jnp.full((50_000, 1), x0)
@@ -79,6 +80,7 @@ def test_first_reverse_step_has_variance_beta_whatever_the_kernel():
         np.testing.assert_allclose(diffusion.reverse_kernel(jnp.ones((1, 2)), 1).variance, schedule.beta[0], rtol=1e-6)
 
 
+@pytest.mark.long
 def test_steps_may_be_arrays():
     schedule, x0 = probdiff.cosine_schedule(6), jax.random.normal(jax.random.key(0), (4, 3))
     n = jnp.array([2, 3, 6, 5])

@@ -32,6 +32,7 @@ def network():
     return ORACLE.network(probdiff.log_snr_schedule(N, 3.0, -2.0), 0.9)
 
 
+@pytest.mark.long
 def test_tables_are_those_of_the_fixed_schedule(float64):
     schedule = learned()
     fixed = schedule.fixed()
@@ -73,6 +74,7 @@ def test_gradient_with_respect_to_the_schedule(estimator, float64):
     assert_mean(draws, np.array(slopes), power=2.0)
 
 
+@pytest.mark.long
 def test_a_fit_moves_it_and_it_is_evaluated_as_a_fixed_schedule():
     diffusion = probdiff.Diffusion(probdiff.LearnedSchedule(N, 3.0, -2.0), probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1))
     size = sum(leaf.size for leaf in jax.tree.leaves(diffusion.trainable()))
@@ -193,6 +195,7 @@ def test_a_fit_sets_the_optimal_variances():
     assert np.all(variance[1:] != diffusion.schedule.beta[1:]) and np.all(variance[1:] > diffusion.schedule.posterior_variance[1:])
 
 
+@pytest.mark.long
 def test_learned_variance_lies_between_by_dimension(float64):
     schedule = probdiff.log_snr_schedule(40, 4.0, -3.0)
     diffusion = probdiff.Diffusion(schedule, lambda z, n: 0.5 * z, reverse_variance="learned", dim=3)
@@ -210,6 +213,7 @@ def test_learned_variance_lies_between_by_dimension(float64):
     np.testing.assert_allclose(kernel.step_kl(schedule, sampled_step(eps, 0.5 * z, n)), kl, rtol=1e-9)
 
 
+@pytest.mark.long
 def test_learned_variance_agrees_two_ways_and_is_trained(float64):
     diffusion = probdiff.Diffusion(probdiff.log_snr_schedule(N, 3.0, -2.0), network(), reverse_variance="learned", dim=2)
     own = diffusion.trainable()

@@ -63,6 +63,7 @@ def test_outputs_without_the_data_give_the_kernel_of_a_table(float64):
     np.testing.assert_allclose(*samples, rtol=1e-11)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["posterior", "forward"])
 def test_the_closed_form_of_the_linear_gaussian_chain(name, float64):
     """At the ends of the range the chain is that of the named variances, but for v_1, which is β_1 at the upper end only."""
@@ -73,6 +74,7 @@ def test_the_closed_form_of_the_linear_gaussian_chain(name, float64):
     assert_mean(terms.elbo, expected["elbo"], power=0.5)
 
 
+@pytest.mark.long
 def test_a_step_is_normal_with_the_predicted_variance(float64):
     """Against the formula, and its KL against NumPyro's."""
     own, n = predicted(varied), np.array([2, 4, N])
@@ -99,6 +101,7 @@ def test_the_first_variance_is_between_that_of_the_second_step_and_beta(float64)
     assert np.isfinite(probdiff.elbo_terms(alone, X, key=KEY).elbo).all()
 
 
+@pytest.mark.long
 def test_it_is_read_the_same_way_twice():
     """Each term on common paths."""
     common = probdiff.diagnostics.compare_on_common_paths(predicted(varied), X, key=KEY)
@@ -143,6 +146,7 @@ def test_every_estimator_agrees(which):
     assert comparison.agree, str(comparison)
 
 
+@pytest.mark.long
 def test_it_is_trained_and_saved(tmp_path):
     """Both outputs of a network, through heads inside; a run comes back with it."""
     mlp = probdiff.MLP(2, key=KEY, hidden=16, num_blocks=1, outputs=2)
@@ -169,6 +173,7 @@ def test_the_evidence_of_a_part_of_x(float64):
     assert abs(difference) < Z_MAX * np.hypot(*(each.log_evidence_error for each in found))
 
 
+@pytest.mark.long
 def test_the_chain_as_a_prior():
     model = predicted(varied)
     draws = np.asarray(probdiff.samplers.ancestral(model, key=KEY, num_samples=4000))

@@ -26,6 +26,7 @@ from probdiff.oracles.distributions import GaussianOracle
 pytestmark = pytest.mark.xdist_group("cli")  # its tests share what is costly to make
 
 
+@pytest.mark.long
 def test_fit():
     path, results, stderr = small_run()
     assert "bits/dim" in stderr and "20/20" in stderr
@@ -119,6 +120,7 @@ def test_the_difference_of_the_two_ways_comes_with_its_monte_carlo_error(evaluat
         assert found[name]["error"] == pytest.approx(each.mean(0).std(ddof=1) / np.sqrt(30), rel=1e-4)
 
 
+@pytest.mark.long
 def test_the_report_is_of_test_data():
     """Of more of them than are evaluated both ways, which are the first; by closed form."""
     oracle, rng = GaussianOracle([0.0, 0.0], 0.25 * np.eye(2)), np.random.default_rng(0)
@@ -145,6 +147,7 @@ def one_way(patched):
     patched(compare_on_common_paths, lambda *args, **kwargs: None)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small_networks")
 def test_continuous_data_of_ones_own(tmp_path, capsys, monkeypatch, one_way):
     monkeypatch.chdir(tmp_path)
@@ -156,6 +159,7 @@ def test_continuous_data_of_ones_own(tmp_path, capsys, monkeypatch, one_way):
     assert probdiff.open_run(tmp_path / "runs" / "mine-1").data.train.shape == (320, 3)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small_networks")
 def test_known_entropy_and_one_step(tmp_path, capsys, monkeypatch, one_way):
     monkeypatch.setitem(datasets.SIZES, "test", 200)
@@ -202,6 +206,7 @@ def test_a_run_has_the_splits_of_its_seed(given):
         assert not np.array_equal(getattr(same, name), getattr(other, name))
 
 
+@pytest.mark.long
 def test_the_model_that_is_fitted_is_the_one_on_disk(given):
     """Which a fit goes on with that is resumed: the same parameters, tables and structure."""
     seen, run, _ = given
@@ -217,6 +222,7 @@ def test_the_fit_has_the_options(given):
     assert {name: seen[name] for name in options} == options and seen["diffusion"].schedule.num_steps == 6
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small_networks")
 def test_resume(tmp_path, capsys):
     path, _, _ = small_run()
@@ -332,6 +338,7 @@ def test_bad_input_is_one_line_and_exit_code_2_before_anything_is_compiled(case,
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small_networks")
 def test_ten_rows_with_a_constant_first_pixel_to_the_end(tmp_path, capsys, one_way):
     array = np.random.default_rng(0).integers(0, 5, (10, 3)).astype(np.int8)

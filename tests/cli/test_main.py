@@ -52,6 +52,7 @@ def start(module, *arguments, kind=signal.SIGINT, **keywords):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("module, kind", long_but(SIGNALS[:1], SIGNALS))
 def test_ctrl_c_leaves_a_run_to_go_on_with(module, kind, tmp_path):
     options = ["--num-steps", "5", "--batch-size", "64", "--iterations", "3000", "--out", tmp_path / "a"]

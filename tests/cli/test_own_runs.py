@@ -40,6 +40,7 @@ def command(*arguments):
     return code, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.long
 def test_inspect(runs, monkeypatch):
     """The saved terms, and that there is no final table; the model is not opened, nothing is computed or written."""
     run, before = runs[0], sorted(runs[0].path.rglob("*"))
@@ -70,6 +71,7 @@ def test_inspect_of_a_run_without_terms(tmp_path):
     assert code == 2 and "run.save(terms=probdiff.elbo_terms(…))" in error
 
 
+@pytest.mark.long
 def test_figures_and_samples(runs):
     assert command("inspect", runs[0].path, "--figures")[0] == 0
     assert {file.name for file in runs[0].figures.iterdir()} >= {"loss.png", "samples.png", "step_kl.png"}
@@ -78,6 +80,7 @@ def test_figures_and_samples(runs):
     assert np.load(runs[0].path / "samples" / "ancestral-1.npy").shape == (5, 2)
 
 
+@pytest.mark.long
 def test_compare(runs, tmp_path):
     code, document, _ = command("compare", *(run.path for run in runs), "--json")
     assert code == 0 and all(str(run.path) in json.loads(document)["models"] for run in runs)
@@ -88,6 +91,7 @@ def test_compare(runs, tmp_path):
     assert code == 2 and "Expected the test data of" in error and "(mine, seed 0); got other data" in error
 
 
+@pytest.mark.long
 def test_what_the_commands_cannot_know_is_said_with_the_remedy(runs, tmp_path):
     """The data, if they were not kept; a network that is not probdiff's own; the options of a fit."""
     run = make_run(tmp_path / "no data", data=None)

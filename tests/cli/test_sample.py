@@ -13,6 +13,7 @@ from probdiff import cli, samplers
 pytestmark = pytest.mark.xdist_group("cli")  # its tests share what is costly to make
 
 
+@pytest.mark.long
 def test_sample(capsys):
     path, _, _ = small_run()
     assert cli.main(["sample", str(path), "--json"]) == 0
@@ -62,6 +63,7 @@ def test_sample_overwrites_nothing(tmp_path, capsys, taken):
     assert (tmp_path / taken).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.long
 def test_samples_are_of_the_trained_model(capsys, patched):
     """Their moments, against draws in Python."""
     bounds, _ = unmistakable_runs(patched)

@@ -38,6 +38,7 @@ def test_the_data_of_a_run_keep_names_and_kinds(run):
     assert isinstance(run.diffusion.likelihood, ColumnLikelihood) and run.diffusion.likelihood.columns == data.columns
 
 
+@pytest.mark.long
 def test_samples_have_names_and_labels(run, tmp_path, capsys):
     """In a .csv file, as of any table with names; as numbers in .npy, if asked for."""
     options = ["sample", str(run.path), "--num-samples", "30"]

@@ -271,6 +271,7 @@ def three(constant):
     return checks
 
 
+@pytest.mark.long
 def test_the_command(three, capsys):
     assert cli.main(["verify"]) == 0
     out, err = capsys.readouterr()
@@ -294,6 +295,7 @@ def raises():
     raise MemoryError("no memory")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("check, figure, shown", [
     (lambda: verification.Finding(2e-5, 1e-5, "nats"), 2e-5, "2e-05    1e-05  nats"),
     (lambda: verification.Finding(float("nan"), 4.9, "|z|"), None, "–      4.9  |z|"),

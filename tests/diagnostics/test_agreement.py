@@ -30,6 +30,7 @@ def test_every_term_is_the_same_but_for_rounding(num_steps, variance):
     assert found.analytic["step_kl"].shape == (num_steps - 1, 4) and found.analytic["prior_kl"].dtype == np.float64
 
 
+@pytest.mark.long
 def test_levels_on_a_grid_and_a_sampled_kl():
     schedule = probdiff.log_snr_schedule(5, 6.0, -4.0)
     network = probdiff.networks.CategoricalHead(probdiff.MLP(2, key=KEY, hidden=8, num_blocks=1, outputs=5), 5)
@@ -40,6 +41,7 @@ def test_levels_on_a_grid_and_a_sampled_kl():
     assert compare_on_common_paths(mixture, x, key=KEY) is None
 
 
+@pytest.mark.long
 def test_what_is_traced_adds_up_to_trace_elbo(monkeypatch):
     """NumPyro's own sum over a path is the traced terms with their terms of mean zero put back."""
     diffusion, seen = model(), {}

@@ -60,6 +60,7 @@ def size(plot):
     return width, height
 
 
+@pytest.mark.long
 def test_summary(tree, terms):
     summary = az.summary(tree, round_to="none")
     assert list(summary.index) == TERMS and not summary.isna().any(axis=None)
@@ -72,6 +73,7 @@ def test_summary(tree, terms):
     assert rows["reconstruction"] - rows["prior_kl"] - rows[TERMS[1:11]].sum() == pytest.approx(rows["elbo"], rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_draws", [1, 4])
 def test_summary_of_few_draws_of_noise(fitted, x, num_draws):
     """As few as ``probdiff fit`` has, or as ``elbo_terms`` draws if not told."""
@@ -79,6 +81,7 @@ def test_summary_of_few_draws_of_noise(fitted, x, num_draws):
     assert not az.summary(probdiff.to_datatree(terms)).isna().any(axis=None)
 
 
+@pytest.mark.long
 def test_summary_of_the_noise(tree, terms):
     summary = az.summary(tree["per_datum"].to_dataset().mean("datum"), round_to="none")
     assert list(summary.index) == TERMS[1:] and not summary.isna().any(axis=None)
@@ -111,6 +114,7 @@ def test_from_numpyro(fitted, x):
     np.testing.assert_array_equal(posterior["z"].sel(step=1)[0], mcmc.get_samples()["z"][:, -1])
 
 
+@pytest.mark.long
 def test_from_numpyro_svi(fitted, x):
     network = probdiff.MLP(dim=2, key=jax.random.key(0), hidden=8, num_blocks=1)
     diffusion = probdiff.Diffusion(fitted.schedule, network, fitted.likelihood)
@@ -140,6 +144,7 @@ def test_loo_is_refused(tree):
         az.loo(tree)
 
 
+@pytest.mark.long
 def test_plot_khat(fitted, x):
     log_weights = probdiff.diagnostics.compute_both_ways(fitted, x, key=jax.random.key(4), num_draws=100).path
     khat = probdiff.pareto_khat(log_weights)
@@ -149,6 +154,7 @@ def test_plot_khat(fitted, x):
     assert 0.5 in [line.get_ydata()[0] for line in plot.viz["figure"].item().axes[0].lines]
 
 
+@pytest.mark.long
 def test_plot_ppc_dist(fitted, x):
     sets = Predictive(fitted.model, num_samples=100)(jax.random.key(5), None, num_data=len(x))["x"]
     tree = az.from_dict({"posterior_predictive": {"x": sets[None]}, "observed_data": {"x": x}}, dims={"x": ["datum", "dim"]})

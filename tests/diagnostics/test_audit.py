@@ -225,6 +225,7 @@ def test_the_bound_and_its_steps_are_those_of_the_terms():
     assert found.inspection["table"].loc["elbo", "nats"] == pytest.approx(found.elbo.mean, rel=1e-5)
 
 
+@pytest.mark.long
 def test_what_a_reading_gains_is_the_difference_of_two_bounds():
     """Read as v, and asked for n − 1: the bound of a model with a network that does so, less its own, both on 64 other draws."""
     exact, log_snr = ORACLE.network(SCHEDULE), jnp.asarray(SCHEDULE.log_snr, jnp.float32)
@@ -294,6 +295,7 @@ def test_what_the_best_variances_gain_is_the_difference_of_two_bounds():
     assert abs(found.variance.mean - expected.mean) < 5 * np.hypot(found.variance.error, expected.error)
 
 
+@pytest.mark.long
 def test_a_model_whose_kernel_asks_for_something_else_has_its_bound():
     """Of a mixture kernel: the two ways and where the nats go, no readings; and that the chain does not end in noise."""
     network = probdiff.networks.CategoricalHead(lambda z, n: jnp.zeros((*z.shape, 3)), 3)

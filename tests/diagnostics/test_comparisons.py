@@ -48,6 +48,7 @@ def result():
     return probdiff.compare_estimators(make(), X, key=jax.random.key(0), num_draws=64, estimators=NAMES)
 
 
+@pytest.mark.long
 def test_every_estimator_has_a_row_and_they_agree(result):
     assert list(result.table.index) == NAMES
     assert result.draws.shape == (len(NAMES), 64, 5)
@@ -71,6 +72,7 @@ def test_gradients_of_estimators_of_all_steps_are_drawn_if_there_is_time(minutes
     assert (row["gradient_variance"] is not None) is all_of_them
 
 
+@pytest.mark.long
 def test_every_step_comes_up_several_times_however_little_time_there_is():
     """A step that is drawn once in a thousand rows may cost most: without it, the mean is wrong and its error too small."""
     schedule = probdiff.log_snr_schedule(200, 4.0, -1.0)
@@ -255,6 +257,7 @@ def of_few(result):
         return probdiff.compare_estimators(make(), x, key=jax.random.key(2), num_draws=64, estimators=names)
 
 
+@pytest.mark.long
 def test_variances_of_a_few_items_tell_that_of_the_batch(of_few):
     """Against a direct measurement of the means of all twelve, and of their gradient."""
     row, diffusion = of_few.table.loc["kl_marginal"], make()
@@ -283,6 +286,7 @@ def test_means_are_compared_of_the_same_items_only(of_few):
     assert of_few.agree and list(of_few.to_dict()["estimators"]) == list(of_few.table.index)
 
 
+@pytest.mark.long
 def test_the_error_of_a_ratio_is_its_spread():
     """Over 100 parts of 40 draws. Without parameters, so that values alone are drawn."""
     diffusion = probdiff.Diffusion(SCHEDULE, ORACLE.network(SCHEDULE, 0.9), dim=2)
@@ -295,6 +299,7 @@ def test_the_error_of_a_ratio_is_its_spread():
     assert np.sqrt(np.mean(error**2)) == pytest.approx(np.log(ratio).std(), rel=0.3)
 
 
+@pytest.mark.long
 def test_common_random_numbers(result):
     """Estimators that share their parts share their draws."""
     draws = dict(zip(result.table.index, result.draws))
@@ -307,6 +312,7 @@ def test_common_random_numbers(result):
     np.testing.assert_allclose(again.draws[1], draws["trace"][:8], rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("biased", long_but(["gradient"], ["value", "gradient"]))
 def test_a_biased_estimator_is_found_out(biased, monkeypatch):
     class Biased(probdiff.AnalyticELBO):
@@ -380,6 +386,7 @@ def test_what_is_not_usable_is_refused(options, message):
         probdiff.compare_estimators(key=jax.random.key(0), **arguments)
 
 
+@pytest.mark.long
 def test_models_are_ranked_with_paired_differences():
     """Against the closed form; the paired error is far below that of the two bounds apart."""
     x = ORACLE.sample(np.random.default_rng(1), 300).astype(np.float32)
@@ -402,6 +409,7 @@ def test_models_are_ranked_with_paired_differences():
         probdiff.compare_models({"one": make()}, x, key=jax.random.key(0))
 
 
+@pytest.mark.long
 def test_the_errors_of_the_ranking_are_those_of_the_draws():
     """``se`` over data, ``dse`` over data and paired, ``mc_error`` over draws, the data being given."""
     models, key = {"worse": make(0.3), "best": make(1.0)}, jax.random.key(3)
@@ -479,6 +487,7 @@ def test_what_cannot_be_written_is_shown(runs, tmp_path, capsys):
     assert "best for values" in captured.out and "figures" in captured.err.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_the_command_for_models(runs, capsys):
     assert cli.main(["compare", *runs, "--num-draws", "1", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -504,6 +513,7 @@ def test_the_command_refuses(runs, options, message, capsys, monkeypatch):
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.long
 def test_the_command_refuses_runs_that_cannot_be_compared(runs, tmp_path, capsys):
     assert cli.main(["compare", runs[0], f"{runs[0]}/"]) == 2
     assert "Expected different runs" in capsys.readouterr().err

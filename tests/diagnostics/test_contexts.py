@@ -58,6 +58,7 @@ def test_the_other_way_round_is_minus_the_difference_and_of_itself_it_is_nothing
     assert np.all(same.draws == 0)
 
 
+@pytest.mark.long
 def test_learned_steps_are_better_than_steps_that_are_all_alike(patched):
     """The probabilities are those of where the contexts differ: with a learner that learns nothing the error is larger."""
     wide = probdiff.log_snr_schedule(200, 25.0, -15.0)
@@ -99,6 +100,7 @@ def test_labels_are_dropped_early_and_rightly():
     assert abs(excess) < Z_MAX * np.sqrt((found.error * (1 - found.error)).sum() + 1)
 
 
+@pytest.mark.long
 def test_data_of_several_blocks_and_one_datum_alone(constant):
     """The noise of a datum is its own: it is that of its number."""
     labels = range(3)
@@ -130,6 +132,7 @@ def labelled():
     return probdiff.networks.Embedding(Vector(), 3, key=KEY)
 
 
+@pytest.mark.long
 def test_labels_that_say_the_same_are_never_decided():
     model = probdiff.Diffusion(SCHEDULE, eqx.tree_at(lambda n: n.vectors, labelled(), jnp.ones((3, 2)))).bind({})
     found = probdiff.classify(model, X[:5], range(3), key=KEY, num_evaluations=100)
@@ -137,6 +140,7 @@ def test_labels_that_say_the_same_are_never_decided():
     assert not found.is_decided.any() and np.all(found.error == 1) and np.all(found.label == 0)
 
 
+@pytest.mark.long
 def test_a_kernel_whose_kl_is_sampled():
     """The extra noise of its terms is common, too."""
     levels = 5

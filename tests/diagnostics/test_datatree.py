@@ -21,6 +21,7 @@ def export(num_steps, network=lambda z, n: 0.5 * z, num_draws=NUM_DRAWS):
     return probdiff.to_datatree(probdiff.elbo_terms(diffusion, X, key=jax.random.key(0), num_draws=num_draws))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", [2, 6])
 def test_a_step_is_found_by_its_number(n):
     tree = export(6, lambda z, step: jnp.where(step == n, 100.0, 0.0)[..., None] + 0 * z, num_draws=2)
@@ -28,6 +29,7 @@ def test_a_step_is_found_by_its_number(n):
     assert per_step.idxmax("step") == n and per_step.sel(step=n) > 100 * per_step.drop_sel(step=n).max()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_steps", [1, 6])
 def test_a_file_keeps_values_coordinates_and_units(num_steps, tmp_path):
     tree = export(num_steps, num_draws=4)
@@ -44,6 +46,7 @@ def test_a_file_keeps_values_coordinates_and_units(num_steps, tmp_path):
                 assert variable.dtype == np.float32 and variable.attrs["units"] == "nats"
 
 
+@pytest.mark.long
 def test_draws_are_independent_over_draws_steps_and_data():
     """Effective sample size finds noise that successive draws share; the variances add up only if no terms share any."""
     tree = export(20)
@@ -69,6 +72,7 @@ def test_summary_of_independent_draws_in_chains():
     assert np.all(np.abs(summary["r_hat"] - 1) < 0.02)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("k", [0.2, 0.5])
 def test_k_hat_of_paths_whose_tail_is_known(k):
     """One step at x = 0 in the plane, ε̂ ∝ z: log p − log q = k E + constant with E ~ Exp(1), whose tail is exactly k.

@@ -33,6 +33,7 @@ def near(estimate, expected, power):
     assert abs(estimate.mean - expected) <= Z_MAX * estimate.error and 9.7 * estimate.error < power
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reverse_variance", long_but(["forward"], ["posterior", "forward"]))
 def test_parts_against_the_closed_form(reverse_variance, float64):
     diffusion, best = (make(scale, reverse_variance=reverse_variance) for scale in (0.8, 1.0))
@@ -53,6 +54,7 @@ def test_parts_against_the_closed_form(reverse_variance, float64):
     assert found.entropy[0] == pytest.approx(-log_p.mean(), abs=Z_MAX * log_p.std() / np.sqrt(len(x)))
 
 
+@pytest.mark.long
 def test_it_adds_up_on_a_mixture(float64):
     mixture = GaussianMixture([0.3, 0.7], [[-1.0, 0.5], [0.8, -0.4]], 0.1 * np.eye(2))
     found, _ = account(make(0.8, mixture), mixture)
@@ -67,6 +69,7 @@ def test_it_adds_up_on_a_mixture(float64):
     assert "nats" in figure.axes[0].get_ylabel()
 
 
+@pytest.mark.long
 def test_the_exact_network_of_a_planar_set_leaves_nothing_to_the_network():
     dataset = probdiff.datasets.load("8gaussians")
     likelihood = dataset.likelihood()
@@ -76,6 +79,7 @@ def test_the_exact_network_of_a_planar_set_leaves_nothing_to_the_network():
     assert "nan" not in str(found)
 
 
+@pytest.mark.long
 def test_a_datum_on_the_edge_of_a_box(float64):
     """0.2 in float32 lies above 0.2: the density is taken where the datum is."""
     boxes = UniformBoxes([[0.1, 0.1]], [[0.2, 0.2]])

@@ -209,6 +209,7 @@ BUGS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bug", long_but(["N - 1 for N", "swapped KL"], BUGS))
 def test_deliberate_bugs_are_seen(bug, float64, patched):
     """With the bug in, the test above fails; the closed form does not have it."""
@@ -221,6 +222,7 @@ def test_deliberate_bugs_are_seen(bug, float64, patched):
 
 
 # Each kind of steps, and each noise with and without a control variate.
+@pytest.mark.long
 @pytest.mark.parametrize(
     "steps, control, noise",
     [
@@ -269,6 +271,7 @@ def test_one_step_estimators_enumerated(steps, control, noise, float64, patched)
     np.testing.assert_allclose(total, expected, rtol=1e-12)
 
 
+@pytest.mark.long
 def test_control_variate_by_quadrature(float64):
     """Its expectation at any x0, Gauss-Hermite over eps: exact for a quadratic."""
     diffusion, x0 = make(), jnp.asarray(X)
@@ -311,6 +314,7 @@ def test_posterior_noise_by_brute_force(float64):
         np.testing.assert_allclose(moments.variance[0, k], weight @ (eps**2) - mean**2, rtol=1e-9)
 
 
+@pytest.mark.long
 def test_posterior_target_of_a_whole_set(float64):
     """Minibatches from the set, the target over all of it: the mean over the set."""
     diffusion = make()
@@ -327,6 +331,7 @@ def test_posterior_target_of_a_whole_set(float64):
     assert_mean(draws, whole, power=1.0)
 
 
+@pytest.mark.long
 def test_what_is_learned_lowers_the_variance(float64):
     """Learned probabilities, control variate, and all of it, for values."""
     schedule = probdiff.log_snr_schedule(40, 8.0, -4.0)
@@ -345,6 +350,7 @@ def test_what_is_learned_lowers_the_variance(float64):
     assert values["kl_combined"] < 0.5 * min(values["kl_importance"], values["kl_controlled"]), values
 
 
+@pytest.mark.long
 def test_the_proposal_is_proportional_to_the_root_mean_square(float64):
     diffusion = make()
     elbo = probdiff.AnalyticELBO(diffusion, "importance", adapt_to="value")
@@ -385,6 +391,7 @@ def small(num_steps=12):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, num_particles",
     release_but(
@@ -408,6 +415,7 @@ def test_every_estimator_drops_into_svi(name, num_particles):
         assert state[LEARNED]["visits"].sum() == pytest.approx(expected, rel=0.25)
 
 
+@pytest.mark.long
 def test_without_the_guide_it_says_that_it_learns_nothing():
     diffusion, x = small(), jnp.zeros((4, 2))
     elbo = probdiff.AnalyticELBO(diffusion, "importance")
@@ -427,6 +435,7 @@ def test_without_the_guide_it_says_that_it_learns_nothing():
         assert LEARNED in learned
 
 
+@pytest.mark.long
 def test_an_update_leaves_the_old_state_as_it_was():
     diffusion, x = small(), jnp.ones((4, 2))
     guide, elbo = probdiff.ESTIMATORS["kl_combined"](diffusion)
@@ -436,6 +445,7 @@ def test_an_update_leaves_the_old_state_as_it_was():
     assert state.mutable_state[LEARNED]["visits"].sum() == 0
 
 
+@pytest.mark.long
 def test_what_is_learned_is_in_the_checkpoint(tmp_path):
     diffusion = small()
     x = GAUSSIAN.sample(np.random.default_rng(0), 64).astype(np.float32)
@@ -460,6 +470,7 @@ def test_what_is_learned_is_in_the_checkpoint(tmp_path):
     assert len(a) > 7 and all(np.array_equal(first, second) for first, second in zip(a, b))
 
 
+@pytest.mark.long
 def test_the_coefficient_is_the_best_there_is(float64):
     """E[term · control] / E[control²] of each step, by direct sampling."""
     diffusion = make()

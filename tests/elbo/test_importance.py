@@ -39,6 +39,7 @@ def test_the_sandwich(scale, float64):
     assert text.index("lower, K = 1 ") < text.index("lower, K = 100") < text.index("upper, K = 100") < text.index("upper, K = 1 ")
 
 
+@pytest.mark.long
 def test_the_upper_bound_is_exact_where_the_guide_is(float64):
     """N(0, I) data and v_n = beta_n: the reverse chain is the posterior, every weight is p(x), on both sides."""
     schedule = probdiff.log_snr_schedule(5, 3.0, -2.0)
@@ -50,6 +51,7 @@ def test_the_upper_bound_is_exact_where_the_guide_is(float64):
     assert np.all(probdiff.pareto_khat(probdiff.elbo.path_elbo(diffusion, bounds.x, key=jax.random.key(1), num_draws=50)) == -np.inf)
 
 
+@pytest.mark.long
 def test_data_on_a_grid(float64):
     """Both bounds close in on minus the entropy of what was drawn."""
     schedule = probdiff.log_snr_schedule(4, 3.0, -2.0)
@@ -64,6 +66,7 @@ def test_data_on_a_grid(float64):
     assert bounds.upper[400].mean() - bounds.lower[400].mean() < 0.3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_particles", long_but([7], [1, 7]))
 def test_iwae_agrees_with_renyi_elbo(num_particles, float64):
     diffusion = make()
@@ -81,6 +84,7 @@ def test_iwae_agrees_with_renyi_elbo(num_particles, float64):
         assert np.all(ours.mean(0) > exact_terms(diffusion, X)["elbo"] + 0.2)
 
 
+@pytest.mark.long
 def test_iwae_groups_its_paths(float64):
     """Draw s is the log mean of the weights of its own paths, not of anybody else's."""
     diffusion = make()

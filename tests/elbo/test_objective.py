@@ -27,6 +27,7 @@ COMBINED = {"steps": "stratified_importance", "control": "linear"}
 CHUNKED = [(7, {}), (7, {"noise": "path"}), (7, {"noise": "antithetic", "control": "linear"}), (1, {})]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_steps, options", release_but(CHUNKED[::2], CHUNKED))
 def test_chunks_change_nothing(num_steps, options, patched, float64):
     diffusion = make(num_steps)
@@ -59,6 +60,7 @@ def test_working_memory_of_an_update_does_not_grow_with_steps():
     assert working_memory(10_000) <= 1.2 * working_memory(2_000)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", long_but(["uniform"], ["all", "uniform", "stratified"]))
 def test_num_particles_averages_independent_estimates(steps):
     diffusion = make()
@@ -72,6 +74,7 @@ def test_num_particles_averages_independent_estimates(steps):
     assert 35 < variance(one) / variance(many) < 70
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", long_but([COMBINED], [{}, {"steps": "uniform"}, COMBINED]))
 def test_the_bound_is_a_program(options):
     objective = probdiff.AnalyticELBO(make(), **options)
@@ -113,6 +116,7 @@ def test_options_that_are_not_there_are_refused(options, message):
         probdiff.AnalyticELBO(make(), **options)
 
 
+@pytest.mark.long
 def test_a_model_or_guide_of_another_diffusion_is_refused():
     diffusion, other = make(), make(7)
     objective = probdiff.AnalyticELBO(diffusion)
@@ -142,6 +146,7 @@ SCALED = [name for name in probdiff.ESTIMATORS if name != "kl_posterior_target"]
 WEIGHT = np.array([0.5, 2.0, 0.1, 1.0, 3.0, 0.2, 1.5])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", long_but(["kl_combined"], SCALED, [name for name in SCALED if name not in ("trace", "kl_combined")]))
 def test_scale_and_mask_by_datum(name, float64):
     """Value and gradient, on the same noise: a mask leaves one datum, whatever the others are; a scale weighs them; as NumPyro's own ELBO does."""

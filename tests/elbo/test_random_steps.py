@@ -73,6 +73,7 @@ def test_a_draw_is_halved_while_four_times_the_variance_is_little_enough(rounds,
     assert random_steps._smaller((32, 4), rounds, 10**6) == expected
 
 
+@pytest.mark.long
 def test_data_in_blocks_of_which_the_last_is_filled(constant):
     constant("DATA_AT_ONCE", 17)
     found = [data_set_elbo(MODEL, X, key=jax.random.key(seed), noise_share=0.05) for seed in range(8)]

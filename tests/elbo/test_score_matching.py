@@ -44,6 +44,7 @@ def check_equals_step_kl(reverse_variance, weights):
     np.testing.assert_allclose(first - weighted[:, 0], terms.reconstruction, rtol=1e-10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reverse_variance", ["posterior", "forward"])
 def test_with_likelihood_weights_each_term_is_the_step_kl(reverse_variance, float64):
     check_equals_step_kl(reverse_variance, probdiff.elbo.likelihood_weights)
@@ -115,6 +116,7 @@ class Slope(eqx.Module):
         return self.slope[n - 1][..., None] * z
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("weights", long_but(["likelihood"], ["sigma_squared", "likelihood"]))
 def test_an_svi_fit_finds_the_score(weights, float64):
     x = 1.7 * np.random.default_rng(0).standard_normal((2000, 1))
@@ -129,6 +131,7 @@ def test_an_svi_fit_finds_the_score(weights, float64):
         np.testing.assert_allclose(sigma * error, 0, atol=0.01)  # in units of the noise; a fresh network is off by up to 0.9
 
 
+@pytest.mark.long
 def test_fit_takes_it_as_its_objective():
     data = probdiff.datasets.load("8gaussians").train[:500]
     diffusion = probdiff.Diffusion(

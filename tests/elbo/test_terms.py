@@ -22,6 +22,7 @@ def make(num_steps=6, dim=2, **kwargs):
 X = jax.random.normal(jax.random.key(1), (7, 2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_steps", long_but([1, 2], [1, 2, 6, 10_000]))
 def test_shapes_at_any_length(num_steps):
     terms = probdiff.elbo_terms(make(num_steps), X, key=jax.random.key(0), num_draws=3)
@@ -46,6 +47,7 @@ def test_chunks_change_nothing(rows, num_steps, reduce, patched):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.long
 def test_noise_is_at_the_documented_place(float64):
     """Noise given by the user: step n of draw s sees sqrt(alpha_bar_n) x0 + sqrt(1 - alpha_bar_n) noise[s, n - 1]."""
     schedule = probdiff.cosine_schedule(4)
@@ -62,6 +64,7 @@ def test_noise_is_at_the_documented_place(float64):
             np.testing.assert_allclose(terms.step_kl[:, n - 2], kl, rtol=1e-9)
 
 
+@pytest.mark.long
 def test_same_key_is_common_noise_whatever_the_draws_and_blocks():
     few = probdiff.elbo_terms(make(), X, key=jax.random.key(0), num_draws=2)
     many = probdiff.elbo_terms(make(), X, key=jax.random.key(0), num_draws=9)
@@ -69,6 +72,7 @@ def test_same_key_is_common_noise_whatever_the_draws_and_blocks():
     assert len(np.unique(np.asarray(many.reconstruction))) == many.reconstruction.size
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_steps", [1, 6])
 def test_reduced_form_is_the_moments_of_the_full_one(num_steps, float64):
     arguments = make(num_steps), jnp.asarray(X, jnp.float64)
@@ -80,6 +84,7 @@ def test_reduced_form_is_the_moments_of_the_full_one(num_steps, float64):
         np.testing.assert_allclose(getattr(reduced, name).variance, getattr(full, name).var(0, ddof=1), rtol=1e-8)
 
 
+@pytest.mark.long
 def test_working_memory_does_not_grow_with_steps_or_draws():
     def working_memory(num_steps, num_draws):
         diffusion = make(num_steps).bind({})
@@ -91,6 +96,7 @@ def test_working_memory_does_not_grow_with_steps_or_draws():
     assert working_memory(10_000, 10) <= 1.15 * base and working_memory(1000, 100) <= 1.15 * base
 
 
+@pytest.mark.long
 def test_the_reduced_form_works_in_place():
     """At N = 10 000 with the working memory of N = 10, where the data fill a part by themselves."""
 
@@ -104,6 +110,7 @@ def test_the_reduced_form_works_in_place():
     assert working_memory(10_000) <= 1.2 * working_memory(10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("schedule", [probdiff.cosine_schedule, probdiff.linear_schedule, probdiff.log_snr_schedule])
 @pytest.mark.parametrize("num_steps, gate", [(100, 5e-4), (1000, 3e-3), (10_000, 1.5e-2)])
 def test_float32_against_float64(schedule, num_steps, gate):

@@ -73,6 +73,7 @@ def test_the_estimate_is_unbiased(num_particles, float64):
     assert_mean(draws, 1.0, power=0.2)
 
 
+@pytest.mark.long
 def test_the_bound_is_that_of_the_closed_form_and_has_a_gradient(float64):
     context = jnp.array([[0.3], [-0.5], [1.0], [0.8]])
     key = jax.random.split(KEY, 200)

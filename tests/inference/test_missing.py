@@ -70,6 +70,7 @@ def test_room_for_more_values_changes_no_twist(float64):
         assert np.all((one[0].gradient != 0) == GAPS[k])
 
 
+@pytest.mark.long
 def test_the_diagonal_twist_is_exact_for_independent_coordinates():
     """For standard normal data, of a fine chain: all particles weigh the same, and observed coordinates go to where y is."""
     schedule = probdiff.log_snr_schedule(300, 8.0, -8.0)
@@ -93,6 +94,7 @@ def test_masks_nan_masked_arrays_and_frames_are_alike():
         np.testing.assert_array_equal(other.log_prob, found.log_prob)
 
 
+@pytest.mark.long
 def test_other_gaps_compile_nothing():
     model, given = make(), {"key": KEY, "num_particles": 4, "num_runs": 2}
     first = observed_log_prob(model, X, **given)
@@ -138,6 +140,7 @@ def test_on_a_grid_it_is_a_probability(float64):
     assert error < 0.03 and abs(probability.sum() - 1) < Z_MAX * error
 
 
+@pytest.mark.long
 def test_collapsed_particles_are_reported():
     with pytest.warns(UserWarning, match="observed_log_prob: the particles of 1 of 1 data have collapsed"):
         observed_log_prob(make(), np.array([[40.0, np.nan, 2.0]]), key=KEY, num_particles=256, num_runs=2, twist="none")

@@ -85,6 +85,7 @@ def test_the_evidence_is_unbiased(name, twist, size, variance, float64):
     assert_mean(found[:, None], 1.0, power=0.5 if twist == "tweedie" else None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OBSERVATIONS)
 def test_the_posterior_is_that_of_the_dense_gaussian(name, float64):
     _, mean, covariance = exact(name)
@@ -212,6 +213,7 @@ def test_a_program_that_is_scaled_counts_so_often(float64):
     np.testing.assert_allclose(expected, 3 * Program(observed).log_prob(x), rtol=1e-12)
 
 
+@pytest.mark.long
 def test_given_a_context(float64):
     """The evidence of a conditional model is that of its row."""
     oracle = GaussianOracle(ORACLE.mean, ORACLE.covariance, [[1.0], [-0.5], [0.2]])
@@ -230,6 +232,7 @@ def test_particles_that_overflow_have_no_weight():
     assert found.log_evidence == -np.inf and np.all(found.log_weights == -np.inf) and not np.isnan(found.ess).any()
 
 
+@pytest.mark.long
 def test_called_again_nothing_is_compiled():
     model = make()
     given = {"key": KEY, "num_particles": 8}

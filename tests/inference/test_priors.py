@@ -40,6 +40,7 @@ def test_the_density_of_the_flow(float64):
     np.testing.assert_allclose(slope, -np.linalg.solve(FLOW.cov, X[0] - FLOW.mean), rtol=5e-3)
 
 
+@pytest.mark.long
 def test_the_flow_there_and_back(float64):
     """The Jacobian against that of autodiff, both ways."""
     transform = FlowPrior(FITTED, steps=300).transforms[0]
@@ -54,6 +55,7 @@ def test_the_flow_there_and_back(float64):
         np.testing.assert_allclose(log_det[k], -expected, atol=1e-4)
 
 
+@pytest.mark.long
 def test_samples_of_both():
     draws = np.asarray(FlowPrior(FITTED).sample(KEY, (3000,)))
     assert_mean(draws, FLOW.mean)

@@ -152,6 +152,7 @@ def test_a_network_on_the_host_takes_a_context_and_predicts_as_much_as_it_likes(
     np.testing.assert_array_equal(found[..., 1], np.repeat(context["label"][..., None], 2, -1))
 
 
+@pytest.mark.long
 def test_a_bound_and_a_sampler_of_a_network_on_the_host_are_those_of_jax():
     there, here = (of(network).bind({}) for network in (HostNetwork(on_host), probdiff.networks.from_apply(apply, WEIGHTS)))
     for figure in (lambda d: probdiff.elbo_terms(d, X, key=KEY).step_kl, lambda d: probdiff.samplers.ancestral(d, key=KEY, num_samples=5)):

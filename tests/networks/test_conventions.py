@@ -170,6 +170,7 @@ def bits_per_dim_of_improved_diffusion(network, betas, x, noise):
     return prior, np.array(terms)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_bits_per_dim_are_those_of_improved_diffusion(name, float64):
     schedule = probdiff.chain.improved_diffusion_schedule(name, 30)

@@ -210,7 +210,7 @@ def test_a_network_fitted_in_pytorch_is_audited():
     probability = np.exp(-0.5 * np.einsum("ci,ij,cj->c", x0, np.linalg.inv([[0.16, 0.13], [0.13, 0.16]]), x0))
     probability /= probability.sum()
     draw = lambda size: cells[rng.choice(len(cells), size, p=probability)]  # noqa: E731
-    schedule = probdiff.log_snr_schedule(20, 8.0, -4.0)
+    schedule = probdiff.log_snr_schedule(20, 5.0, -4.0)
     module = torch_module(weights(64), torch.float32).train()
     optimiser, data = torch.optim.Adam(module.parameters(), 1e-2), torch.tensor(draw(4096) / 8 - 1, dtype=torch.float32)
     signal, noise = (torch.tensor(table, dtype=torch.float32) for table in (schedule.signal_scale, schedule.noise_scale))

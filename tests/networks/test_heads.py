@@ -81,6 +81,7 @@ def test_the_categorical_head_is_the_score_of_the_mixture(n, float64):
 HEADS = [probdiff.networks.X0Head, probdiff.networks.VHead, probdiff.networks.DensityHead, probdiff.networks.CategoricalHead]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("head", release_but(HEADS[2:], HEADS))
 def test_a_head_is_trained(head):
     outputs = LEVELS if head is probdiff.networks.CategoricalHead else None
@@ -119,6 +120,7 @@ def test_two_ways(make, float64):
     assert_mean(paths - np.asarray(terms.elbo).sum(1)[:, None], 0.0, power=1.0)
 
 
+@pytest.mark.long
 def test_analytic_elbo_with_the_mixture_kernel(float64):
     diffusion = mixture(tilted)
     expected = np.asarray(probdiff.elbo_terms(diffusion, X, key=jax.random.key(1), num_draws=100_000).elbo)
@@ -131,6 +133,7 @@ def test_analytic_elbo_with_the_mixture_kernel(float64):
         assert np.all(np.abs(found.mean(0) - expected.mean(0)) <= 4.9 * error)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", [2, N])
 def test_mixture_density_by_enumeration(n, float64):
     diffusion, rng = mixture(tilted), np.random.default_rng(n)
@@ -144,6 +147,7 @@ def test_mixture_density_by_enumeration(n, float64):
     np.testing.assert_allclose(diffusion.reverse_kernel(z, n).log_prob(previous), np.log(density).sum(-1), rtol=1e-10)
 
 
+@pytest.mark.long
 def test_the_mixture_kernel_is_exact_for_independent_dimensions(float64):
     """Then log p(x, z) − log q(z | x) = log p(x) + log N(z_N; 0, I) − log q(z_N) on every path, however few the steps."""
     diffusion = mixture()
@@ -167,6 +171,7 @@ def test_the_mixture_kernel_is_exact_for_independent_dimensions(float64):
         np.testing.assert_allclose(log_ratio(path), expected, rtol=1e-9)
 
 
+@pytest.mark.long
 def test_the_sampled_kl_has_the_mean_of_the_integral(float64):
     diffusion, n = mixture(tilted), 3
     x0, z = jnp.asarray([[GRID[1], GRID[2]]]), jnp.asarray([[0.4, -0.1]])
@@ -187,6 +192,7 @@ def test_the_sampled_kl_has_the_mean_of_the_integral(float64):
     assert_mean(draws[:, 0], expected, power=0.05)
 
 
+@pytest.mark.long
 def test_mixture_samples_are_levels():
     drawn = Predictive(mixture().model, num_samples=1)(jax.random.key(0), None, num_data=20_000)["x"][0]
     counts = np.stack([np.bincount(np.asarray(drawn[:, i]), minlength=LEVELS) for i in range(2)])
@@ -196,6 +202,7 @@ def test_mixture_samples_are_levels():
     assert ancestral.shape == (100, 2) and set(np.unique(ancestral)) <= set(range(LEVELS))
 
 
+@pytest.mark.long
 def test_mixture_terms_do_not_depend_on_the_chunks():
     one = probdiff.elbo_terms(mixture(tilted), X, key=jax.random.key(0), num_draws=3)
     moments = probdiff.elbo_terms(mixture(tilted), X, key=jax.random.key(0), num_draws=3, reduce=True)
@@ -204,6 +211,7 @@ def test_mixture_terms_do_not_depend_on_the_chunks():
     assert "sampled" in tree["posterior"]["step_kl"].attrs["long_name"]
 
 
+@pytest.mark.long
 def test_conv_net(tmp_path):
     network = probdiff.networks.ConvNet((3, 4), key=jax.random.key(0), channels=6, num_blocks=1, dropout=0.5, outputs=5)
     diffusion = probdiff.Diffusion(SCHEDULE, probdiff.networks.CategoricalHead(network, 5), probdiff.DiscretizedNormalLikelihood(5))
@@ -229,6 +237,7 @@ def test_conv_net(tmp_path):
     np.testing.assert_array_equal(reach, near)
 
 
+@pytest.mark.long
 def test_a_run_with_a_mixture_kernel_comes_back(tmp_path):
     network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, outputs=LEVELS)
     head = probdiff.networks.CategoricalHead(network, LEVELS)

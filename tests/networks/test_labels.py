@@ -71,6 +71,7 @@ def test_what_is_no_label_is_refused(case, wrap):
     model.given(np.roll(LABELS, 1))
 
 
+@pytest.mark.long
 def test_labels_that_are_traced_are_not_looked_at():
     model = probdiff.Diffusion(SCHEDULE, labelled(mlp())).bind({})
     found = jax.jit(lambda c: model.given(c).predict_noise(jnp.asarray(X), 3))(LABELS)
@@ -108,6 +109,7 @@ def test_the_null_is_learned_and_only_where_it_is_used():
     assert np.all(gradient(0.9) != 0) and np.all(gradient(0.0) == 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("head", [lambda n: n, probdiff.networks.VHead, lambda n: CategoricalHead(n, 5)], ids=["alone", "v", "categorical"])
 def test_the_unconditional_model_has_the_null_everywhere(head):
     """It takes no context, and what is around the dropout stays."""
@@ -181,6 +183,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", long_but(["ancestral", "ode", "predictive"], SAMPLERS))
 def test_every_sampler_takes_a_guided_model(name):
     """With weight 0 it is the model; with another its mean goes the way of the guided chain."""
@@ -191,6 +194,7 @@ def test_every_sampler_takes_a_guided_model(name):
     assert (guided - plain).mean(0) @ way > 0.2 * way @ way
 
 
+@pytest.mark.long
 def test_a_run_with_labels_comes_back(tmp_path):
     """The wrappers inside of a head, with the parameters of all of them: the same predictions, with a context and without."""
     likelihood = probdiff.DiscretizedNormalLikelihood(5)

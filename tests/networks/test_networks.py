@@ -17,6 +17,7 @@ def awake(network):
     return jax.tree.map(lambda a: a + 0.1 if is_trainable(a) else a, network)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch", [(), (5,), (3, 4)])
 @pytest.mark.parametrize("harmonics", [0, 3])
 def test_any_batch_shape(batch, harmonics):
@@ -80,6 +81,7 @@ def test_the_short_cut_of_covariates_is_a_regression():
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_dropout_needs_the_key():
     network, z, n = awake(probdiff.MLP(2, key=jax.random.key(0), dropout=0.5)), jnp.ones((6, 2)), jnp.ones(6)
     np.testing.assert_array_equal(network(z, n), network(z, n))
@@ -98,6 +100,7 @@ def test_takes_key():
     assert not takes(lambda z, n: z, "key") and not takes(lambda z, n, **kwargs: z, "key")
 
 
+@pytest.mark.long
 def test_an_ensemble_is_the_mean_of_its_networks():
     """On a schedule that all are told, with a key of its own for each that takes one; its step KLs are at most the mean of theirs."""
     own = [awake(probdiff.MLP(2, key=jax.random.key(seed), hidden=8, num_blocks=1, dropout=0.5)) for seed in (0, 1)]
@@ -176,6 +179,7 @@ def test_a_network_with_a_mistake_of_its_own_shows_that():
         probdiff.Diffusion(schedule, lambda z, n: jnp.zeros((*n.shape, 3)), dim=2).predict_noise(z, 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch", [(), (5,), (3, 4)])
 def test_batched(batch):
     """Example by example; told the step or the noise level as the network is, with its parameters, and dropout for each example."""

@@ -63,6 +63,7 @@ def test_exact_log_prob_by_quadrature(float64):
     np.testing.assert_allclose(exact_log_prob(diffusion, x), np.log(p_x), rtol=1e-8)
 
 
+@pytest.mark.long
 def test_closed_forms_of_a_conditional_model_are_those_of_each_row_by_itself():
     """Data given c are Gaussian data of the mean m + B c."""
     diffusion = make("forward", 0.9, oracle=GIVEN)
@@ -98,6 +99,7 @@ def path_estimates(diffusion, guide, num_draws, given):
     return jax.jit(jax.vmap(jax.vmap(one), (0, None, None)))(keys, jnp.asarray(X), given)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", DRAWN)
 @pytest.mark.parametrize("guide", ["guide", "posterior_guide"])
 def test_trace_elbo(guide, case, float64):
@@ -107,6 +109,7 @@ def test_trace_elbo(guide, case, float64):
     assert_mean(path_estimates(diffusion, guide, 60_000, given), exact, power=0.15)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", DRAWN)
 def test_trace_mean_field_elbo(case, float64):
     diffusion, given = make_drawn(*case)
@@ -147,6 +150,7 @@ def test_each_step_kl_is_seen_by_the_test_above(case, float64):
     assert np.all(9.7 * error < np.maximum(0.1 * exact, 0.005))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", ["all", "uniform", "stratified"])
 @pytest.mark.parametrize("reverse_variance, scale", [("forward", 1.0)])
 def test_analytic_elbo(steps, reverse_variance, scale, float64):
@@ -160,6 +164,7 @@ def test_analytic_elbo(steps, reverse_variance, scale, float64):
     assert_mean(draws, exact_terms(diffusion, X)["elbo"].sum(), power=0.5)
 
 
+@pytest.mark.long
 def test_derivation_line_by_line(float64):
     """On one sampled path, each line of the proof gives the same number, to rounding."""
     diffusion, x0 = make("posterior", 0.9), jnp.asarray(X[:1])
@@ -191,6 +196,7 @@ def test_derivation_line_by_line(float64):
     np.testing.assert_allclose(kl[0], kl_divergence(q, p)[0], rtol=1e-9)
 
 
+@pytest.mark.long
 def test_bits_per_dim_and_units(float64):
     """Data in other units, x -> a x + b: every log-density moves by -d ln a, exactly; the KLs stay."""
     schedule = probdiff.cosine_schedule(6)

@@ -60,6 +60,7 @@ def exact_eps(log_q, z, n, **kwargs):
     return -noise * jax.vmap(jax.grad(lambda one: log_q(one, n, **kwargs)))(jnp.asarray(z))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", STEPS)
 @pytest.mark.parametrize("name, log_q", [("mixture", mixture_log_q), ("boxes", boxes_log_q)])
 def test_network_is_the_scaled_score(name, log_q, n, float64):
@@ -70,6 +71,7 @@ def test_network_is_the_scaled_score(name, log_q, n, float64):
     np.testing.assert_allclose(half(jnp.asarray(Z), jnp.array(n)), expected / 2, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ORACLES)
 def test_network_takes_any_batch_and_a_step_for_each_datum(name, float64):
     network = ORACLES[name].network(SCHEDULE)
@@ -94,6 +96,7 @@ def test_shared_covariance_is_that_of_every_component(float64):
     np.testing.assert_array_equal(draws, same)
 
 
+@pytest.mark.long
 def test_one_component_is_the_gaussian_oracle(float64):
     covariance = np.cov(np.random.default_rng(1).normal(size=(5, 9)))
     mean = np.arange(5.0) - 2
@@ -103,6 +106,7 @@ def test_one_component_is_the_gaussian_oracle(float64):
     np.testing.assert_allclose(one.log_prob(z), gaussian.log_prob(z), rtol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", STEPS)
 def test_checkerboard_network_is_the_scaled_score(n, float64):
     """Squares by where the points are, density by differences of Φ, the encoding by hand."""
@@ -122,6 +126,7 @@ def known_networks(schedule):
     return {name: eqx.filter_jit(by_step(network, schedule)) for name, network in known.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", long_but([probdiff.linear_schedule], [probdiff.linear_schedule, probdiff.log_snr_schedule]))
 def test_float32_is_close_to_float64(make):
     """Where z may be, and far outside it for the first steps, at steps from the first to the last."""
@@ -135,6 +140,7 @@ def test_float32_is_close_to_float64(make):
         np.testing.assert_allclose(network(z, n), exact, rtol=1e-5, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("schedule", [probdiff.cosine_schedule(10_000), SCHEDULE])
 def test_float32_is_finite_and_right_far_outside(schedule):
     """At distances of 1e2 … 1e30, ε points away from the data; for boxes noise · ε is z, give or take a datum."""
@@ -151,6 +157,7 @@ def test_float32_is_finite_and_right_far_outside(schedule):
             np.testing.assert_allclose(noise * eps, z, rtol=1e-3, atol=2.1, err_msg=name)
 
 
+@pytest.mark.long
 def test_boxes_far_outside_against_the_nearest_edge(float64):
     """At 300 standard deviations of the noise from the edge, ε − edge has the mean of an exponential, 1/300."""
     schedule = probdiff.NoiseSchedule.from_betas([1e-4])
@@ -161,6 +168,7 @@ def test_boxes_far_outside_against_the_nearest_edge(float64):
     np.testing.assert_allclose(network(jnp.asarray(z), jnp.array(1))[:, 0], expected, rtol=1e-10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", long_but([*ORACLES, "moons"], [*ORACLES, *datasets.PLANAR]))
 def test_prediction_is_the_conditional_mean_of_drawn_noise(name, float64):
     """The error is uncorrelated with any function of z; for a prediction 5 % too small it is correlated."""
@@ -184,6 +192,7 @@ def test_prediction_is_the_conditional_mean_of_drawn_noise(name, float64):
     assert np.max(np.abs(wrong.mean(0)) / wrong.std(0)) * np.sqrt(len(z)) > 2 * Z_MAX
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(2,), (1, 2), (7, 2), (3, 4, 2)])
 def test_log_prob(shape, float64):
     x = np.random.default_rng(0).normal(size=shape)
@@ -262,6 +271,7 @@ def test_standardized_is_the_change_of_variables(name, loc, scale):
     assert moved.entropy()[0] == pytest.approx(oracle.entropy()[0] - log_volume, abs=1e-8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ORACLES)
 def test_draws_have_the_density(name):
     """Their surprise is the entropy, and their moments are the integrals over a grid."""
@@ -281,6 +291,7 @@ def test_draws_have_the_density(name):
     assert_mean((x[:-1, 0] - x[:, 0].mean()) * (x[1:, 0] - x[:, 0].mean()), 0, power=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", long_but(["moons"], ["moons", "checkerboard"]))
 def test_bound_of_the_exact_network_is_just_below_the_log_density(name):
     data = load(name)

@@ -70,6 +70,7 @@ def test_the_densities_of_a_path_are_those_of_the_scanned_programs(name, float64
     np.testing.assert_allclose(*factors, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", long_but(["learned"], MODELS, [name for name in MODELS if name not in ("learned", "mixture")]))
 def test_either_encoding_can_be_the_guide_of_the_other(name, float64):
     """Trace_ELBO on the path of the one guide, with either model; and its gradient."""
@@ -84,6 +85,7 @@ def test_either_encoding_can_be_the_guide_of_the_other(name, float64):
         np.testing.assert_allclose(*losses(jax.random.key(3)), rtol=1e-10)
 
 
+@pytest.mark.long
 def test_the_gradient_is_that_of_the_scanned_programs(float64, patched):
     """In one call of the network, and in parts of which the last is smaller, computed again for the gradient."""
     schedule = probdiff.log_snr_schedule(7, 4.0, -2.0)
@@ -116,6 +118,7 @@ def test_paths_are_those_of_the_forward_chain(float64):
     assert_mean((centred[..., 0] * centred[..., 1]).T, 0.0)
 
 
+@pytest.mark.long
 def test_a_long_chain_does_not_overflow():
     """At N = 10 000 √ᾱ_N underflows float32, by which a cumulative sum would divide."""
     schedule = probdiff.NoiseSchedule.from_betas(np.full(10_000, 0.03))
@@ -123,6 +126,7 @@ def test_a_long_chain_does_not_overflow():
     assert np.isfinite(path).all() and abs(float(path[:5000].std()) - 1) < 0.05
 
 
+@pytest.mark.long
 def test_samples_of_the_reverse_chain_are_those_of_the_model(float64):
     """Mean and covariance of x and of z_1, against the linear-Gaussian model's in closed form by the scanned programs' own recursion."""
     model, size = diffusion(6), 100_000
@@ -139,6 +143,7 @@ def test_samples_of_the_reverse_chain_are_those_of_the_model(float64):
             assert_mean(first - second, 0.0, power=0.15)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guide", ["guide", "posterior_guide"])
 def test_under_the_handlers(guide, float64):
     """seed, trace, substitute, condition, replay, scale and Predictive, of both guides and the model."""

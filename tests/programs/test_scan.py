@@ -53,6 +53,7 @@ def unrolled_log_p(diffusion, x, z):
     return total
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_steps", long_but([1, 3], [1, 3, 8]))
 def test_replay_pairs_each_step_with_itself(num_steps, float64):
     """A guide that emits z_n = n: the loss is −log p of the path in which step n sees n, and of no other path."""
@@ -99,6 +100,7 @@ def test_densities_on_a_sampled_path(num_steps, x, float64):
         np.testing.assert_allclose(log_p, expected_p, rtol=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "give",
     [
@@ -120,6 +122,7 @@ def test_given_paths(give, x, float64):
         handlers.trace(handlers.seed(give(diffusion.guide, z, trace), 4)).get_trace(x)
 
 
+@pytest.mark.long
 def test_mean_field_with_the_forward_guide_is_refused(x):
     diffusion = make()
     with pytest.raises(ValueError, match="posterior_guide"):
@@ -129,6 +132,7 @@ def test_mean_field_with_the_forward_guide_is_refused(x):
         svi.run(jax.random.key(0), 2, x, progress_bar=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("elbo", long_but(["trace", "analytic"], ["trace", "trace_posterior", "mean_field", "analytic"]))
 def test_minibatch_scale(elbo, x):
     diffusion = make()
@@ -147,6 +151,7 @@ def test_minibatch_scale(elbo, x):
         objective.loss(jax.random.key(0), {}, diffusion.model, guide, x, num_data=3)
 
 
+@pytest.mark.long
 def test_handlers_scale_applies_to_all_sites(x):
     diffusion = make()
     programs = diffusion.model, diffusion.guide
@@ -161,6 +166,7 @@ def test_handlers_scale_applies_to_all_sites(x):
         np.testing.assert_allclose(quarter, plain / 4, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_steps", [1, 5])
 @pytest.mark.parametrize(
     "likelihood, kind",
@@ -180,6 +186,7 @@ def test_generation(num_steps, likelihood, kind):
     assert handlers.seed(plain.model, 0)(None, num_data=2).shape == (2, 3)
 
 
+@pytest.mark.long
 def test_svi_trains_the_network_and_bind_returns_it(x):
     class Network(probdiff.networks.AbstractNetwork):
         mlp: probdiff.MLP
@@ -217,6 +224,7 @@ def test_plain_function_has_no_parameters(x):
     assert np.isfinite(Trace_ELBO().loss(jax.random.key(0), {}, diffusion.model, diffusion.guide, x))
 
 
+@pytest.mark.long
 def test_key_reaches_the_network_in_training_and_never_in_evaluation(x):
     keys = []
 
@@ -247,6 +255,7 @@ def test_key_reaches_the_network_in_training_and_never_in_evaluation(x):
         assert keys and all(key is None for key in keys)
 
 
+@pytest.mark.long
 def test_compile_size_does_not_grow_with_the_number_of_steps(x):
     def size(num_steps):
         diffusion = make(num_steps)
@@ -263,6 +272,7 @@ def test_a_network_of_the_wrong_shape_is_refused(network, x):
         Trace_ELBO().loss(jax.random.key(0), {}, diffusion.model, diffusion.guide, x)
 
 
+@pytest.mark.long
 def test_predictive_of_every_program(x):
     diffusion = make()
     for guide in (diffusion.guide, diffusion.posterior_guide):
@@ -273,6 +283,7 @@ def test_predictive_of_every_program(x):
         Predictive(diffusion.guide, posterior_samples={"z": jnp.zeros((3, 5, 4, 2))})(jax.random.key(0), x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", long_but(["uniform"], ["trace", "all", "uniform"]))
 def test_float64_with_parameters_or_data_in_float32(objective, x, float64):
     for data in (x, jnp.asarray(x, jnp.float64)):
@@ -284,6 +295,7 @@ def test_float64_with_parameters_or_data_in_float32(objective, x, float64):
         assert np.all(np.isfinite(svi.run(jax.random.key(0), 2, data, progress_bar=False).losses))
 
 
+@pytest.mark.long
 def test_num_data_may_be_traced(x):
     diffusion = make()
     svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), Trace_ELBO())

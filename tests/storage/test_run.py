@@ -61,6 +61,7 @@ def assert_same(a, b):
         assert np.array_equal(x, y) and np.asarray(x).dtype == np.asarray(y).dtype
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_steps", long_but([6], [1, 6]))
 def test_a_run_comes_back(tmp_path, num_steps):
     diffusion = make(num_steps=num_steps)
@@ -93,6 +94,7 @@ def test_the_best_so_far_is_in_the_checkpoint(tmp_path):
         _ = unvalidated.best_so_far
 
 
+@pytest.mark.long
 def test_a_run_of_single_precision_opens_in_double_and_not_the_other_way_round(tmp_path):
     """No number changes on the way up; on the way down, and for a fit to go on, it says what to set."""
     single, _ = fitted_run(tmp_path / "single", make())
@@ -122,6 +124,7 @@ def test_discretised_run_comes_back(tmp_path):
         _ = run.data
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("like", ["network", "diffusion"])
 def test_a_custom_network_needs_like(tmp_path, like):
     network = Custom(jnp.array([0.1, 0.2]))
@@ -331,6 +334,7 @@ def rewritten_as_0_1(path):
     path.unlink()
 
 
+@pytest.mark.long
 def test_a_run_of_0_1_opens(tmp_path):
     fit, _ = fitted_run(tmp_path / "run", make())
     rewritten_as_0_1(tmp_path / "run" / "parameters.eqx")
@@ -370,6 +374,7 @@ def test_a_file_that_finds_no_room_stays_as_it_was(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_the_checkpoint_as_it_was(tmp_path, checkpoints):
     """The next save runs into a limit on the size of files: an OSError, and both checkpoints intact."""
     _, last, previous = checkpoints
@@ -381,6 +386,7 @@ def test_a_full_disk_leaves_the_checkpoint_as_it_was(tmp_path, checkpoints):
     assert_same(resume(path).diffusion.trainable(), checkpoints[0].diffusion.trainable())
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     fitted_run(tmp_path / "run", make())
     other = make(probdiff.MLP(2, key=jax.random.key(4), hidden=9, num_blocks=1))
@@ -388,6 +394,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
         resume(tmp_path / "run" / "checkpoint.eqx", other)
 
 
+@pytest.mark.long
 def test_equal_runs_leave_equal_files(tmp_path):
     for name in "ab":
         fitted_run(tmp_path / name, make())
@@ -405,6 +412,7 @@ def old_layout(terms):
     return xr.DataTree.from_dict({"posterior": xr.Dataset(posterior, {"step": steps}), "constant_data": constant})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_draws, num_data", [(3, 9), (100, 16)])
 def test_datatree(num_draws, num_data, tmp_path):
     """What is in the groups, and that the terms come back from it bit for bit; so they do from a run of before."""
