@@ -28,9 +28,9 @@ from probdiff.chain.forward import forward_marginal, prior_kl
 from probdiff.diffusion import Diffusion
 from probdiff.programs.sites import Data
 
+__all__ = ["FlowLikelihood", "flow_likelihood", "flow_log_prob"]
 MAX_STEPS = 100_000
 LOOSER = 10  # factor on the tolerances, to estimate the error of the solver
-
 Eps = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -179,7 +179,7 @@ def flow_log_prob(
     Args:
         diffusion: The model.
         z: :math:`z_1`, shape ``(datum, dim)``.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key of the probes; not used with the exact divergence.
         num_probes: None for the exact divergence, ``dim`` Jacobian-vector products for each evaluation of the network; or
             the number of random directions of Hutchinson's estimator, for large ``dim``: unbiased for the log-density.
@@ -343,7 +343,7 @@ def flow_likelihood(
     Args:
         diffusion: The model.
         x: Data as the user has it, shape ``(datum, dim)``.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key of :math:`z_1` and of the probes.
         num_draws: Number of :math:`z_1` for each datum.
         num_probes, rtol, atol, progress: As for :func:`flow_log_prob`.

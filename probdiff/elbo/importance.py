@@ -45,7 +45,7 @@ def path_elbo(
     Args:
         diffusion: A trained Diffusion.
         x: Data, shape ``(datum, dim)``.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
         num_draws: Number of sampled paths per datum.
         devices: Number of devices (or a list of them) that share the data.
@@ -127,7 +127,7 @@ def iwae(
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
         num_particles: Paths K in each bound: N K network evaluations for each datum and draw.
         num_draws: Number of independent bounds per datum.
@@ -264,7 +264,7 @@ def sandwich(
 
     Args:
         diffusion: The model.
-        context: Of a conditional model, as for :meth:`Diffusion.given`: one datum is drawn for each row.
+        context: Of a conditional model, as for :meth:`~probdiff.Diffusion.given`: one datum is drawn for each row.
         key: JAX key.
         num_data: Number of data to draw, at least 2; not needed with a context.
         num_particles: Numbers of paths K, or one number.
