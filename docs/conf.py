@@ -181,3 +181,14 @@ for name, write in (("reference", write_reference), ("gallery", write_gallery)):
     shutil.rmtree(DOCS / name, ignore_errors=True)
     (DOCS / name).mkdir()
     write(DOCS / name)
+
+
+def mend_back_links(app, pagename, templatename, context, doctree) -> None:
+    """In the sources: links back to the reference by the name that an object has there. viewcode gives all objects of a module the prefix of the first."""
+    if pagename.startswith("_modules/"):
+        context["body"] = re.sub(r"(reference/(probdiff\.[\w.]+)\.html#)(?!\2\.)probdiff\.", r"\1\2.", context["body"])
+
+
+def setup(app) -> None:
+    """Connect what is mended."""
+    app.connect("html-page-context", mend_back_links)
