@@ -96,6 +96,11 @@ def namespace_module(namespace: str) -> ModuleType:
     return probdiff.plots if namespace == "probdiff.plots" else import_module(namespace)
 
 
+def directive(kind: str, module: str) -> list[str]:
+    """The lines that make a module known to references, or the one in which names without a prefix are looked up."""
+    return ["```{eval-rst}", f".. py:{kind}:: {module}", "```", ""]
+
+
 def readable(text: str) -> list[str]:
     """The lines of a page for the docstring of a module: equations and lists of files as they are typed, tables as Markdown, the rest as reStructuredText."""
     lines = []
@@ -131,7 +136,7 @@ def write_reference(folder: Path) -> None:
     said = sources()
     for namespace, purpose in NAMESPACES.items():
         module = namespace_module(namespace)
-        lines = [f"# `{namespace}`", "", purpose, ""]
+        lines = [f"# `{namespace}`", "", *directive("module", namespace), purpose, ""]
         own = said[namespace].pop(module.__name__, "").partition("\n\n")[2]
         lines += readable(own)
         for name in public_names(module):
@@ -141,14 +146,14 @@ def write_reference(folder: Path) -> None:
                 continue
             if not callable(value):
                 about = "A dict with the keys " + ", ".join(f"``{key}``" for key in value) + "." if isinstance(value, dict) else f"``{value!r}``"
-                lines += ["```{eval-rst}", f".. py:data:: {namespace}.{name}", "", f"   {CONSTANTS[f'{namespace}.{name}']} {about}", "```", ""]
+                lines += ["```{eval-rst}", f".. py:data:: {name}", f"   :module: {namespace}", "", f"   {CONSTANTS[f'{namespace}.{name}']} {about}", "```", ""]
                 continue
             kind = "class" if inspect.isclass(value) else "function"
             lines += ["```{eval-rst}", f".. auto{kind}:: {namespace}.{name}"]
             lines += (["   :members:", "   :show-inheritance:"] if kind == "class" else []) + ["```", ""]
         lines += ["## Sources and conventions", ""] if said[namespace] else []
         for name, text in said[namespace].items():
-            lines += [f"### `{name}`", "", "```{eval-rst}", f".. py:module:: {name}", "   :no-index-entry:", "```", "", *readable(text)]
+            lines += [f"### `{name}`", "", *directive("module", name), *directive("currentmodule", namespace), *readable(text)]
         (folder / f"{namespace}.md").write_text("\n".join(lines))
     listed = "\n".join(NAMESPACES)
     (folder / "index.md").write_text(f"# Reference\n\nEvery public name, with types, shapes, units and an example.\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n")

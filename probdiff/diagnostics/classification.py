@@ -36,7 +36,7 @@ GROWTH = 4  # a round has one draw more than this fraction of all earlier draws
 
 
 class Classification(NamedTuple):
-    """The result of :func:`classify`.
+    """The result of :func:`~probdiff.classify`.
 
     Attributes:
         posterior: The probability of each label, from the bounds and the prior, shape ``(datum, label)``. The probability of a label that was dropped early is

@@ -35,7 +35,7 @@ COSTS = [f"{kind}_by_{unit}" for kind in ("value", "gradient") for unit in ("eva
 
 @dataclasses.dataclass(frozen=True)
 class EstimatorComparison:
-    """The result of :func:`compare_estimators`. It is printed as a verdict and two tables.
+    """The result of :func:`~probdiff.compare_estimators`. It is printed as a verdict and two tables.
 
     Attributes:
         table: One row per estimator, a pandas DataFrame. ``elbo``, ``se`` (nats per datum; ``bits_per_dim``, ``bits_se`` if the data

@@ -17,7 +17,7 @@ from probdiff.programs.sites import Data
 
 @dataclasses.dataclass(frozen=True)
 class ModelComparison:
-    """The result of :func:`compare_models`. Prints as a table.
+    """The result of :func:`~probdiff.compare_models`. Prints as a table.
 
     Attributes:
         table: One row per model, best first, a pandas DataFrame in nats per datum: ``rank``; ``elbo`` and ``se``, over data;

@@ -79,7 +79,7 @@ class Finding(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """The result of :func:`audit`. It is printed as a table; values are in nats per datum.
+    """The result of :func:`~probdiff.audit`. It is printed as a table; values are in nats per datum.
 
     Attributes:
         findings: The errors found, a list of :class:`Finding`, the most costly first; empty if none was found.

@@ -161,12 +161,12 @@ def log_mean_exp(log_weights: Any, axis: int) -> np.ndarray:
 def pareto_khat(log_weights: Any) -> Float[np.ndarray, "datum"]:
     """The Pareto shape k̂ of the largest importance weights p/q of each datum (PSIS), by ArviZ.
 
-    k̂ says whether the importance-weighted estimate of p(x) from this many draws can be trusted: up to :func:`khat_limit`. It does *not*
+    k̂ says whether the importance-weighted estimate of p(x) from this many draws can be trusted: up to ``probdiff.elbo.importance.khat_limit(num_draws)``. It does *not*
     measure the gap between the bound and log p(x): weights with a light tail, k̂ < 0, can have any variance.
     Source: Vehtari et al. (2024), arXiv:1507.02646.
 
     Args:
-        log_weights: log p − log q, shape ``(draw, datum)``, from :func:`path_elbo`.
+        log_weights: log p − log q, shape ``(draw, datum)``, from :func:`~probdiff.elbo.path_elbo`.
 
     Returns:
         Shape ``(datum,)``; −inf where all weights are equal: the guide is the exact posterior. NaN throughout if there
