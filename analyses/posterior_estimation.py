@@ -297,7 +297,7 @@ if "gaussian_linear" in TASKS:
             axes.fill_between(points, lower - points, upper - points, step="mid", color="C2", alpha=0.2, lw=0)
             axes.set(title=f"{coordinate}, {label}", ylim=(-0.2, 0.2), ylabel="Δ ECDF" if axes.get_subplotspec().is_first_col() else "")
     plots.savefig("posterior_estimation_calibration.png")
-    print("figure: posterior_calibration.png")
+    print("figure: posterior_estimation_calibration.png")
 
 # %% [markdown]
 # ## The figure of the moons
@@ -318,4 +318,4 @@ if "two_moons" in TASKS:
             ax.title.set_fontsize("medium")
         row[0].set_ylabel("θ₂")
     figure.savefig("posterior_estimation_two_moons.png")
-    print("figure: posterior_two_moons.png")
+    print("figure: posterior_estimation_two_moons.png")

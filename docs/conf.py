@@ -1,6 +1,7 @@
 """The documentation: pages in Markdown, the scripts of analyses/ as a gallery with what they found, and a reference from the docstrings."""
 
 import inspect
+import re
 import shutil
 import sys
 from importlib import import_module
@@ -70,6 +71,15 @@ NAMESPACES = {
     "probdiff.datasets": "Data, splits, covariates.",
     "probdiff.presets": "The models and options of `probdiff fit`.",
     "probdiff.storage": "Run folders and checkpoints.",
+    "probdiff.cli": "The command line, for programs that run a command themselves.",
+}
+
+# What the public constants are.
+CONSTANTS = {
+    "probdiff.ESTIMATORS": "Every estimator of the bound by its name: ``ESTIMATORS[name](diffusion, **options)`` is the pair ``(guide, elbo)`` for ``SVI``. An entry of your own is known to ``fit``, ``compare_estimators`` and the commands.",
+    "probdiff.programs.PARAMS": "The name of the ``param`` site that holds the parameters of a model in its programs, and the key of ``SVI``'s parameters.",
+    "probdiff.datasets.NAMES": "The names that :func:`probdiff.datasets.load` and ``probdiff fit --data`` take in place of a file.",
+    "probdiff.datasets.PLANAR": "The two-dimensional sets by name, whose density and exact ε-network are known.",
 }
 
 
@@ -81,12 +91,54 @@ def public_names(module: ModuleType) -> list[str]:
     return [name for name in names if not isinstance(getattr(module, name), ModuleType)]
 
 
+def namespace_module(namespace: str) -> ModuleType:
+    """The module of a namespace."""
+    return probdiff.plots if namespace == "probdiff.plots" else import_module(namespace)
+
+
+def directive(kind: str, module: str) -> list[str]:
+    """The lines that make a module known to references, or the one in which names without a prefix are looked up."""
+    return ["```{eval-rst}", f".. py:{kind}:: {module}", "```", ""]
+
+
+def readable(text: str) -> list[str]:
+    """The lines of a page for the docstring of a module: equations and lists of files as they are typed, tables as Markdown, the rest as reStructuredText."""
+    lines = []
+    for block in re.split(r"\n\n(?=\S)|\n\n(?= {4})", text):
+        if block.startswith("|"):
+            lines += [block.replace("``", "`"), ""]
+        elif block.startswith("    "):
+            plain = re.sub(r":\w+:`~?([^`]*)`", r"\1", inspect.cleandoc(block))
+            lines += ["```text", plain, "```", ""]
+        elif not block.startswith("Imports "):
+            lines += ["```{eval-rst}", block, "```", ""]
+    return lines
+
+
+def sources() -> dict[str, dict[str, str]]:
+    """For each namespace the docstrings of the modules in it that define public names and say more than a sentence, by module."""
+    found: dict[str, dict[str, str]] = {namespace: {} for namespace in NAMESPACES}
+    for namespace in NAMESPACES:
+        module = namespace_module(namespace)
+        defining = [getattr(getattr(module, name), "__module__", None) for name in public_names(module)]
+        for name in dict.fromkeys([module.__name__, *(each for each in defining if each and each.startswith("probdiff"))]):
+            home = max((each for each in NAMESPACES if f"{name}.".startswith(f"{each}.")), key=len)
+            home = "probdiff.plots" if name == "probdiff.diagnostics.plots" else home
+            text = inspect.getdoc(sys.modules[name]) or ""
+            if "\n\n" in text and name != "probdiff":
+                found[home][name] = text
+    return found
+
+
 def write_reference(folder: Path) -> None:
-    """A page for each namespace, with every public name of it that is on no page before."""
+    """A page for each namespace, with every public name of it that is on no page before, and what its modules say of sources and conventions."""
     everyday = {id(getattr(probdiff, name)): name for name in public_names(probdiff)}
+    said = sources()
     for namespace, purpose in NAMESPACES.items():
-        module = import_module(namespace) if namespace != "probdiff.plots" else probdiff.plots
-        lines = [f"# `{namespace}`", "", purpose, ""]
+        module = namespace_module(namespace)
+        lines = [f"# `{namespace}`", "", *directive("module", namespace), purpose, ""]
+        own = said[namespace].pop(module.__name__, "").partition("\n\n")[2]
+        lines += readable(own)
         for name in public_names(module):
             value = getattr(module, name)
             if namespace != "probdiff" and id(value) in everyday:
@@ -94,11 +146,14 @@ def write_reference(folder: Path) -> None:
                 continue
             if not callable(value):
                 about = "A dict with the keys " + ", ".join(f"``{key}``" for key in value) + "." if isinstance(value, dict) else f"``{value!r}``"
-                lines += ["```{eval-rst}", f".. py:data:: {namespace}.{name}", "", f"   {about}", "```", ""]
+                lines += ["```{eval-rst}", f".. py:data:: {name}", f"   :module: {namespace}", "", f"   {CONSTANTS[f'{namespace}.{name}']} {about}", "```", ""]
                 continue
             kind = "class" if inspect.isclass(value) else "function"
             lines += ["```{eval-rst}", f".. auto{kind}:: {namespace}.{name}"]
             lines += (["   :members:", "   :show-inheritance:"] if kind == "class" else []) + ["```", ""]
+        lines += ["## Sources and conventions", ""] if said[namespace] else []
+        for name, text in said[namespace].items():
+            lines += [f"### `{name}`", "", *directive("module", name), *directive("currentmodule", namespace), *readable(text)]
         (folder / f"{namespace}.md").write_text("\n".join(lines))
     listed = "\n".join(NAMESPACES)
     (folder / "index.md").write_text(f"# Reference\n\nEvery public name, with types, shapes, units and an example.\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n")
@@ -131,3 +186,14 @@ for name, write in (("reference", write_reference), ("gallery", write_gallery)):
     shutil.rmtree(DOCS / name, ignore_errors=True)
     (DOCS / name).mkdir()
     write(DOCS / name)
+
+
+def mend_back_links(app, pagename, templatename, context, doctree) -> None:
+    """In the sources: links back to the reference by the name that an object has there. viewcode gives all objects of a module the prefix of the first."""
+    if pagename.startswith("_modules/"):
+        context["body"] = re.sub(r"(reference/(probdiff\.[\w.]+)\.html#)(?!\2\.)probdiff\.", r"\1\2.", context["body"])
+
+
+def setup(app) -> None:
+    """Connect what is mended."""
+    app.connect("html-page-context", mend_back_links)

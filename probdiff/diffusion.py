@@ -42,7 +42,7 @@ from probdiff.programs import scan
 from probdiff.programs.sites import PARAMS, AbstractDiffusion, Data, Size, svi_begins
 
 UNTRAINED = (
-    "network: Expected something to train, the arrays of a module of equinox or Flax NNX or those of probdiff.networks.from_apply(apply, params); got a {} without "
+    "network: Expected something to train: a network that is a module of equinox or Flax NNX, or probdiff.networks.from_apply(apply, params); got a {} without "
     "any: parameters in the closure of a function are not trained. diffusion.bind({{}}) is a model that is not to be trained"
 )
 

@@ -7,7 +7,7 @@ With the log-SNR λ as time, :math:`\bar\alpha = sigmoid(\lambda)`, and an ε-ne
 (in VE coordinates, dx/dσ = ε̂). A network that is told the log-SNR is evaluated between the steps; the prediction of a network that is told the step is interpolated linearly in λ.
 
 The flow is another model than the reverse chain :math:`p_\theta`, with the same network. Its density of z_1 contains two approximations: the interpolation, if there is one, and the
-base distribution N(0, I) in place of q(z_N). It is not the density of the data either, as z_1 has the noise of the first step. :func:`flow_likelihood` reports the three errors separately.
+base distribution N(0, I) in place of q(z_N). It is not the density of the data either, as z_1 has the noise of the first step. :func:`~probdiff.flow_likelihood` reports the three errors separately.
 
 Sources: Song et al. (2021), arXiv:2011.13456, eqs. 13 and 39; Karras et al. (2022), arXiv:2206.00364, eq. 1, with σ as time; Grathwohl et al. (2019), arXiv:1810.01367, section 3.1, for Hutchinson's estimator.
 """
@@ -28,9 +28,9 @@ from probdiff.chain.forward import forward_marginal, prior_kl
 from probdiff.diffusion import Diffusion
 from probdiff.programs.sites import Data
 
+__all__ = ["FlowLikelihood", "flow_likelihood", "flow_log_prob"]
 MAX_STEPS = 100_000
 LOOSER = 10  # factor on the tolerances, to estimate the error of the solver
-
 Eps = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -179,7 +179,7 @@ def flow_log_prob(
     Args:
         diffusion: The model.
         z: :math:`z_1`, shape ``(datum, dim)``.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key of the probes; not used with the exact divergence.
         num_probes: None for the exact divergence, ``dim`` Jacobian-vector products for each evaluation of the network; or
             the number of random directions of Hutchinson's estimator, for large ``dim``: unbiased for the log-density.
@@ -189,7 +189,7 @@ def flow_log_prob(
 
     Returns:
         Nats, shape ``(datum,)``, float64. The log-density of the data in the user's units differs by a Jacobian, and
-        by the noise in :math:`z_1`: see :func:`flow_likelihood`.
+        by the noise in :math:`z_1`: see :func:`~probdiff.flow_likelihood`.
 
     Raises:
         ValueError, TypeError: If an argument does not fit the model.
@@ -343,10 +343,10 @@ def flow_likelihood(
     Args:
         diffusion: The model.
         x: Data as the user has it, shape ``(datum, dim)``.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key of :math:`z_1` and of the probes.
         num_draws: Number of :math:`z_1` for each datum.
-        num_probes, rtol, atol, progress: As for :func:`flow_log_prob`.
+        num_probes, rtol, atol, progress: As for :func:`~probdiff.flow.flow_log_prob`.
 
     Returns:
         A :class:`FlowLikelihood`. The reverse chain is another model: a difference between its ELBO and this likelihood is not an error of either.

@@ -52,7 +52,7 @@ def ancestral(
 
     Args:
         diffusion: The model; it must know its dimension.
-        context: Of a conditional model, as for :meth:`Diffusion.given`: one sample is drawn for each row.
+        context: Of a conditional model, as for :meth:`~probdiff.Diffusion.given`: one sample is drawn for each row.
         key: JAX key.
         num_samples: Number of samples; not needed with a context.
         devices: Number of devices (or a list of them) that share the samples.
@@ -101,7 +101,7 @@ def ddim(
 
     Args:
         diffusion: The model; it must know its dimension.
-        context: Of a conditional model, as for :meth:`Diffusion.given`: one sample is drawn for each row.
+        context: Of a conditional model, as for :meth:`~probdiff.Diffusion.given`: one sample is drawn for each row.
         key: JAX key.
         num_samples: Number of samples; not needed with a context.
         steps: Number of steps, spread evenly over 1 … N; or the steps themselves, increasing; all N if not given. Each step is one
@@ -179,7 +179,7 @@ def annealed_langevin(
 
     Args:
         diffusion: The model; it must know its dimension.
-        context: Of a conditional model, as for :meth:`Diffusion.given`: one sample is drawn for each row.
+        context: Of a conditional model, as for :meth:`~probdiff.Diffusion.given`: one sample is drawn for each row.
         key: JAX key.
         num_samples: Number of samples; not needed with a context.
         steps: Number of noise levels, spread evenly over 1 … N; or the levels themselves, increasing; all N if not given.
@@ -243,7 +243,7 @@ def probability_flow(
 
     Args:
         diffusion: The model; it must know its dimension.
-        context: Of a conditional model, as for :meth:`Diffusion.given`: one sample is drawn for each row.
+        context: Of a conditional model, as for :meth:`~probdiff.Diffusion.given`: one sample is drawn for each row.
         key: JAX key.
         num_samples: Number of samples; not needed with a context.
         steps: Number of steps of Heun's method, of equal length in log-SNR, two evaluations of the network each (four of one that is

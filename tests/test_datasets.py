@@ -433,7 +433,7 @@ BAD_CONTEXTS = {
     "nan": (of_columns(frame=MIXED.assign(age=np.where(np.arange(ROWS) == 5, np.nan, 1.5))), "in row 5 .* of column 'age'"),
     "names": (of_columns(frame=MIXED.assign(site=[f"row {k}" for k in range(ROWS)])), "at most 30 different labels in a column of 60 rows; got 60 in 'site'"),
     "rows": (of_columns(GIVEN[:50], OWN), "context: Expected as many rows as there are data, 60; got 50 rows"),
-    "names of the data": (of_columns(OWN, OWN), "context: Expected columns of other names than those of the data; got ten, code"),
+    "names of the data": (of_columns(OWN, OWN), "context: Expected names of columns that the data do not have; got ten, code"),
     "nan in an array": (of_columns(np.full(ROWS, np.nan), OWN), r"context: Expected finite values; got nan at index \[0\]"),
     "three axes": (of_columns(np.ones((ROWS, 2, 2)), OWN), r"context: Expected shape \(datum, covariate\); got shape \(60, 2, 2\)"),
     "no array in the file": (of_a_file("a.npz", "d", x=OWN, c=GIVEN["age"]), "context: Expected one of the arrays x, c; got d"),

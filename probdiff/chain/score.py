@@ -207,7 +207,7 @@ def score(
         diffusion: The model.
         x_n: Noisy encoded data in VE coordinates, shape ``(*batch, dim)``.
         n: Step, 1 ≤ n ≤ N, an integer or an integer array that broadcasts to ``batch``.
-        context: Of a conditional model, as for :meth:`Diffusion.given`: a row for each datum, the last axis of ``batch``.
+        context: Of a conditional model, as for :meth:`~probdiff.Diffusion.given`: a row for each datum, the last axis of ``batch``.
 
     Returns:
         Shape ``(*batch, dim)``. In VP coordinates the score is this divided by :math:`\sqrt{\bar\alpha_n}`.

@@ -78,7 +78,7 @@ def split(x: Any, *, seed: Whole = 0, name: str = "data", index: str | None = No
     Args:
         x: An array of shape ``(datum, column)``, or a data frame of pandas, polars or pyarrow. If all values are integers, they are levels of one grid, except in
             fewer than 16 named columns of different ranges. In these, and in a table of floats, categories and truth values, a column with at most
-            ten distinct values is categorical, other whole numbers are on a grid of their own if they span less than 256, and all others are continuous (:meth:`Dataset.describe`).
+            ten distinct values is categorical, other whole numbers are on a grid of their own if they span less than 256, and all others are continuous (:meth:`~probdiff.datasets.Dataset.describe`).
         seed: Seed of the shuffle.
         name: Name of the data set.
         index: Name of a column of a data frame to leave out, because it numbers the rows.

@@ -221,7 +221,7 @@ def beside(table: Table, cells: Mapping[str, Cells]) -> Table:
     rows = {len(each) for each in cells.values()}
     require(rows == {len(table.array)}, "context", f"as many rows as there are data, {len(table.array)}", f"{max(rows, default=0)} rows")
     twice = [name for name in cells if name in (table.columns or ())]
-    require(not twice, "context", "columns of other names than those of the data", ", ".join(twice))
+    require(not twice, "context", "names of columns that the data do not have", ", ".join(twice))
     return dataclasses.replace(table, context=cells)
 
 

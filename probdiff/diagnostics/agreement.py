@@ -91,7 +91,7 @@ def compute_both_ways(
     Args:
         diffusion: A trained Diffusion.
         x: Data, shape ``(datum, dim)``.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
         num_draws: Draws per datum for each of the two estimates, at least 2.
         progress: Show progress bars.

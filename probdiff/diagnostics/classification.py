@@ -36,7 +36,7 @@ GROWTH = 4  # a round has one draw more than this fraction of all earlier draws
 
 
 class Classification(NamedTuple):
-    """The result of :func:`classify`.
+    """The result of :func:`~probdiff.classify`.
 
     Attributes:
         posterior: The probability of each label, from the bounds and the prior, shape ``(datum, label)``. The probability of a label that was dropped early is
@@ -95,7 +95,7 @@ def classify(
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``.
-        labels: At least two contexts, as for :meth:`Diffusion.given`, all different: a sequence such as ``range(10)``, or an array or a tree of arrays whose leading
+        labels: At least two contexts, as for :meth:`~probdiff.Diffusion.given`, all different: a sequence such as ``range(10)``, or an array or a tree of arrays whose leading
             axis is the label.
         prior: Probability of each label up to a factor, positive, shape ``(label,)``; equal if not given.
         key: JAX key.

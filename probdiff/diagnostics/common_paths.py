@@ -83,7 +83,7 @@ def compare_on_common_paths(
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``; a few are enough, as the comparison has no Monte Carlo error.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
 
     Returns:

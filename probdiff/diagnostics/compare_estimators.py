@@ -35,7 +35,7 @@ COSTS = [f"{kind}_by_{unit}" for kind in ("value", "gradient") for unit in ("eva
 
 @dataclasses.dataclass(frozen=True)
 class EstimatorComparison:
-    """The result of :func:`compare_estimators`. It is printed as a verdict and two tables.
+    """The result of :func:`~probdiff.compare_estimators`. It is printed as a verdict and two tables.
 
     Attributes:
         table: One row per estimator, a pandas DataFrame. ``elbo``, ``se`` (nats per datum; ``bits_per_dim``, ``bits_se`` if the data
@@ -176,7 +176,7 @@ def compare_estimators(
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``: the variances are those of a fit if there are as many data as in its batches.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
         num_draws: Draws of the estimators with N network evaluations a datum, at least 2. The others have larger variances and cost
             less: they are drawn up to 64 times as often. Gradients are drawn 8 to 1024 times, within about 2¹⁵ network

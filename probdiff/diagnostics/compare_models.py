@@ -17,7 +17,7 @@ from probdiff.programs.sites import Data
 
 @dataclasses.dataclass(frozen=True)
 class ModelComparison:
-    """The result of :func:`compare_models`. Prints as a table.
+    """The result of :func:`~probdiff.compare_models`. Prints as a table.
 
     Attributes:
         table: One row per model, best first, a pandas DataFrame in nats per datum: ``rank``; ``elbo`` and ``se``, over data;
@@ -94,7 +94,7 @@ def compare_models(
     Args:
         models: A dict from name to trained Diffusion, at least two.
         x: Data to which none of the models was fitted, shape ``(datum, dim)``.
-        context: Of the conditional models among them: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of the conditional models among them: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
         num_draws: Draws per datum.
         progress: Show a progress bar for each model.

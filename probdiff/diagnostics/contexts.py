@@ -193,7 +193,7 @@ def compare_contexts(
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``.
-        first, second: c₁ and c₂, each with a row for each datum, as for :meth:`Diffusion.given`.
+        first, second: c₁ and c₂, each with a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
         num_draws: Number of draws, at least two.
         progress: Show a progress bar.

@@ -123,7 +123,7 @@ def _sample(variables: Variables, coords: dict[str, Any]) -> "xarray.Dataset":
 
 
 def from_datatree(tree: "xarray.DataTree") -> ELBOTerms:
-    """The :class:`~probdiff.elbo.ELBOTerms` from which :func:`to_datatree` made a tree; trees of versions before 0.2, with a single group, are read as well.
+    """The :class:`~probdiff.elbo.ELBOTerms` from which :func:`~probdiff.to_datatree` made a tree; trees of versions before 0.2, with a single group, are read as well.
 
     A context that was a tree of arrays is returned as a dict of arrays, by the names of the variables.
 

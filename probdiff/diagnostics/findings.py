@@ -79,7 +79,7 @@ class Finding(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """The result of :func:`audit`. It is printed as a table; values are in nats per datum.
+    """The result of :func:`~probdiff.audit`. It is printed as a table; values are in nats per datum.
 
     Attributes:
         findings: The errors found, a list of :class:`Finding`, the most costly first; empty if none was found.
@@ -184,7 +184,7 @@ def audit(
         diffusion: The model that contains the network.
         x: Data of the kind that the network was trained on, preferably held out; shape ``(datum, dim)``, at least two, a hundred or more to detect
             small errors.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
         num_draws: Draws of the noise for each datum, at least two.
         progress: Show progress bars.

@@ -103,7 +103,7 @@ def gap_decomposition(
         diffusion: The model, with a NormalLikelihood.
         oracle: The true distribution of the data (see :mod:`probdiff.oracles.distributions`); ``dataset.oracle`` of a data set.
         x: Data drawn from the oracle, shape ``(datum, dim)``, at least two.
-        context: Of a conditional model and oracle: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model and oracle: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key. Model and exact network are evaluated on the same noise.
         progress: Show progress bars.
 

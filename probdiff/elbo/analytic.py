@@ -62,11 +62,28 @@ class BoundTerm(AbstractTerm):
 class AnalyticELBO(StepObjective):
     """The analytic bound as an objective for ``SVI``, in place of ``Trace_ELBO``.
 
+    The estimate consists of parts; each option is an object, or the name of one.
+
     Args:
-        diffusion: The model.
-        steps: ``"all"``, ``"uniform"``, ``"stratified"``, ``"importance"``, ``"stratified_importance"``, or an :class:`~probdiff.elbo.AbstractSteps`.
-        options: ``noise``, ``control``, ``points``, ``adapt_to``, ``schedule_loss``, ``num_particles``, ``vectorize_particles``: as
-            for :class:`~probdiff.elbo.objective.StepObjective`.
+        diffusion: The model. ``SVI`` must be given its ``model``, and its ``guide`` or ``posterior_guide``, or this objective's ``guide``, which also has the
+            site of what is learned; without that site learned probabilities and coefficients keep their initial values, and a warning says so.
+        steps: An :class:`~probdiff.elbo.AbstractSteps`. ``"all"``: every step, N network evaluations a datum. Otherwise one step n a datum, the term divided by
+            its probability: ``"uniform"`` on 1 … N; ``"stratified"``: the same, spread evenly over the data of the batch; ``"importance"``: drawn with learned
+            probabilities; ``"stratified_importance"``: both.
+        noise: An :class:`~probdiff.elbo.AbstractNoise`. ``"independent"`` (if not given); ``"antithetic"``: each term twice, with ε and −ε; ``"path"``: the noise of
+            one path z_1 … z_N of the forward chain (all steps only).
+        control: A class of :class:`~probdiff.elbo.AbstractControl`. ``"linear"`` subtracts a control variate, the excess of the best linear prediction of the noise,
+            with a coefficient that is learned (with all steps: 1); None (if not given) subtracts nothing.
+        points: None (if not given), or the data whose mean bound is estimated, such as the whole training set, shape ``(point, dim)``: the noise in each step KL is then
+            replaced by its conditional mean and variance given z_n, with x_0 one of the points. The estimate is unbiased for the mean over ``points`` when ``x`` is
+            drawn from them, and not for a single datum. ``"batch"``: the points are ``x`` itself. Of a conditional model, ``"batch"`` only, among data of the same context.
+        adapt_to: The variance that the learned probabilities and coefficients reduce: of the ``"gradient"`` (if not given; for training) or of the ``"value"``.
+        schedule_loss: The objective for the shape of a :class:`~probdiff.LearnedSchedule`: ``"bound"`` (if not given), as for all other parameters, or ``"variance"``: the
+            least variance of the estimate between steps and draws. Costs a second evaluation of the network. Source: Kingma et al. (2021), arXiv:2107.00630, section 5.1.
+        options: ``num_particles``, independent estimates to average, and ``vectorize_particles``, as in NumPyro.
+
+    Raises:
+        ValueError: If an option has none of these values; in use, if ``SVI`` was given the model or the guide of another Diffusion.
 
     Example:
         >>> import jax, optax, probdiff

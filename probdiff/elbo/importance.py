@@ -45,7 +45,7 @@ def path_elbo(
     Args:
         diffusion: A trained Diffusion.
         x: Data, shape ``(datum, dim)``.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
         num_draws: Number of sampled paths per datum.
         devices: Number of devices (or a list of them) that share the data.
@@ -127,7 +127,7 @@ def iwae(
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
         num_particles: Paths K in each bound: N K network evaluations for each datum and draw.
         num_draws: Number of independent bounds per datum.
@@ -161,12 +161,12 @@ def log_mean_exp(log_weights: Any, axis: int) -> np.ndarray:
 def pareto_khat(log_weights: Any) -> Float[np.ndarray, "datum"]:
     """The Pareto shape k̂ of the largest importance weights p/q of each datum (PSIS), by ArviZ.
 
-    k̂ says whether the importance-weighted estimate of p(x) from this many draws can be trusted: up to :func:`khat_limit`. It does *not*
+    k̂ says whether the importance-weighted estimate of p(x) from this many draws can be trusted: up to ``probdiff.elbo.importance.khat_limit(num_draws)``. It does *not*
     measure the gap between the bound and log p(x): weights with a light tail, k̂ < 0, can have any variance.
     Source: Vehtari et al. (2024), arXiv:1507.02646.
 
     Args:
-        log_weights: log p − log q, shape ``(draw, datum)``, from :func:`path_elbo`.
+        log_weights: log p − log q, shape ``(draw, datum)``, from :func:`~probdiff.elbo.path_elbo`.
 
     Returns:
         Shape ``(datum,)``; −inf where all weights are equal: the guide is the exact posterior. NaN throughout if there
@@ -264,7 +264,7 @@ def sandwich(
 
     Args:
         diffusion: The model.
-        context: Of a conditional model, as for :meth:`Diffusion.given`: one datum is drawn for each row.
+        context: Of a conditional model, as for :meth:`~probdiff.Diffusion.given`: one datum is drawn for each row.
         key: JAX key.
         num_data: Number of data to draw, at least 2; not needed with a context.
         num_particles: Numbers of paths K, or one number.

@@ -165,7 +165,7 @@ class StepObjective(ELBO):
         self.diffusion.guide(x, num_data, context=context)
 
     def program(self, x: Any, num_data: Any = None, *, context: Any = None, weight: jax.Array | None = None) -> None:
-        """The bound on ``x`` as a NumPyro program; arguments as for :meth:`Diffusion.model`.
+        """The bound on ``x`` as a NumPyro program; arguments as for :meth:`~probdiff.Diffusion.model`.
 
         Sites: ``param`` of the model; ``deterministic`` ``noise_free_bound`` and ``excess``, shape ``(datum,)``, whose difference
         is the estimate of each datum's bound; ``factor`` ``elbo``; and ``mutable``, the learned state.

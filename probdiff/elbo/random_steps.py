@@ -136,7 +136,7 @@ def data_set_elbo(
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``, at least two.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
         noise_share: The Monte Carlo error that is aimed at, in units of the standard error over the data.
         devices: Number of devices (or a list of them) that share the data.

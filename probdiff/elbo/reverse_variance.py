@@ -20,7 +20,7 @@ def optimal_variance(
         diffusion: The model.
         x: Data from which :math:`m_n = E\|\epsilon - \hat\epsilon\|^2 / d` is estimated at every step: the training data of the network, or
             held-out data. Shape ``(datum, dim)``.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
         num_draws: Draws of the noise for each step and datum.
 

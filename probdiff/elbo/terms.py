@@ -281,7 +281,7 @@ def elbo_terms(
     Args:
         diffusion: The model.
         x: Data as the user has it, shape ``(datum, dim)``.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key of the noise.
         num_draws: Number of draws; 1 if not given.
         noise: The noise itself, instead of ``key``: shape ``(draw, num_steps, datum, dim)``, step n at

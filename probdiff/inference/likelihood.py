@@ -86,7 +86,7 @@ class ConditionalBound(_ConditionalLikelihood):
 
     Args:
         diffusion: A fitted conditional model.
-        context: As for :meth:`Diffusion.given`, a row for each datum: the batch shape.
+        context: As for :meth:`~probdiff.Diffusion.given`, a row for each datum: the batch shape.
         key: JAX key of the noise.
         num_draws: Draws of the noise over which the bound is averaged, each of N network evaluations a datum.
 
@@ -119,7 +119,7 @@ class ConditionalEstimate(_ConditionalLikelihood):
 
     Args:
         diffusion: A fitted conditional model.
-        context: As for :meth:`Diffusion.given`, a row for each datum: the batch shape.
+        context: As for :meth:`~probdiff.Diffusion.given`, a row for each datum: the batch shape.
         key: JAX key of the paths.
         num_particles: Paths K of each datum: N K network evaluations.
 

@@ -16,7 +16,7 @@ module are trained; NumPy arrays in it are constants, which no optimiser and no 
 * ``network.dim``: the dimension of the data, needed to generate;
 * ``network.context_dim``: the dimension of a context that is a vector, needed for the wrappers of :mod:`probdiff.networks.context`.
 
-:func:`evaluate` is the only function that distinguishes the two forms.
+``evaluate`` is the only function that distinguishes the two forms.
 """
 
 import abc
@@ -256,7 +256,7 @@ def predict_noise(
     key: PRNGKeyArray | None = None,
     context: PyTree = None,
 ) -> Float[Array, "*batch dim"]:
-    """:func:`evaluate` an ε-network, and check the shape of the result.
+    """Evaluate an ε-network, and check the shape of the result.
 
     Raises:
         ValueError: If the result is not shaped like ``z``.

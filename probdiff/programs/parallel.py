@@ -233,7 +233,7 @@ class ParallelPrograms(eqx.Module):
         self.diffusion = diffusion
 
     def model(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> Real[AnyArray, "*plates datum column"]:
-        """The reverse chain; arguments and sites as of :meth:`Diffusion.model`."""
+        """The reverse chain; arguments and sites as of :meth:`~probdiff.Diffusion.model`."""
         require_plates(OUTER)
         diffusion = self.diffusion.given(context)
         size, dim = diffusion.data_shape(x, num_data)
@@ -248,11 +248,11 @@ class ParallelPrograms(eqx.Module):
             return numpyro.sample("x", diffusion.kernel.observation(diffusion.likelihood, last), obs=x)
 
     def guide(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> None:
-        """The forward chain, factorised by its steps; arguments as for :meth:`Diffusion.guide`."""
+        """The forward chain, factorised by its steps; arguments as for :meth:`~probdiff.Diffusion.guide`."""
         self._forward(ForwardChain, x, num_data, context)
 
     def posterior_guide(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> None:
-        """The forward chain, factorised by Bayes' rule in the order of the model; arguments as for :meth:`Diffusion.guide`."""
+        """The forward chain, factorised by Bayes' rule in the order of the model; arguments as for :meth:`~probdiff.Diffusion.guide`."""
         self._forward(PosteriorChain, x, num_data, context)
 
     def _forward(self, chain: type[ForwardChain], x: Data | None, num_data: Size | None, context: Any) -> None:

@@ -87,7 +87,7 @@ def _restored(path: Path, found: list[Any], template: Any, wider: bool = False) 
     """The leaves of a file, or some of them, as a tree like ``template``."""
     expected = _leaves(template)
     fits = len(found) == len(expected) and all(_form(a, b) == _form(b, b) for a, b in zip(found, expected))
-    require(fits, str(path), "the arrays of this model and optimiser", "those of another configuration")
+    require(fits, str(path), "the arrays of this model and optimiser", "arrays of other shapes or another number of them: the file is of a run with other options")
     for a, b in zip(found, expected):
         x64 = a.dtype.itemsize > b.dtype.itemsize
         got = f"{a.dtype}: the fit had JAX_ENABLE_X64={int(x64)}; set it so and try again"

@@ -1,17 +1,17 @@
 """The run folder: the files of a fit, and how they are read. Their layout is defined here only.
 
-config.json      the options of the fit, and the description of the model
-schedule.npy     the variances beta_n, float64; absent for a learned schedule, which is among the parameters
-data.eqx         the data, if they are not loaded by name, and their context
-checkpoint.eqx   the state of the fit, to resume from; checkpoint.previous.eqx, the one before it
-parameters.eqx   the trained parameters
-losses.csv       the loss of every iteration; validation.csv, the bound on the validation data
-elbo.nc          the terms of the bound on test data, a DataTree
-results.json     the final table
-ledger.json      the decomposition of the gap of the bound, if it was computed
-estimators.nc    draws of every estimator of the bound, if they were compared
-figures/         loss, KL against step, samples
-samples/         samples that were drawn later, an array and a figure each
+    config.json      the options of the fit, and the description of the model
+    schedule.npy     the variances beta_n, float64; absent for a learned schedule, which is among the parameters
+    data.eqx         the data, if they are not loaded by name, and their context
+    checkpoint.eqx   the state of the fit, to resume from; checkpoint.previous.eqx, the one before it
+    parameters.eqx   the trained parameters
+    losses.csv       the loss of every iteration; validation.csv, the bound on the validation data
+    elbo.nc          the terms of the bound on test data, a DataTree
+    results.json     the final table
+    ledger.json      the decomposition of the gap of the bound, if it was computed
+    estimators.nc    draws of every estimator of the bound, if they were compared
+    figures/         loss, KL against step, samples
+    samples/         samples that were drawn later, an array and a figure each
 
 Folders of probdiff 0.1 have ``.npz`` in place of ``.eqx``; they are read, and a resumed fit writes ``.eqx``.
 """

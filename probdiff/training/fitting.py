@@ -91,7 +91,7 @@ class Fit(NamedTuple):
 
     @property
     def params(self) -> dict[str, Any]:
-        """The parameters of :attr:`diffusion`, in the form for :meth:`Diffusion.bind`."""
+        """The parameters of :attr:`diffusion`, in the form for :meth:`~probdiff.Diffusion.bind`."""
         return {PARAMS: self.diffusion.unbind().trainable()}
 
     @property
@@ -125,7 +125,7 @@ def fit(
     Args:
         diffusion: The model, bound or not; it is not changed. A bound one is fitted further, from the parameters that it has.
         data: Training data in the user's units, an array of shape ``(datum, column)`` or a data frame.
-        context: Of a conditional model: a row for each datum, as for :meth:`Diffusion.given`.
+        context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         iterations: Total number of SVI updates, including those before a fit was resumed; 10 000 if not given. A finished fit that is resumed with more
             iterations begins another leg: the optimiser is initialised again at the result so far, and the learning rate rises and falls once more; with a
             schedule or an optimiser of your own (see ``learning_rate``) the fit goes on as if it had not ended. An update whose loss or gradient

@@ -97,7 +97,7 @@ def test_a_network_without_anything_to_train_is_pointed_out():
     """When an SVI begins, be there something else to train or not; not where it is evaluated, nor of a bound model, nor of one that has parameters."""
     learned = probdiff.LearnedSchedule(4, 4.0, -3.0)
     closed = functools.partial(apply, WEIGHTS)
-    message = "network: Expected something to train, .*from_apply.*; got a partial without any"
+    message = "network: Expected something to train: .*from_apply.*; got a partial without any"
     for model in (of(closed), probdiff.Diffusion(learned, closed, dim=2)):
         with pytest.warns(UserWarning, match=message):
             begin(model)

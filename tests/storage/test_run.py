@@ -133,7 +133,7 @@ def test_a_custom_network_needs_like(tmp_path, like):
         _ = probdiff.open_run(tmp_path / "run").diffusion
     structure = network if like == "network" else make(network)
     assert_same(probdiff.open_run(tmp_path / "run", like=structure).diffusion.trainable(), fit.diffusion.trainable())
-    with pytest.raises(ValueError, match="another configuration"):
+    with pytest.raises(ValueError, match="of a run with other options"):
         _ = probdiff.open_run(tmp_path / "run", like=Custom(jnp.zeros(3))).diffusion
 
 
@@ -390,7 +390,7 @@ def test_a_full_disk_leaves_the_checkpoint_as_it_was(tmp_path, checkpoints):
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     fitted_run(tmp_path / "run", make())
     other = make(probdiff.MLP(2, key=jax.random.key(4), hidden=9, num_blocks=1))
-    with pytest.raises(ValueError, match="another configuration"):
+    with pytest.raises(ValueError, match="of a run with other options"):
         resume(tmp_path / "run" / "checkpoint.eqx", other)
 
 
