@@ -49,6 +49,7 @@ KINDS = {"array": (EXACT, C), "tree": (OF_TREE, TREE)}
 ARRAYS = [(name, "array") for name in EVALUATIONS]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, kind", release_but([*ARRAYS, ("elbo_terms", "tree"), ("flow_likelihood", "tree")], itertools.product(EVALUATIONS, KINDS)))
 def test_a_context_counts_and_a_model_given_one_is_a_model(name, kind):
     """``context=c`` is ``model.given(c)``; other rows of it are another number."""

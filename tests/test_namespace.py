@@ -49,6 +49,7 @@ def test_a_name_is_there(name):
     assert getattr(value, "__name__", name).rpartition(".")[2] == name
 
 
+@pytest.mark.long
 def test_every_name_is_found_from_a_fresh_start():
     code = "from probdiff import *\nimport probdiff\nprint(sorted(set(probdiff.__all__) - set(globals())))"
     assert python("-c", code) == "[]\n"

@@ -116,6 +116,7 @@ def test_arrays_come_back_from_a_file_or_not_at_all(tmp_path_factory, contents, 
     assert not storage.is_intact(path)
 
 
+@pytest.mark.long
 @settings(max_examples=100)
 @given(arrays.arrays(np.float64, st.tuples(st.integers(1, 20), st.integers(1, 3)), elements=st.floats(-1e4, 1e4)))
 def test_importance_weighted_bounds_lie_between_mean_and_maximum(log_weights):

@@ -264,6 +264,7 @@ def test_a_fit_that_has_ended_goes_on_to_more_iterations(tmp_path, capsys, patch
     assert "--iterations: Expected 5, as in the run to resume, before it goes on to more; got 9 after 0 iterations" in error
 
 
+@pytest.mark.long
 def test_a_fit_with_minutes_and_then_more(tmp_path, capsys, patched):
     patched(fit_command.evaluate, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(50, 2)))
@@ -354,6 +355,7 @@ def test_ten_rows_with_a_constant_first_pixel_to_the_end(tmp_path, capsys, one_w
     assert error.count("\n") == 1 and "checkpoint.eqx: Expected an intact file" in error
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small_networks")
 def test_resume_passes_over_a_damaged_checkpoint_with_one_line(tmp_path, capsys, patched):
     copy = tmp_path / "copy"

@@ -275,6 +275,7 @@ def test_variances_of_a_few_items_tell_that_of_the_batch(of_few):
     assert np.all(np.isnan(of_few.draws[0, :, 4:])) and np.isfinite(of_few.draws[0, :, :4]).all()
 
 
+@pytest.mark.long
 def test_means_are_compared_of_the_same_items_only(of_few):
     """kl_posterior_target has none but that of the batch, and so has a gradient of the batch."""
     values, gradients = of_few.value_z, of_few.gradient_z
@@ -494,6 +495,7 @@ def test_the_command_for_models(runs, capsys):
     assert set(document["models"]) == set(runs) and document["num_draws"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options, message",
     [

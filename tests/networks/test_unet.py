@@ -75,6 +75,7 @@ def test_pixels_come_back_to_their_places():
     np.testing.assert_array_equal(np.sort(_gathered(image)[1, 1, 2]), np.sort(image[1, 2:4, 4:6].ravel()))
 
 
+@pytest.mark.long
 def test_every_pixel_of_a_unet_sees_every_other_and_is_in_its_place():
     network = awake(UNet((8, 8), key=KEYS[0], channels=4, num_blocks=1))
     z = jax.random.normal(KEYS[1], (64,))
