@@ -1,6 +1,8 @@
 r"""A diffusion model: schedule, network, reverse kernel and likelihood, with their parameters.
 
 Programs, bounds, estimators and samplers are functions or methods of it.
+
+Source: Ho et al. (2020), arXiv:2006.11239, section 2; Kingma et al. (2021), arXiv:2107.00630, for the chain in terms of its log-SNR.
 """
 
 import dataclasses

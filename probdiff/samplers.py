@@ -11,6 +11,8 @@ samples; a batch of samples is one compiled call, and Ctrl-C interrupts between 
 All but ``ancestral`` start from a standard normal at the last step of their sub-sequence (a log-SNR of −3 is low enough for data of unit variance),
 and end with the mean E[x_0 | z_n] at its first step: the samples have too little variance if much noise is left there. The error depends on
 the number of steps; `analyses/samplers.py` measures it. :func:`guided` is classifier-free guidance of a conditional model.
+
+Sources: Ho et al. (2020), arXiv:2006.11239, algorithm 2; Song et al. (2021), arXiv:2011.13456, eq. 13; the others in their functions.
 """
 
 from collections.abc import Callable, Sequence

@@ -4,6 +4,8 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
+import sys
 import tempfile
 
 import matplotlib.pyplot as plt
@@ -84,6 +86,26 @@ PUBLIC = public()
 def test_every_public_name_has_an_example():
     assert len(PUBLIC) > 150
     assert not [name for name, value in PUBLIC.items() if ">>> " not in (value.__doc__ or "")]
+
+
+# Modules whose names are defined by this package: data, results, files, figures, commands, and interfaces for parts of one's own.
+OWN = """cli datasets datasets.covariates datasets.dataset diagnostics.agreement diagnostics.common_paths diagnostics.compare_estimators
+    diagnostics.compare_models diagnostics.contexts diagnostics.datatree diagnostics.findings diagnostics.gap diagnostics.plots elbo.estimate
+    elbo.variance_reduction inference.observations inference.posterior likelihoods.base likelihoods.categorical likelihoods.columns likelihoods.normal
+    networks.adapters networks.base networks.context networks.host networks.unet oracles.closed_form presets programs.parallel storage.checkpoint
+    storage.run training.fitting training.loop""".split()
+
+
+def test_every_public_name_has_a_source():
+    """The paper, in its own docstring or in that of its module, which its page of the reference has too."""
+    cited = re.compile(r"Sources?\b|arXiv:|doi:")
+
+    def has_source(value):
+        return any(cited.search(each.__doc__ or "") for each in (value, sys.modules[value.__module__]))
+
+    without = {name for name, value in PUBLIC.items() if not has_source(value)}
+    assert not {name for name in without if sys.modules[PUBLIC[name].__module__].__name__.removeprefix("probdiff.") not in OWN}
+    assert {PUBLIC[name].__module__.removeprefix("probdiff.") for name in without} == set(OWN)
 
 
 def functions(name, value):

@@ -7,6 +7,8 @@ The same quantities under other names, with the time t of the other library on t
     EDM, variance-exploding           x = x_0 + σ ε is z_n / √ᾱ_n, with σ_n² = (1−ᾱ_n)/ᾱ_n and log SNR = −2 log σ
 
 Networks of these conventions are adapted by :mod:`probdiff.networks.conventions`.
+
+Sources: the published code of diffusers and improved-diffusion; Kingma et al. (2021), arXiv:2107.00630; Karras et al. (2022), arXiv:2206.00364.
 """
 
 from collections.abc import Callable, Mapping

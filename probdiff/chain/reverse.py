@@ -1,4 +1,7 @@
-r"""The reverse kernels :math:`p_\theta(z_{n-1} | z_n)`, whose parameters come from the prediction of a network."""
+r"""The reverse kernels :math:`p_\theta(z_{n-1} | z_n)`, whose parameters come from the prediction of a network.
+
+Source: Ho et al. (2020), arXiv:2006.11239, eqs. 1, 5 and 7.
+"""
 
 import abc
 from collections.abc import Callable

@@ -7,6 +7,8 @@ n = 1 … N. Arrays over steps hold step n at ``[n - 1]``.
 Tables are float64 NumPy arrays whatever JAX's precision; they are cast when they are looked up.
 They are constants: neither an optimiser nor weight decay can change them. The tables of a :class:`~probdiff.LearnedSchedule` are JAX arrays,
 functions of its parameters: the guide is then fitted along with the model.
+
+Source: Ho et al. (2020), arXiv:2006.11239, eqs. 2 and 4.
 """
 
 import abc

@@ -3,6 +3,8 @@ r"""Reverse variances :math:`v_n` of a Gaussian kernel, as a factor on the least
 Each is called with the schedule and returns :math:`\log(v_n / \tilde\beta_n)`, shape ``(num_steps,)`` or, by dimension,
 ``(num_steps, dim)``; at n = 1, where :math:`v_1 = \beta_1`, it is 0 and is not used. The bound needs the factor rather than
 :math:`v_n`: the constant of a step KL is :math:`\tfrac12 (e^{-r} - 1 + r)`, which would cancel otherwise.
+
+Source: Ho et al. (2020), arXiv:2006.11239, section 3.2, for the two choices between which a variance is learned; Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.1.
 """
 
 import abc

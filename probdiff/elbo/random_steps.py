@@ -3,6 +3,8 @@ r"""The bound of a whole data set from random steps, as precisely as the data al
 The bound of a data set is a mean over data whose bounds differ; a Monte Carlo error far below the standard error over the data is wasted work.
 Therefore each datum is evaluated at some random steps and not at all N: with learned probabilities, and the steps of each datum spread evenly, so that
 the remaining variance comes mostly from the noise and hardly from the choice of steps. Prior KL and reconstruction need one step each and are always evaluated.
+
+Source: Kingma et al. (2021), arXiv:2107.00630, appendix I, for steps that are spread evenly.
 """
 
 from typing import NamedTuple

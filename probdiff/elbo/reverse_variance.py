@@ -1,4 +1,7 @@
-"""The reverse variances of least KL for a given network, from its mean squared errors on data."""
+"""The reverse variances of least KL for a given network, from its mean squared errors on data.
+
+Source: Bao et al. (2022), arXiv:2201.06503, theorem 1.
+"""
 
 import equinox as eqx
 import jax

@@ -5,6 +5,8 @@ The part of the estimate that is sampled is
     Σ_rows [excess_n − c_n · control_n] / p_n
 
 over the rows (n, ε) that were drawn for each datum, with p_n the probability of a row and c_n the coefficient of its control variate.
+
+Source: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.3, for steps that are drawn by importance.
 """
 
 import abc

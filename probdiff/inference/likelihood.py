@@ -7,6 +7,8 @@ numbers, and smooth in c:
                            it is too narrow or shifted, to the extent that the gap log p_θ(x | c) − L(x; c) varies with c.
     ConditionalEstimate    exp(log_prob) is an unbiased estimate of p_θ(x | c). With new random numbers in every proposal, as in
                            :class:`~probdiff.inference.PseudoMarginal`, the posterior is exact, for any number of paths.
+
+Source: Andrieu and Roberts (2009), doi:10.1214/07-AOS574.
 """
 
 import abc

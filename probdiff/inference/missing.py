@@ -2,6 +2,8 @@ r"""Missing values: the marginal density of the observed coordinates of each dat
 
 A fitted diffusion is a distribution of complete data. The observed coordinates of an incomplete datum have a marginal density, with the others integrated
 out, for which there is no analytic bound. Particles along the reverse chain give an unbiased estimate (:mod:`probdiff.inference.particles`) for any missing coordinates.
+
+Source of the estimate: Wu et al. (2023), arXiv:2306.17775, for particles along the reverse chain.
 """
 
 import warnings

@@ -6,6 +6,8 @@ r"""A fitted diffusion as the prior of a latent x in another NumPyro program.
 The two are different models with the same network. ``FlowPrior`` is the distribution of x at the noise of the first step, transported from N(0, I) by an ordinary
 differential equation; its differences from :math:`p_\theta` are reported by :func:`probdiff.flow_likelihood`. With either, NUTS
 targets the posterior under that prior exactly, up to the error of the solver of the flow.
+
+Sources: Song et al. (2021), arXiv:2011.13456, section 4.3, for the density of the flow; Papaspiliopoulos, Roberts and Sköld (2007), doi:10.1214/088342307000000014, for the noise as latents.
 """
 
 from typing import Any

@@ -1,4 +1,7 @@
-"""Integers on a grid: the probabilities of a normal's bins."""
+"""Integers on a grid: the probabilities of a normal's bins.
+
+Source: Ho et al. (2020), arXiv:2006.11239, eq. 13.
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""A network for small images: residual 3×3 convolutions, with a separate bias for every pixel."""
+"""A network for small images: residual 3×3 convolutions, with a separate bias for every pixel.
+
+Source: He et al. (2016), arXiv:1603.05027, for residual blocks with their normalisation first.
+"""
 
 from collections.abc import Sequence
 from typing import Any

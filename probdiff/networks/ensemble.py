@@ -1,4 +1,7 @@
-"""Several networks as one."""
+"""Several networks as one.
+
+Source: Lakshminarayanan et al. (2017), arXiv:1612.01474, for ensembles of networks that differ by their seeds.
+"""
 
 import functools
 import operator

@@ -3,6 +3,8 @@ r"""Heads, which convert the prediction of a network to the noise.
 A head is an ε-network around a network that predicts another quantity. In :math:`z_n = \sqrt{\bar\alpha_n} x_0 +
 \sqrt{1-\bar\alpha_n}\, \epsilon` each prediction is an affine function of any other, given z_n; so the programs, the bound and the
 samplers use only :math:`\hat\epsilon`. A network without a head predicts ε.
+
+Source: Salimans and Ho (2022), arXiv:2202.00512, section 4, for the predictions of x_0 and of v.
 """
 
 import abc

@@ -1,4 +1,7 @@
-"""Heads for data at known points, levels of a grid or categories: the network predicts probabilities, and the noise is a mean over the points."""
+"""Heads for data at known points, levels of a grid or categories: the network predicts probabilities, and the noise is a mean over the points.
+
+Source: Austin et al. (2021), arXiv:2107.03006, section 3.3, for a prediction of the probabilities of x_0.
+"""
 
 from typing import Any
 

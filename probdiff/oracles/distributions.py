@@ -9,6 +9,8 @@ data of a :class:`~probdiff.NormalLikelihood`. Three have this interface: :class
 For Gaussian data the exact ε-network is linear, :math:`\hat\epsilon = A_n z + b_n`. With *any* linear network the
 reverse chain is linear-Gaussian, so that every term of the bound and :math:`\log p_\theta(x)` have closed forms. They
 are computed here in float64 NumPy, from means and covariances: no sampling, and no code shared with the programs.
+
+Source: Efron (2011), doi:10.1198/jasa.2011.tm11181, for the conditional mean by the gradient of the density (Tweedie's formula).
 """
 
 import functools

@@ -1,6 +1,8 @@
 r"""The exact ε-networks, :math:`E[\epsilon | z_n]`, of the distributions in :mod:`probdiff.oracles.distributions`.
 
 They are used like any other ε-network, but are constant: nothing in them is trained. The networks of mixtures and of boxes are told the log-SNR.
+
+Source: Efron (2011), doi:10.1198/jasa.2011.tm11181, for the conditional mean by the gradient of the density (Tweedie's formula).
 """
 
 import functools

@@ -1,4 +1,7 @@
-"""The optimiser of a fit: Adam, with the updates of convolutions orthogonalised, and an average of the parameters."""
+"""The optimiser of a fit: Adam, with the updates of convolutions orthogonalised, and an average of the parameters.
+
+Source: Polyak and Juditsky (1992), doi:10.1137/0330046, for the average.
+"""
 
 from typing import Any, NamedTuple
 
