@@ -218,7 +218,7 @@ class TweedieTwist(AbstractTwist):
             covariance = _positive(covariance)
         else:
             own, positive = at_step(self.uncertainty.variance, n, z.dtype), jnp.linalg.eigvalsh(covariance + TINY * of_y.noise)[0] > 0
-            credible = positive & (at_step(self.uncertainty.credible, n, z.dtype) > 0)
+            credible = positive & self.uncertainty.credible[n - 1]
             covariance = jnp.where(credible, covariance, _product(of_y.slope * own, of_y.slope.T))
             rows = jnp.where(credible, rows, of_y.slope * own / ratio)
         normal = dist.MultivariateNormal(of_y.loc, covariance + of_y.noise)
