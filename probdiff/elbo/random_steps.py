@@ -197,8 +197,8 @@ def _rounds_needed(pilot: list[np.ndarray], num_steps: int, noise_share: float) 
     noise = draws.var(0, ddof=1).mean()  # of a single draw
     over_data = max(0.0, draws.mean(0).var(ddof=1) - noise / DRAWS)
     wanted = noise_share**2 * over_data
-    most = max(1, num_steps // (STEPS * DRAWS))
-    return min(most, noise / DRAWS / wanted) if wanted > 0 else most
+    most = max(1.0, num_steps // (STEPS * DRAWS))
+    return float(min(most, noise / DRAWS / wanted)) if wanted > 0 else float(most)
 
 
 def _smaller(counts: tuple[int, int], rounds: float, num_data: int) -> tuple[int, int]:

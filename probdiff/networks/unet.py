@@ -186,7 +186,7 @@ def _gathered(image: Float[Array, "*batch height width channels"]) -> Float[Arra
     return jnp.swapaxes(pairs, -4, -3).reshape(*batch, height // 2, width // 2, 4 * channels)
 
 
-def _scattered(image: Float[Array, "*batch height width 4*channels"]) -> Float[Array, "*batch 2*height 2*width channels"]:
+def _scattered(image: Float[Array, "*batch height width gathered"]) -> Float[Array, "*batch 2*height 2*width channels"]:
     """The inverse of :func:`_gathered`."""
     *batch, height, width, channels = image.shape
     pairs = image.reshape(*batch, height, width, 2, 2, channels // 4)

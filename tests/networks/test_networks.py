@@ -100,7 +100,6 @@ def test_takes_key():
     assert not takes(lambda z, n: z, "key") and not takes(lambda z, n, **kwargs: z, "key")
 
 
-@pytest.mark.long
 def test_an_ensemble_is_the_mean_of_its_networks():
     """On a schedule that all are told, with a key of its own for each that takes one; its step KLs are at most the mean of theirs."""
     own = [awake(probdiff.MLP(2, key=jax.random.key(seed), hidden=8, num_blocks=1, dropout=0.5)) for seed in (0, 1)]
