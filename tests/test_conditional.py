@@ -243,7 +243,7 @@ def test_estimators_are_compared_and_agree():
     assert np.all(np.abs(found.table["elbo"] - exact) < 5 * found.table["se"])
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_gap_is_taken_apart_given_a_context(float64):
     """The gap of the exact network is irreducible: the network adds nothing."""
     many, context = np.tile(X.astype(float), (100, 1)), np.tile(C, (100, 1))

@@ -137,7 +137,7 @@ def test_unbind_is_exact():
     assert loss(back, 0) == loss(DIRECT, 0) != loss(BOUND, 0)  # with dropout, and without
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_fit_takes_a_bound_model_further():
     options = {"iterations": 4, "batch_size": 4, "progress": False}
     fits = [probdiff.fit(d, X, **options) for d in (BOUND, DIRECT)]

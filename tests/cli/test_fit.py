@@ -147,7 +147,7 @@ def one_way(patched):
     patched(compare_on_common_paths, lambda *args, **kwargs: None)
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.usefixtures("small_networks")
 def test_continuous_data_of_ones_own(tmp_path, capsys, monkeypatch, one_way):
     monkeypatch.chdir(tmp_path)
@@ -339,7 +339,7 @@ def test_bad_input_is_one_line_and_exit_code_2_before_anything_is_compiled(case,
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.usefixtures("small_networks")
 def test_ten_rows_with_a_constant_first_pixel_to_the_end(tmp_path, capsys, one_way):
     array = np.random.default_rng(0).integers(0, 5, (10, 3)).astype(np.int8)

@@ -129,7 +129,7 @@ def test_the_same_weights_give_the_same_terms(library, dtype, tolerance):
                 np.testing.assert_allclose(other, own, rtol=tolerance)
 
 
-@pytest.mark.parametrize("library", list(TRAINED)[1:])
+@pytest.mark.parametrize("library", release_but(list(TRAINED)[1:2], list(TRAINED)[1:]))
 def test_moons_are_fitted_to_the_same_gap(library):
     """From the same weights on the same minibatches; the gap is that to the entropy of the data, and has a Monte Carlo error by the noise and the data."""
     data = PLANAR["moons"].sample(np.random.default_rng(0), 4000).astype(np.float32)

@@ -168,7 +168,7 @@ def test_boxes_far_outside_against_the_nearest_edge(float64):
     np.testing.assert_allclose(network(jnp.asarray(z), jnp.array(1))[:, 0], expected, rtol=1e-10)
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("name", long_but([*ORACLES, "moons"], [*ORACLES, *datasets.PLANAR]))
 def test_prediction_is_the_conditional_mean_of_drawn_noise(name, float64):
     """The error is uncorrelated with any function of z; for a prediction 5 % too small it is correlated."""
@@ -271,7 +271,7 @@ def test_standardized_is_the_change_of_variables(name, loc, scale):
     assert moved.entropy()[0] == pytest.approx(oracle.entropy()[0] - log_volume, abs=1e-8)
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("name", ORACLES)
 def test_draws_have_the_density(name):
     """Their surprise is the entropy, and their moments are the integrals over a grid."""
