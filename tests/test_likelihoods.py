@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import long_but
+from conftest import long_but, own_part
 
 import probdiff
 from probdiff.likelihoods import DiscretizedNormal
@@ -94,3 +94,24 @@ def test_a_narrow_bin_far_in_the_tail_in_float32():
     """A bin too narrow for float32 to tell its edges apart: its share of the tail is 1 − exp(−width · distance)."""
     share = _log_fraction(jnp.float32(-1e3), jnp.float32(7.8e-6))
     np.testing.assert_allclose(share, np.log(-np.expm1(-7.8e-3)), rtol=1e-4)
+
+
+# Each likelihood of one coordinate, a user's among them, with the points at which its density or probability is summed, and their distance.
+LIKELIHOODS = {
+    "normal": (probdiff.NormalLikelihood([1.0], [2.0]), np.linspace(-40, 40, 20_001), 80 / 20_000),
+    "levels": (probdiff.DiscretizedNormalLikelihood(17), np.arange(17), 1),
+    "Student-t": (own_part("likelihood").StudentTLikelihood(jnp.log(4.0), 1.5), np.linspace(-400, 400, 200_001), 800 / 200_000),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_it_is_a_distribution_around_the_decoded_x0(name, float64):
+    """Of total mass 1, largest where x_0 is in the user's units; what it draws are data, and encoding them is undone by decoding."""
+    likelihood, points, distance = LIKELIHOODS[name]
+    x0, scale = jnp.array([0.25]), jnp.array([0.1])
+    mass = np.exp(likelihood(x0, scale).log_prob(jnp.asarray(points)[:, None])) * distance
+    assert mass.sum() == pytest.approx(1, rel=1e-6)
+    assert points[np.argmax(mass)] == pytest.approx(likelihood.decode(x0)[0], abs=distance)
+    x = np.asarray(likelihood(x0, scale).sample(jax.random.key(0), (5,)))
+    likelihood.check_data(x)
+    np.testing.assert_allclose(likelihood.decode(likelihood.encode(x)), x, rtol=1e-12, atol=1e-12)
