@@ -81,7 +81,7 @@ def test_the_categorical_head_is_the_score_of_the_mixture(n, float64):
 HEADS = [probdiff.networks.X0Head, probdiff.networks.VHead, probdiff.networks.DensityHead, probdiff.networks.CategoricalHead]
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("head", release_but(HEADS[2:], HEADS))
 def test_a_head_is_trained(head):
     outputs = LEVELS if head is probdiff.networks.CategoricalHead else None

@@ -106,7 +106,7 @@ def test_one_component_is_the_gaussian_oracle(float64):
     np.testing.assert_allclose(one.log_prob(z), gaussian.log_prob(z), rtol=1e-12)
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("n", STEPS)
 def test_checkerboard_network_is_the_scaled_score(n, float64):
     """Squares by where the points are, density by differences of Φ, the encoding by hand."""
@@ -140,7 +140,7 @@ def test_float32_is_close_to_float64(make):
         np.testing.assert_allclose(network(z, n), exact, rtol=1e-5, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("schedule", [probdiff.cosine_schedule(10_000), SCHEDULE])
 def test_float32_is_finite_and_right_far_outside(schedule):
     """At distances of 1e2 … 1e30, ε points away from the data; for boxes noise · ε is z, give or take a datum."""

@@ -166,7 +166,7 @@ def test_handlers_scale_applies_to_all_sites(x):
         np.testing.assert_allclose(quarter, plain / 4, rtol=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("num_steps", [1, 5])
 @pytest.mark.parametrize(
     "likelihood, kind",
@@ -283,7 +283,7 @@ def test_predictive_of_every_program(x):
         Predictive(diffusion.guide, posterior_samples={"z": jnp.zeros((3, 5, 4, 2))})(jax.random.key(0), x)
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("objective", long_but(["uniform"], ["trace", "all", "uniform"]))
 def test_float64_with_parameters_or_data_in_float32(objective, x, float64):
     for data in (x, jnp.asarray(x, jnp.float64)):
