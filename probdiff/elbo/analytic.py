@@ -76,10 +76,10 @@ class AnalyticELBO(StepObjective):
             with a coefficient that is learned (with all steps: 1); None (if not given) subtracts nothing.
         points: None (if not given), or the data whose mean bound is estimated, such as the whole training set, shape ``(point, dim)``: the noise in each step KL is then
             replaced by its conditional mean and variance given z_n, with x_0 one of the points. The estimate is unbiased for the mean over ``points`` when ``x`` is
-            drawn from them, and not for a single datum. ``"batch"``: the points are ``x`` itself. Of a conditional model, ``"batch"`` only, among data of the same context.
+            drawn from them, and not for a single datum. ``"batch"``: the points are ``x`` itself, each with the weight that ``handlers.scale`` or ``handlers.mask`` gives it. Of a conditional model, ``"batch"`` only, among data of the same context.
         adapt_to: The variance that the learned probabilities and coefficients reduce: of the ``"gradient"`` (if not given; for training) or of the ``"value"``.
         schedule_loss: The objective for the shape of a :class:`~probdiff.LearnedSchedule`: ``"bound"`` (if not given), as for all other parameters, or ``"variance"``: the
-            least variance of the estimate between steps and draws. Costs a second evaluation of the network. Source: Kingma et al. (2021), arXiv:2107.00630, section 5.1.
+            least variance of the estimate between steps and draws (its ends still raise the bound). Costs a second evaluation of the network. Source: Kingma et al. (2021), arXiv:2107.00630, section 5.1.
         options: ``num_particles``, independent estimates to average, and ``vectorize_particles``, as in NumPyro.
 
     Raises:

@@ -44,33 +44,14 @@ class StepObjective(ELBO):
     """A sum over the steps of a term that depends on x_0, the noise and its prediction, as an objective for ``SVI``.
 
     The sum is itself a NumPyro program, :meth:`program`: its only log density is one ``factor``. The loss is
-    ``Trace_ELBO`` on that program and an empty guide. The estimate consists of parts; each option is an object, or the
-    name of one:
+    ``Trace_ELBO`` on that program and an empty guide.
 
     Args:
         diffusion: The model. ``SVI`` must be given the ``model`` of this Diffusion, or of one that differs by its parameters, and
             its ``guide`` or ``posterior_guide``, or this objective's :attr:`guide`; ``handlers.scale`` (by a number, or one for each
             datum) and ``handlers.mask`` may be wrapped around both alike.
         term: The term that is summed over the steps, an :class:`AbstractTerm`.
-        steps: An :class:`~probdiff.elbo.steps.AbstractSteps`. ``"all"``: every step, N network evaluations a datum. Otherwise one step
-            n a datum, the term divided by its probability: ``"uniform"`` on 1 … N; ``"stratified"``: the same, spread evenly over the
-            data of the batch; ``"importance"``: drawn with learned probabilities; ``"stratified_importance"``: both.
-        noise: An :class:`~probdiff.elbo.variance_reduction.AbstractNoise`. ``"independent"``; ``"antithetic"``: each term twice, with ε
-            and −ε; ``"path"``: the noise of one path z_1 … z_N of the forward chain (all steps only).
-        control: A class of :class:`~probdiff.elbo.variance_reduction.AbstractControl`. ``"linear"`` subtracts a control variate, the
-            excess of the best linear prediction of the noise, with a coefficient that is learned (with all steps: 1); None subtracts
-            nothing.
-        points: None, or the data whose mean bound is estimated (the whole training set, for instance), shape ``(point, dim)``: the
-            noise in each step KL is then replaced by its conditional mean and variance given z_n, with x_0 one of the points.
-            The estimate is unbiased for the mean over ``points`` when ``x`` is drawn from them, and not for a single datum.
-            ``"batch"``: the points are ``x`` itself, each with the weight that ``handlers.scale`` or ``handlers.mask`` gives it. Of a
-            conditional model, ``"batch"`` only: z_n comes from the points of the same context, such as a label.
-        adapt_to: The variance that the learned probabilities and coefficients reduce: of the ``"gradient"`` (for training) or of the ``"value"``.
-        schedule_loss: The objective for the shape of a :class:`~probdiff.LearnedSchedule`: ``"bound"``, as for all other parameters, or
-            ``"variance"``: the least variance of the estimate between steps and draws (its ends still raise the bound). Costs a second
-            evaluation of the network. Source: Kingma et al. (2021), arXiv:2107.00630, section 5.1 and appendix I.2.
-        num_particles: Independent estimates to average, as in NumPyro.
-        vectorize_particles: As in NumPyro.
+        steps, noise, control, points, adapt_to, schedule_loss, num_particles, vectorize_particles: As for :class:`~probdiff.AnalyticELBO`.
 
     The learned probabilities and coefficients are a ``mutable`` site, which ``SVI`` carries in its state if its guide is :attr:`guide`;
     otherwise they keep their initial values (the estimate is unbiased, but its variance is not the least), and a warning says so.

@@ -81,7 +81,7 @@ class ScoreMatching(StepObjective):
         diffusion: The model. ``SVI`` must be given this model's ``model`` and ``guide``.
         weights: ``"sigma_squared"``, ``"likelihood"`` (:func:`likelihood_weights`), or :math:`\lambda_1 … \lambda_N`,
             shape ``(num_steps,)``, positive.
-        steps: As in :class:`~probdiff.elbo.objective.StepObjective`: ``"stratified"`` is one step a datum, spread evenly over the batch.
+        steps: As in :class:`~probdiff.AnalyticELBO`: ``"stratified"`` is one step a datum, spread evenly over the batch.
         num_particles, vectorize_particles: As in NumPyro.
 
     Raises:

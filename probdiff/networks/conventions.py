@@ -9,7 +9,7 @@ r"""Adapters for networks that were written and trained under the conventions of
 The schedules of these libraries are in :mod:`probdiff.chain.conventions`. Other predictions need a head: :class:`~probdiff.networks.VHead`,
 :class:`~probdiff.networks.X0Head`, :class:`~probdiff.networks.ClipHead`, :class:`~probdiff.networks.VarianceHead`.
 
-Sources: as in that module.
+Sources: as in :mod:`probdiff.chain.conventions`.
 """
 
 import abc
