@@ -996,7 +996,7 @@ def test_every_public_function_has_joined_the_table():
     assert public - there - imported == SCORES | RESULTS | INNER | ABSTRACT
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_jax_arrays_and_other_dtypes_that_fit_are_taken():
     for x in (jnp.asarray(X), X.astype(np.float64), X.astype(np.float16)):
         assert np.all(np.isfinite(probdiff.elbo_terms(NORMAL, x, key=jax.random.key(0)).elbo))

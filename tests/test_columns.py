@@ -274,7 +274,7 @@ def test_a_density_head_and_a_column_head_of_a_density_are_one():
     np.testing.assert_allclose(a, b)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_frames_go_where_arrays_go():
     """The terms of a bound, a comparison and a fit: the same numbers, bit for bit."""
     diffusion = probdiff.Diffusion(SCHEDULE, ColumnHead(probdiff.MLP(dim=6, key=jax.random.key(0), hidden=8, num_blocks=1), TABLE), TABLE)

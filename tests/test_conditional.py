@@ -177,7 +177,7 @@ def test_subsampled_by_numpyros_plate():
     assert_mean(loss(jnp.asarray(C)), exact_terms(model, X, context=C)["elbo"].sum(), power=40.0)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_both_encodings_agree():
     given = {"context": C}
     parallel = ParallelPrograms(EXACT)
@@ -328,7 +328,7 @@ def test_a_fit_of_a_model_that_was_given_a_context_says_where_it_goes():
         probdiff.fit(MODEL.given(C), X, iterations=2, progress=False)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_fit_is_resumed_with_the_same_context_only(tmp_path):
     checkpoint = probdiff.storage.Checkpoint(tmp_path / "state.eqx")
     options = {"iterations": 4, "batch_size": 8, "validate_every": 2, "progress": False, "checkpoint": checkpoint}

@@ -147,7 +147,7 @@ def test_a_fit_takes_a_bound_model_further():
     assert fits[0].diffusion.frozen and not np.allclose(fits[0].diffusion.schedule.start, BOUND.schedule.start, atol=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_gradients_flow_through_the_arrays_of_a_bound_model():
     def bound(diffusion):
         return probdiff.elbo_terms(diffusion, X, key=KEY).elbo.mean()

@@ -65,7 +65,7 @@ def test_a_wrong_velocity_is_found(bug, compiled_anew, patched, float64):
         np.testing.assert_allclose(exact_flow(), marginal(SCHEDULE, 1).log_prob(points()), atol=1e-3)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_hutchinsons_estimator_has_the_exact_mean(float64):
     z = jnp.repeat(points(2), 600, 0)
     exactly = probdiff.flow.flow_log_prob(exact(), z[::600])
@@ -77,7 +77,7 @@ def test_hutchinsons_estimator_has_the_exact_mean(float64):
     assert fewer.std() < draws[:, 0].std() / 2
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_error_from_the_base_is_the_difference_of_the_bases(float64):
     wrong = exact_flow(base=None) - exact_flow()
     assert np.abs(wrong).max() > 0.1

@@ -124,8 +124,9 @@ def test_an_analysis_runs_in_a_notebook(tmp_path, monkeypatch):
 
 SCRIPTS = sorted(path.name for path in (ROOT / "analyses").glob("*.py"))
 ALWAYS = ["elbo_derivation.py", "samplers.py"]
-DEAR = ["arviz_examples.py", "benchmark.py", "classification.py", "crossing.py", "efficiency.py", "flow_likelihood.py", "images.py", "inverse_problems.py"]
-DEAR += ["fitted_evidence.py", "image_options.py", "likelihood.py", "noise_and_score.py", "posterior_estimation.py", "prior_in_a_program.py", "schedules.py"]
+DEAR = ["arviz_examples.py", "benchmark.py", "classification.py", "conditional.py", "crash.py", "crossing.py", "efficiency.py", "fitted_evidence.py"]
+DEAR += ["flow_likelihood.py", "image_options.py", "images.py", "inpainting.py", "inverse_problems.py", "likelihood.py", "mutations.py"]
+DEAR += ["noise_and_score.py", "posterior_estimation.py", "prior_in_a_program.py", "schedules.py", "tables.py"]
 
 
 @pytest.mark.long

@@ -217,7 +217,7 @@ def test_only_convolutions_decay():
     assert kept < 0.7 and all(np.all(value == 1) for value in params.values())
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_default_objective_knows_the_minibatch_where_the_kl_has_a_closed_form():
     gaussian = make(5)
     network = probdiff.networks.CategoricalHead(probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, outputs=3), 3)
@@ -230,7 +230,7 @@ def test_the_default_objective_knows_the_minibatch_where_the_kl_has_a_closed_for
         assert np.array_equal(*losses)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_fit_that_was_begun_with_adam_goes_on():
     """As were those of before: the optimiser now keeps the same numbers."""
     plain = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 4, 40))
@@ -464,7 +464,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(what):
     assert fit.state.svi.optim_state[0] == 150 - hit.sum()  # a skipped update changes nothing
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_after_ten_in_a_row_the_fit_stops_and_says_which_batch():
     checkpoint = Interrupt()
     blow_up = optax.sgd(optax.piecewise_constant_schedule(1e-6, {150: 1e30}))
@@ -508,7 +508,7 @@ def test_a_fit_that_has_ended_goes_on_in_another_leg(float64):
         fit_line(90, -1.0, learning_rate=0.02, checkpoint=checkpoint)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_later_leg_is_resumed_bit_for_bit_and_loses_nothing():
     """What was best in validation stays so until it is surpassed; other minibatches come, and what was learned is kept."""
     arguments = dict(start=-1.0, elbo=None, learning_rate=0.02, validation=X[:50], validate_every=20)
@@ -586,7 +586,7 @@ def test_a_resumed_fit_keeps_its_keys():
     assert np.array_equal(whole.losses, resumed.losses) and same(whole.diffusion, resumed.diffusion)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_ctrl_c_during_validation_loses_no_validation(patched):
     arguments = dict(iterations=40, batch_size=32, validation=X[:50], validate_every=20, progress=False)
     whole, calls = probdiff.fit(make(5), X, **arguments), []
@@ -621,7 +621,7 @@ def test_a_fit_is_shown_in_two_lines():
     assert f"; {size} parameters" in second and repr(make(5)).endswith("not bound)")
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_shortest_fit():
     fit = probdiff.fit(make(), X, iterations=1, batch_size=4, progress=False)
     assert fit.losses.shape == (1,) and np.isfinite(fit.losses).all()
@@ -635,7 +635,7 @@ def test_an_objective_that_is_none_is_refused(elbo):
         probdiff.fit(make(), X, iterations=1, elbo="kl_combine")
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_an_objective_by_its_name_and_as_a_pair():
     """With the guide that carries what it learns: otherwise a warning says that it learns nothing."""
     diffusion, options = make(5), {"iterations": 6, "batch_size": 16, "progress": False}

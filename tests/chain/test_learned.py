@@ -74,7 +74,7 @@ def test_gradient_with_respect_to_the_schedule(estimator, float64):
     assert_mean(draws, np.array(slopes), power=2.0)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_fit_moves_it_and_it_is_evaluated_as_a_fixed_schedule():
     diffusion = probdiff.Diffusion(probdiff.LearnedSchedule(N, 3.0, -2.0), probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1))
     size = sum(leaf.size for leaf in jax.tree.leaves(diffusion.trainable()))
@@ -93,7 +93,7 @@ def test_a_fit_moves_it_and_it_is_evaluated_as_a_fixed_schedule():
     np.testing.assert_array_equal(terms.elbo, probdiff.elbo_terms(fitted, X, key=jax.random.key(2), num_draws=5).elbo)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_run_comes_back_with_what_was_learned(tmp_path):
     diffusion = probdiff.Diffusion(
         probdiff.LearnedSchedule(N, 3.0, -2.0),
@@ -182,7 +182,7 @@ def test_optimal_variance(num_steps, float64):
     assert gain.mean() > 4.9 * gain.std() / np.sqrt(len(gain))
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_fit_sets_the_optimal_variances():
     diffusion = probdiff.Diffusion(
         probdiff.log_snr_schedule(N, 3.0, -2.0), probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1), reverse_variance="optimal"

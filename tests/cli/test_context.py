@@ -142,7 +142,7 @@ def test_the_fit_has_the_context_of_each_split(source, table, tmp_path, monkeypa
     assert seen["diffusion"].network.network.context_dim == width
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_report_is_of_the_context_of_test_data():
     """By closed form, of a model whose bound is another at any other row."""
     oracle, rng = GaussianOracle([0.5, -0.3], [[0.06, 0.02], [0.02, 0.03]], [[2.0, 0.0], [0.5, -1.5]]), np.random.default_rng(0)
@@ -176,7 +176,7 @@ def test_models_with_and_without_are_compared_on_the_same_rows(runs):
     assert f"{paths[0]}: given age, site" in command("compare", *paths, "--num-draws", "2")[1]
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_models_of_other_columns_are_not_compared(runs, tmp_path):
     other = make_run(tmp_path / "other", datasets.split(FRAME[["x", "y", "site"]].assign(x=AGE), context="site", name="mine"))
     code, _, error = command("compare", runs[0].path, other.path)

@@ -159,7 +159,7 @@ def test_continuous_data_of_ones_own(tmp_path, capsys, monkeypatch, one_way):
     assert probdiff.open_run(tmp_path / "runs" / "mine-1").data.train.shape == (320, 3)
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.usefixtures("small_networks")
 def test_known_entropy_and_one_step(tmp_path, capsys, monkeypatch, one_way):
     monkeypatch.setitem(datasets.SIZES, "test", 200)
@@ -264,7 +264,7 @@ def test_a_fit_that_has_ended_goes_on_to_more_iterations(tmp_path, capsys, patch
     assert "--iterations: Expected 5, as in the run to resume, before it goes on to more; got 9 after 0 iterations" in error
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_fit_with_minutes_and_then_more(tmp_path, capsys, patched):
     patched(fit_command.evaluate, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(50, 2)))

@@ -97,7 +97,7 @@ def test_what_is_within_its_error_is_not_ranked(num_draws, num_steps, num_data):
     assert "nan" not in found["text"] and len(found["table"]) == 3 + min(10, num_steps - 1)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_ledger_of_inspect_is_of_test_data_and_is_kept(capsys, patched):
     bounds, dataset = unmistakable_runs(patched)
     path, bound = next(iter(bounds.items()))

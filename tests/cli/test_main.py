@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from cli_runs import small_run
-from conftest import long_but
+from conftest import release_but
 
 import probdiff
 from probdiff import cli
@@ -53,7 +53,7 @@ def start(module, *arguments, kind=signal.SIGINT, **keywords):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("module, kind", long_but(SIGNALS[:1], SIGNALS))
+@pytest.mark.parametrize("module, kind", release_but(SIGNALS[:1], SIGNALS))
 def test_ctrl_c_leaves_a_run_to_go_on_with(module, kind, tmp_path):
     options = ["--num-steps", "5", "--batch-size", "64", "--iterations", "3000", "--out", tmp_path / "a"]
     process = start(module, "fit", "--data", "moons", *options, kind=kind)

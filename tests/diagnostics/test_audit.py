@@ -62,7 +62,7 @@ def test_a_fault_is_named_and_nothing_else(fault):
         assert finding.nats > SURE * finding.error
 
 
-@pytest.mark.parametrize("change", long_but(["[0, 1] for [−1, 1]", "not standardised"], RANGES))
+@pytest.mark.parametrize("change", long_but(["[0, 1] for [−1, 1]", "not standardised"], RANGES, ["0 … 255 for [−1, 1]", "a shift"]))
 def test_another_range_of_the_data_is_named_with_its_numbers(change):
     """The network knows ``X``, of which the data are a multiple with a shift; on the whole, or in each dimension."""
     scale, shift = (np.float32(each) for each in RANGES[change])
@@ -86,7 +86,7 @@ def test_two_faults_are_both_named():
     assert findings["predicts v"].nats == pytest.approx(both - gains[Reading("N + 1 − n", OWN)])
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_chain_that_does_not_end_in_noise_is_named():
     schedule = probdiff.log_snr_schedule(N, 10.0, -1.0)
     findings, found = named(optimal(schedule=schedule))
@@ -154,8 +154,8 @@ def test_equal_calls():
 SLOPED = probdiff.oracles.GaussianOracle([0.0, 0.0], [[0.2, 0.05], [0.05, 0.1]], [[0.5, 0.0], [0.3, -0.4]])
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("ignores", release_but([True], [False, True]))
+@pytest.mark.release
+@pytest.mark.parametrize("ignores", [False, True])
 def test_a_context_that_is_ignored_is_named(ignores):
     context = np.random.default_rng(2).normal(size=(128, 2)).astype(np.float32)
     x = SLOPED.sample(np.random.default_rng(3), 128, context).astype(np.float32)
@@ -173,8 +173,8 @@ def test_a_context_that_is_ignored_is_named(ignores):
 HEADS = {"v": probdiff.networks.VHead, "x_0": probdiff.networks.X0Head}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("answer", release_but(list(HEADS)[:1], HEADS))
+@pytest.mark.release
+@pytest.mark.parametrize("answer", HEADS)
 def test_a_head_around_a_network_that_predicts_the_noise_is_named(answer):
     exact = ORACLE.network(SCHEDULE)
     model = probdiff.Diffusion(SCHEDULE, HEADS[answer](exact), reverse_variance="forward")
@@ -182,7 +182,7 @@ def test_a_head_around_a_network_that_predicts_the_noise_is_named(answer):
     assert f"is taken to predict {answer}" in findings["predicts the noise"].sentence
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_head_around_a_network_of_its_kind_is_right():
     class Velocity(eqx.Module):
         network: eqx.Module

@@ -257,7 +257,7 @@ def of_few(result):
         return probdiff.compare_estimators(make(), x, key=jax.random.key(2), num_draws=64, estimators=names)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_variances_of_a_few_items_tell_that_of_the_batch(of_few):
     """Against a direct measurement of the means of all twelve, and of their gradient."""
     row, diffusion = of_few.table.loc["kl_marginal"], make()

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_mean, long_but, release_but
+from conftest import assert_mean, long_but
 from numpyro import handlers
 from numpyro.infer import SVI
 
@@ -27,8 +27,8 @@ COMBINED = {"steps": "stratified_importance", "control": "linear"}
 CHUNKED = [(7, {}), (7, {"noise": "path"}), (7, {"noise": "antithetic", "control": "linear"}), (1, {})]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("num_steps, options", release_but(CHUNKED[::2], CHUNKED))
+@pytest.mark.release
+@pytest.mark.parametrize("num_steps, options", CHUNKED)
 def test_chunks_change_nothing(num_steps, options, patched, float64):
     diffusion = make(num_steps)
     objective = probdiff.AnalyticELBO(diffusion, **options)
@@ -60,8 +60,8 @@ def test_working_memory_of_an_update_does_not_grow_with_steps():
     assert working_memory(10_000) <= 1.2 * working_memory(2_000)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("steps", long_but(["uniform"], ["all", "uniform", "stratified"]))
+@pytest.mark.release
+@pytest.mark.parametrize("steps", ["all", "uniform", "stratified"])
 def test_num_particles_averages_independent_estimates(steps):
     diffusion = make()
     one, many = (probdiff.AnalyticELBO(diffusion, steps=steps, num_particles=k) for k in (1, 50))

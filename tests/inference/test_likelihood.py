@@ -117,7 +117,7 @@ def _estimated_anew(self, state, model_args, model_kwargs):
 RIGHT = PseudoMarginal.sample
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_an_estimate_that_is_made_anew_is_seen(float64, monkeypatch):
     monkeypatch.setattr(PseudoMarginal, "sample", _estimated_anew)
     draws, _ = chain()

@@ -193,7 +193,7 @@ def test_under_plates():
     np.testing.assert_allclose(alone, x[2, 1], rtol=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_an_autoguide_trains():
     svi = SVI(of_three, AutoNormal(of_three), numpyro.optim.Adam(3e-2), Trace_ELBO())
     losses = svi.run(KEY, 60, y=jnp.ones(3), progress_bar=False).losses

@@ -211,7 +211,7 @@ def test_mixture_terms_do_not_depend_on_the_chunks():
     assert "sampled" in tree["posterior"]["step_kl"].attrs["long_name"]
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_conv_net(tmp_path):
     network = probdiff.networks.ConvNet((3, 4), key=jax.random.key(0), channels=6, num_blocks=1, dropout=0.5, outputs=5)
     diffusion = probdiff.Diffusion(SCHEDULE, probdiff.networks.CategoricalHead(network, 5), probdiff.DiscretizedNormalLikelihood(5))
@@ -237,7 +237,7 @@ def test_conv_net(tmp_path):
     np.testing.assert_array_equal(reach, near)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_run_with_a_mixture_kernel_comes_back(tmp_path):
     network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, outputs=LEVELS)
     head = probdiff.networks.CategoricalHead(network, LEVELS)

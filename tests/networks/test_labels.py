@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_mean, long_but
+from conftest import assert_mean, release_but
 from numpyro.infer import Predictive
 
 import probdiff
@@ -184,7 +184,7 @@ SAMPLERS = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", long_but(["ancestral", "ode", "predictive"], SAMPLERS))
+@pytest.mark.parametrize("name", release_but(["ancestral", "ode", "predictive"], SAMPLERS))
 def test_every_sampler_takes_a_guided_model(name):
     """With weight 0 it is the model; with another its mean goes the way of the guided chain."""
     context = np.repeat(C, 100, 0)
@@ -194,7 +194,7 @@ def test_every_sampler_takes_a_guided_model(name):
     assert (guided - plain).mean(0) @ way > 0.2 * way @ way
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_run_with_labels_comes_back(tmp_path):
     """The wrappers inside of a head, with the parameters of all of them: the same predictions, with a context and without."""
     likelihood = probdiff.DiscretizedNormalLikelihood(5)

@@ -6,7 +6,7 @@ import numpy as np
 import numpyro
 import optax
 import pytest
-from conftest import assert_mean, long_but
+from conftest import assert_mean, long_but, release_but
 from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.util import log_density
@@ -54,7 +54,7 @@ def joint(program, path, x, **kwargs):
     return jax.jit(lambda path: log_density(handlers.seed(program, 0), (x,), kwargs, {"z": path})[0])(path)
 
 
-@pytest.mark.parametrize("name", long_but(["three steps", "mixture"], MODELS))
+@pytest.mark.parametrize("name", long_but(["three steps", "mixture"], MODELS, ["learned", "predicted"]))
 def test_the_densities_of_a_path_are_those_of_the_scanned_programs(name, float64):
     """Step by step for the model, in all for the guides; also as a minibatch."""
     model, x = MODELS[name](), data_of(MODELS[name]())
@@ -70,8 +70,8 @@ def test_the_densities_of_a_path_are_those_of_the_scanned_programs(name, float64
     np.testing.assert_allclose(*factors, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", long_but(["learned"], MODELS, [name for name in MODELS if name not in ("learned", "mixture")]))
+@pytest.mark.release
+@pytest.mark.parametrize("name", MODELS)
 def test_either_encoding_can_be_the_guide_of_the_other(name, float64):
     """Trace_ELBO on the path of the one guide, with either model; and its gradient."""
     model, x = MODELS[name](), data_of(MODELS[name]())
@@ -167,7 +167,7 @@ def test_under_the_handlers(guide, float64):
     assert posterior["x"].shape == (3, 3, 2)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_svi_fits_it_and_the_estimators_agree():
     """With dropout, a minibatch and two particles; Trace_ELBO and TraceMeanField_ELBO, which has no KL of chains, are one number."""
     network = probdiff.MLP(2, key=jax.random.key(0), hidden=8, num_blocks=1, dropout=0.2)
@@ -208,7 +208,7 @@ def in_plate(program, dim):
     return plated
 
 
-@pytest.mark.parametrize("name", long_but(["three steps"], MODELS, [name for name in MODELS if name not in ("three steps", "mixture")]))
+@pytest.mark.parametrize("name", release_but(["three steps"], MODELS))
 def test_inside_of_a_plate_they_are_independent_copies(name, float64):
     """The density of two paths is the sum of theirs; what is drawn is each from its own path."""
     model, x = MODELS[name](), data_of(MODELS[name]())

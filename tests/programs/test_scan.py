@@ -224,7 +224,7 @@ def test_plain_function_has_no_parameters(x):
     assert np.isfinite(Trace_ELBO().loss(jax.random.key(0), {}, diffusion.model, diffusion.guide, x))
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_key_reaches_the_network_in_training_and_never_in_evaluation(x):
     keys = []
 
@@ -295,7 +295,7 @@ def test_float64_with_parameters_or_data_in_float32(objective, x, float64):
         assert np.all(np.isfinite(svi.run(jax.random.key(0), 2, data, progress_bar=False).losses))
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_num_data_may_be_traced(x):
     diffusion = make()
     svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), Trace_ELBO())

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from conftest import long_but
+from conftest import release_but
 
 import probdiff
 from probdiff import _files as storage
@@ -62,7 +62,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("num_steps", long_but([6], [1, 6]))
+@pytest.mark.parametrize("num_steps", release_but([6], [1, 6]))
 def test_a_run_comes_back(tmp_path, num_steps):
     diffusion = make(num_steps=num_steps)
     fit, terms = fitted_run(tmp_path / "run", diffusion, data="moons", seed=5)
@@ -94,7 +94,7 @@ def test_the_best_so_far_is_in_the_checkpoint(tmp_path):
         _ = unvalidated.best_so_far
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_run_of_single_precision_opens_in_double_and_not_the_other_way_round(tmp_path):
     """No number changes on the way up; on the way down, and for a fit to go on, it says what to set."""
     single, _ = fitted_run(tmp_path / "single", make())
@@ -374,7 +374,7 @@ def test_a_file_that_finds_no_room_stays_as_it_was(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_a_full_disk_leaves_the_checkpoint_as_it_was(tmp_path, checkpoints):
     """The next save runs into a limit on the size of files: an OSError, and both checkpoints intact."""
     _, last, previous = checkpoints
