@@ -20,7 +20,6 @@ HALF = probdiff.inference.Inpainting(np.array([True, False]), X[0])
 # By the name of what is compiled: a figure that comes out of it.
 FIGURES = {
     "_evaluate": lambda: probdiff.elbo_terms(MODEL, X, key=KEY).elbo,
-    "_accumulate": lambda: probdiff.elbo_terms(MODEL, X, key=KEY, num_draws=2, reduce=True).elbo.mean,
     "_to_base": lambda: probdiff.flow.flow_log_prob(MODEL, X),
     "_draw_batch": lambda: probdiff.samplers.ddim(MODEL, key=KEY, num_samples=2),
     "_squared_error": lambda: probdiff.elbo.optimal_variance(MODEL, X, key=KEY).kernel.reverse_variance.squared_error,

@@ -92,8 +92,8 @@ def test_the_work_is_shared():
             loop = Loop(model, x, None, Minibatches(len(x), 256, None), build_optimiser(1e-3, 10, 0.9), None, mesh)
             state = replicate(loop.init(jax.random.key(0), {}), mesh)
             update = loop._advance.lower(state.svi, loop.data, state.keys[0], 0, 10, False).compile()
-            given = replicate((model.bind({}), x, jax.random.key(0), jnp.arange(2)), mesh)
-            terms = _evaluate.lower(*given, None, mesh).compile().compiled
+            given = replicate((model.bind({}), x, jax.random.key(0), jnp.arange(2), jnp.arange(2, 6)), mesh)
+            terms = _evaluate.lower(*given, True, None, mesh).compile().compiled
             return [compiled.cost_analysis()["flops"] for compiled in (update, terms)]
         for one, four in zip(flops(None), flops(4)):
             assert four < 0.35 * one, (one, four)

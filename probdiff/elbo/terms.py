@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from probdiff._checks import AnyArray, PyTree, Whole, require, require_count, require_key, require_type
-from probdiff._chunks import EVALUATIONS, blocks, filled, inputs_at_once, parts
+from probdiff._chunks import EVALUATIONS, blocks, filled, inputs_at_once
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import SampledStep
@@ -167,68 +167,28 @@ def _evaluate(
     x: jax.Array,
     key: PRNGKeyArray | None,
     draws: Int[Array, "draw"],
+    steps: Int[Array, "step"],
+    first: bool,
     noise: Float[Array, "draw num_steps datum dim"] | None,
     mesh: Mesh | None,
 ) -> ELBOTerms:
-    """ELBOTerms of the draws numbered ``draws``; ``noise`` is None or shape ``(len(draws), num_steps, datum, dim)``."""
+    """ELBOTerms of the draws numbered ``draws``: the KLs of ``steps``, and if ``first`` also the reconstruction, otherwise of shape ``(0, datum)``.
+
+    ``noise`` is None or of shape ``(len(draws), num_steps, datum, dim)``.
+    """
     x, diffusion = shard(x, mesh), diffusion.with_context(shard(diffusion.context, mesh))
     terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
-    chunk, later, dtype = inputs_at_once(diffusion.network) // len(x), diffusion.schedule.num_steps - 1, terms.x0.dtype
+    chunk = inputs_at_once(diffusion.network) // len(x)
 
     def step_kl(i: Int[Array, "row"]) -> Float[Array, "row datum"]:
-        return terms.step_kl(i // later, 2 + i % later)
+        return terms.step_kl(i // len(steps), steps[i % len(steps)])
 
-    kls = filled(step_kl, len(draws) * later, chunk, jnp.zeros((len(draws) * later, len(x)), dtype))
-    log_lik = filled(terms.reconstruction, len(draws), chunk, jnp.zeros((len(draws), len(x)), dtype))
-    kls = kls.reshape(len(draws), later, len(x))
+    def rows(function: Callable[[jax.Array], jax.Array], size: int) -> Float[Array, "row datum"]:
+        return filled(function, size, chunk, jnp.zeros((size, len(x)), terms.x0.dtype))
+
+    kls = rows(step_kl, len(draws) * len(steps)).reshape(len(draws), len(steps), len(x))
+    log_lik = rows(terms.reconstruction, len(draws) if first else 0)
     return gather(ELBOTerms(prior_kl(diffusion.schedule, terms.x0), kls, log_lik, diffusion.kernel.closed_form, diffusion.context), mesh)
-
-
-@eqx.filter_jit
-def _accumulate(
-    diffusion: Diffusion,
-    x: jax.Array,
-    key: PRNGKeyArray | None,
-    draws: Int[Array, "draw"],
-    noise: Float[Array, "draw num_steps datum dim"] | None,
-    state: Any,
-    mesh: Mesh | None,
-) -> Any:
-    """Welford's update of (count, means, sums of squares) by the draws, one at a time, in place and a part of the steps at a time."""
-    x, diffusion = shard(x, mesh), diffusion.with_context(shard(diffusion.context, mesh))
-    terms = _Terms(diffusion, x, diffusion.likelihood.encode(x), key, draws, noise)
-    later = diffusion.schedule.num_steps - 1
-    count, rows = parts(later, inputs_at_once(diffusion.network) // len(x))
-    prior = prior_kl(diffusion.schedule, terms.x0)
-
-    def updated(seen: Any, mean: Any, square: Any, value: Any, new: Any = True) -> tuple[jax.Array, jax.Array]:
-        change = jnp.where(new, value - mean, 0)
-        mean = mean + change / (seen + 1)
-        return mean, square + change * (value - mean)
-
-    def one_draw(index: Int[Array, ""], state: Any) -> Any:
-        seen, (kl_mean, *means), (kl_square, *squares) = state
-
-        def part(k: jax.Array, carry: Any) -> Any:
-            total, *moments = carry
-            each, new = rows(k)
-            kl = terms.step_kl(jnp.full_like(each, index), 2 + each)
-            before = tuple(jax.lax.dynamic_slice_in_dim(moment, each[0], len(each)) for moment in moments)
-            # (Read before anything is written, or XLA keeps a copy of the whole.)
-            mean, square = jax.lax.optimization_barrier(before)
-            after = updated(seen, mean, square, kl, new[:, None])
-            moments = (jax.lax.dynamic_update_slice_in_dim(m, a, each[0], 0) for m, a in zip(moments, after))
-            return total + jnp.where(new[:, None], kl, 0).sum(0), *moments
-
-        sums = jnp.zeros_like(prior), kl_mean, kl_square
-        total, kl_mean, kl_square = jax.lax.fori_loop(0, count, part, sums) if count else sums
-        log_lik = terms.reconstruction(index[None])[0]
-        values = log_lik, log_lik - total - prior
-        pairs = [updated(seen, *each) for each in zip(means, squares, values)]
-        means, squares = zip(*pairs)
-        return seen + 1, (kl_mean, *means), (kl_square, *squares)
-
-    return gather(jax.lax.fori_loop(0, len(draws), one_draw, state), mesh)
 
 
 @overload
@@ -344,31 +304,41 @@ def _in_blocks(
     mesh: Mesh | None,
     progress: bool,
 ) -> ELBOTerms | ELBOMoments:
-    """Blocks of draws, a second or so each, so that a progress bar can move and Ctrl-C is heard."""
-    found: list[ELBOTerms] = []
-    state: Any = None
-    largest = EVALUATIONS // (diffusion.schedule.num_steps * len(x))
-    for numbers in map(np.unique, blocks(num_draws, largest, unit="draw", desc="terms of the bound, all steps", progress=progress)):
-        draws = replicate(jnp.asarray(numbers), mesh)
-        eps = None if noise is None else noise[numbers]
+    """Blocks of draws, or of the steps of one draw, a second or so each, so that a progress bar can move and Ctrl-C is heard."""
+    num_steps, at_once = diffusion.schedule.num_steps, EVALUATIONS // len(x)
+    whole_draws = at_once // num_steps
+    desc, found, sums = "terms of the bound, all steps", [], None
+    for numbers in map(np.unique, blocks(num_draws, whole_draws, unit="draw", desc=desc, progress=progress and whole_draws > 0)):
+        draws, eps, parts = replicate(jnp.asarray(numbers), mesh), None if noise is None else noise[numbers], []
+        for each in blocks(num_steps, at_once // len(numbers), unit="step", desc=desc, progress=progress and whole_draws == 0):
+            steps = np.unique(each) + 1
+            later = replicate(jnp.asarray(steps[steps > 1]), mesh)
+            parts.append(jax.block_until_ready(_evaluate(diffusion, x, key, draws, later, bool(steps[0] == 1), eps, mesh)))
+        terms = parts[0] if len(parts) == 1 else eqx.tree_at(lambda terms: terms.step_kl, parts[0], jnp.concatenate([part.step_kl for part in parts], 1))
         if reduce:
-            state = _accumulate(diffusion, x, key, draws, eps, state or _no_draws(diffusion, x), mesh)
+            sums = _added(sums, terms)
         else:
-            found.append(_evaluate(diffusion, x, key, draws, eps, mesh))
-        jax.block_until_ready((found, state))
-    if reduce:
-        _, means, squares = state
-        moments = [Moments(m, s / (num_draws - 1) if num_draws > 1 else s * jnp.nan) for m, s in zip(means, squares)]
-        prior = prior_kl(diffusion.schedule, diffusion.likelihood.encode(x))
-        step_kl, reconstruction, elbo = moments
-        return ELBOMoments(prior, step_kl, reconstruction, elbo, num_draws)
+            found.append(terms)
+    if sums is not None:
+        _, means, squares = sums
+        step_kl, reconstruction, elbo = (Moments(m, s / (num_draws - 1) if num_draws > 1 else s * jnp.nan) for m, s in zip(means, squares))
+        return ELBOMoments(terms.prior_kl, step_kl, reconstruction, elbo, num_draws)
     if len(found) == 1:
         return found[0]
     drawn = [jnp.concatenate(parts) for parts in zip(*((each.step_kl, each.reconstruction) for each in found))]
     return eqx.tree_at(lambda terms: (terms.step_kl, terms.reconstruction), found[0], tuple(drawn))
 
 
-def _no_draws(diffusion: Diffusion, x: jax.Array) -> Any:
-    per_datum = jnp.zeros(len(x), diffusion.likelihood.encode(x[:1]).dtype)
-    zeros = (jnp.zeros((diffusion.schedule.num_steps - 1, len(x)), per_datum.dtype), per_datum, per_datum)
-    return jnp.zeros((), per_datum.dtype), zeros, zeros
+@eqx.filter_jit
+def _added(sums: Any, terms: ELBOTerms) -> Any:
+    """The number of draws, their means and their sums of squared deviations, with the draws of ``terms`` added (Chan et al. 1983, doi:10.1080/00031305.1983.10483115)."""
+    values = terms.step_kl, terms.reconstruction, terms.elbo
+    count, means = jnp.asarray(len(terms.reconstruction), terms.prior_kl.dtype), [value.mean(0) for value in values]
+    squares = [jnp.square(value - mean).sum(0) for value, mean in zip(values, means)]
+    if sums is None:
+        return count, means, squares
+    seen, old_means, old_squares = sums
+    total, changes = seen + count, [mean - old for mean, old in zip(means, old_means)]
+    means = [old + change * count / total for old, change in zip(old_means, changes)]
+    squares = [old + new + jnp.square(change) * seen * count / total for old, new, change in zip(old_squares, squares, changes)]
+    return total, means, squares

@@ -89,25 +89,23 @@ def test_working_memory_does_not_grow_with_steps_or_draws():
     def working_memory(num_steps, num_draws):
         diffusion = make(num_steps).bind({})
         static = eqx.filter_jit(elbo_module._evaluate.__wrapped__)
-        compiled = static.lower(diffusion, X, jax.random.key(0), jnp.arange(num_draws), None, None).compile()
+        compiled = static.lower(diffusion, X, jax.random.key(0), jnp.arange(num_draws), jnp.arange(2, num_steps + 1), True, None, None).compile()
         return compiled.compiled.memory_analysis().temp_size_in_bytes
 
     base = working_memory(1000, 10)
     assert working_memory(10_000, 10) <= 1.15 * base and working_memory(1000, 100) <= 1.15 * base
 
 
-@pytest.mark.long
-def test_the_reduced_form_works_in_place():
-    """At N = 10 000 with the working memory of N = 10, where the data fill a part by themselves."""
-
-    def working_memory(num_steps):
-        diffusion, x = make(num_steps).bind({}), jnp.ones((2048, X.shape[1]), X.dtype)
-        state = elbo_module._no_draws(diffusion, x)
-        static = eqx.filter_jit(elbo_module._accumulate.__wrapped__)
-        compiled = static.lower(diffusion, x, jax.random.key(0), jnp.arange(3), None, state, None).compile()
-        return compiled.compiled.memory_analysis().temp_size_in_bytes
-
-    assert working_memory(10_000) <= 1.2 * working_memory(10)
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("num_steps, largest", [(1, 1), (6, 7), (6, 20), (6, 50), (6, 100)])
+def test_blocks_of_draws_and_of_steps_change_nothing(num_steps, largest, reduce, monkeypatch, capfd, float64):
+    """One step at a time, two, a draw, two draws; a bar shows which."""
+    diffusion, options = make(num_steps), {"key": jax.random.key(0), "num_draws": 3, "reduce": reduce, "progress": True}
+    expected = probdiff.elbo_terms(diffusion, X, **options)
+    monkeypatch.setattr(elbo_module, "EVALUATIONS", largest)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(probdiff.elbo_terms(diffusion, X, **options)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+    assert (f"{num_steps}/{num_steps}" if largest < 7 * num_steps else "3/3") in capfd.readouterr().err.split("terms of the bound")[-1]
 
 
 @pytest.mark.long
