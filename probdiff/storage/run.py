@@ -181,7 +181,11 @@ class Run:
 
     @property
     def datatree(self) -> "xr.DataTree":
-        """The DataTree in ``elbo.nc``, in the present layout of :func:`~probdiff.to_datatree`."""
+        """The DataTree in ``elbo.nc``, in the present layout of :func:`~probdiff.to_datatree`.
+
+        Raises:
+            FileNotFoundError: If the terms were not saved; ValueError if the file is damaged.
+        """
         import h5py
         import xarray as xr
 

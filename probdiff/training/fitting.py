@@ -145,8 +145,9 @@ def fit(
             estimated each time with the same noise.
         validation_context: Of a conditional model, the context of the held-out data.
         validate_every: Iterations between validations.
-        elbo: A NumPyro ELBO, the name of one of :data:`~probdiff.ESTIMATORS`, or the pair (guide, ELBO) that it gives; if not given, ``AnalyticELBO(diffusion, steps="stratified_importance", points="batch")``, or without the
-            ``points`` for a reverse kernel whose KL has no closed form.
+        elbo: A NumPyro ELBO, for the posterior guide unless it has a guide of its own; the name of one of :data:`~probdiff.ESTIMATORS`, or the pair (guide, ELBO) that
+            it gives. If not given, ``AnalyticELBO(diffusion, steps="stratified_importance", points="batch")``, or without the ``points`` for a reverse kernel whose KL
+            has no closed form.
         ema_decay: Decay of the parameter average.
         checkpoint: An object with ``load(template) -> FitState or None`` and ``save(state)``, such as
             :class:`~probdiff.storage.Checkpoint`; the fit continues from the saved state, with its keys, and saves every
