@@ -39,7 +39,7 @@ def require_count(name: str, value: object) -> None:
 
 
 def require_key(key: object) -> None:
-    """Refuse anything but one JAX key, of the new kind or of the old."""
+    """Refuse anything but one JAX key, typed or an array of two uint32."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
     raw = dtype == jnp.uint32 and shape == (2,)

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from probdiff._checks import PyTree, Whole, is_trainable
 
-HIDDEN_VALUES = 2**19  # of one layer, in the cache of a processor
+HIDDEN_VALUES = 2**19  # outputs of one hidden layer that stay in the cache of a processor
 FEWEST_INPUTS, MOST_INPUTS = 2**8, 2**12  # of a network at a time, on a processor,
 ACCELERATOR_INPUTS = 2**16  # and on an accelerator, which is fastest with as many as possible
-EVALUATIONS = 2**20  # of a network between two checks for Ctrl-C: about a second
+EVALUATIONS = 2**20  # evaluations of a network between two checks for Ctrl-C: about a second
 EACH = (slice(None), None)  # for :func:`take`: each row as an array of one row, to be mapped over
-MOST_NUMBERS = 2**24  # side by side: gradients, paths, distances to points
+MOST_NUMBERS = 2**24  # numbers in memory at once: of gradients, paths, distances to points
 
 
 def inputs_at_once(network: Any) -> int:

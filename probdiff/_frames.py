@@ -88,7 +88,7 @@ def is_text(column: "narwhals.Series[Any]") -> bool:
 
 
 def labels(column: "narwhals.Series[Any]") -> tuple[str, ...] | None:
-    """The labels that occur in a column of categories or truth values, in order; None for any other column."""
+    """The labels that occur in a column of categories, in order; False and True for truth values; None for any other column."""
     import narwhals
 
     if is_boolean(column):

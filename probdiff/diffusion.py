@@ -62,7 +62,7 @@ class Diffusion(AbstractDiffusion):
             (between the two, by dimension), ``"optimal"`` (of least expected KL for the network, estimated): see
             :mod:`probdiff.chain.variances`; an :class:`~probdiff.chain.AbstractReverseVariance`; or ``"predicted"`` (between the two, by the
             network, a :class:`~probdiff.networks.VarianceHead`): :class:`~probdiff.chain.PredictedVarianceKernel`.
-        dim: Dimension of the data; ``network.dim`` if not given. Needed only to generate, and for ``"learned"``.
+        dim: Dimension of the data; ``network.dim`` if not given. Needed to generate, for inference and for ``"learned"``.
         kernel: A reverse kernel in place of the Gaussian one, such as a :class:`~probdiff.chain.MixtureKernel`.
 
     It is a tree of JAX arrays alone: ``jax.jit(f)(diffusion)`` works; everything else in the network is static.
@@ -84,7 +84,7 @@ class Diffusion(AbstractDiffusion):
 
     schedule: AbstractSchedule
     _arrays: Any  # the network with everything but its JAX arrays replaced by None, and
-    _constants: Static = eqx.field(static=True)  # the rest of it
+    _constants: Static = eqx.field(static=True)  # the rest of the network
     kernel: AbstractKernel
     likelihood: AbstractLikelihood
     dim: int | None = eqx.field(static=True)
@@ -234,7 +234,7 @@ class Diffusion(AbstractDiffusion):
         return predict_noise(self._network(), *self._noise_level(z, n), context=self._context(jnp.shape(z)[:-1]))
 
     def log_probabilities(self, z: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim level"] | None:
-        """log p(v | z_n) of every level, nats, if the network predicts probabilities of levels; otherwise None."""
+        """log p(v | z_n) of every level v, nats, shape ``(*batch, dim, level)``; None if the network does not predict probabilities of levels."""
         if not hasattr(self.network, "log_probabilities"):
             return None
         asked = *self._noise_level(z, n), None, self._context(jnp.shape(z)[:-1])
@@ -324,7 +324,7 @@ class Diffusion(AbstractDiffusion):
             params: ``SVIRunResult.params`` or ``svi.get_params(state)``; an empty mapping keeps the weights.
 
         Raises:
-            ValueError: If the parameters do not fit this model.
+            ValueError: If the parameters do not fit this model; TypeError if ``params`` is not a mapping.
         """
         require_type("params", params, Mapping)
         unknown = sorted(set(params) - {PARAMS}, key=str)

@@ -4,7 +4,7 @@ With the log-SNR λ as time, :math:`\bar\alpha = sigmoid(\lambda)`, and an ε-ne
 
     dz/dλ = ½ √(1−ᾱ) (√(1−ᾱ) z − ε̂(z, λ)),        log q(z_1) = log q(z_N) + ∫ ∇·(dz/dλ) dλ  from λ_1 to λ_N
 
-(in VE coordinates, dx/dσ = ε̂). A network that is told the log-SNR is evaluated between the steps; the prediction of a network that is told the step is interpolated linearly in λ.
+(in variance-exploding coordinates x = z/√ᾱ, dx/dσ = ε̂). A network told the log-SNR is evaluated between the steps; one told the step is interpolated linearly in λ.
 
 The flow is another model than the reverse chain :math:`p_\theta`, with the same network. Its density of z_1 contains two approximations: the interpolation, if there is one, and the
 base distribution N(0, I) in place of q(z_N). It is not the density of the data either, as z_1 has the noise of the first step. :func:`~probdiff.flow_likelihood` reports the three errors separately.
@@ -181,15 +181,14 @@ def flow_log_prob(
         z: :math:`z_1`, shape ``(datum, dim)``.
         context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key of the probes; not used with the exact divergence.
-        num_probes: None for the exact divergence, ``dim`` Jacobian-vector products for each evaluation of the network; or
-            the number of random directions of Hutchinson's estimator, for large ``dim``: unbiased for the log-density.
+        num_probes: None for the exact divergence, ``dim`` Jacobian-vector products for each evaluation of the network; or the
+            number of random directions of Hutchinson's estimator, for large ``dim``: unbiased for the log-density.
         base: A function that returns the log density in nats of :math:`z_N` of shape ``(datum, dim)``; that of N(0, I) if not given.
         rtol, atol: Tolerances of the solver for each step.
         progress: Show a progress bar.
 
     Returns:
-        Nats, shape ``(datum,)``, float64. The log-density of the data in the user's units differs by a Jacobian, and
-        by the noise in :math:`z_1`: see :func:`~probdiff.flow_likelihood`.
+        Nats, shape ``(datum,)``, float64. For the log-density of the data in the user's units see :func:`~probdiff.flow_likelihood`.
 
     Raises:
         ValueError, TypeError: If an argument does not fit the model.
@@ -271,16 +270,15 @@ class FlowLikelihood(NamedTuple):
 
     Attributes:
         log_q: The flow's log-density of :math:`z_1 \sim q(z_1 | x_0)`, nats, shape ``(draw, datum)``.
-        log_prob: A lower bound, in expectation over draws, on the log-likelihood of x under the flow followed by the model's last
-            step: log_q − log q(z_1 | x_0) + log p(x | z_1); nats in the user's units, shape ``(draw, datum)``.
-        interpolation: Estimated error of ``log_q`` from the interpolation of ε̂ between the steps, shape ``(draw, datum)``: a third of
-            the change when only every second step is used (the error is of second order in the distance of the steps). NaN where N < 3; 0 for a
-            network that is told the log-SNR, where nothing is interpolated.
+        log_prob: A lower bound, in expectation over draws, on the log-likelihood of x under the flow followed by the model's last step:
+            log_q − log q(z_1 | x_0) + log p(x | z_1); nats in the user's units, shape ``(draw, datum)``.
+        interpolation: Estimated error of ``log_q`` from the interpolation of ε̂ between the steps, shape ``(draw, datum)``: a third of the change when only
+            every second step is used (the error is of second order in the distance of the steps). NaN where N < 3; 0 for a network that is told the log-SNR.
         base: The prior KL, shape ``(datum,)``, nats. Its mean over the data is an upper bound on the mean error from
             N(0, I) in place of :math:`q(z_N)`.
         smoothing: The error from σ_1, if ``log_q`` with its Jacobian were taken as the log density of x: ``log_prob`` minus
             that log density, shape ``(draw, datum)``.
-        solver: Estimated error of ``log_q`` from the solver: the change with tolerances ten times as large, about the error at the latter, shape
+        solver: Estimated error of ``log_q`` from the solver: the change with tolerances ten times as large, about the error at these tolerances, shape
             ``(draw, datum)``. An interpolated network has a kink at every step, so that the error falls slowly with the tolerances: at the
             default, 1e-5, it was 4e-4 nats at most for the exact network of the moons.
         num_evaluations: Approximate number of evaluations of the network along each path of the flow, shape ``(draw, datum)``.
@@ -336,9 +334,8 @@ def flow_likelihood(
 ) -> FlowLikelihood:
     r"""The log-likelihood of data by the probability flow, and the errors of its three approximations and of the solver.
 
-    The flow gives a density of :math:`z_1`, which has the noise of the first step. For the data themselves this density replaces
-    the prior in a bound, :math:`\log p(x) \ge E[\log q(z_1) - \log q(z_1|x_0) + \log p_\theta(x|z_1)]`, for continuous data and
-    for data on a grid alike.
+    The flow gives a density of :math:`z_1`, which has the noise of the first step. In a bound on the data this density replaces the prior:
+    :math:`\log p(x) \ge E[\log q(z_1) - \log q(z_1|x_0) + \log p_\theta(x|z_1)]`, for continuous data and for data on a grid.
 
     Args:
         diffusion: The model.
@@ -350,6 +347,9 @@ def flow_likelihood(
 
     Returns:
         A :class:`FlowLikelihood`. The reverse chain is another model: a difference between its ELBO and this likelihood is not an error of either.
+
+    Raises:
+        ValueError, TypeError: If the data do not suit the model, or an argument is out of range.
 
     Example:
         >>> import jax, probdiff

@@ -28,7 +28,7 @@ VARIANCES = {"fixed_small": "posterior", "fixed_small_log": "posterior", "fixed_
 
 
 def default_options(dataset: Dataset) -> dict[str, Any]:
-    """Number of steps, iterations, batch size, peak learning rate and iterations between validations for a data set, as a dict.
+    """Number of steps, iterations, batch size, peak learning rate, seed and iterations between validations for a data set, as a dict.
 
     The parameters with the best validation bound are kept. A small table is overfitted after a few hundred passes, and therefore has fewer iterations.
 
@@ -54,11 +54,11 @@ def default_options(dataset: Dataset) -> dict[str, Any]:
 def default_diffusion(dataset: Dataset, num_steps: Whole, seed: int = 0) -> Diffusion:
     r"""The untrained model for a data set.
 
-    On a grid the last noise is a third of the half-width 1/(L−1) of a level, so that the reconstruction term is nearly 0.
+    On a grid σ_1, the noise of the first step, is 0.3 times the half-width 1/(L−1) of a level, so that the reconstruction term is nearly 0.
     With few levels the network predicts probabilities of the levels; for images it is convolutional. For images with many levels the network is a U-Net
     that predicts a mixture on the levels, with matrix products in bfloat16 where these are fast. For other data with many levels it predicts
     the noise, and its inputs include harmonics up to the period of the grid. Continuous data are assumed to have a density
-    without atoms: the optimal reverse variance is then near :math:`\beta_n`, and is computed after the fit. Where columns are of several kinds
+    without atoms: the optimal reverse variance is then near :math:`\beta_n`, and is computed after the fit. Where some columns are discrete
     the variance is learned for each dimension, as the optimal variance of discrete columns is near :math:`\tilde\beta_n`. With a context, the model is conditional.
 
     Args:
@@ -123,7 +123,7 @@ def from_diffusers(
     r"""The model of a network that was trained with diffusers, from the configuration of its scheduler; its reverse step is that of the DDPMScheduler.
 
     ``beta_schedule`` and the other entries of the schedule are read by :func:`probdiff.chain.diffusers_schedule`; timestep t = 0 … N − 1 is step n = t + 1, and
-    the network is told n − 1. ``prediction_type`` is ``"epsilon"`` (if absent), ``"v_prediction"`` (a :class:`~probdiff.networks.VHead`) or ``"sample"`` (an
+    the network is told t. ``prediction_type`` is ``"epsilon"`` (if absent), ``"v_prediction"`` (a :class:`~probdiff.networks.VHead`) or ``"sample"`` (an
     :class:`~probdiff.networks.X0Head`). ``clip_sample`` and ``clip_sample_range`` make a :class:`~probdiff.networks.ClipHead`. ``variance_type`` is ``"fixed_small"`` (if absent) or
     ``"fixed_small_log"``, ``"posterior"`` here; ``"fixed_large"``, ``"forward"`` here; or ``"learned_range"``, ``"predicted"`` here, with a :class:`~probdiff.networks.VarianceHead`.
 

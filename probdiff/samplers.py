@@ -35,7 +35,7 @@ from probdiff.diffusion import Diffusion
 from probdiff.flow import in_continuous_time, require_tolerances, solve, velocity
 from probdiff.networks.context import Guided
 
-ADAPTIVE = 500  # of the network: about as many as an adaptive solver needs
+ADAPTIVE = 500  # evaluations of the network: about as many as an adaptive solver needs
 
 
 Samples = Shaped[np.ndarray, "num_samples dim"]
@@ -172,7 +172,7 @@ def annealed_langevin(
     devices: Devices = None,
     progress: bool = False,
 ) -> Samples:
-    r"""Draw by Langevin dynamics on the score of each noise level, in VE coordinates, from the largest level down.
+    r"""Draw by Langevin dynamics on the score of each noise level, in variance-exploding (VE) coordinates, from the largest level down.
 
     At each level, ``num_updates`` times :math:`x \leftarrow x + \tfrac{a}{2} s_\theta(x, n) + \sqrt{a}\, \xi` with
     :math:`a = r \sigma_n^2`: there is no Metropolis test, so that r must be small for the samples to have the right distribution.
@@ -300,7 +300,7 @@ def guided(diffusion: Diffusion, weight: Number) -> Diffusion:
         weight: w, a finite number.
 
     Raises:
-        ValueError: If there is no ContextDropout in the network, or the reverse kernel needs another prediction than the noise.
+        ValueError, TypeError: If there is no ContextDropout in the network, the reverse kernel needs another prediction than the noise, or ``weight`` is not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff

@@ -293,7 +293,7 @@ def _add_sample(commands: "argparse._SubParsersAction[_Parser]") -> None:
     sample.add_argument("--seed", type=_seed, default=0, metavar="S", help="seed (default 0)")
     sample.add_argument("--out", metavar="FILE", help="a new .npy or .csv file (default: the next free RUN/samples/NAME-k)")
     _add_devices(sample)
-    _add_json(sample, "print what was written as one JSON document")
+    _add_json(sample, "print the options and the paths of the files as one JSON document")
 
 
 def _add_posterior(commands: "argparse._SubParsersAction[_Parser]") -> None:

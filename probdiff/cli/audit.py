@@ -13,7 +13,7 @@ from probdiff.diagnostics.findings import audit
 from probdiff.diffusion import Diffusion
 from probdiff.storage.run import open_run
 
-ROWS = 2**18  # of data and steps
+ROWS = 2**18  # pairs of a datum and a step
 FEWEST, MOST = 64, 1024
 
 

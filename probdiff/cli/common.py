@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.figure import Figure
 
-FEWEST_ROWS = 500  # rows of a table, for a figure of the test split alone
-MOST_LETTERS = 40  # of a context, in a title
+FEWEST_ROWS = 500  # rows of the test split of a table for a figure beside the test split alone
+MOST_LETTERS = 40  # letters of a context in a title
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"probdiff: error: {error}; {kept}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"probdiff: error: {error}; what was saved before is in {folder.path}", file=sys.stderr)
+        print(f"probdiff: error: {error}; the files that were saved before are in {folder.path}", file=sys.stderr)
         return 1
     if first and arguments.json:
         print(json.dumps(results), file=arguments.output)
@@ -134,7 +134,7 @@ def _prepare(given: dict[str, Any], arguments: argparse.Namespace, first: bool) 
 
 
 def _reopen(given: dict[str, Any], arguments: argparse.Namespace, first: bool) -> tuple[Run, Diffusion, Dataset, dict[str, Any]]:
-    """The run to resume, its model, its data and its options; no option may be changed, except for more iterations after the end."""
+    """The run to resume, its model, its data and its options; no option may be changed, except for more iterations or minutes after the end."""
     folder = open_run(arguments.out)
     options = folder.config
     limit = _limit(options)[0]
@@ -160,7 +160,7 @@ def _reopen(given: dict[str, Any], arguments: argparse.Namespace, first: bool) -
 
 
 def _limit(options: dict[str, Any]) -> tuple[str, float]:
-    """What ends a fit, and after how many."""
+    """The name and the value of the limit of a fit, in iterations or minutes."""
     name = "minutes" if "minutes" in options else "iterations"
     return name, options.get(name, 0)
 

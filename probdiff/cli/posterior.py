@@ -123,7 +123,7 @@ def _context(dataset: Dataset, text: str | None) -> Real[np.ndarray, "1 width"] 
 
 
 def _figure(posterior: Posterior, observation: AbstractObservation, dataset: Dataset, title: str) -> "Figure":
-    """Images resampled by weight beside the observation; for other data, the first two dimensions."""
+    """Images resampled by weight beside the observed pixels, or else the posterior mean; for other data, the first two dimensions of the particles."""
     if dataset.image_shape is None:
         return posterior.plot(title)
     drawn = posterior.resample(jax.random.key(0), IMAGES)

@@ -23,7 +23,7 @@ from probdiff.datasets import Dataset
 from probdiff.samplers import SAMPLERS
 from probdiff.storage.run import open_run
 
-IMAGES = 100  # samples in a figure, at most
+IMAGES = 100  # images in a figure, at most
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""``probdiff verify``: checks of probdiff against independent computations that share no code with it, on this machine and its JAX backend.
+"""``probdiff verify``: checks of probdiff against independent computations, and of float32 against float64, on this machine and its JAX backend.
 
 A check returns a figure and the limit that it must not exceed, in the present precision of JAX:
 
-    identities      largest relative difference; at most 1e-10 in float64, 1e-5 (some eighty roundings) in float32
+    identities      largest relative difference; at most 1e-10 in float64 (1e-8 for the scores of a mixture), 1e-5 (some eighty roundings) in float32 (1e-6 for tables)
     Monte Carlo     |z| ≤ 4.9 on fixed seeds; NaN, which fails, unless 9.7 standard errors are below the discrepancy
                     that the check exists to catch
 """
@@ -350,7 +350,7 @@ LEFT_OUT = [("float32 step KLs", "float64")]
 def verify(progress: bool = False) -> dict[str, Any]:
     """Run all checks in float32 and in float64, independently of the present precision of JAX.
 
-    A check that raises an exception has failed: a warning shows it, and the others are still run.
+    A check that raises an exception has failed: a warning shows the exception, and the other checks are still run.
 
     Args:
         progress: Show a progress bar.

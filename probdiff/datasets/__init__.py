@@ -38,7 +38,7 @@ def load(name: Any, seed: Whole = 0, index: str | None = None, context: Columns 
         seed: Seed of the draws of the two-dimensional sets, and of the shuffle before data are split
             (80 % training, 10 % validation, 10 % test).
         index: Name of the column of a ``.csv`` file or of a data frame that numbers the rows and is left out. A first column of
-            the file without a name, or with the values 0, 1, 2, … or 1, 2, 3, …, is recognised.
+            the file without a name or named ``index`` whose values differ, or with the values 0, 1, 2, … or 1, 2, 3, …, is recognised.
         context: For a conditional model: the columns of the context, by name or counted from 0, one or a sequence, as for :func:`split`;
             for an ``.npz`` file of two arrays, the name of the array with the context; for the digits, Fashion-MNIST and folders of images, ``"labels"``.
 
@@ -76,9 +76,10 @@ def split(x: Any, *, seed: Whole = 0, name: str = "data", index: str | None = No
     """Data of your own, shuffled and split: 80 % training, 10 % validation, 10 % test.
 
     Args:
-        x: An array of shape ``(datum, column)``, or a data frame of pandas, polars or pyarrow. If all values are integers, they are levels of one grid, except in
-            fewer than 16 named columns of different ranges. In these, and in a table of floats, categories and truth values, a column with at most
-            ten distinct values is categorical, other whole numbers are on a grid of their own if they span less than 256, and all others are continuous (:meth:`~probdiff.datasets.Dataset.describe`).
+        x: An array of shape ``(datum, column)``, integer images of shape ``(datum, height, width)``, or a data frame of pandas, polars or pyarrow. If all
+            values are integers, they are levels of one grid, except in named columns that have a negative value, or that are fewer than 16 and of different ranges. In these, and
+            in a table of floats, categories and truth values, a column with at most ten distinct values is categorical, other whole numbers are on a grid of their own if they
+            span less than 256, and all others are continuous (:meth:`~probdiff.datasets.Dataset.describe`).
         seed: Seed of the shuffle.
         name: Name of the data set.
         index: Name of a column of a data frame to leave out, because it numbers the rows.

@@ -62,7 +62,7 @@ class Covariate:
         """The covariate whose kind is found from its cells: categories, or a number standardised by the cells at ``train``, the rows of the training split.
 
         Raises:
-            ValueError: If all cells are equal, or there are too many labels.
+            ValueError: If all cells, or all numbers of the training split, are equal, or there are too many labels.
         """
         cells = np.char.strip(cells) if cells.dtype.kind == "U" else cells
         distinct = np.unique(cells)

@@ -22,8 +22,8 @@ def read_file(path: Path, index: str | None = None, context: Columns | None = No
 
     Args:
         path: Path of the file.
-        index: Name of the column that numbers the rows, for a ``.csv`` file; a first column without a name, or with nothing but row numbers,
-            is recognised.
+        index: Name of the column that numbers the rows, for a ``.csv`` file; a first column without a name or named ``index`` whose
+            values differ, or with nothing but row numbers, is recognised.
         context: Columns of the context, by name or counted from 0; for an ``.npz`` file, the name of the array with the context.
 
     Raises:

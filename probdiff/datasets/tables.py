@@ -21,7 +21,7 @@ from probdiff.likelihoods.density import has_few_values
 
 WIDEST_GRID = 2**8  # whole numbers in a wider range are treated as continuous
 FEWEST_PIXELS = 16  # columns of integers that may be an image
-LEAST_SPREAD = 1e3  # of a column, in units of the resolution of float32
+LEAST_SPREAD = 1e3  # standard deviation of a column, in units of the resolution of float32
 Columns = str | int | Sequence[str | int]  # one column of a table by name or by number, or several
 
 
@@ -140,7 +140,7 @@ def split_table(table: Table, name: str, seed: Whole, shown: str) -> Dataset:
 
 
 def _has_own_ranges(table: Table) -> bool:
-    """Whether the named columns of a table of integers are of different kinds: few columns, unlike pixels, with different ranges."""
+    """Whether the columns of a table of integers are of different kinds: named, and with a negative value or, unlike pixels, few and with different ranges."""
     highest = table.array.max(0)
     few = table.array.shape[1] < FEWEST_PIXELS
     return table.columns is not None and bool(table.array.min() < 0 or (few and highest.min() < highest.max() / 2))

@@ -1,4 +1,4 @@
-"""Diagnostics of a fitted model: agreement of the two ways, comparisons, the decomposition of the gap, the audit of a network that was trained
+"""Diagnostics of a fitted model: the bound computed two ways, comparisons, the decomposition of the gap, the audit of a network that was trained
 elsewhere, DataTrees for ArviZ, and figures.
 
 Imports the bound and the packages below it. ``compare_estimators`` and ``compare_models`` are modules here; the functions are

@@ -26,7 +26,8 @@ class TwoWays(NamedTuple):
     Attributes:
         terms: The analytic terms, :class:`~probdiff.elbo.ELBOTerms`.
         path: ``Trace_ELBO`` of every datum on sampled paths, shape ``(draw, datum)``, nats.
-        common: Each term computed both ways on the same paths, for the first four data, :class:`CommonPaths`; None if the KLs are sampled.
+        common: Each term computed both ways on the same paths, for the first four data, :class:`CommonPaths`; None if the KLs
+            are sampled or the steps are not normal.
 
     Example:
         >>> import jax, probdiff
@@ -94,6 +95,7 @@ def compute_both_ways(
         context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
         num_draws: Draws per datum for each of the two estimates, at least 2.
+        devices: Number of devices (or a list of them) that share the data.
         progress: Show progress bars.
 
     Raises:

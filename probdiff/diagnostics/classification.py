@@ -32,7 +32,7 @@ from probdiff.diffusion import Diffusion
 from probdiff.programs.sites import Data
 
 TERMS = 8  # steps of each datum and label, in a draw
-GROWTH = 4  # a round has one draw more than this fraction of all earlier draws
+GROWTH = 4  # a round has one draw, and one more for every four earlier draws
 
 
 class Classification(NamedTuple):
@@ -41,7 +41,7 @@ class Classification(NamedTuple):
     Attributes:
         posterior: The probability of each label, from the bounds and the prior, shape ``(datum, label)``. The probability of a label that was dropped early is
             as uncertain as at that time.
-        error: The approximate probability, given the Monte Carlo error, that another label has the larger bound plus log prior; shape ``(datum,)``.
+        error: An approximate upper bound on the probability, given the Monte Carlo error, that another label has the larger bound plus log prior; shape ``(datum,)``.
         is_decided: Whether all labels but one were dropped, shape ``(datum,)``.
         num_evaluations: Network evaluations for all labels together, shape ``(datum,)``.
 
@@ -167,7 +167,7 @@ def _log_prior(prior: Numbers, num_labels: int) -> Float[np.ndarray, "label"]:
 def _classified(
     terms: CommonTerms, data: Int[np.ndarray, "datum"], log_prior: Float[np.ndarray, "label"], key: PRNGKeyArray, most: int, error_level: float
 ) -> tuple[np.ndarray, ...]:
-    """Log-odds against the best label, their error, whether they are decided, and the number of evaluations, for some data."""
+    """For some data: log-odds against the best label, the probability that this label is wrong, whether the datum is decided, and the number of evaluations."""
     left = np.ones((len(data), len(log_prior)), bool)
     log_odds, better = np.zeros(left.shape), np.ones(left.shape)
     spent = np.zeros(len(data), int)

@@ -25,7 +25,7 @@ from probdiff.diffusion import Diffusion
 from probdiff.elbo.terms import elbo_terms
 from probdiff.programs.sites import Data
 
-ROUNDING = 1e-6  # relative to a term, plus 1 nat: rounding in float64 is a thousand times smaller
+ROUNDING = 1e-6  # relative to the sum of a term and 1 nat: rounding in float64 is a thousand times smaller
 
 
 class CommonPaths(NamedTuple):

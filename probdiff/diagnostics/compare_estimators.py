@@ -184,7 +184,7 @@ def compare_estimators(
         minutes: Time limit, compilation included, if ``num_draws`` is not given. The smallest number of draws from which errors can be estimated is
             made even if it takes longer, except for gradients of estimators that evaluate all steps, which are drawn if time is left. With several
             processes, whose clocks differ, only this smallest number is made.
-        estimators: Names out of :data:`~probdiff.ESTIMATORS`; all that suit the model if not given.
+        estimators: Names out of :data:`~probdiff.ESTIMATORS`; all if not given.
         devices: Number of devices (or a list of them) that share the draws.
         progress: Show progress bars.
 
@@ -192,8 +192,8 @@ def compare_estimators(
         An :class:`EstimatorComparison`.
 
     Raises:
-        ValueError, TypeError: If the data do not suit the model, a name is unknown, ``num_draws`` is less than 2, or ``minutes`` is
-            not positive.
+        ValueError, TypeError: If the data or an estimator do not suit the model, a name is unknown, ``num_draws`` is less than 2, or
+            ``minutes`` is not positive.
 
     Example:
         >>> import jax, probdiff

@@ -25,9 +25,9 @@ from probdiff.elbo.steps import STEPS, Learner
 from probdiff.programs.sites import Data
 
 DATA_AT_ONCE = 256
-PAIRS_AT_ONCE = 64  # of the terms of a datum and a context
+PAIRS_AT_ONCE = 64  # pairs of a datum and a context, whose terms are evaluated together
 PILOT = 32  # data from which the probabilities of the steps are first learned
-STEPS_IN_DRAW = 32  # of each datum
+STEPS_IN_DRAW = 32  # steps of each datum in a draw
 
 Terms = Float[np.ndarray, "term datum context"]
 
@@ -157,7 +157,7 @@ class ContextDifference(NamedTuple):
 
     @property
     def error(self) -> Float[np.ndarray, "datum"]:
-        """The Monte Carlo standard error of each, shape ``(datum,)``."""
+        """The Monte Carlo standard error of each difference, shape ``(datum,)``."""
         return self.draws.std(0, ddof=1) / np.sqrt(len(self.draws))
 
     @property

@@ -57,7 +57,7 @@ def ratio_error(first: Variance, second: Variance) -> float:
 def _error_of_mean(parts: Float[np.ndarray, "part item"], share: float) -> float:
     """Standard error of the mean of all parts, as an estimate for the whole batch, of which a fraction was measured.
 
-    If all items were measured, it is the error over draws; if few were, the error over items, which includes the error over draws.
+    Its square is ``share`` times the squared error over draws plus (1 − ``share``) times the squared error over items.
     """
     num_parts, num_items = parts.shape
     of_draws = parts.var(0, ddof=1).sum() / num_parts / num_items**2 if num_parts > 1 else np.nan

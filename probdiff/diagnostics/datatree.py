@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import xarray
 
 RANGES = 10
-CHAINS = {4: 25, 3: 25, 2: 4}  # and the fewest draws of each: ArviZ underestimates errors from many short chains
+CHAINS = {4: 25, 3: 25, 2: 4}  # numbers of chains, and the fewest draws in each: ArviZ underestimates errors from many short chains
 STANDS_OUT = 3.0  # standard errors
 LONG_NAMES = {
     "prior_kl": "KL of q(z_N | x_0) to N(0, I)",
@@ -36,8 +36,8 @@ def to_datatree(terms: ELBOTerms) -> "xarray.DataTree":
     Group ``posterior``, which ArviZ reads by default, is a sample of the data: each draw is a datum, its values are means over the draws of
     noise, and the coordinate ``datum`` has its index. So ``az.summary(tree)`` has a row for each term; ``mean`` is the mean of
     the data, ``sd`` the spread over them, ``mcse_mean`` approximately the standard error over items. It has ``prior_kl``, ``reconstruction`` and
-    ``elbo`` with dimensions (chain, draw), and ``step_kl`` with (chain, draw, steps): sums over ten ranges of steps, "2-101" and so
-    on, between quantiles of log-SNR.
+    ``elbo`` with dimensions (chain, draw), and ``step_kl`` with (chain, draw, steps): sums over ten ranges of equally many
+    steps, "2-101" and so on.
 
     Group ``per_datum`` has every draw of noise: ``reconstruction`` and ``elbo`` with (chain, draw, datum), ``step_kl`` with
     (chain, draw, steps, datum). Group ``per_step`` has ``step_kl`` with (chain, draw, step, datum), n = 2 … N; group ``constant_data``
@@ -173,9 +173,9 @@ def arviz_dims(diffusion: Diffusion) -> dict[str, dict[str, Any]]:
 
 
 def inspect_terms(tree: "xarray.DataTree", dim: Whole | None = None) -> dict[str, Any]:
-    """Summarise the terms of the bound: by ranges of steps, and find the most expensive range and item.
+    """Summarise the terms of the bound by ranges of steps, and find the range with the largest KL and the item with the lowest bound.
 
-    A range or an item is named if it exceeds the next by more than three standard errors of their difference.
+    A range or an item is named if it differs from the next by more than three standard errors of the difference.
 
     Args:
         tree: The DataTree of :func:`~probdiff.to_datatree`.

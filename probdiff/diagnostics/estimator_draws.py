@@ -30,14 +30,14 @@ from probdiff.elbo.objective import StepObjective
 from probdiff.programs.sites import PARAMS
 
 BLOCK_ROWS = 2**16  # evaluations of the network between two checks for Ctrl-C
-ROWS_AT_ONCE = 512  # of the network, of several draws
-ALL_STEPS_ROWS, FEWEST_ITEMS = 2**12, 4  # of a draw of an estimator that evaluates all steps: of the network, and data
-MORE_DRAWS = 64
-GRADIENT_ROWS = 2**15  # of the network, for the way back of gradients
-GRADIENT_DRAWS = (8, 1024)
-FEWEST_TURNS = 4  # for an error of the time
+ROWS_AT_ONCE = 512  # evaluations of the network in parallel, of several draws
+ALL_STEPS_ROWS, FEWEST_ITEMS = 2**12, 4  # most evaluations of the network, and fewest data, in a draw of an estimator that evaluates all steps
+MORE_DRAWS = 64  # how often, at most, an estimator of random steps is drawn for each draw of all steps
+GRADIENT_ROWS = 2**15  # evaluations of the network for all draws of a gradient, and for the draws in parallel
+GRADIENT_DRAWS = (8, 1024)  # the fewest and the most draws of a gradient
+FEWEST_TURNS = 4  # turns from which the error of the time is estimated
 DIRECTIONS = 8
-LEARNING = (200, 64)  # updates, and data in each, before an estimator that learns is measured
+LEARNING = (200, 64)  # updates, and the fewest data in each, before an estimator that learns is measured
 
 
 class Turns(NamedTuple):
@@ -56,9 +56,9 @@ TURNS = {
     (True, True): Turns(2, 1, 50),
 }
 Rows = tuple[jax.Array, PyTree]  # data, and the context of each
-PATHS = Turns(16, 2, 12)  # of trace: the tail of their weights is examined as well
+PATHS = Turns(16, 2, 12)  # for trace: the tail of the importance weights of its paths is examined as well
 EACH_STEP = {"gradient": 2, "grid": 8, "density": 32}  # how often each step is drawn, on average, in the smallest number of turns of a one-step estimator
-GRADIENT_COST = 3  # of a gradient, in values
+GRADIENT_COST = 3  # time of a draw of a gradient, in draws of a value
 
 
 class EstimatorDraws(NamedTuple):
@@ -70,10 +70,10 @@ class EstimatorDraws(NamedTuple):
         value_seconds: Seconds of one draw of the batch, by each turn, shape ``(turn,)``.
         evaluations: Network evaluations for each item and draw.
         is_of_each_datum: Whether the values estimate the bound of each item; otherwise only their mean is an estimate.
-        projections: The gradient of the mean bound of the items along a few directions, shape ``(draw, direction)``. None if the model
-            has no parameters, like the next two.
+        projections: The gradient of the mean bound of the items along a few directions, shape ``(draw, direction)``. Like the next two, None if the
+            model has no parameters, or there was no time for gradients.
         gradient_variance: Trace of the covariance of the gradient of the mean over the batch, measured.
-        gradient_seconds: As for values.
+        gradient_seconds: Seconds of one draw of the gradient of the batch, by each turn and block of data, shape ``(call,)``.
     """
 
     values: Float[np.ndarray, "draw item"]

@@ -1,7 +1,8 @@
 r"""The audit of a network that was trained elsewhere: its bound, the terms of the bound, and errors of convention.
 
-Every diagnosis is a measurement in nats: the gain of the bound by the repair, on the same data and the same noise. It is reported if the gain
-is more than five of its standard errors *and* more than 0.01 nats (0.014 bits) a dimension; 0.05 nats if a factor is fitted, 0.1 if a range is. The readings of the network
+Most errors are measured in nats, by the gain of the bound by the repair on the same data and the same noise. They are reported if the gain is more
+than five of its standard errors *and* more than 0.01 nats (0.014 bits) a dimension; 0.05 nats if a factor is fitted, 0.1 if a range is. An output that is not
+finite, random or dependent on the batch and a context that is ignored are reported whatever their cost. The readings of the network
 (:mod:`probdiff.diagnostics.readings`) are compared with each other; all other errors are measured under the best reading.
 """
 
@@ -62,7 +63,7 @@ class Finding(NamedTuple):
     Attributes:
         name: The kind of error, a fixed short text.
         sentence: The measurement, in a sentence.
-        nats: The gain of the bound by the repair, nats per datum; infinite if there is no bound.
+        nats: The gain of the bound by the repair, nats per datum; infinite if there is no bound, 0 for an ignored context.
         error: Standard error of the gain over data.
 
     Example:
@@ -87,7 +88,7 @@ class Audit:
         step_kl, step_kl_error: KL of each step n = 2 … N and its standard error over data, shape ``(num_steps - 1,)``.
         inspection: The summary of the terms by :func:`~probdiff.diagnostics.inspect_terms`.
         readings: The gain of the bound by other readings of the network, a dict from :class:`Reading` to ``Estimate``; mostly negative. Empty
-            if the kernel needs another prediction than the noise.
+            if the terms are not all finite or the kernel needs another prediction than the noise.
         slopes: The best factor of ε̂, :class:`Slopes`; None in that case.
         variance: The gain of the bound by the optimal reverse variances, an ``Estimate``; None in that case.
         levels: Number of levels of data on a grid, so that bits/dim are defined; None for data with a density.
@@ -174,11 +175,11 @@ def audit(
 
     It looks for a prior KL that is not small; steps out of order or off by one; a prediction that is a multiple of the noise, minus the
     noise, v, x_0 or a score; another range of the data; a context that is ignored; predictions that depend on other data of the batch; an output that is
-    random or not finite; reverse variances that are worse than both choices of Ho et al. (2020). Each is reported if its repair gains more than five
-    standard errors and 0.01 nats a dimension; incomplete training is not an error. A shift by one step matters
-    little if there are many: at N = 1000 it is not detected, and does no harm.
+    random or not finite; reverse variances that are worse than both choices of Ho et al. (2020). Most are reported
+    if the repair gains more than five standard errors and 0.01 nats a dimension (:mod:`probdiff.diagnostics.findings`); incomplete training is not an error. A shift by
+    one step matters little if there are many: at N = 1000 it is not detected, and does no harm.
 
-    The cost is about that of nine bounds with all steps, and of one sample for each datum.
+    The cost is about that of eleven bounds with all steps, and of one sample for each datum.
 
     Args:
         diffusion: The model that contains the network.
@@ -276,7 +277,7 @@ def _predicts(compared: ReadingComparison, reading: Reading, share: float = 0.5)
 
 
 def _is_as_good_as_normals(compared: ReadingComparison, reading: Reading) -> bool:
-    """Whether a reading predicts as much of the noise as independent normals, up to a hundredth; for v, more than v = 0 does."""
+    """Whether a reading predicts as much of the noise as independent normals, up to a hundredth; as v, also more of the noise than v = 0."""
     more = Estimate.of(compared.explained(reading) - compared.explained(Reading(OWN, STANDARD_NORMALS)))
     return _predicts(compared, reading, 0.99) and ("v" not in reading.answer.split() or more.mean > SURE * more.error)
 
@@ -350,7 +351,7 @@ def _context(diffusion: Diffusion, compared: ReadingComparison) -> Iterator[Find
     excess = compared.excesses[Reading(OWN, OWN)].nats.sum(0)
     gain = compared.gains[Reading(OTHERS_CONTEXT, OWN)]
     if varies and (np.abs(gain) <= SAME * np.abs(excess)).all():
-        words = f"The context is ignored: given another's, the bound changes by {np.abs(gain).max():.1g} nats at most"
+        words = f"The context is ignored: given the context of another datum, the bound changes by {np.abs(gain).max():.1g} nats at most"
         yield Finding("context ignored", words, 0.0, 0.0)
 
 

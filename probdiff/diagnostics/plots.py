@@ -188,7 +188,7 @@ def plot_marginals(samples: "pandas.DataFrame", data: "pandas.DataFrame", title:
 
 
 def plot_pairs(samples: "pandas.DataFrame", data: "pandas.DataFrame", title: str = "") -> "matplotlib.figure.Figure":
-    """Each column against each: data below the diagonal, as many samples above it, and the distribution of each column, of both, on the diagonal.
+    """Each column against each: data below the diagonal, as many samples (at least 200) above it, and the distributions of the column on the diagonal.
 
     Args:
         samples: Draws from the model, a data frame as returned by :meth:`~probdiff.datasets.Dataset.to_frame`.
@@ -292,7 +292,7 @@ def plot_posterior(
     ess: Float[np.ndarray, "step"],
     title: str = "",
 ) -> "matplotlib.figure.Figure":
-    """Weighted particles, of the first two dimensions, and the effective sample size of their weights at each step.
+    """The first two dimensions of weighted particles, and the effective sample size of their weights at each step.
 
     Args:
         samples: Particles, shape ``(particle, dim)``.

@@ -1,4 +1,4 @@
-"""Results as text: the tables of a fit, of the comparisons and of the decomposition of the gap."""
+"""Results as text: the tables of a fit, of the comparisons, of the decomposition of the gap and of the audit."""
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence

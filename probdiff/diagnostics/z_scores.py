@@ -16,8 +16,8 @@ def pairwise_z(names: Sequence[str], pair: Callable[[str, str], tuple[np.ndarray
 
     Args:
         names: Names of the estimators.
-        pair: A function that returns, for two estimators, draws with the same expectation, each of shape ``(draw, direction)``; None if there are none,
-            and the score is NaN. The score is the largest over the directions.
+        pair: A function that returns, for two estimators, draws with the same expectation, each of shape ``(draw, direction)``; None if there are
+            no such draws: the score is then NaN. The score is the largest over the directions.
     """
     import pandas as pd
 

@@ -93,7 +93,7 @@ class ConditionalBound(_ConditionalLikelihood):
         num_draws: Draws of the noise over which the bound is averaged, each of N network evaluations a datum.
 
     Raises:
-        ValueError, TypeError: If the context does not suit the model, or ``num_draws`` is not a positive integer.
+        ValueError, TypeError: If the context does not suit the model, the model does not know its dimension, or ``num_draws`` is not a positive integer.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
@@ -123,10 +123,10 @@ class ConditionalEstimate(_ConditionalLikelihood):
         diffusion: A fitted conditional model.
         context: As for :meth:`~probdiff.Diffusion.given`, a row for each datum: the batch shape.
         key: JAX key of the paths.
-        num_particles: Paths K of each datum: N K network evaluations.
+        num_particles: Paths K of each datum: N K network evaluations a datum.
 
     Raises:
-        ValueError, TypeError: If the context does not suit the model, or ``num_particles`` is not a positive integer.
+        ValueError, TypeError: If the context does not suit the model, the model does not know its dimension, or ``num_particles`` is not a positive integer.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff

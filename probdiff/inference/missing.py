@@ -3,7 +3,7 @@ r"""Missing values: the marginal density of the observed coordinates of each dat
 A fitted diffusion is a distribution of complete data. The observed coordinates of an incomplete datum have a marginal density, with the others integrated
 out, for which there is no analytic bound. Particles along the reverse chain give an unbiased estimate (:mod:`probdiff.inference.particles`) for any missing coordinates.
 
-Source of the estimate: Wu et al. (2023), arXiv:2306.17775, for particles along the reverse chain.
+Source of the estimate: Wu et al. (2023), arXiv:2306.17775.
 """
 
 import warnings
@@ -29,7 +29,7 @@ class ObservedLogProb(NamedTuple):
     r"""The log density of the observed coordinates of each datum, nats.
 
     Attributes:
-        log_prob: The log of an unbiased estimate of the density, shape ``(datum,)``; the log itself is too small in expectation.
+        log_prob: The log of an unbiased estimate of the density, shape ``(datum,)``; the log is too small in expectation.
         error: Standard error of ``log_prob``, from independent runs, shape ``(datum,)``; NaN for one run.
         ess: The smallest effective sample size of the particles over the steps, mean over the runs, shape ``(datum,)``.
         observed: The number of observed coordinates, shape ``(datum,)``.
@@ -53,8 +53,8 @@ class ObservedLogProb(NamedTuple):
         over_data = self.log_prob.std(ddof=1) / np.sqrt(count) if count > 1 else np.nan
         over_runs = np.sqrt(np.square(self.error).sum()) / count
         return (
-            f"{count} data, of which {self.observed.mean():.1f} coordinates were observed on average\n"
-            f"log p of these: {self.log_prob.mean():.4f} nats, ± {over_data:.4f} over the data, ± {over_runs:.4f} of the particles\n"
+            f"{count} data, of each of which {self.observed.mean():.1f} coordinates were observed on average\n"
+            f"log p of the observed coordinates: {self.log_prob.mean():.4f} nats, ± {over_data:.4f} over the data, ± {over_runs:.4f} of the particles\n"
             f"effective sample size at the worst step: {np.median(self.ess):.1f} (median of the data), {self.ess.min():.1f} at the least"
         )
 
@@ -73,7 +73,7 @@ def observed_log_prob(
 ) -> ObservedLogProb:
     r"""The log density of the observed coordinates of each datum (on a grid, their probability), with the others integrated out, under the model.
 
-    Each datum may have other missing coordinates, without new compilation. With nothing missing this is an estimate of log p(x), and with
+    The missing coordinates may differ between the data, without new compilation. With nothing missing this is an estimate of log p(x), and with
     everything missing it is 0, the log of 1. For the distribution of the missing coordinates of a single datum, use :func:`~probdiff.inference.smc` with an
     :class:`~probdiff.inference.Inpainting`.
 

@@ -59,7 +59,7 @@ class AbstractObservation(eqx.Module):
 
     @abc.abstractmethod
     def covariance(self, x: Float[Array, "dim"]) -> Float[Array, "observed observed"]:
-        """The covariance of y given x."""
+        """The covariance of y given x, shape ``(observed, observed)``."""
 
     def last_step(self, of_x: dist.Distribution) -> LastStep | None:
         """The last reverse step given y, if it has a closed form, otherwise None; ``of_x`` is the distribution of x given z_1."""
@@ -70,11 +70,11 @@ class AbstractObservation(eqx.Module):
         raise NotImplementedError(f"observation: Expected one that can be simulated, LinearGaussian or Inpainting; got {type(self).__name__}")
 
     def check(self, dim: int, likelihood: AbstractLikelihood, of_x: dist.Distribution) -> None:
-        """Refuse a model that does not suit this observation, because of its dimension or its kind of data; ``of_x`` is like the distribution of x given z_1."""
+        """Refuse a model whose dimension or kind of data does not suit this observation; ``of_x`` is the distribution of x given z_1, with shapes in place of arrays."""
 
 
 class LinearGaussian(AbstractObservation):
-    r"""y = A x + noise, Gaussian.
+    r"""y = A x + Gaussian noise.
 
     Args:
         matrix: A, shape ``(observed, dim)``; or a linear function of x of shape ``(dim,)``.
@@ -83,7 +83,7 @@ class LinearGaussian(AbstractObservation):
         covariance: Covariance of the noise, shape ``(observed, observed)``, instead of ``scale``.
 
     Raises:
-        ValueError: If shapes do not fit, a number is not finite, ``scale`` is not positive or ``covariance`` is not positive definite.
+        ValueError: If shapes do not fit, a number is not finite, ``scale`` is not positive, ``covariance`` is not positive definite, or not exactly one of the two is given.
 
     Example:
         >>> import jax.numpy as jnp
@@ -238,7 +238,7 @@ class Inpainting(AbstractObservation):
         likelihood.check_data(jnp.where(self.mask, self.values, somewhere)[None])
 
     def log_prob(self, x: Real[Array, "*batch dim"]) -> Float[Array, "*batch"]:
-        """None: coordinates that are known exactly have no density."""
+        """Raise a TypeError: coordinates that are known exactly have no density p(y | x)."""
         raise TypeError("Inpainting: Expected to be conditioned on through the last step; got a call of log_prob: p(y | x) has no density")
 
     def observed(self, x: Float[Array, "dim"]) -> Real[Array, "observed"]:
@@ -250,7 +250,7 @@ class Inpainting(AbstractObservation):
         return jnp.where(self.mask, x, 0)[self.index]
 
     def covariance(self, x: Float[Array, "dim"]) -> Float[Array, "observed observed"]:
-        """Zeros, shape ``(observed, observed)``."""
+        """Zeros, shape ``(observed, observed)``; 1 for an entry that :meth:`of_rows` filled up."""
         return jnp.diag(1 - self.mask[self.index].astype(x.dtype))
 
     def last_step(self, of_x: dist.Distribution) -> LastStep | None:
@@ -269,7 +269,7 @@ class Inpainting(AbstractObservation):
 
 
 def _by_coordinate(of_x: dist.Distribution) -> dist.Distribution | None:
-    """The distribution of the single coordinates, if they are independent."""
+    """The distribution of each coordinate, if the coordinates are independent; otherwise None."""
     independent = isinstance(of_x, dist.Independent) and of_x.base_dist.event_dim == 0 and of_x.event_dim == 1
     return of_x.base_dist if independent else None
 
@@ -277,13 +277,13 @@ def _by_coordinate(of_x: dist.Distribution) -> dist.Distribution | None:
 class Program(AbstractObservation):
     """The observed sites of a NumPyro program of x.
 
-    The twists approximate y given x by a normal with the mean and the variance of each site.
+    The twist ``"tweedie"`` and the DiagonalTwist approximate y given x by a normal with the mean and the variance of each site.
 
     Args:
-        function: A program ``f(x)``, x of shape ``(dim,)``, whose ``sample`` sites are all observed and have mean and variance.
+        function: A program ``f(x)``, x of shape ``(dim,)``, whose ``sample`` sites are all observed.
 
     Raises:
-        TypeError: If ``function`` is not callable. ValueError in use, if a site has no mean or variance for the twist.
+        TypeError: If ``function`` is not callable. ValueError in use, if a site is not observed, or has no mean or variance for such a twist.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist

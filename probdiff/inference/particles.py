@@ -66,7 +66,7 @@ class Problem(eqx.Module):
     twist: AbstractTwist
 
     def look(self, z: Float[Array, "dim"], n: Int[Array, ""]) -> tuple[dist.Distribution, Twisted]:
-        """The reverse kernel from a particle, and the twist there; at the last step, the twist is the likelihood of z_1, if it has a closed form."""
+        """The reverse kernel from a particle, and the twist there."""
         kernel = self.diffusion.reverse_kernel(z, n)
         twisted = self.twist(self.diffusion, self.observation, z, n)
         return kernel, twisted
@@ -100,7 +100,7 @@ class Problem(eqx.Module):
 
 
 def _look(problem: Problem, state: _State, n: Int[Array, ""], mesh: Mesh | None) -> _Seen:
-    """The reverse kernel and the twist of particles at step n, evaluated in chunks."""
+    """The reverse kernel and the twist of particles at step n, evaluated in chunks; at n = 1 the twist is p(y | z_1), if it has a closed form."""
 
     def one(z: Float[Array, "dim"]) -> tuple[dist.Distribution, Twisted]:
         return problem.look(z, n)
@@ -251,7 +251,7 @@ def make_problem(diffusion: Diffusion, observation: AbstractObservation, twist: 
     """A model given y, checked.
 
     Raises:
-        ValueError, TypeError: If the observation does not suit the model, or an argument has another value.
+        ValueError, TypeError: If the observation does not suit the model, or an argument is out of range.
     """
     require_type("diffusion", diffusion, Diffusion)
     require_type("observation", observation, AbstractObservation)

@@ -26,7 +26,7 @@ class Posterior(NamedTuple):
     Attributes:
         samples: Particles in the user's units, shape ``(particle, dim)``; several runs are concatenated.
         log_weights: The log of their weights, up to a constant, shape ``(particle,)``.
-        log_evidence: The log of an unbiased estimate of :math:`p_\theta(y)`, nats (the log itself is too small in expectation); for several runs, the log of the mean estimate.
+        log_evidence: The log of an unbiased estimate of :math:`p_\theta(y)`, nats (the log is too small in expectation); for several runs, the log of the mean estimate.
         log_evidence_error: Standard error of ``log_evidence``, from independent runs; NaN for one run.
         ess: Effective sample size of the weights at each step, at z_n in ``[n - 1]``, shape ``(num_steps,)``; the mean over several runs. The first entry is the effective sample
             size of the final particles.
@@ -84,7 +84,7 @@ class Posterior(NamedTuple):
         return self.samples[np.asarray(jax.random.categorical(key, jnp.asarray(self.log_weights), shape=(int(num_samples),)))]
 
     def to_datatree(self) -> "xr.DataTree":
-        """For ArviZ: ``posterior`` has ``x`` with dimensions (chain, draw, dim), resampled to equal weights, a run for each chain.
+        """For ArviZ: ``posterior`` has ``x`` with dimensions (chain, draw, dim), resampled to equal weights, one chain for each run.
 
         Group ``sample_stats`` has ``ess`` by step; ``particles`` has the weighted particles with their log weights; the attributes of ``posterior`` are
         ``log_evidence`` and its error.
@@ -104,7 +104,7 @@ class Posterior(NamedTuple):
         return xr.DataTree.from_dict(groups)
 
     def plot(self, title: str = "") -> "Figure":
-        """A figure: the weighted particles, of the first two dimensions, and the effective sample size by step."""
+        """A figure: the first two dimensions of the weighted particles, and the effective sample size by step."""
         from probdiff.diagnostics.plots import plot_posterior
 
         return plot_posterior(self.samples, self.weights, self.ess, title)
@@ -120,7 +120,7 @@ class Posterior(NamedTuple):
 
 
 def log_mean_with_error(log_evidences: ArrayLike) -> tuple[np.ndarray | np.float64, np.ndarray | np.float64]:
-    """The log of the mean over the first axis, of independent runs, and its standard error; NaN for one run, and if the mean is 0."""
+    """The log of the mean estimate over independent runs, the first axis, and its standard error: NaN for one run, and if the mean is 0."""
     log_evidences = np.asarray(log_evidences, np.float64)
     count = len(log_evidences)
     total = logsumexp(log_evidences, 0) - np.log(count)

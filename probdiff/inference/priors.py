@@ -135,9 +135,9 @@ class FlowPrior(dist.TransformedDistribution):
 class ChainPrior:
     r"""The reverse chain as part of a program: its noise is the latent site, and x is a function of the noise (non-centred).
 
-    ``with numpyro.handlers.scope(prefix="prior"): x = ChainPrior(fitted)()`` in any program. Sites: ``noise``, standard normal, shape ``(num_steps + 1, dim)``, step n of the chain
-    at ``[n]``; ``deterministic`` ``x``, shape ``(dim,)``, in the user's units; under plates both have the axes of the plates in front, with an independent x for each index. The distribution of
-    x is :math:`p_\theta(x)` itself. Each x has (N + 1) · dim latents, which suits short chains.
+    ``with numpyro.handlers.scope(prefix="prior"): x = ChainPrior(fitted)()`` in any program. Sites: ``noise``, standard normal, shape ``(num_steps + 1, dim)``, the
+    noise of z_n at ``[n]`` and of x at ``[0]``; ``deterministic`` ``x``, shape ``(dim,)``, in the user's units; under plates both have the axes of the plates in front,
+    with an independent x for each index. The distribution of x is :math:`p_\theta(x)` itself. Each x has (N + 1) · dim latents, which suits short chains.
 
     Args:
         diffusion: A fitted model, with a :class:`~probdiff.NormalLikelihood` and Gaussian reverse steps.

@@ -21,7 +21,7 @@ from numpyro.util import is_prng_key
 
 from probdiff._checks import PyTree, require
 
-SCALING = 2.56  # scale of the steps of the random walk, divided by the root of the dimension: Sherlock et al. (2015), arXiv:1309.7209, section 3.2
+SCALING = 2.56  # scale of the steps of the random walk, times the root of the dimension: Sherlock et al. (2015), arXiv:1309.7209, section 3.2
 
 
 class PseudoMarginalState(NamedTuple):
@@ -62,7 +62,7 @@ class PseudoMarginal(MCMCKernel):
         init_strategy: As for the kernels of NumPyro.
 
     Raises:
-        TypeError: If ``model`` is not callable.
+        TypeError: If ``model`` is not callable. ValueError in use, with ``chain_method="vectorized"``.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist

@@ -5,8 +5,8 @@ The estimate of the evidence is unbiased for every twist; with a good twist the 
 
     Cov[x_0 | z_n] = (1−ᾱ_n)/√ᾱ_n · ∂x̂_0/∂z_n,
 
-which is exact for the exact network of any data. For normal data the twist is then p(y | z_n) itself. Where a fitted network has derivatives that cannot be right, a
-variance takes their place that is measured on paths of the model (:mod:`probdiff.inference.uncertainty`).
+which is exact for the exact network of any data. For normal data the twist is then p(y | z_n) itself. Where the derivatives of a fitted network
+cannot be right, a variance that is measured on paths of the model replaces them (:mod:`probdiff.inference.uncertainty`).
 
 Sources: twisted proposals, Wu et al. (2023), arXiv:2306.17775, section 3; the covariance in a twist of this form, Boys et al. (2023), arXiv:2310.06721, section 3.
 """
@@ -65,7 +65,7 @@ class AbstractTwist(eqx.Module):
         """The twist at a particle ``z`` after n steps, 1 ≤ n ≤ N."""
 
     def adapted(self, diffusion: Diffusion, observation: AbstractObservation) -> "AbstractTwist":
-        """The twist with what it has measured of a model, once before any particles are drawn; here the twist itself."""
+        """The twist with its measurements of a model, made once, before any particles are drawn; here the twist itself."""
         return self
 
     def evaluations(self, observation: AbstractObservation, dim: int) -> int:
@@ -129,7 +129,7 @@ class DiagonalTwist(AbstractTwist):
     observed coordinates as if x_0 were y there, which is correct, and the network moves the hidden coordinates, given all of them. The dependence of coordinates given
     z_n is neglected in the weights, whose variance is larger for it; the estimate of the evidence is unbiased nevertheless.
 
-    If the last step given y has a closed form for such an x, no matrix is computed.
+    For Inpainting no matrix is computed.
 
     Example:
         >>> import jax
@@ -180,7 +180,7 @@ class TweedieTwist(AbstractTwist):
     :class:`DiagonalTwist` takes its place.
 
     Args:
-        uncertainty: What was measured of the model; None in the twist that one gives to :func:`smc`.
+        uncertainty: The measured variances of the model; None in the twist that is passed to :func:`smc`.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -188,7 +188,7 @@ class TweedieTwist(AbstractTwist):
         >>> diffusion = probdiff.Diffusion(schedule, normal.network(schedule))
         >>> observation = probdiff.inference.LinearGaussian([[1.0, -1.0]], y=[0.4], scale=0.5)
         >>> wide, narrow = (twist()(diffusion, observation, jnp.zeros(2), 5).log_prob for twist in (probdiff.inference.TweedieTwist, probdiff.inference.PointTwist))
-        >>> bool(wide < narrow)  # at y near the mean: what is not known of x_0 after five steps makes y less certain
+        >>> bool(wide < narrow)  # at y near the mean: the uncertainty of x_0 after five steps makes y less certain
         True
     """
 
@@ -252,7 +252,7 @@ def named_twist(twist: AbstractTwist | str) -> AbstractTwist:
 
 
 def _log_probabilities(diffusion: Diffusion, z: Float[Array, "dim"], n: Int[Array, ""]) -> Float[Array, "dim level"] | None:
-    """log p(v | z_n) of the levels of the data, if the network predicts those."""
+    """log p(v | z_n) of the levels v of the data; None if the network does not predict their probabilities."""
     log_p = diffusion.log_probabilities(z, n)
     return None if log_p is None or log_p.shape[-1] != diffusion.likelihood.levels else log_p
 

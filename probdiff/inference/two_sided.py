@@ -44,7 +44,7 @@ class EvidenceBounds(NamedTuple):
     upper: Float[np.ndarray, "datum"]
 
     def __repr__(self) -> str:
-        """Both means and their difference, with errors over the data."""
+        """The means of both bounds and of their difference, with errors over the data."""
         rows = (("log p(y), at least", self.lower), ("log p(y), at most", self.upper), ("distance", self.upper - self.lower))
         lines = [f"{name:20}{each.mean():10.4f} ± {each.std(ddof=1) / np.sqrt(len(each)):.4f}" for name, each in rows]
         return "\n".join([f"{len(self.x)} observations simulated from the model; nats, ± standard error over them", *lines])

@@ -1,11 +1,11 @@
-r"""How well x_0 is known at each step, measured on paths of the model itself: for twists that need a covariance of x_0 given z_n.
+r"""The uncertainty of x_0 at each step, measured on paths of the model itself: for twists that need a covariance of x_0 given z_n.
 
 By Tweedie's formula of second order the derivative of the predicted mean gives this covariance,
 
     Cov[x_0 | z_n] = (1−ᾱ_n)/√ᾱ_n · ∂x̂_0/∂z_n = (1−ᾱ_n)/ᾱ_n · (I − √(1−ᾱ_n) ∂ε̂/∂z_n),
 
-exactly so for the exact network. Of a fitted network it is wrong where there is little signal: an error of the derivative of ε̂ by 1 % is multiplied by (1−ᾱ_n)/ᾱ_n, which is
-400 at a log-SNR of −6. A covariance has no negative eigenvalue. Steps at which the formula gives a negative variance on some path of the model are found out, and the mean
+exactly so for the exact network. For a fitted network it is wrong where there is little signal: an error of the derivative of ε̂ by 1 % is multiplied by (1−ᾱ_n)/ᾱ_n, which is
+400 at a log-SNR of −6. A covariance has no negative eigenvalue. Steps at which the formula gives a negative variance on some path of the model are marked, and the mean
 squared error of the prediction is the variance to be used there.
 """
 
@@ -22,11 +22,11 @@ SEED = 20_061  # the paths are those of the model, whatever the key of the parti
 
 
 class Uncertainty(eqx.Module):
-    """Of x_0 given z_n, on average over paths of the model.
+    """The variance of x_0 given z_n, on average over paths of the model.
 
     Attributes:
         variance: Mean squared error of the predicted x_0 in each dimension, shape ``(num_steps, dim)``, step n at ``[n - 1]``.
-        credible: Whether the derivative of the network gave a positive variance on every path, shape ``(num_steps,)``.
+        credible: Whether the derivative of the network gave no negative variance, in a random direction, on any path, shape ``(num_steps,)``.
     """
 
     variance: Float[Array, "num_steps dim"]

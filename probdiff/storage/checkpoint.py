@@ -152,7 +152,7 @@ class Checkpoint:
 
     @property
     def minutes(self) -> float:
-        """How many minutes the saved fit has spent, of a fit that ends with its time; 0 of any other, and if there is none."""
+        """The minutes that the saved fit has spent, if it was limited by time; otherwise, and if there is none, 0."""
         return self._first(lambda path: read_leaves(path)[0]["settings"].get("seconds", 0.0) / 60, warn=False) or 0.0
 
     def load_best(self, template: Any) -> Any:
@@ -186,7 +186,7 @@ class Checkpoint:
         return self._first(restored)
 
     def _first(self, read: Callable[[Path], Any], warn: bool = True) -> Any:
-        """``read(path)`` of the first path for which it is possible; None if there is no file."""
+        """``read(path)`` for the first path that can be read; None if there is no file."""
         problems = []
         for path in self._paths:
             try:

@@ -12,6 +12,7 @@
     estimators.nc    draws of every estimator of the bound, if they were compared
     figures/         loss, KL against step, samples
     samples/         samples that were drawn later, an array and a figure each
+    posteriors/      posteriors by ``probdiff posterior``, arrays and a figure each
 
 Folders of probdiff 0.1 have ``.npz`` in place of ``.eqx``; they are read, and a resumed fit writes ``.eqx``.
 """
@@ -152,7 +153,7 @@ class Run:
 
     @property
     def best_so_far(self) -> Diffusion:
-        """The Diffusion with the best validation bound so far of a fit that continues, also in another process.
+        """The Diffusion with the best validation bound so far, while its fit continues in this process or another.
 
         Raises:
             FileNotFoundError: If the fit has no checkpoint, or had no validation yet.
@@ -180,7 +181,11 @@ class Run:
 
     @property
     def datatree(self) -> "xr.DataTree":
-        """The DataTree in ``elbo.nc``, in the present layout of :func:`~probdiff.to_datatree`."""
+        """The DataTree in ``elbo.nc``, in the present layout of :func:`~probdiff.to_datatree`.
+
+        Raises:
+            FileNotFoundError: If the terms were not saved; ValueError if the file is damaged.
+        """
         import h5py
         import xarray as xr
 

@@ -9,8 +9,8 @@ class Clock:
     """A clock that starts now, and plans updates for the time that is left from the time that each has taken so far.
 
     Args:
-        seconds: The time in all.
-        before: The time that was spent before.
+        seconds: The whole time.
+        before: The seconds that were spent before.
     """
 
     def __init__(self, seconds: float, before: float) -> None:
@@ -20,7 +20,7 @@ class Clock:
 
     @property
     def spent(self) -> float:
-        """Seconds spent."""
+        """Seconds spent so far."""
         return time.monotonic() - self._start
 
     def updates_left(self, done: Whole) -> int | None:

@@ -65,7 +65,7 @@ class Fit(NamedTuple):
     """A finished fit.
 
     Attributes:
-        diffusion: The trained Diffusion, with the averaged parameters; with validation data, those with the best bound on them.
+        diffusion: The trained Diffusion, with the averaged parameters; with validation data, the averaged parameters with the best bound on these data.
         losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update was
             skipped, because the loss or a gradient was not finite.
         validation: Rows of (iteration, bound on the validation data in nats per datum).
@@ -96,7 +96,7 @@ class Fit(NamedTuple):
 
     @property
     def skipped_updates(self) -> int:
-        """How many updates were skipped."""
+        """The number of skipped updates."""
         return int(np.isnan(self.losses).sum())
 
 
@@ -141,12 +141,13 @@ def fit(
             are orthogonalised (:func:`~probdiff.training.orthogonalised_convolutions`), with weight decay. Or a schedule of optax that replaces warm-up and decay,
             or an optimiser.
         key: JAX key; ``jax.random.key(0)`` if not given.
-        validation: Held-out data. If given, the result is the averaged parameters with the best bound on them, estimated
-            each time with the same noise.
+        validation: Held-out data, shape ``(datum, column)``. If given, the result is the averaged parameters with the best bound on these data,
+            estimated each time with the same noise.
         validation_context: Of a conditional model, the context of the held-out data.
         validate_every: Iterations between validations.
-        elbo: A NumPyro ELBO, the name of one of :data:`~probdiff.ESTIMATORS`, or the pair (guide, ELBO) that it gives; if not given, ``AnalyticELBO(diffusion, steps="stratified_importance", points="batch")``, or without the
-            ``points`` for a reverse kernel whose KL has no closed form.
+        elbo: A NumPyro ELBO, for the posterior guide unless it has a guide of its own; the name of one of :data:`~probdiff.ESTIMATORS`, or the pair (guide, ELBO) that
+            it gives. If not given, ``AnalyticELBO(diffusion, steps="stratified_importance", points="batch")``, or without the ``points`` for a reverse kernel whose KL
+            has no closed form.
         ema_decay: Decay of the parameter average.
         checkpoint: An object with ``load(template) -> FitState or None`` and ``save(state)``, such as
             :class:`~probdiff.storage.Checkpoint`; the fit continues from the saved state, with its keys, and saves every

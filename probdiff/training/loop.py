@@ -24,7 +24,7 @@ from probdiff.programs.sites import PARAMS, Data
 from probdiff.training.minibatches import Minibatches
 
 CHUNK = 100  # updates, between two checks of the results
-VALIDATION_ROWS = 2**12  # network evaluations, with the same noise each time, so that it hardly affects comparisons
+VALIDATION_ROWS = 2**12  # network evaluations of a validation; the noise is the same each time, and hardly affects comparisons
 MOST_SKIPPED = 10  # skipped updates in a row, after which a fit ends with an error
 
 
@@ -39,8 +39,8 @@ class FitState(NamedTuple):
         losses: Negative bound of each iteration's minibatch, nats per datum, shape ``(iteration,)``; NaN where the update
             was skipped. Its length is the number of iterations, which together with the key determines the next minibatch.
         validation: Rows of (iteration, bound on the validation data in nats per datum).
-        settings: The arguments of the fit, by name: a resumed fit must have the same, or more iterations if it had ended. ``begun`` is
-            the number of iterations before the present leg.
+        settings: The arguments of the fit, by name: a resumed fit must have the same, or more iterations or minutes if it had ended. ``begun`` is
+            the number of iterations before the optimiser was last initialised.
 
     Example:
         >>> import jax, probdiff

@@ -33,7 +33,7 @@ class EMAState(NamedTuple):
 def parameter_ema(decay: float) -> optax.GradientTransformation:
     """Exponential moving average of the *parameters*; put it last in ``optax.chain``. Updates pass unchanged.
 
-    The decay rises from 0.1 to ``decay`` as (1 + t) / (10 + t), so that the initial weights are soon forgotten.
+    The decay of update t = 1, 2, … is (1 + t) / (10 + t) until that exceeds ``decay``, so that the initial weights are soon forgotten.
 
     Example:
         >>> import jax.numpy as jnp, optax, probdiff
@@ -60,8 +60,8 @@ def parameter_ema(decay: float) -> optax.GradientTransformation:
 def orthogonalised_convolutions() -> optax.GradientTransformation:
     r"""Orthogonalise the update of each convolution, so that its singular values are nearly equal. All other updates pass unchanged. There is no state.
 
-    An array of four axes is a convolution, and a matrix of shape (m, n) one of whose sides is its outputs: the longer of the first and the last
-    axis. :math:`U = A \Sigma B^T` becomes :math:`0.2 \sqrt{\max(m, n)}\, A B^T`, by five Newton–Schulz iterations, after which
+    An array of four axes is a convolution. It is treated as a matrix of shape (m, n): one side is the longer of the first and the last axis (the outputs),
+    the other side all other axes. :math:`U = A \Sigma B^T` becomes :math:`0.2 \sqrt{\max(m, n)}\, A B^T`, by five Newton–Schulz iterations, after which
     the singular values are between 0.7 and 1.2 instead of 1. The factor gives the update the size of an update of Adam, so that one learning rate suits both.
     Source: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon, where the momentum is orthogonalised; for the factor, Liu et al.
     (2025), arXiv:2502.16982, section 2.2.

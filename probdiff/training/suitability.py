@@ -11,12 +11,12 @@ from probdiff._checks import AnyArray, PyTree
 from probdiff.diffusion import Diffusion
 from probdiff.likelihoods.density import atom, has_few_values
 
-ROWS = 1000  # that are inspected
-LARGEST_SQUARE, SMALLEST_SD = 10.0, 0.1  # of encoded data, about 1 where they are standardised
+ROWS = 1000  # rows that are inspected
+LARGEST_SQUARE, SMALLEST_SD = 10.0, 0.1  # of encoded data; both are about 1 for standardised data
 
 
 def warn_of_unsuited(diffusion: Diffusion, x: Real[AnyArray, "datum column"], columns: Sequence[str] | None = None) -> None:
-    """Warn of columns with a density whose standard deviation is far from 1, that of the noise, and of columns with few distinct values that are modelled by a density.
+    """Warn of columns with a density whose encoded mean square is above 10 or standard deviation below 0.1, and of the first column with few distinct values or one frequent value.
 
     Args:
         diffusion: The model that is to be fitted.
@@ -38,7 +38,7 @@ def warn_of_unsuited(diffusion: Diffusion, x: Real[AnyArray, "datum column"], co
         warnings.warn(
             f"x: Expected data of about mean 0 and standard deviation 1 for the chain; got mean {x0[worst].mean():.3g} "
             f"and standard deviation {x0[worst].std():.3g} in column {worst}"
-            f"{f' and the like in {len(odd) - 1} more' if len(odd) > 1 else ''}. Noise of unit variance does not hide that, or hides it at once: "
+            f"{f' and the like in {len(odd) - 1} more' if len(odd) > 1 else ''}. Noise of unit variance never hides such data, or hides them at once: "
             "NormalLikelihood.standardized(x) takes shift and scale from the data",
             stacklevel=3,
         )
