@@ -1,6 +1,7 @@
 """The two Markov chains: noise schedules, the forward chain in closed form, the reverse kernels and their variances, noise and score.
 
-No function here calls a network: a reverse kernel is given the prediction of one. The package imports only the checks and the likelihoods.
+A reverse kernel is given the prediction of a network; only :func:`probdiff.chain.score.score` evaluates one, that of a given Diffusion.
+Of the parts of a model the package imports only the likelihoods.
 """
 
 from probdiff.chain import score

@@ -1,6 +1,6 @@
-r"""Noise schedules in the words of other libraries and papers.
+r"""Noise schedules of other libraries and papers.
 
-The same quantities under other names, with the time t of the other library on the left:
+Their time t and their symbols, and the same quantities in the notation of this package:
 
     diffusers, improved-diffusion     t = 0 … N−1 is step n = t + 1;  alphas_cumprod[t] = ᾱ_n
     VDM                               γ(t) = −log SNR, so ᾱ = sigmoid(−γ); T steps from t = 0 to 1 are N = T + 1 noise levels, the first at t = 0
@@ -28,15 +28,15 @@ def diffusers_schedule(config: Any) -> NoiseSchedule:
     r"""The noise schedule of a diffusers scheduler, in float64 where diffusers has float32.
 
     Step n is the timestep t = n − 1 of diffusers. ``trained_betas`` are used unchanged; otherwise ``beta_schedule`` is ``"linear"``, ``"scaled_linear"``,
-    ``"sigmoid"`` (each of ``beta_start`` and ``beta_end``) or ``"squaredcos_cap_v2"``, at ``num_train_timesteps``. The other entries are
-    ignored: ``timestep_spacing`` and ``steps_offset`` are about samples in fewer steps, and the chain has all steps.
+    ``"sigmoid"`` (each of ``beta_start`` and ``beta_end``) or ``"squaredcos_cap_v2"``, at ``num_train_timesteps``. Other entries are
+    ignored, such as ``timestep_spacing`` and ``steps_offset`` for samplers of fewer steps.
 
     Args:
         config: The configuration, a dict such as that of a scheduler_config.json, or the scheduler itself (anything with ``.config``).
 
     Raises:
-        ValueError, TypeError: If an entry is missing or has another value than these; and if ``rescale_betas_zero_snr`` is set: with
-            :math:`\bar\alpha_N = 0` there is no log-SNR at step N, and a prediction of the data cannot be converted into one of the noise. If ``config`` is a
+        ValueError, TypeError: If an entry is missing or has another value than these; if ``rescale_betas_zero_snr`` is set: with
+            :math:`\bar\alpha_N = 0` there is no log-SNR at step N, and a prediction of the noise says nothing about the data; or if ``config`` is a
             scheduler whose ``alphas_cumprod`` are not those of its betas, as where ``snr_shift_scale`` is not 1.
 
     Example:
@@ -100,7 +100,7 @@ def vdm_schedule(gamma: Callable[[Float[np.ndarray, "num_steps"]], Any], num_ste
         num_steps: N, at least 2.
 
     Raises:
-        ValueError: If N is too small, or :math:`\gamma` does not increase or is not finite.
+        ValueError, TypeError: If N is too small, or :math:`\gamma` is not a function, does not increase or is not finite.
 
     Example:
         >>> import probdiff
@@ -109,7 +109,7 @@ def vdm_schedule(gamma: Callable[[Float[np.ndarray, "num_steps"]], Any], num_ste
     """
     require_count("num_steps", num_steps)
     require(callable(gamma), "gamma", "a function of an array of times", type(gamma).__name__, TypeError)
-    require(num_steps >= 2, "num_steps", "at least 2, one more than their T", num_steps)
+    require(num_steps >= 2, "num_steps", "at least 2, one more than T", num_steps)
     values = np.asarray(gamma(np.linspace(0.0, 1.0, num_steps)), np.float64)
     require(values.shape == (num_steps,), "gamma", f"an array of shape ({num_steps},), as the times have", f"shape {values.shape}")
     return NoiseSchedule.from_log_snr(-values)

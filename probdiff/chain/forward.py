@@ -1,6 +1,6 @@
-r"""The closed-form facts of the forward chain, as NumPyro distributions.
+r"""The forward chain in closed form, as NumPyro distributions.
 
-Everything here is a consequence of :math:`q(z_n | z_{n-1}) = N(\sqrt{\alpha_n} z_{n-1}, \beta_n I)` and of
+Everything here follows from :math:`q(z_n | z_{n-1}) = N(\sqrt{\alpha_n} z_{n-1}, \beta_n I)` and of
 :math:`z_0 = x_0`. Source: Ho et al. (2020), arXiv:2006.11239, eqs. 2, 4, 6 and 7. Steps are 1-based integers and
 may be arrays that broadcast against the batch; distributions have ``event_shape == (dim,)``.
 """
@@ -80,8 +80,8 @@ def forward_posterior(
     Args:
         schedule: The noise schedule.
         z: :math:`z_n`, shape ``(*batch, dim)``.
-        x0: Encoded data, same shape.
-        n: Step, 2 ≤ n ≤ N (:math:`z_0` is :math:`x_0` itself), an integer or an integer array.
+        x0: Encoded data, of the same shape or one that broadcasts to it.
+        n: Step, 2 ≤ n ≤ N (:math:`z_0` is :math:`x_0` itself), an integer or an integer array that broadcasts to ``batch``.
 
     Raises:
         ValueError: If n is outside [2, N]; TypeError if it is not an integer.
@@ -107,7 +107,7 @@ def forward_posterior(
 
 
 def prior_kl(schedule: AbstractSchedule, x0: Float[AnyArray, "*batch dim"]) -> Float[Array, "*batch"]:
-    r"""KL of :math:`q(z_N | x_0)` to N(0, I), in nats, shape ``batch`` for ``x0`` of shape ``(*batch, dim)``.
+    r"""KL divergence of :math:`q(z_N | x_0)` from N(0, I), in nats, shape ``batch`` for ``x0`` of shape ``(*batch, dim)``.
 
     Example:
         >>> import jax.numpy as jnp, probdiff

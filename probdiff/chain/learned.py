@@ -11,19 +11,19 @@ from jaxtyping import Array, Float
 from probdiff._checks import Number, Whole, require, require_count
 from probdiff.chain.schedules import AbstractSchedule, ScheduleTables
 
-KNOTS = 32  # of the log-SNR
-EVEN_SHARE = 0.05  # of its range that is spread evenly whatever the parameters, so that no step vanishes
+KNOTS = 32  # at most, linear pieces of the log-SNR
+EVEN_SHARE = 0.05  # of the range of the log-SNR, spread evenly over the pieces for all parameters, so that no step vanishes
 
 
 class LearnedSchedule(AbstractSchedule):
     r"""A schedule whose log-SNR falls from a learned start to a learned end in a learned shape.
 
-    The log-SNR is piecewise linear in n between knots, each piece a positive share of the range. It starts as
-    :func:`~probdiff.log_snr_schedule`. Its tables are JAX arrays that can be differentiated with respect to the parameters.
-    :meth:`fixed` gives the :class:`~probdiff.NoiseSchedule` of the present parameters, which evaluations use.
+    The log-SNR is piecewise linear in n, each piece with a positive share of the range. The initial schedule is
+    :func:`~probdiff.log_snr_schedule`. The tables are JAX arrays that can be differentiated with respect to the parameters.
+    :meth:`fixed` gives the :class:`~probdiff.NoiseSchedule` of the present parameters, which replaces the schedule outside training.
 
     With many steps the bound hardly depends on the shape, but the variance of a one-step estimate does:
-    see ``AnalyticELBO(…, schedule_loss="variance")``. Source: Kingma et al. (2021), arXiv:2107.00630, section 4 and appendix H.
+    see ``AnalyticELBO(…, schedule_loss="variance")``. Source: Kingma et al. (2021), arXiv:2107.00630, section 3.2 and appendix H.
 
     Args:
         num_steps: N, at least 2.

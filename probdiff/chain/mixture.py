@@ -1,10 +1,10 @@
-r"""Reverse steps for data on a grid: a mixture of Gaussians, one for each level that a datum can have.
+r"""Reverse steps for data on a grid: in each dimension a mixture of Gaussians, one for each level.
 
     p(z_{n−1} | z_n) = ∏_i Σ_v p(v | z_n) q(z_{n−1,i} | z_{n,i}, v)
 
-where v runs over the levels, and p(v | z_n) comes from a :class:`~probdiff.networks.CategoricalHead`. A Gaussian kernel replaces the sum by one Gaussian
-of the same mean, which costs nats where steps are few and the sum has several humps. For one dimension the mixture is exact, whatever
-the number of steps. At n = 1 the level itself is drawn from p(v | z_1). Source of the idea, in discrete diffusion: Austin et al.
+where v runs over the levels, and p(v | z_n) comes from a :class:`~probdiff.networks.CategoricalHead`. A Gaussian kernel replaces the mixture by one Gaussian
+of the same mean, which costs nats where steps are few and the mixture is multimodal. For data of one dimension and exact p(v | z_n) the mixture is exact
+for any number of steps. At n = 1 the level itself is drawn from p(v | z_1). Source of the idea, in discrete diffusion: Austin et al.
 (2021), arXiv:2107.03006, section 3.3.
 """
 
@@ -26,7 +26,7 @@ from probdiff.likelihoods import AbstractLikelihood
 
 
 class StepMixture(dist.MixtureSameFamily):
-    """NumPyro's mixture, which ``scan`` can stack."""
+    """NumPyro's mixture, with the promotion of batch shapes that ``scan`` needs."""
 
 
 @promote_batch_shape.register
@@ -41,7 +41,7 @@ def _promote_mixture(d: StepMixture) -> StepMixture:
 class MixtureKernel(AbstractKernel):
     """Mixture reverse steps; the network must be a :class:`~probdiff.networks.CategoricalHead` of as many levels.
 
-    Its KL has no closed form: the analytic bound has a sampled log-ratio in its place, unbiased and labelled as sampled.
+    The step KL has no closed form: in the analytic bound an unbiased sample of the log-ratio replaces it (``ELBOTerms.closed_form`` is False).
 
     Args:
         levels: Number of levels L.
@@ -67,7 +67,7 @@ class MixtureKernel(AbstractKernel):
         self.levels = int(levels)
 
     def prior(self, shape: tuple[int, ...]) -> dist.Distribution:
-        """N(0, I) as a distribution of the kernel's own kind, for latents of shape ``(*batch, dim)``: equal parts."""
+        """N(0, I) as a mixture, for latents of shape ``(*batch, dim)``: L equal components."""
         shape = (*shape, self.levels)
         return _mixture(jnp.full(shape, -jnp.log(self.levels)), jnp.zeros(shape), jnp.ones(shape))
 
@@ -111,7 +111,7 @@ class MixtureKernel(AbstractKernel):
         x: Real[AnyArray, "datum column"],
         x0: Float[Array, "datum dim"],
     ) -> Float[Array, "datum"]:
-        """The reconstruction if the level were known: 0, shape ``(datum,)``."""
+        """The reconstruction term for a network that knows the level: 0, shape ``(datum,)``."""
         return jnp.zeros(len(x0), x0.dtype)
 
     def excess(self, schedule: AbstractSchedule, step: SampledStep) -> Float[Array, "*batch"]:
@@ -131,7 +131,7 @@ class MixtureKernel(AbstractKernel):
         return -jax.nn.logsumexp(step.prediction - offset * (xi + offset / 2), -1).sum(-1)
 
     def kl_weight(self, schedule: AbstractSchedule) -> TableByDim:
-        r"""The weight of a squared error of the noise under Gaussian steps, as an approximation, in nats, shape ``(num_steps,)``."""
+        r"""The weight of a squared error of the noise under Gaussian steps, an approximation, in nats, shape ``(num_steps,)``."""
         return GaussianKernel("posterior").kl_weight(schedule)
 
     def constants(self, schedule: AbstractSchedule, dim: int) -> Table:
@@ -139,7 +139,7 @@ class MixtureKernel(AbstractKernel):
         return array_module(schedule.beta).zeros(schedule.num_steps)
 
     def check_parts(self, network: Callable[..., Any], likelihood: AbstractLikelihood) -> None:
-        """Refuse a network that does not predict probabilities of as many levels, and a likelihood of other data than levels from 0."""
+        """Refuse a network that does not predict probabilities of as many levels, and a likelihood of data other than the levels 0 … L − 1."""
         for name, part, expected in (("network", network, "CategoricalHead"), ("likelihood", likelihood, "DiscretizedNormalLikelihood")):
             levels = getattr(part, "levels", None)
             got = f"a {type(part).__name__} of {levels}" if levels else f"a {type(part).__name__}"

@@ -21,8 +21,8 @@ def linear_schedule(num_steps: Whole, beta_min: Number = 1e-4, beta_max: Number 
     r"""The linear schedule of Ho et al. (2020), arXiv:2006.11239, section 4, at any number of steps.
 
     At N = 1000 :math:`\beta_n` rises linearly from ``beta_min`` to ``beta_max``, as published. At other N the
-    *rate* :math:`-\log(1-\beta_n)` is scaled by 1000/N, so that the chain ends equally noisy and every
-    :math:`\beta_n` stays below 1. (Scaling :math:`\beta_n` itself gives :math:`\beta > 1` below N = 20.)
+    *rate* :math:`-\log(1-\beta_n)` is scaled by 1000/N, so that the chain ends about equally noisy and every
+    :math:`\beta_n` stays below 1.
 
     Args:
         num_steps: N, at least 1.
@@ -30,7 +30,7 @@ def linear_schedule(num_steps: Whole, beta_min: Number = 1e-4, beta_max: Number 
         beta_max: Last variance, at N = 1000.
 
     Raises:
-        ValueError, TypeError: If ``num_steps`` is not a positive integer, or the variances are not between 0 and 1.
+        ValueError, TypeError: If ``num_steps`` is not a positive integer, or not 0 < ``beta_min`` ≤ ``beta_max`` < 1.
 
     Example:
         >>> import probdiff
@@ -52,7 +52,7 @@ def linear_schedule(num_steps: Whole, beta_min: Number = 1e-4, beta_max: Number 
 def cosine_schedule(num_steps: Whole) -> NoiseSchedule:
     r"""The cosine schedule of Nichol and Dhariwal (2021), arXiv:2102.09672, eq. 17, offset s = 0.008.
 
-    :math:`\bar\alpha` follows a squared cosine; as published, :math:`\beta_n` is cut off at 0.999.
+    :math:`\bar\alpha` follows a squared cosine; as published, :math:`\beta_n` is clipped at 0.999.
 
     Args:
         num_steps: N, at least 1.
@@ -74,8 +74,8 @@ def cosine_schedule(num_steps: Whole) -> NoiseSchedule:
 def log_snr_schedule(num_steps: Whole, log_snr_max: Number = 10.0, log_snr_min: Number = -8.0) -> NoiseSchedule:
     r"""Log-SNR falling linearly from ``log_snr_max`` at n = 1 to ``log_snr_min`` at n = N.
 
-    Among the fixed schedules, the one-step estimator of the bound has the least variance under this one. Source: Kingma et al.
-    (2021), arXiv:2107.00630, section 3.1 and fig. 4b. At N = 1 the only step is at ``log_snr_min``.
+    Of three fixed schedules that were compared, this one gave a one-step estimator of the bound the least variance: Kingma et al.
+    (2021), arXiv:2107.00630, fig. 4b. At N = 1 the only step is at ``log_snr_min``.
 
     Args:
         num_steps: N, at least 1.

@@ -21,13 +21,13 @@ from probdiff.likelihoods import AbstractLikelihood
 
 PREDICTED = "predicted"
 
-_AT_LEAST = GaussianKernel("posterior")  # with the mean of all Gaussian steps, and their least variance
+_AT_LEAST = GaussianKernel("posterior")  # the kernel of the same mean and of the least variance, β̃_n
 
 
 class PredictedVarianceKernel(AbstractKernel):
     r"""Gaussian reverse steps of predicted variance; the network must be a :class:`~probdiff.networks.VarianceHead`.
 
-    At n = 1, where :math:`\tilde\beta_1 = 0`, the variance that the likelihood reads is predicted like the others, between
+    At n = 1, where :math:`\tilde\beta_1 = 0`, the variance from which the likelihood is made is predicted like the others, interpolated between
     :math:`\tilde\beta_2` and :math:`\beta_1`: it is not :math:`\beta_1` as under the other Gaussian kernels. Published
     networks were trained, and their bits per dimension reported, in this way: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.1, clip
     :math:`\tilde\beta_1` to :math:`\tilde\beta_2`. A chain of one step has :math:`v_1 = \beta_1`.
@@ -54,7 +54,7 @@ class PredictedVarianceKernel(AbstractKernel):
         return PREDICTED
 
     def prior(self, shape: tuple[int, ...]) -> dist.Distribution:
-        """N(0, I) as a distribution of the kernel's own kind, for latents of shape ``(*batch, dim)``: a variance for each."""
+        """N(0, I) for latents of shape ``(*batch, dim)``, with a variance for each datum and dimension."""
         return dist.Normal(jnp.zeros(shape), jnp.ones(shape)).to_event(1)
 
     def __call__(
@@ -74,7 +74,7 @@ class PredictedVarianceKernel(AbstractKernel):
         return dist.Normal(loc, largest * jnp.exp((share - 1) * span / 2)).to_event(1)
 
     def observation(self, likelihood: AbstractLikelihood, last: dist.Independent) -> dist.Distribution:
-        """The distribution of the data, given that of the last reverse step."""
+        """The distribution of the data, given the distribution of the last reverse step."""
         return _AT_LEAST.observation(likelihood, last)
 
     def noise_free_reconstruction(
@@ -84,14 +84,14 @@ class PredictedVarianceKernel(AbstractKernel):
         x: Real[AnyArray, "datum column"],
         x0: Float[Array, "datum dim"],
     ) -> Float[Array, "datum"]:
-        r"""The reconstruction if the noise were known and the variance :math:`\beta_1`, shape ``(datum,)``."""
+        r"""The reconstruction term for a network that knows the noise, at the variance :math:`\beta_1`, in nats, shape ``(datum,)``."""
         return _AT_LEAST.noise_free_reconstruction(schedule, likelihood, x, x0)
 
     def excess(self, schedule: AbstractSchedule, step: SampledStep) -> Float[Array, "*batch"]:
-        r"""The whole KL of step n, in nats, in expectation over the part of the noise that is not known, shape ``batch``.
+        r"""The whole KL of step n, in nats, in expectation given the moments of the noise, shape ``batch``.
 
-        With :math:`r = \log v/\tilde\beta_n` and :math:`w_n` the weight at :math:`\tilde\beta_n`, it is
-        :math:`\sum_i w_n e^{-r_i} (\epsilon_i - \hat\epsilon_i)^2 + \tfrac12 (e^{-r_i} - 1 + r_i)`.
+        With :math:`\rho_i = \log v_i/\tilde\beta_n` and :math:`w_n` the weight at variance :math:`\tilde\beta_n`, it is
+        :math:`\sum_i w_n e^{-\rho_i} (\epsilon_i - \hat\epsilon_i)^2 + \tfrac12 (e^{-\rho_i} - 1 + \rho_i)`.
         Source: Nichol and Dhariwal (2021), arXiv:2102.09672, eqs. 4 to 6, for Gaussians.
         """
         eps_hat, share = step.prediction[..., 0], step.prediction[..., 1]
@@ -121,7 +121,7 @@ def named_kernel(
     """The Gaussian kernel of a reverse variance: ``"predicted"``, or anything that :class:`~probdiff.chain.GaussianKernel` takes.
 
     Raises:
-        ValueError: If it is a name that is not known.
+        ValueError: If the name of the reverse variance is not known.
     """
     if isinstance(reverse_variance, AbstractReverseVariance):
         return GaussianKernel(reverse_variance)
@@ -132,7 +132,7 @@ def named_kernel(
 
 
 def _span(schedule: AbstractSchedule) -> Table:
-    r"""The log of the largest variance over the least, :math:`\log \beta_n / \tilde\beta_n`, with :math:`\tilde\beta_2` for :math:`\tilde\beta_1`."""
+    r"""The log of the ratio of the largest variance to the least, :math:`\log \beta_n / \tilde\beta_n`, with :math:`\tilde\beta_2` for :math:`\tilde\beta_1`."""
     span = ForwardVariance()(schedule)
     if schedule.num_steps == 1:
         return span

@@ -20,7 +20,7 @@ from probdiff.likelihoods import AbstractLikelihood
 
 
 class NoiseMoments(NamedTuple):
-    """Conditional mean and variance of the noise in latents z_n, both shaped like the latents; the variance is 0 where the noise is known."""
+    """Conditional mean and variance of the noise in latents z_n, both shaped like the latents; where the noise is known, the variance is the number 0."""
 
     mean: Float[Array, "*batch dim"]
     variance: Float[Array, "*batch dim"] | float
@@ -29,7 +29,7 @@ class NoiseMoments(NamedTuple):
 def weighted_error(
     weight: TableByDim, n: Step, noise: NoiseMoments, eps_hat: Float[Array, "*batch dim"]
 ) -> Float[Array, "*batch"]:
-    """The squared error of ``eps_hat`` times entry n of ``weight``, in expectation over the part of the noise that is not known."""
+    """The expected squared error of ``eps_hat``, given the conditional moments of the noise, times entry n of ``weight``; summed over the dimensions."""
     squared = jnp.square(noise.mean - eps_hat) + noise.variance
     return (at_dims(weight, n, eps_hat.dtype) * squared).sum(-1)
 
@@ -42,7 +42,7 @@ class SampledStep(NamedTuple):
         n: Steps, of shape ``(*batch, datum)`` or of one that broadcasts to it.
         z: Latents after n steps, shape ``(*batch, datum, dim)``.
         noise: :class:`NoiseMoments` of the noise in ``z``.
-        prediction: The quantity that the kernel needs, as predicted by the network; mostly the noise, shaped like ``z``.
+        prediction: The network's prediction of the quantity that the kernel needs, usually of the noise, shaped like ``z``.
         extra_noise: A function that gives standard normal noise shaped like ``z``, for a kernel whose KL is sampled.
     """
 
@@ -56,10 +56,10 @@ class SampledStep(NamedTuple):
 
 
 class AbstractKernel(eqx.Module):
-    """The family of the reverse steps.
+    """The family of distributions of the reverse steps.
 
-    To write your own, define the methods of the programs (:meth:`prior`, :meth:`__call__`, :meth:`observation`) and those of the analytic
-    bound: the KL of step n is :meth:`constants`, which do not depend on the prediction, plus :meth:`excess`, which does.
+    To write your own, define ``prediction``, ``closed_form`` and the abstract methods: the programs need the first three, the analytic bound the others. The KL of
+    step n is entry n of :meth:`constants`, which does not depend on the prediction, plus :meth:`excess`, which does.
 
     Attributes:
         prediction: The quantity that the network predicts: ``"noise"``, or the name of a method of the network (called like the network itself).
@@ -79,12 +79,12 @@ class AbstractKernel(eqx.Module):
 
     @property
     def name(self) -> str:
-        """Name by which kernels of one class are told apart, in messages and in run folders."""
+        """The kernel's name in messages and in run folders; by default, the name of its class."""
         return type(self).__name__
 
     @abc.abstractmethod
     def prior(self, shape: tuple[int, ...]) -> dist.Distribution:
-        """N(0, I) as a distribution of the kernel's own kind, for latents of shape ``(*batch, dim)``."""
+        """N(0, I) as a distribution of the same class as the reverse steps, for latents of shape ``(*batch, dim)``."""
 
     @abc.abstractmethod
     def __call__(
@@ -108,7 +108,7 @@ class AbstractKernel(eqx.Module):
         x: Real[AnyArray, "datum column"],
         x0: Float[Array, "datum dim"],
     ) -> Float[Array, "datum"]:
-        """The reconstruction if the noise were known, in nats, shape ``(datum,)``."""
+        """The reconstruction term for a network that knows the noise, in nats, shape ``(datum,)``."""
 
     @abc.abstractmethod
     def excess(self, schedule: AbstractSchedule, step: SampledStep) -> Float[Array, "*batch"]:
@@ -140,7 +140,7 @@ class AbstractKernel(eqx.Module):
         return False
 
     def with_squared_error(self, squared_error: Float[Array, "num_steps"]) -> "AbstractKernel":
-        """The kernel with its variances from the network's mean squared error at each step, shape ``(num_steps,)``."""
+        """The kernel with variances computed from the network's mean squared error per dimension at each step, shape ``(num_steps,)``."""
         return self
 
 
@@ -148,8 +148,8 @@ class GaussianKernel(AbstractKernel):
     r"""Gaussian reverse steps.
 
     :math:`p_\theta(z_{n-1} | z_n) = N(\mu_\theta, v_n I)` with
-    :math:`\mu_\theta = (z_n - \beta_n / \sqrt{1-\bar\alpha_n}\, \hat\epsilon) / \sqrt{\alpha_n}`. At n = 1 it is the
-    Gaussian that the likelihood reads, with :math:`v_1 = \beta_1` whatever the reverse variance.
+    :math:`\mu_\theta = (z_n - \beta_n / \sqrt{1-\bar\alpha_n}\, \hat\epsilon) / \sqrt{\alpha_n}`. The step n = 1 is the
+    Gaussian from which the likelihood is made, with :math:`v_1 = \beta_1` for every reverse variance.
     Source: Ho et al. (2020), arXiv:2006.11239, section 3.2 and eq. 11.
 
     Args:
@@ -159,7 +159,7 @@ class GaussianKernel(AbstractKernel):
         dim: Dimension of the data; for ``"learned"``.
 
     Raises:
-        ValueError: If the name of the reverse variance is not known, or ``dim`` is missing for ``"learned"``.
+        ValueError: If the name of the reverse variance is not known, or it needs a ``schedule`` or ``dim`` that is missing.
 
     Example:
         >>> import numpy as np, probdiff
@@ -183,7 +183,7 @@ class GaussianKernel(AbstractKernel):
         self.reverse_variance = reverse_variance
 
     def prior(self, shape: tuple[int, ...]) -> dist.Distribution:
-        """N(0, I) as a distribution of the kernel's own kind, for latents of shape ``(*batch, dim)``."""
+        """N(0, I) as a distribution of the same class as the reverse steps, for latents of shape ``(*batch, dim)``."""
         return dist.Normal(jnp.zeros(shape), jnp.ones(shape[-1:])).to_event(1)
 
     def variance(self, schedule: AbstractSchedule) -> TableByDim:
@@ -222,16 +222,16 @@ class GaussianKernel(AbstractKernel):
         x: Real[AnyArray, "datum column"],
         x0: Float[Array, "datum dim"],
     ) -> Float[Array, "datum"]:
-        """The reconstruction if the noise were known, log p(x | x_0, v_1), shape ``(datum,)``."""
+        """The reconstruction term for a network that knows the noise, log p(x | x_0, v_1), in nats, shape ``(datum,)``."""
         return likelihood(x0, at_step(schedule.beta**0.5, 1, x0.dtype)).log_prob(x)
 
     def excess(self, schedule: AbstractSchedule, step: SampledStep) -> Float[Array, "*batch"]:
-        r"""The weighted squared error of the noise, in expectation over the part of the noise that is not known; at n = 1, the error in the density of x_0.
+        r"""The weighted squared error of the noise, in expectation given the moments of the noise; at n = 1, the squared error in the log-density of x_0.
 
         The KL of step n is :math:`w_n \|\epsilon - \hat\epsilon\|^2`, with
         :math:`w_n = \beta_n^2 / (2 v_n \alpha_n (1-\bar\alpha_n))`, plus
-        :math:`\tfrac{d}{2} (\tilde\beta_n / v_n - 1 - \log \tilde\beta_n / v_n)` where the variances differ; both are sums over the dimensions if
-        :math:`v_n` depends on the dimension. Computed from :math:`\epsilon - \hat\epsilon`: the difference of the two means would cancel in float32.
+        :math:`\tfrac{d}{2} (\tilde\beta_n / v_n - 1 - \log \tilde\beta_n / v_n)`; both are sums over the dimensions if
+        :math:`v_n` depends on the dimension. It is computed from :math:`\epsilon - \hat\epsilon`: the difference of the two means would cancel in float32.
         Source: Ho et al. (2020), arXiv:2006.11239, eqs. 8 to 12.
         """
         return weighted_error(self.kl_weight(schedule), step.n, step.noise, step.prediction)
@@ -239,7 +239,7 @@ class GaussianKernel(AbstractKernel):
     def kl_weight(self, schedule: AbstractSchedule) -> TableByDim:
         r"""The table :math:`w_n`, shape ``(num_steps,)`` or, by dimension, ``(num_steps, dim)``.
 
-        At n = 1 it weighs the squared error in the log-density of x_0: :math:`w_1 = 1 / (2 \alpha_1)`.
+        :math:`w_1 = 1 / (2 \alpha_1)` is the weight of the squared error in the log-density of x_0.
         """
         variance = self.variance(schedule)
         factor = schedule.beta**2 / (2 * schedule.alpha * schedule.one_minus_alpha_bar)
@@ -271,7 +271,7 @@ class GaussianKernel(AbstractKernel):
         return self.reverse_variance.is_estimated
 
     def with_squared_error(self, squared_error: Float[Array, "num_steps"]) -> "GaussianKernel":
-        """The kernel with the reverse variance of least KL for these mean squared errors, shape ``(num_steps,)``."""
+        """The kernel with the reverse variance of least KL for these mean squared errors per dimension, shape ``(num_steps,)``."""
         return GaussianKernel(self.reverse_variance.with_squared_error(squared_error))
 
 

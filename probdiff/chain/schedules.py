@@ -5,8 +5,8 @@ The chain is :math:`q(z_n | z_{n-1}) = N(\sqrt{\alpha_n} z_{n-1}, \beta_n I)` wi
 n = 1 … N. Arrays over steps hold step n at ``[n - 1]``.
 
 Tables are float64 NumPy arrays whatever JAX's precision; they are cast when they are looked up.
-They are constants: neither an optimiser nor weight decay can change them. The tables of a :class:`~probdiff.LearnedSchedule` are JAX arrays,
-functions of its parameters: the guide is then fitted along with the model.
+They are constants: neither an optimiser nor weight decay can change them. The tables of a :class:`~probdiff.LearnedSchedule`, in contrast, are
+JAX arrays, functions of its parameters: the guide is then fitted along with the model.
 
 Source: Ho et al. (2020), arXiv:2006.11239, eqs. 2 and 4.
 """
@@ -29,7 +29,7 @@ TableByDim = Table | Float[AnyArray, "num_steps dim"]
 
 
 class ScheduleTables(eqx.Module):
-    """The tables of a schedule, each of shape ``(num_steps,)``; see :class:`AbstractSchedule`.
+    """The tables of a schedule, each of shape ``(num_steps,)``; :class:`AbstractSchedule` defines each.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -55,7 +55,7 @@ class ScheduleTables(eqx.Module):
 
         Args:
             log_snr: Shape ``(num_steps,)``, decreasing.
-            fall: Decrease of the log-SNR at steps 2 … N, shape ``(num_steps - 1,)``, where it is known more precisely than as a difference.
+            fall: Decrease of the log-SNR at steps 2 … N, shape ``(num_steps - 1,)``, if known more precisely than by differences of ``log_snr``.
         """
         fall = -jnp.diff(log_snr) if fall is None else fall
         log_alpha_bar, log_noise = jax.nn.log_sigmoid(log_snr), jax.nn.log_sigmoid(-log_snr)
@@ -78,8 +78,8 @@ class ScheduleTables(eqx.Module):
 class AbstractSchedule(eqx.Module):
     r"""A noise schedule: the variances :math:`\beta_n` of a forward chain, and the tables that follow from them.
 
-    To write your own, define ``num_steps`` and :meth:`tables`. A schedule without parameters is a :class:`NoiseSchedule`
-    already; a class of your own is for a schedule with parameters, such as :class:`~probdiff.LearnedSchedule`: ``tables`` returns
+    Every schedule without parameters can be a :class:`NoiseSchedule`. To write your own schedule with parameters, such as
+    :class:`~probdiff.LearnedSchedule`, define ``num_steps`` and :meth:`tables`, which returns
     ``ScheduleTables.from_log_snr(log_snr)`` with the log-SNR of each step computed from the module's JAX arrays.
 
     Example:
@@ -93,7 +93,7 @@ class AbstractSchedule(eqx.Module):
         Array([ 6.,  2., -2., -6.], dtype=float32)
     """
 
-    if TYPE_CHECKING:  # a property, to a type checker, as it may be overridden by one and is no argument of ``__init__``
+    if TYPE_CHECKING:  # for type checkers a property: subclasses may define it as one, and it is no argument of ``__init__``
 
         @property
         def num_steps(self) -> int:
@@ -161,7 +161,7 @@ class AbstractSchedule(eqx.Module):
         return TabulatedSchedule(self.tables())
 
     def fixed(self) -> "NoiseSchedule":
-        """The :class:`NoiseSchedule` of the present log-SNR, also while JAX is tracing something else."""
+        """The :class:`NoiseSchedule` of the present log-SNR, which must be concrete, also inside a function that JAX is tracing."""
         with jax.ensure_compile_time_eval():
             log_snr = self.log_snr
         return NoiseSchedule.from_log_snr(np.asarray(log_snr, np.float64))
@@ -247,7 +247,7 @@ class NoiseSchedule(AbstractSchedule):
             betas: :math:`\beta_1 … \beta_N`, shape ``(num_steps,)``, each strictly between 0 and 1.
 
         Raises:
-            ValueError: If the array is empty, not 1-D, not finite, or leaves (0, 1).
+            ValueError: If the array is empty, not 1-D, not finite, or leaves (0, 1); TypeError if it is not of numbers.
         """
         beta = _numbers("betas", betas)
         _require_each("betas", beta, (beta > 0) & (beta < 1), "0 < beta < 1 at every step")
@@ -267,7 +267,7 @@ class NoiseSchedule(AbstractSchedule):
 
         Raises:
             ValueError: If the array is empty, not 1-D, not finite, not positive or not increasing, or if two levels
-                are too close or too far apart for float64.
+                are too close or too far apart for float64; TypeError if it is not of numbers.
         """
         sigma = _numbers("sigmas", sigmas)
         _require_each("sigmas", sigma, np.isfinite(sigma) & (sigma > 0), "positive finite numbers")
@@ -286,7 +286,8 @@ class NoiseSchedule(AbstractSchedule):
             log_snr: Shape ``(num_steps,)``, decreasing.
 
         Raises:
-            ValueError: If the array is empty, not 1-D, not finite or not decreasing.
+            ValueError: If the array is empty, not 1-D, not finite or not decreasing, or if float64 rounds a
+                :math:`\beta_n` to 0 or 1; TypeError if it is not of numbers.
         """
         values = _numbers("log_snr", log_snr)
         previous = np.concatenate([[np.inf], values[:-1]])
@@ -325,10 +326,10 @@ def _require_each(
 def at_step(
     table: Float[AnyArray, "num_steps *dims"], n: Whole | Integer[AnyArray, "..."], dtype: DTypeLike
 ) -> Float[Array, "..."]:
-    """Entry of step n, as a JAX array of ``dtype``; NaN for a step outside 1 … N, where that can be seen at run time only.
+    """Entry of step n, as a JAX array of ``dtype``; NaN for a step outside 1 … N, as traced steps cannot be checked.
 
     Args:
-        table: Array over steps, shape ``(num_steps,)``.
+        table: Array over steps, shape ``(num_steps, …)``.
         n: 1-based step, an integer or an integer array of any shape.
         dtype: Floating dtype of the result.
     """

@@ -1,4 +1,4 @@
-r"""Noise and score: two readings of one prediction, in two systems of coordinates.
+r"""Noise and score: conversions between the two, in two systems of coordinates.
 
 The chain can be rescaled so that its signal is not shrunk, with :math:`\sigma_n^2 = (1-\bar\alpha_n)/\bar\alpha_n`:
 
@@ -11,9 +11,8 @@ score of the *marginal* is the same multiple of the noise's conditional mean, wh
     VE      ∇ log p(x_n | x_0) = −(x_n − x_0)/σ_n² = −ε/σ_n            ∇ log p(x_n) = −E[ε | x_n]/σ_n  ≈ −ε_θ/σ_n
     VP      ∇ log q(z_n | x_0) = −ε/√(1−ᾱ_n)                           ∇ log q(z_n) ≈ −ε_θ/√(1−ᾱ_n)
 
-The same network is used in both: it is always called with z_n. A network of your own that takes x_n becomes one that takes z_n
-by :func:`ve_from_vp`. Functions without a prefix are in VE coordinates. Texts that write N(x_0, σ_n I) mean
-the variance σ_n².
+The network is always called with z_n; one of your own that takes x_n is given :func:`ve_from_vp` of z_n. Functions without a prefix are in
+VE coordinates. Every function raises ValueError if n is outside [1, N], and TypeError if n is not an integer.
 
 Sources: Song and Ermon (2019), arXiv:1907.05600, eqs. 2 and 5; Song et al. (2021), arXiv:2011.13456, section 3.4;
 Vincent (2011), doi:10.1162/NECO_a_00142.
@@ -112,7 +111,7 @@ def vp_conditional_score(
 
 
 def score_from_eps(schedule: AbstractSchedule, eps_hat: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
-    r"""The score that belongs to a noise prediction, :math:`s = -\hat\epsilon / \sigma_n`.
+    r"""The score of the noisy data from a noise prediction, :math:`s = -\hat\epsilon / \sigma_n`.
 
     Args:
         schedule: The noise schedule.
@@ -130,7 +129,7 @@ def score_from_eps(schedule: AbstractSchedule, eps_hat: Float[AnyArray, "*batch 
 
 
 def eps_from_score(schedule: AbstractSchedule, score: Float[AnyArray, "*batch dim"], n: Step) -> Float[Array, "*batch dim"]:
-    r"""The noise prediction that belongs to a score, :math:`\hat\epsilon = -\sigma_n s`; the inverse of :func:`score_from_eps`.
+    r"""The noise prediction from a score, :math:`\hat\epsilon = -\sigma_n s`; the inverse of :func:`score_from_eps`.
 
     Example:
         >>> import jax.numpy as jnp, probdiff
@@ -160,7 +159,7 @@ def vp_score_from_eps(
 def eps_from_vp_score(
     schedule: AbstractSchedule, score: Float[AnyArray, "*batch dim"], n: Step
 ) -> Float[Array, "*batch dim"]:
-    r"""The noise prediction that belongs to a score of the chain, :math:`-\sqrt{1-\bar\alpha_n}\, s`; the inverse of :func:`vp_score_from_eps`.
+    r"""The noise prediction from a score of the chain, :math:`-\sqrt{1-\bar\alpha_n}\, s`; the inverse of :func:`vp_score_from_eps`.
 
     Example:
         >>> import jax.numpy as jnp, probdiff

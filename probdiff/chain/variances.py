@@ -1,8 +1,8 @@
-r"""Reverse variances :math:`v_n` of a Gaussian kernel, as a factor on the least reverse variance.
+r"""Reverse variances :math:`v_n` of a Gaussian kernel, relative to the variance :math:`\tilde\beta_n` of the forward posterior.
 
-Each is called with the schedule and returns :math:`\log(v_n / \tilde\beta_n)`, shape ``(num_steps,)`` or, by dimension,
-``(num_steps, dim)``; at n = 1, where :math:`v_1 = \beta_1`, it is 0 and is not used. The bound needs the factor rather than
-:math:`v_n`: the constant of a step KL is :math:`\tfrac12 (e^{-r} - 1 + r)`, which would cancel otherwise.
+Each is called with the schedule and returns :math:`r_n = \log(v_n / \tilde\beta_n)`, shape ``(num_steps,)`` or, by dimension,
+``(num_steps, dim)``; at n = 1, where :math:`v_1 = \beta_1`, it is 0 and is not used. The bound needs :math:`r_n`: computed
+from :math:`v_n`, the constant of a step KL, :math:`\tfrac12 (e^{-r_n} - 1 + r_n)` per dimension, would lose its digits.
 
 Source: Ho et al. (2020), arXiv:2006.11239, section 3.2, for the two choices between which a variance is learned; Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.1.
 """
@@ -75,11 +75,11 @@ class ForwardVariance(AbstractReverseVariance):
 class LearnedVariance(AbstractReverseVariance):
     r"""Between β̃_n and β_n in log space, by dimension: :math:`\log v_n = s \log \beta_n + (1-s) \log \tilde\beta_n`.
 
-    s is the sigmoid of a parameter, interpolated linearly over the steps; it starts at ½. Source of the form: Nichol and Dhariwal
+    s is ½ at first: the sigmoid of logits at no more than 32 knots, interpolated linearly over the steps. Source of the form: Nichol and Dhariwal
     (2021), arXiv:2102.09672, eq. 15 (where the network gives s).
 
     Attributes:
-        logit: Shape ``(knot, dim)``.
+        logit: The logits, shape ``(knot, dim)``.
     """
 
     logit: Float[Array, "knot dim"]

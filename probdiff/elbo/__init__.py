@@ -1,6 +1,6 @@
 """The evidence lower bound: its terms, its estimators as objectives for ``SVI``, and importance-weighted bounds.
 
-Imports the diffusion and its parts; diagnostics, training and samplers import this package.
+The package imports the diffusion and its parts; diagnostics, training and samplers import this package.
 """
 
 from probdiff.elbo.analytic import AnalyticELBO

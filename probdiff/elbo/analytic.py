@@ -4,7 +4,8 @@ A network that knew the noise, :math:`\hat\epsilon = \epsilon`, would attain
 
     noise_free_bound(x) = − prior KL − Σ_{n≥2} d · constant_n + log p(x | x_0, v_1),
 
-which has no sampling error: the noise-free bound. What is left is one positive term per step (at n = 1: nearly always positive on a grid),
+which has no sampling error: the noise-free bound. The remainder is one term per step, the excess, positive for Gaussian steps (at n = 1: nearly always);
+for a :class:`~probdiff.chain.GaussianKernel`,
 
     excess_n = w_n ‖ε − ε̂(z_n, n)‖²   (n ≥ 2, and n = 1 under a normal likelihood),
 
@@ -31,7 +32,7 @@ class BoundTerm(AbstractTerm):
     """The terms of the bound, in the form that a :class:`~probdiff.elbo.objective.StepObjective` sums."""
 
     def kl_weight(self, diffusion: Diffusion) -> TableByDim:
-        """The weight w_n of squared errors of the noise at each step, shape ``(num_steps,)``, float64."""
+        """The weight w_n of squared errors of the noise at each step, shape ``(num_steps,)`` or, by dimension, ``(num_steps, dim)``."""
         return diffusion.kernel.kl_weight(diffusion.schedule)
 
     def noise_free_bound(self, diffusion: Diffusion, x: Data, x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
@@ -40,7 +41,7 @@ class BoundTerm(AbstractTerm):
         return self._reconstruction(diffusion, x, x0) - constant - prior_kl(diffusion.schedule, x0)
 
     def __call__(self, diffusion: Diffusion, step: SampledStep) -> Float[Array, "row datum"]:
-        """The excess of the terms over the noise-free bound, in nats.
+        """How much each term lowers the bound compared with the noise-free bound, in nats.
 
         Args:
             diffusion: The model.
@@ -66,9 +67,9 @@ class AnalyticELBO(StepObjective):
 
     Args:
         diffusion: The model. ``SVI`` must be given its ``model``, and its ``guide`` or ``posterior_guide``, or this objective's ``guide``, which also has the
-            site of what is learned; without that site learned probabilities and coefficients keep their initial values, and a warning says so.
-        steps: An :class:`~probdiff.elbo.AbstractSteps`. ``"all"``: every step, N network evaluations a datum. Otherwise one step n a datum, the term divided by
-            its probability: ``"uniform"`` on 1 … N; ``"stratified"``: the same, spread evenly over the data of the batch; ``"importance"``: drawn with learned
+            site of the learned probabilities and coefficients; without that site they keep their initial values, and a warning says so.
+        steps: An :class:`~probdiff.elbo.AbstractSteps`. ``"all"``: every step, N network evaluations per datum. Otherwise one step n per datum, whose term is divided
+            by the probability of n: ``"uniform"`` on 1 … N; ``"stratified"``: the same, spread evenly over the data of the batch; ``"importance"``: drawn with learned
             probabilities; ``"stratified_importance"``: both.
         noise: An :class:`~probdiff.elbo.AbstractNoise`. ``"independent"`` (if not given); ``"antithetic"``: each term twice, with ε and −ε; ``"path"``: the noise of
             one path z_1 … z_N of the forward chain (all steps only).
@@ -76,10 +77,12 @@ class AnalyticELBO(StepObjective):
             with a coefficient that is learned (with all steps: 1); None (if not given) subtracts nothing.
         points: None (if not given), or the data whose mean bound is estimated, such as the whole training set, shape ``(point, dim)``: the noise in each step KL is then
             replaced by its conditional mean and variance given z_n, with x_0 one of the points. The estimate is unbiased for the mean over ``points`` when ``x`` is
-            drawn from them, and not for a single datum. ``"batch"``: the points are ``x`` itself, each with the weight that ``handlers.scale`` or ``handlers.mask`` gives it. Of a conditional model, ``"batch"`` only, among data of the same context.
-        adapt_to: The variance that the learned probabilities and coefficients reduce: of the ``"gradient"`` (if not given; for training) or of the ``"value"``.
+            drawn from them, and not for a single datum. ``"batch"``: the points are ``x`` itself, each with its weight by ``handlers.scale`` or
+            ``handlers.mask``. With a conditional model, only None or ``"batch"`` (over data of the same context); with a kernel whose KL is sampled, only None.
+        adapt_to: The variance that the learned probabilities reduce: of the ``"gradient"`` (if not given; for training) or of the ``"value"``.
         schedule_loss: The objective for the shape of a :class:`~probdiff.LearnedSchedule`: ``"bound"`` (if not given), as for all other parameters, or ``"variance"``: the
-            least variance of the estimate between steps and draws (its ends still raise the bound). Costs a second evaluation of the network. Source: Kingma et al. (2021), arXiv:2107.00630, section 5.1.
+            least variance of the estimate, with random steps only (the first and the last log-SNR still raise the bound). It costs a second evaluation of the network.
+            Source: Kingma et al. (2021), arXiv:2107.00630, appendix I.2.
         options: ``num_particles``, independent estimates to average, and ``vectorize_particles``, as in NumPyro.
 
     Raises:

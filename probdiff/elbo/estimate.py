@@ -11,7 +11,7 @@ class Estimate(NamedTuple):
 
     Attributes:
         mean: The mean.
-        error: Standard error of the mean as an estimate of the mean over the population of data; it includes the error from the noise.
+        error: Standard error of the mean as an estimate of the mean over the population of data, including the error from the noise.
         monte_carlo_error: Standard error from the noise alone, with the data held fixed.
 
     Example:
@@ -26,7 +26,7 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, mean: ArrayLike, variance: ArrayLike | None = None, num_draws: int = 1) -> "Estimate":
-        """From each datum's mean over draws, and the variance between its draws (None: there is no noise)."""
+        """From each datum's mean over draws and variance between draws, both of shape ``(datum,)`` (variance None: there is no noise)."""
         mean = np.asarray(mean, np.float64)
         monte_carlo = 0.0 if variance is None else np.sqrt(np.sum(np.asarray(variance, np.float64)) / num_draws)
         error = mean.std(ddof=1) / np.sqrt(len(mean)) if len(mean) > 1 else np.nan

@@ -2,7 +2,7 @@
 
 ``ESTIMATORS[name](diffusion, **options)`` gives ``(guide, elbo)`` for ``SVI(diffusion.model, guide, optim, elbo)``. All are
 unbiased, for the value and for the gradient: they differ in variance and in cost. The first three are NumPyro's
-own; the others put :class:`~probdiff.AnalyticELBO` together from its parts. Options are those of the ELBO class.
+own; the others are :class:`~probdiff.AnalyticELBO` with different options. ``options`` are passed to the ELBO class.
 
 | name | noise of the terms | steps | network evaluations per datum |
 |---|---|---|---|
@@ -16,7 +16,7 @@ own; the others put :class:`~probdiff.AnalyticELBO` together from its parts. Opt
 | ``kl_antithetic`` | ε and −ε | one, uniform | 2 |
 | ``kl_controlled`` | independent, minus a control variate | one, uniform | 1 |
 | ``kl_combined`` | independent, minus a control variate | one, from learned probabilities, evenly spread | 1 |
-| ``kl_posterior_target`` | its mean and variance given z_n | one, from learned probabilities, evenly spread | 1 |
+| ``kl_posterior_target`` | mean and variance of ε given z_n | one, from learned probabilities, evenly spread | 1 |
 
 ``kl_posterior_target`` estimates the mean over the batch as a set (or over ``points``), not the bound of each datum.
 """

@@ -1,4 +1,4 @@
-r"""Tighter bounds from the same paths: importance-weighted below, and above where x is drawn from the model.
+r"""Importance-weighted bounds: from below, tighter than the ELBO, and from above for data drawn from the model.
 
 With log weights :math:`\log w_k = \log p_\theta(x, z^k) - \log q(z^k | x)` of paths :math:`z^k`,
 
@@ -43,7 +43,7 @@ def path_elbo(
     r"""NumPyro's ``Trace_ELBO`` for each datum separately, with the forward guide: :math:`\log p - \log q` of paths.
 
     Args:
-        diffusion: A trained Diffusion.
+        diffusion: The model.
         x: Data, shape ``(datum, dim)``.
         context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
@@ -120,7 +120,7 @@ def iwae(
     num_draws: Whole = 1,
     progress: bool = False,
 ) -> Float[np.ndarray, "draw datum"]:
-    """The importance-weighted bound of every datum; it rises to log p(x) with the number of particles.
+    """The importance-weighted bound of every datum; its expectation rises to log p(x) with the number of particles.
 
     NumPyro's ``RenyiELBO(alpha=0, num_particles=K)`` on a single datum has the same expectation.
 
@@ -129,7 +129,7 @@ def iwae(
         x: Data, shape ``(datum, dim)``.
         context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
-        num_particles: Paths K in each bound: N K network evaluations for each datum and draw.
+        num_particles: Number K of paths in each bound: N K network evaluations for each datum and draw.
         num_draws: Number of independent bounds per datum.
         progress: Show a progress bar.
 
@@ -159,9 +159,9 @@ def log_mean_exp(log_weights: Any, axis: int) -> np.ndarray:
 
 
 def pareto_khat(log_weights: Any) -> Float[np.ndarray, "datum"]:
-    """The Pareto shape k̂ of the largest importance weights p/q of each datum (PSIS), by ArviZ.
+    """The Pareto shape k̂ of the largest importance weights p/q of each datum (Pareto-smoothed importance sampling), by ArviZ.
 
-    k̂ says whether the importance-weighted estimate of p(x) from this many draws can be trusted: up to ``probdiff.elbo.importance.khat_limit(num_draws)``. It does *not*
+    k̂ tells whether the importance-weighted estimate of p(x) from this many draws can be trusted: up to ``probdiff.elbo.importance.khat_limit(num_draws)``. It does *not*
     measure the gap between the bound and log p(x): weights with a light tail, k̂ < 0, can have any variance.
     Source: Vehtari et al. (2024), arXiv:1507.02646.
 
@@ -198,7 +198,7 @@ def pareto_khat(log_weights: Any) -> Float[np.ndarray, "datum"]:
 
 
 def khat_limit(num_draws: Whole) -> float:
-    """The limit that k̂ must not exceed for an estimate from so many draws to be trusted: min(1 − 1/log₁₀ S, 0.7); 0.7 from 2155 draws on.
+    """The limit that k̂ must not exceed for an estimate from S = ``num_draws`` draws to be trusted: min(1 − 1/log₁₀ S, 0.7); 0.7 from 2155 draws on.
 
     Source: Vehtari et al. (2024), arXiv:1507.02646, section 3.2.4.
     """
@@ -260,7 +260,7 @@ def sandwich(
     r"""Draw data from the model, and bound their log-likelihood from below and from above.
 
     Each datum is generated with its path, an exact draw of :math:`p_\theta(z | x)`. Every bound is one draw for each
-    datum; those of different K share their paths. The upper bounds hold for data drawn from the model only.
+    datum; bounds of different K share their paths. The upper bounds hold for data drawn from the model only.
 
     Args:
         diffusion: The model.

@@ -1,11 +1,11 @@
-"""A sum of one term per step as a NumPyro program and as an objective for ``SVI``; the analytic bound is one.
+"""A sum of one term per step as a NumPyro program and as an objective for ``SVI``; the analytic bound is such a sum.
 
-The estimate of the bound of one datum is its noise-free bound (see :mod:`probdiff.elbo.analytic`) minus
+The estimate of the bound of one datum is the noise-free bound (see :mod:`probdiff.elbo.analytic`) minus the sum of both parts of
 
     Σ_rows [excess_n − c_n · control_n] / p_n   +   Σ_n c_n E[control_n]
 
-over the rows (n, ε) that were drawn for it, where p_n is the probability of a row and c_n the coefficient of its control variate. An estimator consists of
-three parts: the choice of the rows, the noise, and the control variate.
+over the rows (n, ε) that were drawn for the datum, where p_n is the probability of a row and c_n the coefficient of its control variate. An estimator consists
+of three parts: the choice of the steps, the noise, and the control variate.
 """
 
 import copy
@@ -41,9 +41,9 @@ Learned = Mapping[str, Mapping[str, jax.Array]]
 
 
 class StepObjective(ELBO):
-    """A sum over the steps of a term that depends on x_0, the noise and its prediction, as an objective for ``SVI``.
+    """A sum over the steps of a term that depends on x_0, the noise and the prediction of the noise, as an objective for ``SVI``.
 
-    The sum is itself a NumPyro program, :meth:`program`: its only log density is one ``factor``. The loss is
+    The sum is itself a NumPyro program, :meth:`program`, with one ``factor`` as its log density. The loss is
     ``Trace_ELBO`` on that program and an empty guide.
 
     Args:
@@ -53,14 +53,14 @@ class StepObjective(ELBO):
         term: The term that is summed over the steps, an :class:`AbstractTerm`.
         steps, noise, control, points, adapt_to, schedule_loss, num_particles, vectorize_particles: As for :class:`~probdiff.AnalyticELBO`.
 
-    The learned probabilities and coefficients are a ``mutable`` site, which ``SVI`` carries in its state if its guide is :attr:`guide`;
+    The learned probabilities and coefficients are a ``mutable`` site, which ``SVI`` carries in its state if its guide is :meth:`guide`;
     otherwise they keep their initial values (the estimate is unbiased, but its variance is not the least), and a warning says so.
 
-    With many rows the loss can be differentiated with respect to the parameters, and not with respect to the data.
+    If the rows are evaluated in several chunks, the loss can be differentiated with respect to the parameters, but not with respect to the data.
 
     Raises:
-        ValueError: In the constructor, if an option has none of these values; in use, if the model or the guide that
-            ``SVI`` was given is not this model's.
+        ValueError: In the constructor, if an option has none of these values; in use, if ``SVI`` was given the model or
+            the guide of another Diffusion.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class StepObjective(ELBO):
         """The bound on ``x`` as a NumPyro program; arguments as for :meth:`~probdiff.Diffusion.model`.
 
         Sites: ``param`` of the model; ``deterministic`` ``noise_free_bound`` and ``excess``, shape ``(datum,)``, whose difference
-        is the estimate of each datum's bound; ``factor`` ``elbo``; and ``mutable``, the learned state.
+        is the estimate of each datum's bound; ``factor`` ``elbo`` (and ``variance``, of value 0, for that ``schedule_loss``); and ``mutable``, the learned state.
 
         Args:
             x: Data, shape ``(datum, dim)``.
@@ -187,7 +187,7 @@ class StepObjective(ELBO):
     def _minus_variance(
         self, diffusion: Diffusion, x: jax.Array, x0: jax.Array, weight: jax.Array, key: jax.Array, learned: Any
     ) -> jax.Array:
-        """0, with the gradient of minus the mean square of the estimates with respect to the schedule's shape."""
+        """0; its gradient with respect to the schedule's shape is proportional to the gradient of minus the mean square of the estimates."""
         other = _with_trained_logits_only(diffusion).tabulated()
         terms = self._sampled_terms(other, x, x0, weight, key, learned)
         values = terms.evaluate(other, jnp.arange(len(terms.n)))[0].sum(0)
@@ -225,7 +225,7 @@ class StepObjective(ELBO):
         )
 
     def _known_noise(self, x0: jax.Array, weight: jax.Array, context: PyTree) -> PosteriorNoise | None:
-        """The conditional distribution of the noise, from the points; those of the batch have the weights of their terms."""
+        """The conditional distribution of the noise, from the points; if these are the batch, they have the weights of its terms."""
         if self._points is None:
             return None
         if not isinstance(self._points, str):
@@ -311,7 +311,7 @@ def named(name: str, value: Any, known: Mapping[Any, Any], is_part: Callable[[An
     """A part, given as an object or by its name.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If ``value`` is neither.
     """
     if is_part(value):
         return value

@@ -1,8 +1,8 @@
-r"""The bound of a whole data set from random steps, as precisely as the data allow.
+r"""The bound of a whole data set from random steps.
 
 The bound of a data set is a mean over data whose bounds differ; a Monte Carlo error far below the standard error over the data is wasted work.
 Therefore each datum is evaluated at some random steps and not at all N: with learned probabilities, and the steps of each datum spread evenly, so that
-the remaining variance comes mostly from the noise and hardly from the choice of steps. Prior KL and reconstruction need one step each and are always evaluated.
+most of the remaining variance comes from the noise. The prior KL is exact, and the reconstruction, of step 1, is always evaluated.
 
 Source: Kingma et al. (2021), arXiv:2107.00630, appendix I, for steps that are spread evenly.
 """
@@ -40,8 +40,8 @@ class PartOfBound(BoundTerm):
     """The reconstruction, or minus the sum of the step KLs, in the form that a :class:`~probdiff.elbo.objective.StepObjective` sums.
 
     Args:
-        first: Whether it is the reconstruction, the term of n = 1.
-        weight: The weight w_n of squared errors of the noise at each step, as numbers, so that compiled functions can be used again.
+        first: Whether the part is the reconstruction, the term of n = 1.
+        weight: The weight w_n of squared errors of the noise at each step, as numbers, so that compiled functions are used again.
     """
 
     first: bool = eqx.field(static=True)
@@ -59,7 +59,7 @@ class PartOfBound(BoundTerm):
         return np.array(self.weight)
 
     def noise_free_bound(self, diffusion: Diffusion, x: Data, x0: Float[Array, "datum dim"]) -> Float[Array, "datum"]:
-        """This part for a network that knows the noise, in nats, shape ``(datum,)``."""
+        """This part of the bound for a network that knows the noise, in nats, shape ``(datum,)``."""
         if self.first:
             return self._reconstruction(diffusion, x, x0)
         constant = diffusion.kernel.constants(diffusion.schedule, x0.shape[-1]).sum()
@@ -73,12 +73,12 @@ class PartOfBound(BoundTerm):
 
 
 class DataSetELBO(NamedTuple):
-    """The bound of a data set from random steps, nats.
+    """The bound of a data set from random steps, in nats.
 
     Attributes:
-        prior_kl: KL of q(z_N | x_0) to N(0, I), shape ``(datum,)``; exact.
-        step_kls: Independent estimates of Σ step KL, shape ``(draw, datum)``.
-        reconstructions: Independent estimates of E log p(x | z_1), shape ``(draw, datum)``.
+        prior_kl: KL divergence of q(z_N | x_0) from N(0, I), shape ``(datum,)``; exact.
+        step_kls: Unbiased estimates of Σ step KL, shape ``(draw, datum)``.
+        reconstructions: Unbiased estimates of E log p(x | z_1), shape ``(draw, datum)``.
         num_evaluations: Network evaluations for each datum in all draws together.
 
     Example:
@@ -96,12 +96,12 @@ class DataSetELBO(NamedTuple):
 
     @property
     def step_kl(self) -> Float[np.ndarray, "datum"]:
-        """Σ step KL of each datum, mean over draws, shape ``(datum,)``."""
+        """Σ step KL of each datum, mean over draws, in nats, shape ``(datum,)``."""
         return self.step_kls.mean(0)
 
     @property
     def reconstruction(self) -> Float[np.ndarray, "datum"]:
-        """log p(x | z_1) of each datum, mean over draws, shape ``(datum,)``."""
+        """log p(x | z_1) of each datum, mean over draws, in nats, shape ``(datum,)``."""
         return self.reconstructions.mean(0)
 
     @property
@@ -132,15 +132,15 @@ def data_set_elbo(
 ) -> DataSetELBO:
     """The bound of a data set, with a Monte Carlo error of about a given fraction of the standard error over the data.
 
-    The probabilities of the steps and the number of draws are learned from the first data; these draws are not part of the result,
-    which is unbiased. No datum has more than N network evaluations, unless two draws need more.
+    The initial probabilities of the steps and the number of draws are learned from the first data; these draws are not part of the result,
+    which is unbiased. No datum has more than N network evaluations for its step KLs, unless two draws need more.
 
     Args:
         diffusion: The model.
         x: Data, shape ``(datum, dim)``, at least two.
         context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key.
-        noise_share: The Monte Carlo error that is aimed at, in units of the standard error over the data.
+        noise_share: The Monte Carlo error to aim at, in units of the standard error over the data; positive.
         devices: Number of devices (or a list of them) that share the data.
         progress: Show a progress bar.
 
@@ -148,7 +148,7 @@ def data_set_elbo(
         A :class:`DataSetELBO`.
 
     Raises:
-        ValueError, TypeError: If the data do not suit the model.
+        ValueError, TypeError: If the data do not suit the model, or ``noise_share`` is not positive.
 
     Example:
         >>> import jax, probdiff
@@ -191,7 +191,7 @@ def _to_host(parts: Parts, mesh: Mesh | None) -> list[np.ndarray]:
 
 
 def _rounds_needed(pilot: list[np.ndarray], num_steps: int, noise_share: float) -> float:
-    """The number of rounds of draws that the bound needs, a fraction of one if need be, estimated from one round of some of the data."""
+    """The number of rounds of draws that the bound needs, possibly below 1, estimated from one round of some of the data."""
     prior, step_kls, reconstructions = pilot
     draws = reconstructions - step_kls - prior
     noise = draws.var(0, ddof=1).mean()  # of a single draw
@@ -204,8 +204,8 @@ def _rounds_needed(pilot: list[np.ndarray], num_steps: int, noise_share: float) 
 def _smaller(counts: tuple[int, int], rounds: float, num_data: int) -> tuple[int, int]:
     """The numbers of evaluations of a draw, halved as long as a single round remains enough; by halves, as each pair of numbers is compiled.
 
-    The steps of a datum are spread evenly, so that half of them have up to four times the variance. Only for many data: the Monte Carlo error comes from
-    the differences of two draws, which say little if they are few and of few evaluations.
+    The steps of a datum are spread evenly, so that half as many have up to four times the variance. Only for many data: the Monte Carlo error is estimated
+    from differences of two draws, imprecisely if there are few data of few evaluations.
     """
     steps, reconstructions = counts
     while 4 * rounds <= 1 and steps > 1 and num_data * steps >= 2 * STEPS * DATA_AT_ONCE:
@@ -233,7 +233,7 @@ def _round(
     """
     objectives = _objectives(diffusion, terms)
     prior = prior_kl(diffusion.schedule, diffusion.likelihood.encode(x))
-    # Copies of a datum are far apart in the batch: its own steps are then spread evenly.
+    # Copies of a datum are far apart in the batch: the steps of each datum are then spread evenly.
     copies = [shard(repeat((x, diffusion.context), count), mesh) for count in counts]
 
     def draw(state: list[Learned], key: PRNGKeyArray) -> tuple[list[Learned], Parts]:

@@ -17,7 +17,7 @@ from probdiff.programs.sites import Data
 def optimal_variance(
     diffusion: Diffusion, x: Data, *, context: PyTree = None, key: PRNGKeyArray, num_draws: Whole = 1
 ) -> Diffusion:
-    r"""Set the reverse variances of a model with ``reverse_variance="optimal"`` to those of least expected KL for its network.
+    r"""Set the reverse variances of a model with ``reverse_variance="optimal"`` to the variances of least expected KL for its network.
 
     Args:
         diffusion: The model.
@@ -31,7 +31,7 @@ def optimal_variance(
         The Diffusion with these variances.
 
     Raises:
-        ValueError: If the model has other reverse variances.
+        ValueError, TypeError: If the model has other reverse variances, or the data do not suit it.
 
     Example:
         >>> import jax, probdiff

@@ -6,7 +6,7 @@ The part of the estimate that is sampled is
 
 over the rows (n, ε) that were drawn for each datum, with p_n the probability of a row and c_n the coefficient of its control variate.
 
-Source: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.3, for steps that are drawn by importance.
+Source: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.3, for importance sampling of the steps.
 """
 
 import abc
@@ -46,7 +46,7 @@ class AbstractTerm(eqx.Module):
 
     @abc.abstractmethod
     def kl_weight(self, diffusion: Diffusion) -> TableByDim:
-        """The weight, at least approximate, of squared errors of the noise at each step; shape ``(num_steps,)``, float64."""
+        """The weight, at least approximate, of squared errors of the noise at each step, shape ``(num_steps,)`` or ``(num_steps, dim)``."""
 
     @abc.abstractmethod
     def noise_free_bound(self, diffusion: Diffusion, x: jax.Array, x0: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ class AbstractTerm(eqx.Module):
 
     @abc.abstractmethod
     def __call__(self, diffusion: Diffusion, step: SampledStep) -> jax.Array:
-        """The terms of steps n, shape ``(row, datum)``, which are subtracted from :meth:`noise_free_bound`: nats, same shape."""
+        """The terms of steps n, which are subtracted from :meth:`noise_free_bound`: in nats, shape ``(row, datum)`` like the steps."""
 
 
 class SampledTerms(eqx.Module):
@@ -76,7 +76,7 @@ class SampledTerms(eqx.Module):
     def evaluate(self, diffusion: Diffusion, rows: jax.Array) -> tuple[jax.Array, Callable[[], tuple[jax.Array, ...]]]:
         """The terms of some rows, minus their control variates, divided by their probabilities, shape ``(row, datum)``.
 
-        Also a function that returns the statistics to learn from.
+        Also a function that returns the statistics from which the estimator learns.
         """
         n, eps, inverse_probability = self.n[rows], self.noise(rows), self.inverse_probability[rows]
         key = None if self.network_key is None else jax.random.fold_in(self.network_key, rows[0])
@@ -111,7 +111,7 @@ class SampledTerms(eqx.Module):
 
 
 def sum_terms(diffusion: Diffusion, terms: SampledTerms) -> tuple[jax.Array, jax.Array, Callable[[], tuple[jax.Array, ...]] | None]:
-    """The weighted sum over rows and data, and the sum over the rows of each datum; for one or two rows, also the function of statistics to learn from."""
+    """The weighted sum over rows and data, and the sum over the rows of each datum; for rows in one chunk (always for two), also the function of statistics."""
     size = len(terms.n)
     chunk = even_chunk(size, max(2, inputs_at_once(diffusion.network) // len(terms.x)))
     if chunk < size:

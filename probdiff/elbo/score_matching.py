@@ -73,15 +73,15 @@ WEIGHTS = {"sigma_squared": sigma_squared_weights, "likelihood": likelihood_weig
 class ScoreMatching(StepObjective):
     r"""Denoising score matching, :math:`\sum_n \lambda_n E\|s_\theta + \epsilon/\sigma_n\|^2`, in place of an ELBO.
 
-    ``SVI(diffusion.model, diffusion.guide, optim, ScoreMatching(diffusion))`` minimises it, summed over the data and the
-    dimensions. With ``weights="likelihood"`` and a :class:`~probdiff.NormalLikelihood` it is minus the bound, up to a
+    ``SVI(diffusion.model, diffusion.guide, optim, ScoreMatching(diffusion))`` minimises this loss, summed over the data and the
+    dimensions. With ``weights="likelihood"`` and a :class:`~probdiff.NormalLikelihood` the loss is minus the bound, up to a
     constant that the network does not change.
 
     Args:
         diffusion: The model. ``SVI`` must be given this model's ``model`` and ``guide``.
         weights: ``"sigma_squared"``, ``"likelihood"`` (:func:`likelihood_weights`), or :math:`\lambda_1 … \lambda_N`,
             shape ``(num_steps,)``, positive.
-        steps: As in :class:`~probdiff.AnalyticELBO`: ``"stratified"`` is one step a datum, spread evenly over the batch.
+        steps: As in :class:`~probdiff.AnalyticELBO`: ``"stratified"`` is one step per datum, spread evenly over the batch.
         num_particles, vectorize_particles: As in NumPyro.
 
     Raises:
@@ -136,7 +136,7 @@ class ScoreError(AbstractTerm):
     def noise_free_bound(
         self, diffusion: Diffusion, x: jax.Array, x0: Float[Array, "datum dim"]
     ) -> Float[Array, "datum"]:
-        """Minus the loss of a network that knew the noise: 0, shape ``(datum,)``."""
+        """Minus the loss of a network that knows the noise: 0, shape ``(datum,)``."""
         return jnp.zeros(len(x0), x0.dtype)
 
     def __call__(self, diffusion: Diffusion, step: SampledStep) -> Float[Array, "row datum"]:

@@ -87,7 +87,7 @@ class AbstractSteps(eqx.Module):
             key: JAX key.
             size: Number of data.
             num_steps: N.
-            probability: If they are learned, the probabilities of the steps, shape ``(num_steps,)``.
+            probability: The probabilities of the steps, shape ``(num_steps,)``, if they are learned; otherwise None.
         """
 
 
@@ -172,8 +172,8 @@ class Learner:
 
     Args:
         schedule: The noise schedule.
-        kl_weight: :math:`w_n` of the kernel, as a tuple. A step of weight 0 has no term: it is neither drawn nor has it a control variate.
-        centred: Whether moments are about the mean of the bin: where the steps are spread evenly, the differences
+        kl_weight: :math:`w_n` of the kernel, as a tuple. A step of weight 0 has no term: it is not drawn and has no control variate.
+        centred: Whether moments are about the mean of the bin: where the steps of a batch are spread evenly, the differences
             between the means of the bins add no variance.
     """
 

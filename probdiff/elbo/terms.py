@@ -5,8 +5,8 @@ r"""The evidence lower bound, term by term, in closed form where there is one.
            + E_q log p_θ(x | z_1)                                        reconstruction
 
 in nats, summed over the dimensions of a datum. Source: Ho et al. (2020), arXiv:2006.11239, eq. 5. Each term needs
-only the marginal q(z_n | x_0), so that every step has noise of its own and steps can be evaluated in any order:
-in chunks of a few hundred to a few thousand network inputs, so that the working memory does not grow with N and the number of draws.
+only the marginal q(z_n | x_0), so that every step has its own noise and steps can be evaluated in any order:
+in chunks of network inputs, so that the working memory does not grow with N and the number of draws.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class ELBOTerms(eqx.Module):
         prior_kl: KL of q(z_N | x_0) to N(0, I), shape ``(datum,)``; exact, no sampling.
         step_kl: KL of step n, shape ``(draw, step, datum)``, steps n = 2 … N ascending (N = 1: no steps).
         reconstruction: log p(x | z_1), shape ``(draw, datum)``.
-        closed_form: Whether the KLs are computed in closed form given z_n; otherwise each is a sampled log-ratio, unbiased.
+        closed_form: Whether the KLs are computed in closed form given z_n; otherwise each is an unbiased sampled log-ratio.
         context: Of a conditional model, the context of each datum, a tree of arrays of shape ``(datum, …)``.
 
     Example:
@@ -76,8 +76,8 @@ class Moments(eqx.Module):
 
     Attributes:
         mean: Mean.
-        variance: Variance between draws (divisor ``num_draws`` − 1; NaN for a single draw). The mean's own Monte
-            Carlo variance is ``variance / num_draws``.
+        variance: Variance between draws (divisor ``num_draws`` − 1; NaN for a single draw). The Monte Carlo variance of
+            the mean is ``variance / num_draws``.
 
     Example:
         >>> import jax, probdiff
@@ -236,16 +236,17 @@ def elbo_terms(
     r"""The terms of the bound on each datum, with independent noise for each term.
 
     Draw s at step n is evaluated at :math:`z_n = \sqrt{\bar\alpha_n} x_0 + \sqrt{1-\bar\alpha_n}\, \epsilon_{s,n}`, independent over
-    draws, steps and data. The same ``key`` gives the same noise to any model of equal N and dimension.
+    draws, steps and data. For the same number of data, the same ``key`` gives the same noise to any model of equal N and dimension.
 
     Args:
         diffusion: The model.
         x: Data as the user has it, shape ``(datum, dim)``.
         context: Of a conditional model: a row for each datum, as for :meth:`~probdiff.Diffusion.given`.
         key: JAX key of the noise.
-        num_draws: Number of draws; 1 if not given.
-        noise: The noise itself, instead of ``key``: shape ``(draw, num_steps, datum, dim)``, step n at
-            ``[:, n - 1]``. Two models on the same noise are compared on common random numbers.
+        num_draws: Number of draws; if not given, 1 or the number in ``noise``.
+        noise: The noise itself, instead of ``key``: shape ``(draw, num_steps, datum, dim)`` with the encoded dimension, step n at
+            ``[:, n - 1]``. Two models on the same noise are compared on common random numbers. For a kernel whose KL is sampled, the additional
+            noise is then the same in every call.
         reduce: Return the moments over draws (:class:`ELBOMoments`): memory then does not grow with draws.
         devices: Number of devices (or a list of them) that share the data; one device gives the same terms, up to rounding.
         progress: Show a progress bar.
@@ -254,7 +255,7 @@ def elbo_terms(
         :class:`ELBOTerms`, or :class:`ELBOMoments` if ``reduce``. Nats.
 
     Raises:
-        ValueError, TypeError: If the data, ``noise`` or ``num_draws`` do not fit the model.
+        ValueError, TypeError: If the data, ``noise`` or ``num_draws`` do not fit the model, or not exactly one of ``key`` and ``noise`` is given.
 
     Example:
         >>> import jax, probdiff

@@ -1,6 +1,6 @@
 r"""Variance reduction for the analytic bound: how the noise is drawn, its conditional mean and variance given z_n, and a control variate.
 
-Noise is drawn row by row, in pairs ε and −ε, or along one path of the forward chain; over a finite data set its mean and variance given
+Noise is drawn row by row, in pairs ε and −ε, or along one path of the forward chain; for a finite data set the mean and variance of the noise given
 z_n are known. The control variate is the excess of the best linear prediction of the noise, whose expectation has a closed form.
 For data of mean m and covariance :math:`S = U \mathrm{diag}(\lambda) U^T` the best linear :math:`\hat\epsilon` is, in the
 basis U, :math:`a_n (z_n - \sqrt{\bar\alpha_n} m)` with
@@ -31,7 +31,7 @@ _product = functools.partial(jnp.matmul, precision="highest")
 
 
 class RowNoise(eqx.Module):
-    """Independent noise for every row; with ``copies`` = 2, each second row has the noise of the row before, negated."""
+    """Independent noise for every row; with ``copies`` = 2, every second row has minus the noise of the row before."""
 
     key: jax.Array
     like: jax.Array
@@ -63,7 +63,7 @@ class AbstractNoise(eqx.Module):
     To write your own, define ``copies`` and :meth:`draw`.
 
     Attributes:
-        copies: How many terms in a row share their step.
+        copies: The number of consecutive rows with the same step.
         needs_all_steps: Whether the noise is drawn for all steps at once, in their order.
 
     Example:
@@ -142,8 +142,8 @@ class PosteriorNoise(eqx.Module):
     r"""The noise given z_n alone, when x_0 is one of finitely many points: its mean and variance over all of them.
 
     :math:`E\|\epsilon - \hat\epsilon\|^2 = \|E[\epsilon | z] - \hat\epsilon\|^2 + tr Var[\epsilon | z]` in expectation over
-    the points, so that the term keeps its mean over the set (not that of a single datum) and loses the variance
-    from the choice of the point from which z was made. It costs ``len(points)`` squared distances for each network evaluation.
+    the points, so that the term keeps its mean over the set of points (not the mean for a single datum) and loses the variance
+    from the choice of the point from which z was made. This costs ``len(points)`` squared distances for each network evaluation.
 
     Args:
         points: Encoded data, shape ``(point, dim)``.
@@ -217,10 +217,10 @@ class LinearControl(AbstractControl):
     """The excess of the best linear prediction of the noise.
 
     Attributes:
-        mean, basis: Mean, shape ``(dim,)``, and eigenvectors, shape ``(dim, dim)``, of the data that it was fitted to.
+        mean, basis: Mean m, shape ``(dim,)``, and eigenvectors U of the covariance, shape ``(dim, dim)``, of the batch.
         gain: a_n, shape ``(num_steps, dim)``.
-        noise_part: The first sum above without w_n, shape ``(num_steps,)``.
-        data_part: The factor of (Uᵀ(x_0 − m))² without w_n, shape ``(num_steps, dim)``.
+        noise_part: The part of E ‖ε − ε̂‖² without x_0, in the formula of the module, shape ``(num_steps,)``.
+        data_part: The factor of (Uᵀ(x_0 − m))² there, shape ``(num_steps, dim)``.
         signal_scale, kl_weight: √ᾱ_n and w_n, shape ``(num_steps,)``.
     """
 

@@ -1,4 +1,4 @@
-"""Likelihoods p(x | z_1): from the last reverse step to the data in the user's units. Imports no other part of a model."""
+"""Likelihoods p(x | z_1): from the last reverse step to the data in the user's units. The package imports no other part of a model."""
 
 from probdiff.likelihoods.base import AbstractLikelihood
 from probdiff.likelihoods.categorical import CategoricalLikelihood, Categories

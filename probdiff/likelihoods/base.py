@@ -2,8 +2,8 @@ r"""Likelihoods :math:`p_\theta(x | z_1)`: from the last reverse step to the dat
 
 The last reverse step is a Gaussian over :math:`x_0`, N(loc, scale²). A likelihood defines how :math:`x_0` and x are
 related: ``encode`` maps data to the chain, and calling the likelihood with loc and scale returns the distribution of
-x, so that all figures are in the user's units. Likelihoods with a density refuse data on a grid, and conversely: the density of
-data on a grid can be made arbitrarily large, and has no meaning.
+x, so that all figures are in the user's units. A likelihood with a density refuses integers, and a likelihood for a grid refuses floats: the
+density of data on a grid can be made arbitrarily large, and has no meaning.
 """
 
 import abc
@@ -26,8 +26,7 @@ class AbstractLikelihood(eqx.Module):
     To write your own, define ``levels`` and the five methods. JAX arrays of the module are trained along with the network.
 
     Attributes:
-        levels: Number of levels of data on a grid, integers 0 … levels − 1, so that bits/dim are defined; None for data with a
-            density.
+        levels: Number of levels of data on a grid, that many consecutive integers, so that bits/dim are defined; otherwise None.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, probdiff
@@ -49,7 +48,7 @@ class AbstractLikelihood(eqx.Module):
         (1, 3)
     """
 
-    if TYPE_CHECKING:  # a property, to a type checker, as it may be overridden by one and is no argument of ``__init__``
+    if TYPE_CHECKING:  # for type checkers a property: subclasses may define it as one, and it is no argument of ``__init__``
 
         @property
         def levels(self) -> int | None:
@@ -94,18 +93,18 @@ class AbstractLikelihood(eqx.Module):
 
     @abc.abstractmethod
     def check_data(self, x: Real[AnyArray, "*batch dim"]) -> None:
-        """Refuse data, shape ``(*batch, dim)``, that do not suit this likelihood."""
+        """Refuse data, shape ``(*batch, column)``, that do not suit this likelihood."""
 
     @abc.abstractmethod
     def encode(self, x: Real[AnyArray, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        """Encode data for the chain: floats of the same shape, with variance of about 1 if possible."""
+        """Encode data for the chain: floats of shape ``(*batch, encoded_dim(column))``, with variance of about 1 if possible."""
 
     @abc.abstractmethod
     def decode(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch dim"]:
         """Map the chain's :math:`x_0` to the user's units; the inverse of :meth:`encode`."""
 
     def unrounded(self, x0: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        """:meth:`decode` without rounding to possible data, an affine map: by default, :meth:`decode` itself."""
+        """:meth:`decode` without rounding to possible data, where the likelihood defines it; by default, :meth:`decode` itself."""
         return self.decode(x0)
 
     @abc.abstractmethod

@@ -31,11 +31,11 @@ class CategoricalLikelihood(AbstractLikelihood):
     r"""Categories without an order; a column of data becomes as many dimensions of the chain as there are categories.
 
     Args:
-        categories: Their number K, for data 0 … K − 1; or the categories themselves: numbers, which are the values of the data, or
-            labels, for which an array has 0 … K − 1 (and a data frame the labels). At least two.
+        categories: The number K of categories, for data 0 … K − 1; or the categories themselves: numbers, which are the values of the data, or
+            labels, for which an array holds 0 … K − 1 (and a data frame the labels). At least two.
 
     Raises:
-        ValueError, TypeError: If there are fewer than two categories or too many, they are not different, or they are neither numbers nor strings.
+        ValueError, TypeError: If there are fewer than two or more than 1024 categories, two are equal, or they are neither numbers nor strings.
 
     Example:
         >>> import numpy as np, probdiff
@@ -90,7 +90,7 @@ class CategoricalLikelihood(AbstractLikelihood):
 
     @property
     def points(self) -> Float[np.ndarray, "category dim"]:
-        """The point that encodes each category, :math:`c_v`."""
+        """The point that encodes each category, :math:`c_v`, shape ``(K, K)``."""
         size = len(self.values)
         return np.sqrt(size) * np.eye(size) - size**-0.5
 
@@ -170,7 +170,7 @@ class Categories(dist.Distribution):
         return _value(jax.random.categorical(key, self.logits, shape=sample_shape + self.batch_shape), self.values)
 
     def log_prob(self, value: Real[AnyArray, "..."]) -> Float[Array, "..."]:
-        """Log of the probability of the category, in nats."""
+        """Log of the probability of the category nearest to each value, in nats."""
         log_p = jax.nn.log_softmax(self.logits)
         index = _index(value, self.values)[..., None]
         shape = jnp.broadcast_shapes(index.shape[:-1], log_p.shape[:-1])

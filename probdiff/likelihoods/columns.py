@@ -1,4 +1,4 @@
-"""Columns of several kinds in one table: each has its own likelihood, and one chain adds noise to all of them.
+"""Columns of several kinds in one table: each column has its own likelihood, and one chain adds noise to all columns.
 
 The likelihood of a row is the product of the likelihoods of its columns, given :math:`z_1`; the chain models the dependence between
 columns. If some columns are discrete and others have a density, the row has a density with respect to the product of counting and
@@ -37,7 +37,7 @@ class ColumnLikelihood(AbstractLikelihood):
         columns: Names in the order of the array; if not given, the order in ``parts``.
 
     Raises:
-        ValueError: If a column is missing, or occurs twice; TypeError if a part is not a likelihood.
+        ValueError: If a column is missing, or occurs twice; TypeError if a part is not the likelihood of a column, or names and numbers are mixed.
 
     Example:
         >>> import pandas, probdiff

@@ -22,9 +22,9 @@ MOST_LEVELS = 2**22
 
 
 class DiscretizedNormalLikelihood(AbstractLikelihood):
-    r"""Integers 0 … ``levels`` − 1 on a grid in [−1, 1], with the probability of its bin under a normal.
+    r"""Integers ``first`` … ``first`` + ``levels`` − 1 on a grid in [−1, 1], each with the probability of its bin under a normal.
 
-    :math:`x_0 = 2x/(L-1) - 1`; each bin has half-width 1/(L−1) and the edge bins include the tails.
+    :math:`x_0 = 2(x - first)/(L-1) - 1`; each bin has half-width 1/(L−1) and the edge bins include the tails.
     Source: Ho et al. (2020), arXiv:2006.11239, eq. 13.
 
     Args:
@@ -69,7 +69,7 @@ class DiscretizedNormalLikelihood(AbstractLikelihood):
                 require(False, "x", f"levels {self.first} … {last}", f"{values[place]} at index {list(place)}")
 
     def encode(self, x: Real[AnyArray, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        r"""Encode levels for the chain, :math:`x_0 = 2x/(L-1) - 1`, shape ``(*batch, dim)``."""
+        r"""Encode levels for the chain, :math:`x_0 = 2(x - first)/(L-1) - 1`, shape ``(*batch, dim)``."""
         self.check_data(x)
         level = jnp.asarray(x) - self.first
         return level.astype(jnp.zeros(()).dtype) * (2 / (self.levels - 1)) - 1
@@ -110,10 +110,10 @@ class DiscretizedNormal(dist.Distribution):
     """A normal on [−1, 1] rounded to one of ``levels`` equidistant points; the edge bins include the tails.
 
     Args:
-        loc: Location of the normal, on the scale of [−1, 1].
-        scale: Its standard deviation.
+        loc: Mean of the normal, on the scale of [−1, 1].
+        scale: Standard deviation of the normal.
         levels: Number of points.
-        first: The value of the first point; the other points have the integers after it.
+        first: The value of the first point; the values of the other points are the integers after it.
 
     Example:
         >>> import jax.numpy as jnp, probdiff

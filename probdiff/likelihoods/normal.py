@@ -22,7 +22,7 @@ class NormalLikelihood(AbstractLikelihood):
     Use :meth:`standardized` to compute both from data.
 
     Raises:
-        ValueError: If ``scale`` is not positive.
+        ValueError: If ``scale`` is not positive, a number is not finite, or an argument has more than one axis.
 
     Example:
         >>> import numpy as np, probdiff

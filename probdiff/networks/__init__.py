@@ -2,7 +2,7 @@
 
 A network is any callable ``network(z, n)``, or a module of :class:`AbstractNetwork`, ``network(z, log_snr)``, like all networks here:
 they do not depend on a schedule. Modules of equinox and Flax NNX are networks without an adapter; :func:`from_apply` adapts modules of Flax linen and Haiku,
-and :func:`from_torch` modules of PyTorch, for evaluation. The package imports only the likelihoods and the checks.
+and :func:`from_torch` modules of PyTorch, for evaluation. Of the parts of a model the package imports only the likelihoods.
 """
 
 from probdiff.networks.adapters import batched, from_apply

@@ -1,4 +1,4 @@
-"""Adapters for networks with another interface than :mod:`probdiff.networks.base`: for one example, or in another library of JAX."""
+"""Adapters for networks with another interface than in :mod:`probdiff.networks.base`: of one example, or of another JAX library."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,7 +31,7 @@ class Batched(AbstractWrapper):
         key: PRNGKeyArray | None = None,
         context: PyTree = None,
     ) -> Prediction:
-        """Predict the noise in each ``z`` separately; with ``key``, each has its own dropout."""
+        """Predict the noise in each ``z`` separately, with its own dropout if ``key`` is given; a network of rows is called once, on all of them."""
         flat, log_snr, n, context = flattened(z.ndim - 1, (z, log_snr, n, context))
         keys = None if key is None else jax.random.split(key, len(flat))
         one = jax.vmap(lambda z, log_snr, n, key, context: evaluate(self.network, z, log_snr, n, key, context))
@@ -50,7 +50,7 @@ def batched(network: Network) -> Batched:
 
     Args:
         network: A callable ``network(z, n) -> eps_hat`` with z of shape ``(dim,)``, n an int32 of shape ``()`` and the prediction shaped like
-            z, as usual in equinox; or an :class:`AbstractNetwork` of one example. ``key=`` (dropout) and ``context=`` are also for
+            z, as usual in equinox; or an :class:`AbstractNetwork` of one example. ``key=`` (dropout) and ``context=`` are then also of
             one example. Or a network of rows, such as ``jax.vmap(f)``: z of shape ``(row, dim)`` and n of shape ``(row,)``.
 
     Returns:

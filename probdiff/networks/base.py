@@ -11,12 +11,12 @@ module are trained; NumPy arrays in it are constants, which no optimiser and no 
 
 * ``key=``: a network that accepts it by name is given a key in training (dropout), never in evaluation.
   There is one key for the whole batch, so that ``jax.vmap`` belongs inside the network, not around it;
-* ``context=``: a network that accepts it by name makes the model conditional, p(x | c). It is given the covariates or labels c of each
+* ``context=``: a network that accepts it by name makes the model conditional, p(x | c). The context is the covariates or labels c of each
   datum, an array or a tree of arrays, with the batch axes of ``z`` in front: ``(*batch, …)``;
 * ``network.dim``: the dimension of the data, needed to generate;
 * ``network.context_dim``: the dimension of a context that is a vector, needed for the wrappers of :mod:`probdiff.networks.context`.
 
-``evaluate`` is the only function that distinguishes the two forms.
+Every call of a network, in either form, is made by ``evaluate``.
 """
 
 import abc
@@ -62,7 +62,7 @@ class AbstractNetwork(eqx.Module):
         (4, 2)
     """
 
-    if TYPE_CHECKING:  # a property, to a type checker, as it may be overridden by one and is no argument of ``__init__``
+    if TYPE_CHECKING:  # for type checkers a property: subclasses may define it as one, and it is no argument of ``__init__``
 
         @property
         def dim(self) -> int | None:
@@ -81,11 +81,11 @@ class AbstractNetwork(eqx.Module):
 
     @property
     def is_conditional(self) -> bool:
-        """Whether it needs a context: by default, whether it accepts one by name."""
+        """Whether the network needs a context: by default, whether it accepts one by name."""
         return takes(self, "context")
 
     def check_context(self, context: PyTree) -> None:
-        """Refuse a context that does not suit the network, ``(datum, …)``; only its shapes and types may be used. By default, no context is refused."""
+        """Refuse a context, of shape ``(datum, …)``, that does not suit the network; its values may be traced. By default, no context is refused."""
 
 
 class AbstractWrapper(AbstractNetwork):
@@ -154,7 +154,7 @@ def check_context(network: Network, context: PyTree) -> None:
 
 
 def takes(network: Callable[..., Any], name: str) -> bool:
-    """Whether the network accepts ``key=`` or ``context=`` by name; ``**kwargs`` does not say so."""
+    """Whether the network accepts ``key=`` or ``context=`` by name; ``**kwargs`` does not count."""
     try:
         return name in inspect.signature(network).parameters
     except (TypeError, ValueError):
@@ -183,7 +183,8 @@ def evaluate(
         method: Name of the method to call instead of the network itself.
 
     Returns:
-        The output of the network, not checked yet (:func:`require_shape`).
+        The output of the network, whose shape is not checked yet (:func:`require_shape`).
+
     Raises:
         ValueError: If the network must be told the step, and ``n`` is None.
     """
@@ -272,7 +273,7 @@ def require_shape(output: Any, shape: tuple[int, ...], words: str) -> Array:
 
 
 def signal_and_noise(log_snr: Float[Array, "*batch"]) -> tuple[Float[Array, "*batch 1"], Float[Array, "*batch 1"]]:
-    r"""√ᾱ and √(1−ᾱ) at some log-SNR, with an axis for the dimensions."""
+    r"""√ᾱ and √(1−ᾱ) from the log-SNR, with an axis for the dimensions."""
     signal, noise = (jnp.exp(jax.nn.log_sigmoid(sign * log_snr) / 2)[..., None] for sign in (1, -1))
     return signal, noise
 
@@ -331,7 +332,7 @@ class AbstractEmbeddedNetwork(AbstractNetwork):
     def embedding(
         self, log_snr: Float[Array, "*batch"], context: Real[Array, "*batch context_dim"] | None
     ) -> Float[Array, "*batch embedding"]:
-        """The embedding of both, shape ``(*batch, EMBEDDING)``."""
+        """The sum of the embeddings of the noise level and of the covariates, shape ``(*batch, EMBEDDING)``."""
         embedding = self.embed(log_snr)
         if self.embed_context is None:
             return embedding

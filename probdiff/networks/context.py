@@ -1,7 +1,7 @@
 r"""Labels as a context, and the prediction of a network without its context.
 
 Training with :class:`ContextDropout` gives two models: the conditional one, and the unconditional one, whose network is :func:`unconditional`.
-A head is put around all of these: ``CategoricalHead(Embedding(ContextDropout(ConvNet(…, context_dim=16)), 10, key=key), levels)``.
+A head is put around these wrappers: ``CategoricalHead(Embedding(ContextDropout(ConvNet(…, context_dim=16)), 10, key=key), levels)``.
 """
 
 import abc
@@ -18,7 +18,7 @@ from probdiff.networks.base import AbstractWrapper, Network, Prediction, evaluat
 
 
 class _AbstractContextWrapper(AbstractWrapper):
-    """A network around another one, which is given a vector that replaces the context from outside."""
+    """A network around another network, for which it replaces the context by a vector."""
 
     network: eqx.AbstractVar[Network]
 
@@ -105,7 +105,7 @@ class ContextDropout(_AbstractContextWrapper):
     r"""A network whose context is dropped at random in training, so that it can be evaluated without a context.
 
     A dropped context is replaced by a *null context*, a learned vector; the contexts of different latents are dropped independently. Thus the model learns
-    p(x) along with p(x | c): its training loss is an average of both bounds, weighted by the probability. In evaluation nothing is dropped;
+    p(x) along with p(x | c): the training loss is an average of both bounds, weighted by the probability. In evaluation nothing is dropped;
     without a context (``context=None``) all latents have the null context. Source: Ho and Salimans (2022), arXiv:2207.12598, algorithm 1.
 
     Args:
@@ -172,7 +172,7 @@ def unconditional(network: Network) -> Network:
         network: A network that contains a :class:`ContextDropout`.
 
     Raises:
-        ValueError: If it contains none.
+        ValueError: If the network contains no :class:`ContextDropout`.
 
     Example:
         >>> import jax, probdiff

@@ -1,12 +1,12 @@
 r"""Adapters for networks that were written and trained under the conventions of other libraries and papers.
 
     inputs                                            prediction                                  adapter
-    a timestep t = n − 1, or another number a step    the noise, or another one with a head       :func:`from_timesteps`
+    a timestep t = n − 1, or a number for each step   the noise; others with a head               :func:`from_timesteps`
     γ = −log SNR (VDM)                                the noise                                   :func:`from_vdm`
     x = z/√ᾱ and σ (EDM's denoiser, k-diffusion)      the data, D(x; σ)                           :func:`from_denoiser`
     c_in x and c_noise (inside EDM)                   F, with D = c_skip x + c_out F              :func:`from_edm`
 
-The schedules of these libraries are in :mod:`probdiff.chain.conventions`. Other predictions need a head: :class:`~probdiff.networks.VHead`,
+The schedules of these libraries are in :mod:`probdiff.chain.conventions`. Predictions of other quantities need a head: :class:`~probdiff.networks.VHead`,
 :class:`~probdiff.networks.X0Head`, :class:`~probdiff.networks.ClipHead`, :class:`~probdiff.networks.VarianceHead`.
 
 Sources: as in :mod:`probdiff.chain.conventions`.
@@ -147,12 +147,12 @@ class EDMHead(AbstractHead):
 
 
 def from_timesteps(network: Network, timesteps: Numbers | None = None) -> AtTimesteps:
-    """The ε-network for a callable that is told a timestep, as in diffusers and improved-diffusion.
+    """The ε-network around a callable that is told a timestep, as in diffusers and improved-diffusion.
 
     Args:
         network: A callable ``network(z, t)`` with t of the shape of the batch; it may accept ``key=`` and ``context=`` by name. Its prediction is the noise,
             or another quantity, which a head around the result converts to noise.
-        timesteps: The timesteps of steps 1 … N, N numbers: 0 … N − 1 if not given. For a chain with fewer steps than in training, the
+        timesteps: The timesteps of steps 1 … N, N numbers; 0 … N − 1 if not given. For a chain with fewer steps than in training, give the
             remaining timesteps; for a network trained on rescaled timesteps, ``1000 / N * np.arange(N)``.
 
     Raises:

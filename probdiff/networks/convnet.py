@@ -19,7 +19,7 @@ from probdiff.networks.convolution import AbstractImageNetwork, Block, Convoluti
 class ConvNet(AbstractImageNetwork):
     """Residual convolutional network on images of one channel, told the noise level by an embedding of its log-SNR.
 
-    The resolution stays the same: in an image of 8×8 every pixel depends on every other after four convolutions. In each block the
+    The resolution stays the same: in an image of 8×8 every output depends on every pixel after seven convolutions, the default number. In each block the
     embedding scales and shifts the hidden layer, and every pixel has a separate bias, so that the network can depend on the position.
 
     Args:

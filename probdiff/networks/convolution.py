@@ -18,19 +18,19 @@ PRODUCTS = (None, "bfloat16")
 
 
 def _rounded(x: Float[Array, "*shape"], products: str | None) -> Float[Array, "*shape"]:
-    """The factor of a product in the precision ``products``; float64, in which the two ways are compared to rounding, stays as it is."""
+    """The factor of a product in the precision ``products``; float64 is not rounded."""
     return x if products is None or x.dtype == jnp.float64 else x.astype(products)
 
 
 def product(x: Float[Array, "*batch inputs"], weight: Float[Array, "inputs outputs"], products: str | None) -> Float[Array, "*batch outputs"]:
-    """``x @ weight``, rounded as :func:`_rounded` says, and so are its derivatives."""
-    # As a product of two matrices, so that its derivatives are fast, too.
+    """``x @ weight`` of factors rounded by :func:`_rounded`, also in the derivatives."""
+    # As a product of two matrices, whose derivatives are fast, too.
     rows = _rounded(x.reshape(-1, x.shape[-1]), products)
     return (rows @ weight.astype(rows.dtype)).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def along_channels(layer: eqx.nn.Linear, image: Float[Array, "*batch inputs"], products: str | None) -> Float[Array, "*batch outputs"]:
-    """A linear layer on the last axis, that of the channels."""
+    """A linear layer on the last axis, the channels."""
     assert layer.bias is not None
     return product(image, layer.weight.T, products) + layer.bias
 
@@ -56,7 +56,7 @@ def convolve(
 ) -> Float[Array, "*batch height width outputs"]:
     """The 3×3 convolution of images, shape ``(*batch, height, width, inputs)``, that keeps their size.
 
-    It is one product of the 3×3 neighbours of each pixel and the filters: inside a loop, on CPU, XLA's own convolution takes many times as long.
+    The 3×3 neighbours of each pixel are multiplied by the filters in one matrix product: inside a loop, on CPU, XLA's own convolution takes many times as long.
     """
     return _convolved(image, weight, products)
 
@@ -92,7 +92,7 @@ class Convolution(eqx.Module):
 
 
 class Block(eqx.Module):
-    """A residual block of two convolutions; the embedding scales and shifts the hidden layer, in which every pixel has a bias of its own."""
+    """A residual block of two convolutions; the embedding scales and shifts the hidden layer, in which every pixel has a separate bias."""
 
     norm: eqx.nn.LayerNorm
     modulate: eqx.nn.Linear
@@ -116,7 +116,7 @@ class Block(eqx.Module):
         key: PRNGKeyArray | None,
         products: str | None = None,
     ) -> Float[Array, "*batch height width channels"]:
-        """The hidden layers, shape ``(*batch, height, width, channels)``, told the embedding."""
+        """The hidden layer after the block, same shape ``(*batch, height, width, channels)``, given the embedding."""
         scale, shift = jnp.split(along_last_axis(self.modulate, embedding), 2, -1)
         inner = self.up(along_last_axis(self.norm, h), products) + self.place
         inner = jax.nn.silu(inner * (1 + scale) + shift)

@@ -57,7 +57,7 @@ class Ensemble(AbstractWrapper):
         key: PRNGKeyArray | None = None,
         context: PyTree = None,
     ) -> Float[Array, "*batch dim"]:
-        """Predict the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``, given ``context``."""
+        """The mean prediction of the noise in ``z``, shape ``(*batch, dim)``, of log-SNR ``log_snr`` after ``n`` steps, both of shape ``batch``."""
         keys = [None] * len(self.networks) if key is None else jax.random.split(key, len(self.networks))
         predicted = (predict_noise(network, z, log_snr, n, k, context) for network, k in zip(self.networks, keys))
         return functools.reduce(operator.add, predicted) / len(self.networks)

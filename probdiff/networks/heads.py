@@ -1,8 +1,8 @@
 r"""Heads, which convert the prediction of a network to the noise.
 
 A head is an ε-network around a network that predicts another quantity. In :math:`z_n = \sqrt{\bar\alpha_n} x_0 +
-\sqrt{1-\bar\alpha_n}\, \epsilon` each prediction is an affine function of any other, given z_n; so the programs, the bound and the
-samplers use only :math:`\hat\epsilon`. A network without a head predicts ε.
+\sqrt{1-\bar\alpha_n}\, \epsilon` the data, the noise and the velocity v are affine functions of each other, given z_n; so the programs, the
+bound and the samplers use only :math:`\hat\epsilon`. A network without a head predicts ε.
 
 Source: Salimans and Ho (2022), arXiv:2202.00512, section 4, for the predictions of x_0 and of v.
 """
@@ -141,9 +141,9 @@ class VHead(AbstractHead):
 class DensityHead(AbstractHead):
     r"""For data with a density: the network predicts the noise divided by a factor that falls with the noise level, :math:`\hat\epsilon = (1-\bar\alpha)^{1/4}\,\hat y`.
 
-    The exact prediction is :math:`-\sqrt{1-\bar\alpha}` times a score, and is nearly 0 if the noise is much smaller than the scale of the data. For a smooth density it
-    falls like :math:`\sigma = \sqrt{1-\bar\alpha}`. At a jump of the density the score is of order 1/σ within a distance of σ, which has probability
-    of order σ: the root mean square falls like :math:`\sqrt\sigma`, the factor here. The error of the network is then proportional to the
+    The exact prediction is :math:`-s`, with :math:`s = \sqrt{1-\bar\alpha}`, times a score, and is nearly 0 if the noise is much smaller than the scale of the data. For a
+    smooth density it falls like s. At a jump of the density the score is of order 1/s within a distance of s, which has probability
+    of order s: the root mean square falls like :math:`\sqrt s`, the factor here. The error of the network is then proportional to the
     size of the exact prediction, instead of the same at every step.
 
     Args:
@@ -165,9 +165,9 @@ class DensityHead(AbstractHead):
 
 
 class ClipHead(AbstractHead):
-    r"""A network whose prediction of the data is clipped to their range: :math:`\hat x_0` is clipped to [−bound, bound].
+    r"""A network whose prediction of the data, :math:`\hat x_0`, is clipped to the range [−bound, bound] of the data.
 
-    :math:`\hat\epsilon` is the noise that follows from the clipped data. Other libraries do this in every step (``clip_sample``, ``clip_denoised``); where
+    :math:`\hat\epsilon` is the noise that follows from the clipped data. Other libraries clip in every step of a sampler (``clip_sample``, ``clip_denoised``); where
     nothing is clipped, the prediction is unchanged. Source: Ho et al. (2020), arXiv:2006.11239, published code.
 
     Args:
@@ -210,7 +210,8 @@ class ClipHead(AbstractHead):
 class VarianceHead(AbstractHead):
     r"""The network predicts the variance of each reverse step along with the noise; for :class:`~probdiff.chain.PredictedVarianceKernel`.
 
-    Each dimension has a second output r, which interpolates the log variance between :math:`\tilde\beta_n` (r = −1) and :math:`\beta_n` (r = 1): :math:`\log v = s \log \beta_n + (1-s) \log \tilde\beta_n` with s = (r + 1)/2. Functions that need the noise only, such as the probability flow, use
+    Each dimension has a second output r, which interpolates the log variance between :math:`\tilde\beta_n` (r = −1) and :math:`\beta_n` (r = 1):
+    :math:`\log v = s \log \beta_n + (1-s) \log \tilde\beta_n` with s = (r + 1)/2. Functions that need the noise only, such as the probability flow, use
     the first output. Source: Nichol and Dhariwal (2021), arXiv:2102.09672, section 3.1 (where r has no name; in the published code it is −1 to 1).
 
     Args:
@@ -219,7 +220,7 @@ class VarianceHead(AbstractHead):
             of 2 C channels), or of shape ``(*batch, dim, 2)`` (as returned by ``MLP(…, outputs=2)``).
 
     Raises:
-        ValueError: If a head inside has another shape of output; in use, if the innermost network does not return two outputs for each dimension.
+        ValueError: In use, if a head inside needs more than one output for each dimension, or the innermost network does not return two.
 
     Example:
         >>> import jax.numpy as jnp, probdiff

@@ -59,7 +59,7 @@ class _Rows:
 
 
 def _words(array: Array) -> Array:
-    """float64 as pairs of integers: JAX calls the host from another thread, and rounds to float32 if that is the precision of the thread."""
+    """float64 as pairs of integers: JAX calls the host from another thread, and rounds to float32 if float64 is not enabled in that thread."""
     return jax.lax.bitcast_convert_type(array, jnp.uint32) if array.dtype == jnp.float64 else array
 
 
@@ -69,7 +69,7 @@ def _numbers(words: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _on_host(function: Callable[..., np.ndarray], z: Array, n: Array, given: dict[str, PyTree]) -> Array:
-    # First called with two rows, for the shape of the output, and so that an error is raised here with a short message.
+    # The function is first called with two rows, for the shape of the output, and so that an error is raised here with a short message.
     two_z, two_n, two_given = jax.tree.map(lambda leaf: np.zeros((2, *leaf.shape[z.ndim - 1 :]), leaf.dtype), (z, n, given))
     output = function(two_z, two_n + 1, **two_given)
     rows_alike = output.ndim > 1 and len(output) == 2
@@ -86,7 +86,7 @@ def _refuse_derivative(function: Callable[..., Any], primals: Any, tangents: Any
 
 
 def require_of_jax(network: Any) -> None:
-    """Refuse a module of PyTorch that is given as it is."""
+    """Refuse a module of PyTorch that is not adapted."""
     torch = sys.modules.get("torch")
     foreign = torch is not None and isinstance(network, torch.nn.Module)
     require(not foreign, "network", "a network of JAX; one of PyTorch as probdiff.networks.from_torch(module)", type(network).__name__, TypeError)

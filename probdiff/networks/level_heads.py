@@ -1,4 +1,4 @@
-"""Heads for data at known points, levels of a grid or categories: the network predicts probabilities, and the noise is a mean over the points.
+"""Heads for data at known points, levels of a grid or categories: the network predicts probabilities, and the noise follows from the mean of the points.
 
 Source: Austin et al. (2021), arXiv:2107.03006, section 3.3, for a prediction of the probabilities of x_0.
 """
@@ -23,11 +23,11 @@ WIDEST_SUM = 0.7  # in levels: a normal that is wider is as good as continuous
 class CategoricalHead(AbstractHead):
     r"""For data on a grid: the network predicts a probability for each level of each dimension.
 
-    The network returns logits given the *other* dimensions; the information of z about its own dimension is known exactly and is added,
+    The network's logits are for the information of the *other* dimensions; the information of z_n in the same dimension is known exactly and is added,
 
         log p(v | z_n) = logit_v − (z_n − √ᾱ_n v)² / (2 (1−ᾱ_n)) + const,
 
-    with v on the grid of :class:`~probdiff.DiscretizedNormalLikelihood`. :math:`\hat x_0` is the mean of that
+    with v on the grid of :class:`~probdiff.DiscretizedNormalLikelihood`. :math:`\hat x_0` is the mean of this
     distribution. If the noise is finer than the grid, the logits hardly matter.
 
     Args:
@@ -103,13 +103,14 @@ class LevelMixtureHead(AbstractHead):
 
         p(v) ∝ Σ_k π_k N(v; m_k, s_k²) + π_first [v = −1] + π_last [v = 1],   v on the grid of L levels from −1 to 1,
 
-    and the information of z about its own dimension is added exactly, by the factor N(z_n; √ᾱ_n v, 1−ᾱ_n). :math:`\hat x_0` is the mean of the product: in
-    closed form where a component is wide, and as a sum over the seven nearest levels where it is narrow. A :class:`CategoricalHead` needs L outputs for each dimension,
+    and the information of z_n in the same dimension is added exactly, by the factor N(z_n; √ᾱ_n v, 1−ᾱ_n). :math:`\hat x_0` is the mean of the product: in
+    closed form where a component is wide, and as a sum over the seven nearest levels where the component is narrow. A :class:`CategoricalHead` needs L outputs for each dimension,
     this head 3 K + 2. The ends have their own weights because many pixels are black or white; in the discretised mixture of Salimans et al. (2017),
     arXiv:1701.05517, section 2.1, the tails beyond the grid have this role.
 
     Args:
-        network: Returns :meth:`outputs` numbers for each dimension, on a new last axis: K logits, K means, K log scales, and the logits of the first and the last level.
+        network: Returns :meth:`outputs` numbers for each dimension, on a new last axis: K logits, K means (relative to K evenly spread points), K log scales
+            (relative to −1), and the logits of the first and the last level.
         levels: Number of levels L.
         components: Number K of normals.
 
@@ -143,7 +144,7 @@ class LevelMixtureHead(AbstractHead):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this head was made with."""
+        """The arguments of the constructor, by name."""
         return {"network": self.network, "levels": self.levels, "components": self.components}
 
     def output_shape(self, z: Float[Array, "*batch dim"]) -> tuple[int, ...]:
@@ -178,7 +179,7 @@ def _on_grid(
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """The mean of a normal restricted to 0, 1, …, levels − 1, and the logarithm of the sum of its density there.
 
-    A wide normal is not truncated at the ends, except for its mean; the logarithm of its sum is taken as 0.
+    A wide normal is not truncated, only its mean is clipped to the range; the logarithm of its sum is taken as 0.
     """
     # By Poisson's summation formula the relative difference between the sum over all integers and the integral is 2 exp(−2π² scale²): 1e-4 at the limit.
     is_narrow = scale < WIDEST_SUM
@@ -195,15 +196,15 @@ def _on_grid(
 
 
 class ColumnHead(AbstractHead):
-    r"""For a table: a prediction for each column that suits its likelihood.
+    r"""For a table: for each column the prediction that suits the column's likelihood.
 
     For columns with a density the network predicts the noise as for a :class:`DensityHead`. For columns whose encoded values are known points :math:`c_v`
     (categories, levels of a grid) it predicts the parameter a of an exponential family on the points, to which the information
-    of z about its own column is added exactly,
+    of z_n in the same column is added exactly,
 
         log p(v | z_n) = a · c_v − ‖z_n − √ᾱ_n c_v‖² / (2 (1−ᾱ_n)) + const;
 
-    :math:`\hat x_0` is the mean of that distribution, which may be anything between the points. For categories, a is the vector of logits up to a factor.
+    :math:`\hat x_0` is the mean of this distribution, which may lie between the points. For categories, a is the vector of logits up to a factor.
 
     Args:
         network: Its prediction is shaped like ``z``.

@@ -28,7 +28,7 @@ class MLP(AbstractEmbeddedNetwork):
 
     In each block the embedding shifts and scales the hidden layer. Beside the blocks there is a skip connection: a combination, different
     at each noise level, of z and its harmonics is added to the output, dimension by dimension. If z is nearly all
-    noise, the noise is nearly z itself; if the noise is finer than the grid of the data, it follows from the nearest level. Covariates also enter
+    noise, the noise is nearly z itself; if the noise is finer than the grid of the data, z and the nearest level determine it. Covariates also enter
     the skip connection, by a learned linear regression of the data on them: for Gaussian data whose mean is linear in the covariates, with independent
     residuals, the skip connection alone is exact.
 
@@ -38,15 +38,15 @@ class MLP(AbstractEmbeddedNetwork):
         hidden: Width of the hidden layers.
         num_blocks: Number of residual blocks.
         dropout: Probability of dropping a hidden unit while training.
-        num_harmonics: Number of sine and cosine pairs of each input that the network is also given; the k-th has
+        num_harmonics: Number of sine and cosine pairs of each input that the network is also given, 0 to 24; pair k = 0, 1, … has
             angular frequency :math:`\pi 2^k`. Source: Kingma et al. (2021), arXiv:2107.00630, appendix C.
         outputs: Outputs for each dimension, on a new last axis (for a :class:`~probdiff.networks.CategoricalHead`, the number of
-            levels), without the short cut; None for one, shaped like the input.
+            levels), without the skip connection; None for one, shaped like the input.
         context_dim: For a conditional model, the number of covariates: ``context`` of shape ``(datum, context_dim)``, of about mean 0 and
-            standard deviation 1. They are inputs beside z, and are embedded along with the noise level. None for a model without.
+            standard deviation 1. They are inputs beside z, and are embedded along with the noise level. None for a model without a context.
 
     Raises:
-        ValueError, TypeError: If a size is not a positive integer, or ``dropout`` is not a probability below 1.
+        ValueError, TypeError: If a size is not a positive integer, ``num_harmonics`` is out of range, or ``dropout`` is not a probability below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, probdiff
@@ -111,7 +111,7 @@ class MLP(AbstractEmbeddedNetwork):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this network was made with, without the key."""
+        """The arguments of the constructor, by name, without the key."""
         return {
             "dim": self.dim,
             "hidden": self.hidden,
@@ -135,7 +135,7 @@ class MLP(AbstractEmbeddedNetwork):
         inputs = jnp.concatenate([z[..., None], sinusoids(z, np.pi * 2.0 ** np.arange(self.num_harmonics))], -1)
         covariates = []
         if self.regress is not None:
-            assert context is not None  # the Diffusion says so
+            assert context is not None  # the Diffusion raises the error
             covariates = [context.astype(z.dtype)]
             inputs = jnp.concatenate([inputs, along_last_axis(self.regress, covariates[0])[..., None]], -1)
         h = along_last_axis(self.read, jnp.concatenate([inputs.reshape(*z.shape[:-1], -1), *covariates], -1))

@@ -19,13 +19,13 @@ WITH_DROPOUT = (
 
 
 def require_pure(network: Network) -> None:
-    """Refuse a network that contains a module of Flax NNX whose state changes in a call, or which holds state that must not be trained.
+    """Refuse a network with a module of Flax NNX whose state changes in a call or must not be trained.
 
     Raises:
         ValueError: If there is dropout that is not switched off, or a variable that is neither an ``nnx.Param`` nor the state of a random generator,
             such as the statistics of a batch normalisation.
     """
-    nnx = sys.modules.get("flax.nnx")  # who has not imported it has no module of it
+    nnx = sys.modules.get("flax.nnx")  # without an import of Flax NNX there is no module of it
     if nnx is None:
         return
 

@@ -27,23 +27,23 @@ HEADS = 4
 class UNet(AbstractImageNetwork):
     r"""U-Net on images of one channel of any height and width, told the noise level by an embedding of its log-SNR.
 
-    Blocks of 2×2 pixels become the channels of an image of half the resolution. Residual blocks of 3×3 convolutions follow at half the resolution, twice as many of twice the
-    width at a quarter, with self-attention in the middle, and again at half the resolution, with a skip connection. In each block the embedding scales and shifts the hidden layer, and every
-    position has a bias of its own. Images whose sides are not multiples of 4 are padded with zeros.
+    Each square of 2×2 pixels becomes the channels of one pixel at half the resolution. Residual blocks of 3×3 convolutions follow at half the resolution, twice as many of
+    twice the width at a quarter, with self-attention in the middle, and again at half the resolution, with a skip connection. In each block the embedding scales and shifts
+    the hidden layer, and every position has a separate bias. Images whose sides are not multiples of 4 are padded with zeros.
 
     Sources: Ronneberger et al. (2015), arXiv:1505.04597, for the shape; Ho et al. (2020), arXiv:2006.11239, appendix B, for blocks and attention; Kingma et al. (2021),
-    arXiv:2107.00630, section 5.1, for the Fourier features.
+    arXiv:2107.00630, appendix C, for the Fourier features.
 
     Args:
         shape: Height and width; data are images in row-major order, of dimension height × width.
         key: JAX key for the initial weights.
         channels: Width at half the resolution, a multiple of 2.
         num_blocks: Number of residual blocks at half the resolution, before and after; at a quarter, twice as many.
-        dropout: Probability of dropping a hidden channel while training.
+        dropout: Probability of dropping a hidden channel of a pixel while training.
         outputs: Outputs for each pixel, on a new last axis; None for one, shaped like the input.
         context_dim: For a conditional model, the number of covariates: ``context`` of shape ``(datum, context_dim)``, of about mean 0 and
-            standard deviation 1, embedded along with the noise level. None for a model without.
-        fourier: Exponents k of the Fourier features, :math:`\sin 2^k \pi z` and :math:`\cos 2^k \pi z`, that each pixel is read with.
+            standard deviation 1, embedded along with the noise level. None for a model without a context.
+        fourier: Exponents k, 0 to 15, of the Fourier features :math:`\sin 2^k \pi z` and :math:`\cos 2^k \pi z` of each pixel, which are input channels beside z.
         products: ``"bfloat16"`` to compute matrix products in that precision, which is faster on some devices (:func:`has_fast_bfloat16`); None for the
             precision of ``z``. In float64 nothing is rounded.
 
@@ -120,7 +120,7 @@ class UNet(AbstractImageNetwork):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that this network was made with, without the key."""
+        """The arguments of the constructor, by name, without the key."""
         return {
             "shape": self.shape,
             "channels": self.place.shape[-1],
@@ -172,7 +172,7 @@ class _Attention(eqx.Module):
         self.write = eqx.nn.Linear(channels, channels, key=keys[1])
 
     def __call__(self, h: Float[Array, "*batch height width channels"], products: str | None) -> Float[Array, "*batch height width channels"]:
-        """The hidden layers, shape ``(*batch, height, width, channels)``."""
+        """The hidden layer after the attention, same shape ``(*batch, height, width, channels)``."""
         asked = along_channels(self.ask, along_last_axis(self.norm, h), products)
         rows = asked.reshape(-1, h.shape[-3] * h.shape[-2], HEADS, 3 * (h.shape[-1] // HEADS))
         query, key, value = jnp.split(rows, 3, -1)

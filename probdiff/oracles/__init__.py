@@ -1,6 +1,7 @@
 """Cases that are known exactly: distributions, their exact ε-networks, and the bound of a linear-Gaussian chain.
 
-The programs and the estimators are tested against them. The package imports the chain and the likelihoods, and none of the code that it is used to test.
+The programs and the estimators are tested against them. The package imports the chain, the likelihoods and the interface of networks, but no program and no
+estimator.
 """
 
 from probdiff.oracles.closed_form import exact_log_prob, exact_moments, exact_terms

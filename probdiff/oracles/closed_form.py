@@ -20,7 +20,7 @@ from probdiff.oracles.networks import ConditionalLinearNetwork, LinearNetwork
 
 @runtime_checkable
 class _Model(Protocol):
-    """The parts of a Diffusion that are needed here (the class itself is not imported)."""
+    """The parts of a Diffusion that the closed forms need (the class itself is not imported)."""
 
     schedule: AbstractSchedule
     kernel: AbstractKernel
@@ -47,6 +47,9 @@ def exact_terms(diffusion: _Model, x: Real[AnyArray, "datum dim"], *, context: P
         A dict of float64 arrays, in nats: ``prior_kl`` and ``reconstruction`` and ``elbo``, shape ``(datum,)``, and
         ``step_kl``, shape ``(step, datum)``, n = 2 … N.
 
+    Raises:
+        TypeError, ValueError: If the network, the likelihood or the reverse variance (not ``"posterior"`` or ``"forward"``) does not suit.
+
     Example:
         >>> import numpy as np, probdiff
         >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0], [[1.0]])
@@ -67,7 +70,7 @@ def exact_terms(diffusion: _Model, x: Real[AnyArray, "datum dim"], *, context: P
         alpha, beta = schedule.alpha[n - 1], schedule.beta[n - 1]
         gain, offset = _reverse_mean(diffusion, n)
         previous = schedule.alpha_bar[n - 2] if n > 1 else 1.0
-        # Mean of q(z_{n-1} | z_n, x0) minus that of p, as from_x0 @ x0 + from_eps @ eps - offset.
+        # The mean of q(z_{n-1} | z_n, x0) minus the mean of p, as from_x0 @ x0 + from_eps @ eps - offset.
         z_weight = np.sqrt(alpha) * (1 - previous) / noise**2 * identity - gain
         from_x0 = signal * z_weight + np.sqrt(previous) * beta / noise**2 * identity
         from_eps = noise * z_weight
@@ -93,7 +96,7 @@ def exact_moments(diffusion: _Model, *, context: PyTree = None) -> tuple[Float[n
         >>> schedule, normal = probdiff.cosine_schedule(5), probdiff.oracles.GaussianOracle([0.0], [[1.0]])
         >>> diffusion = probdiff.Diffusion(schedule, normal.network(schedule), reverse_variance="forward")
         >>> mean, covariance = probdiff.oracles.exact_moments(diffusion)
-        >>> round(covariance.item(), 4)  # that of the data: the chain is turned round exactly
+        >>> round(covariance.item(), 4)  # the variance of the data: the chain is reversed exactly
         1.0
     """
     diffusion = _given(diffusion, context)
@@ -150,7 +153,7 @@ def _parts(diffusion: _Model) -> tuple[NormalLikelihood, int]:
 
 
 def _reverse_mean(diffusion: _Model, n: int) -> tuple[Float[np.ndarray, "dim dim"], Float[np.ndarray, "*datum dim"]]:
-    """Gain and offset of the reverse mean at step n: gain @ z_n + offset; given a context, each datum has an offset of its own."""
+    """Gain and offset of the reverse mean at step n, gain @ z_n + offset; given a context, each datum has its own offset."""
     schedule, network = diffusion.schedule, diffusion.network
     assert isinstance(network, LinearNetwork | ConditionalLinearNetwork)
     per_eps = schedule.beta[n - 1] / np.sqrt(1 - schedule.alpha_bar[n - 1])

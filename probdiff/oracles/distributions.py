@@ -7,8 +7,8 @@ data of a :class:`~probdiff.NormalLikelihood`. Three have this interface: :class
 :class:`GaussianMixture` and :class:`UniformBoxes`.
 
 For Gaussian data the exact ε-network is linear, :math:`\hat\epsilon = A_n z + b_n`. With *any* linear network the
-reverse chain is linear-Gaussian, so that every term of the bound and :math:`\log p_\theta(x)` have closed forms. They
-are computed here in float64 NumPy, from means and covariances: no sampling, and no code shared with the programs.
+reverse chain is linear-Gaussian, so that every term of the bound and :math:`\log p_\theta(x)` have closed forms,
+which are computed in :mod:`probdiff.oracles.closed_form`.
 
 Source: Efron (2011), doi:10.1198/jasa.2011.tm11181, for the conditional mean by the gradient of the density (Tweedie's formula).
 """
@@ -31,7 +31,7 @@ LogProb = Float[np.ndarray, "*batch"] | np.float64
 
 
 class GaussianOracle:
-    """Gaussian data :math:`x_0 ~ N(m, S)`; of a conditional model, :math:`x_0 | c ~ N(m + B c, S)`.
+    r"""Gaussian data :math:`x_0 \sim N(m, S)`; of a conditional model, :math:`x_0 | c \sim N(m + B c, S)`.
 
     Args:
         mean: m, shape ``(dim,)``.

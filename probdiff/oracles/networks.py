@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, Real
 from probdiff._checks import Number, Whole
 from probdiff.networks.base import AbstractNetwork
 
-NODES = 40  # of the quadrature over a truncated normal,
-REACH = 8.5  # whose density is neglected below exp(-REACH²/2) of its maximum.
+NODES = 40  # of the quadrature over a truncated normal
+REACH = 8.5  # The density is neglected below exp(-REACH²/2) of its maximum.
 
 # Accelerators round the factors of a product to fewer bits by default.
 _einsum = functools.partial(jnp.einsum, precision="highest")

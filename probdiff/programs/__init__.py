@@ -1,6 +1,6 @@
-"""The NumPyro programs of a diffusion: model, guide and posterior guide, by a scan along the chain or parallel in its steps.
+"""The NumPyro programs of a diffusion: model, guide and posterior guide, by a scan along the chain or in parallel over the steps.
 
-They are written for the interface :class:`~probdiff.programs.sites.AbstractDiffusion`, and import the chain.
+The programs need only the interface :class:`~probdiff.programs.sites.AbstractDiffusion` of a model.
 """
 
 from probdiff.programs.parallel import ForwardChain, ParallelPrograms, PosteriorChain, ReverseChain

@@ -1,12 +1,12 @@
 r"""The same three programs with one site per chain: all steps at once.
 
-    guide            z ~ ForwardChain      q(z_1:N | x_0), by the steps
+    guide            z ~ ForwardChain      q(z_1:N | x_0), step by step
     posterior_guide  z ~ PosteriorChain    the same distribution, by Bayes' rule
     model            z ~ ReverseChain      p_θ(z_1:N), then x | z_1
 
 The programs of :mod:`probdiff.programs.scan` ``scan`` over the steps. Here a path of the forward chain is one associative scan (a
-composition of affine maps), and the density of a path under the reverse chain is one call of the network. Sites and
-parameters are the same, so that a guide of one encoding can be used with the model of the other. As no loop pairs values with steps,
+composition of affine maps), and for the density of a path under the reverse chain the network is evaluated at all steps at once. Sample sites and
+parameters are the same, so that a guide of one module can be used with the model of the other. As no loop pairs values with steps,
 the forward guide also accepts given values.
 
 ``log_prob`` of a chain gives its factors by the chain rule, shape ``(num_steps, datum)``, as the scanned site does; the log density of a path is their
@@ -136,7 +136,7 @@ class PosteriorChain(ForwardChain):
 class ReverseChain(Chain):
     r"""The reverse chain :math:`p_\theta(z_{1:N}) = p(z_N) \prod_{n \ge 2} p_\theta(z_{n-1} | z_n)`.
 
-    Its density is one call of the network, made in chunks (:func:`~probdiff._chunks.inputs_at_once`) whose intermediate values are computed
+    For the density the network is evaluated at all steps, in chunks (:func:`~probdiff._chunks.inputs_at_once`) whose intermediate values are computed
     again for the gradient: apart from the path itself, memory does not grow with N. Samples are drawn one step after the other.
 
     Args:
@@ -208,7 +208,7 @@ def _require_diffusion(value: object) -> None:
 class ParallelPrograms(eqx.Module):
     """The programs of a :class:`~probdiff.Diffusion` with one site for the whole chain: ``SVI(programs.model, programs.guide, …)``.
 
-    Inside of ``numpyro.plate(…, dim=-3)`` they are independent copies: ``z`` has the axes of such plates in front, and so has an ``x`` that is drawn.
+    Inside of ``numpyro.plate(…, dim=-3)`` the programs are independent copies: ``z`` has the axes of such plates in front, and so has an ``x`` that is drawn.
 
     Args:
         diffusion: The model; ``diffusion.bind`` takes the fitted parameters.
@@ -233,7 +233,7 @@ class ParallelPrograms(eqx.Module):
         self.diffusion = diffusion
 
     def model(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> Real[AnyArray, "*plates datum column"]:
-        """The reverse chain; arguments and sites as of :meth:`~probdiff.Diffusion.model`."""
+        """The reverse chain; arguments and sample sites as for :meth:`~probdiff.Diffusion.model`."""
         require_plates(OUTER)
         diffusion = self.diffusion.given(context)
         size, dim = diffusion.data_shape(x, num_data)
@@ -248,7 +248,7 @@ class ParallelPrograms(eqx.Module):
             return numpyro.sample("x", diffusion.kernel.observation(diffusion.likelihood, last), obs=x)
 
     def guide(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> None:
-        """The forward chain, factorised by its steps; arguments as for :meth:`~probdiff.Diffusion.guide`."""
+        """The forward chain, factorised step by step; arguments as for :meth:`~probdiff.Diffusion.guide`."""
         self._forward(ForwardChain, x, num_data, context)
 
     def posterior_guide(self, x: Data | None, num_data: Size | None = None, *, context: Any = None) -> None:

@@ -4,9 +4,9 @@ r"""A diffusion model as a pair of NumPyro programs, which ``scan`` along the ch
     posterior_guide  q(z_1:N | x_0)      the same distribution after Bayes' rule: z_N | x_0, then z_{n-1} | z_n, x_0
     model            p_θ(x, z_1:N)       z_N, then z_{n-1} | z_n for n = N … 2, then x | z_1
 
-One pattern serves every program that runs in the model's order: a ``scan`` over n = N … 1 that carries the
-*distribution* of the latent it is about to sample. The last step of the model carries out the Gaussian
-from which the likelihood is made, so that N latents cost N evaluations of the network.
+One pattern serves every program that runs in the model's order: a ``scan`` over n = N … 1 whose carry is the
+*distribution* of the next latent. The last carry of the model is the distribution from which the likelihood is made, so that N latents cost N
+evaluations of the network.
 """
 
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ def model(diffusion: AbstractDiffusion, x: Data | None, num_data: Size | None = 
         x: Data as the user has it, shape ``(datum, dim)``, or None to generate.
         num_data: Size of the full data set, of which ``x`` is a minibatch: log densities are scaled by
             ``num_data / len(x)``. With ``x=None``, the number of data to draw.
+
+    Returns:
+        The data, shape ``(datum, dim)``: ``x`` itself, or the draws.
     """
     require_plates(None)
     size, dim = diffusion.data_shape(x, num_data)
@@ -45,7 +48,7 @@ def model(diffusion: AbstractDiffusion, x: Data | None, num_data: Size | None = 
 
 
 def guide(diffusion: AbstractDiffusion, x: Data | None, num_data: Size | None = None) -> None:
-    """The forward chain, z_1 first. It samples; given values for ``z`` it refuses (see :func:`posterior_guide`).
+    """The forward chain, z_1 first. It refuses given values for ``z`` (see :func:`posterior_guide`).
 
     Arguments as for :func:`model`; ``x`` is required.
     """

@@ -47,7 +47,7 @@ class AbstractDiffusion(eqx.Module):
 
     @abc.abstractmethod
     def given(self, context: Any) -> "AbstractDiffusion":
-        """The model given a context; the same for None."""
+        """The model given a context; for None, the model itself."""
 
     @abc.abstractmethod
     def with_param_site(self) -> "AbstractDiffusion":
@@ -79,8 +79,9 @@ class AbstractDiffusion(eqx.Module):
         """Refuse data of the wrong shape or kind.
 
         Raises:
-            ValueError: If the data are not ``(datum, column)``, with as many columns as the model has, empty, not finite or off the grid.
-            TypeError: If they are no array, or the likelihood does not take data of this dtype.
+            ValueError: If the shape is not ``(datum, column)`` with the columns of the model, the data are empty, not finite or off the grid, or the
+                context is missing or has another number of rows.
+            TypeError: If the data are no array, or a masked array, or the likelihood does not accept their dtype.
         """
         remedy = "; probdiff.datasets.split makes arrays of a data frame" if is_frame(x) else ""
         require(hasattr(x, "shape") and hasattr(x, "dtype"), "x", "an array", f"{type(x).__name__}{remedy}", TypeError)
@@ -161,12 +162,12 @@ def require_plates(highest: int | None) -> None:
 
 
 def svi_begins() -> bool:
-    """Whether the program is run by NumPyro's ``SVI.init``, found from the call stack, as no message of NumPyro tells."""
+    """Whether the program is run by NumPyro's ``SVI.init``; found from the call stack, as no NumPyro message contains it."""
     return any(frame.f_code is SVI.init.__code__ for frame, _ in traceback.walk_stack(None))
 
 
 def minibatch(x: Data | None, num_data: Size | None) -> numpyro.handlers.scale:
-    """The handler that scales log densities of ``x``, a minibatch of ``num_data`` data."""
+    """The handler that scales the log densities of ``x``, a minibatch of ``num_data`` data, by ``num_data / len(x)``."""
     if x is None or num_data is None:
         return numpyro.handlers.scale(scale=1.0)
     require(
@@ -179,7 +180,7 @@ def minibatch(x: Data | None, num_data: Size | None) -> numpyro.handlers.scale:
 
 
 class ForwardStep(dist.Normal):
-    """A step of the forward guide: a normal whose KL to a reverse step is not a term of the bound."""
+    """A step of the forward guide: a normal whose KL divergence from a reverse step is refused, as it is not a term of the bound."""
 
 
 @kl_divergence.register(ForwardStep, dist.Normal)
