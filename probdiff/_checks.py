@@ -35,7 +35,7 @@ def require_type(name: str, value: object, kind: type) -> None:
 
 def require_count(name: str, value: object) -> None:
     """Refuse anything but a positive integer."""
-    require(isinstance(value, int | np.integer) and value >= 1, name, "a positive integer", repr(value))
+    require(isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1, name, "a positive integer", repr(value))
 
 
 def require_key(key: object) -> None:

@@ -106,10 +106,8 @@ class Diffusion(AbstractDiffusion):
         require_of_jax(network)
         require_pure(network)
         likelihood = NormalLikelihood() if likelihood is None else likelihood
-        own = isinstance(likelihood, AbstractLikelihood)
-        require(own, "likelihood", "an instance of a likelihood", repr(likelihood), TypeError)
-        whole = dim is None or (isinstance(dim, int | np.integer) and dim >= 1)
-        require(whole, "dim", "a positive integer", repr(dim))
+        require(isinstance(likelihood, AbstractLikelihood), "likelihood", "an instance of a likelihood", repr(likelihood), TypeError)
+        require(dim is None or (isinstance(dim, int | np.integer) and dim >= 1), "dim", "a positive integer", repr(dim))
         own_dim = getattr(network, "dim", None)
         require(dim is None or own_dim in (None, dim), "dim", f"{own_dim}, the network's", dim)
         self.schedule = schedule
@@ -119,12 +117,15 @@ class Diffusion(AbstractDiffusion):
         self.dim = own_dim if dim is None else int(dim)
         self.kernel = named_kernel(reverse_variance, schedule, self.dim) if kernel is None else kernel
         require_type("kernel", self.kernel, AbstractKernel)
-        self.kernel.check_parts(network, likelihood)
-        if isinstance(network, AbstractHead):
-            network.check_likelihood(likelihood)
-        self.training = True
-        self.frozen = False
-        self.context = None
+        self.training, self.frozen, self.context = True, False, None
+        self._with_parts_that_fit()
+
+    def _with_parts_that_fit(self) -> "Diffusion":
+        """This model, if network, kernel and likelihood suit each other."""
+        self.kernel.check_parts(self.network, self.likelihood)
+        if isinstance(self.network, AbstractHead):
+            self.network.check_likelihood(self.likelihood)
+        return self
 
     def __repr__(self) -> str:
         """The parts by name, and the number of parameters."""
@@ -139,11 +140,11 @@ class Diffusion(AbstractDiffusion):
 
     def with_kernel(self, kernel: AbstractKernel) -> "Diffusion":
         """This model with another reverse kernel."""
-        return self._replaced(kernel=kernel)
+        return self._replaced(kernel=kernel)._with_parts_that_fit()
 
     def with_likelihood(self, likelihood: AbstractLikelihood) -> "Diffusion":
         """This model with another likelihood."""
-        return self._replaced(likelihood=likelihood)
+        return self._replaced(likelihood=likelihood)._with_parts_that_fit()
 
     @property
     def network(self) -> Network:
@@ -154,7 +155,7 @@ class Diffusion(AbstractDiffusion):
         """This model with another network."""
         require_pure(network)
         arrays, constants = eqx.partition(network, lambda leaf: isinstance(leaf, jax.Array))
-        return self._replaced(_arrays=arrays, _constants=Static(constants))
+        return self._replaced(_arrays=arrays, _constants=Static(constants))._with_parts_that_fit()
 
     @property
     def is_conditional(self) -> bool:

@@ -539,6 +539,11 @@ CALLS = {
         ValueError,
         r"network\(z, n\): Expected shape \(6, 2, 5\), for a CategoricalHead; got \(6, 2\)",
     ),
+    "a mixture without levels, afterwards": (
+        lambda: probdiff.Diffusion(SCHEDULE, NETWORK, GRID.likelihood).with_kernel(probdiff.chain.MixtureKernel(5)),
+        ValueError,
+        "network: Expected a CategoricalHead of 5 levels for this MixtureKernel; got a MLP",
+    ),
     "a mixture without levels": (
         lambda: probdiff.Diffusion(SCHEDULE, NETWORK, GRID.likelihood, kernel=probdiff.chain.MixtureKernel(5)),
         ValueError,

@@ -65,6 +65,7 @@ def test_columns_are_encoded_side_by_side_and_come_back(float64):
     np.testing.assert_allclose(x0[:, 2:5], np.asarray(COLORS.encode(X[:, [1]])))
     np.testing.assert_allclose(x0[:, 5], (X[:, 2] - 2000) / 2)
     np.testing.assert_allclose(TABLE.decode(jnp.asarray(x0)), X)
+    np.testing.assert_allclose(TABLE.unrounded(jnp.asarray(x0 + 0.1)), X + [0.3, 0, 0.2, 0.05])
     assert "3 categories (blue, green, red)" in repr(TABLE) and "4 columns, 6 dimensions of the chain" in repr(TABLE)
 
 
@@ -133,6 +134,7 @@ def test_cells_that_are_no_data_are_named(column, value, message):
     (lambda: ColumnLikelihood({"a": TABLE}), TypeError, "a ColumnLikelihood"),
     (lambda: CategoricalLikelihood(1), ValueError, "2 to 1024; got 1"),
     (lambda: CategoricalLikelihood(["a", "a"]), ValueError, "different ones"),
+    (lambda: CategoricalLikelihood([1.5, 2.5]).encode(np.array([[1]])), ValueError, r"one of 1.5, 2.5; got 1 at index \[0, 0\]"),
     (lambda: CategoricalLikelihood("abc"), TypeError, "a number of categories, or a sequence"),
     (lambda: CategoricalLikelihood(["a", 2]), TypeError, "numbers, or labels"),
     (lambda: probdiff.Diffusion(SCHEDULE, lambda z, n: z, TABLE, dim=4).check_data(X), ValueError, "which the likelihood encodes in 6"),

@@ -28,13 +28,13 @@ pytestmark = pytest.mark.usefixtures("own_estimator")
 
 
 class Halfway(probdiff.chain.AbstractReverseVariance):
-    """Half-way between the posterior's variance and β, in logarithms, by a trained share."""
+    """Half-way between the posterior's variance and β, in logarithms, by a trained share; the entry for n = 1, which is not used, is far from 0."""
 
     share: jax.Array
 
     def __call__(self, schedule):
         noise = jnp.log(jnp.asarray(schedule.one_minus_alpha_bar))
-        return self.share * jnp.concatenate([jnp.zeros(1), noise[1:] - noise[:-1]])
+        return self.share * jnp.concatenate([jnp.full(1, 9.0), noise[1:] - noise[:-1]])
 
 
 class LaplaceKernel(probdiff.chain.AbstractKernel):
@@ -113,6 +113,17 @@ MODELS = {
 }
 BOTH = [TOGETHER, "kernel"]
 KERNELS = long_but(BOTH, [*BOTH, "two-headed kernel"])
+
+
+def test_the_constants_are_the_kls_of_a_network_that_knows_the_noise(float64):
+    """The first entry of a reverse variance is not used: 0."""
+    schedule, eps = probdiff.log_snr_schedule(N, 4.0, -3.0), np.random.default_rng(1).normal(size=(3, 2))
+    kernel = probdiff.chain.GaussianKernel(Halfway(jnp.asarray(0.5)))
+    kls = [np.zeros(3)]
+    for n in range(2, N + 1):
+        z = schedule.signal_scale[n - 1] * X[:3] + schedule.noise_scale[n - 1] * eps
+        kls.append(dist.kl_divergence(probdiff.forward_posterior(schedule, z, X[:3], n), kernel(schedule, z, eps, n)))
+    np.testing.assert_allclose(kernel.constants(schedule, 2)[:, None] + np.zeros(3), kls, atol=1e-6)
 
 
 @pytest.mark.long

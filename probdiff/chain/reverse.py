@@ -248,7 +248,8 @@ class GaussianKernel(AbstractKernel):
     def constant(self, schedule: AbstractSchedule) -> TableByDim:
         """The KL per dimension of a step whose noise is predicted exactly (0 at n = 1), shaped like :meth:`kl_weight`."""
         xp, log_ratio = self._log_ratio(schedule)
-        return (xp.expm1(-log_ratio) + log_ratio) / 2
+        later = log_ratio[1:]
+        return xp.concatenate([xp.zeros_like(log_ratio[:1]), (xp.expm1(-later) + later) / 2])
 
     def constants(self, schedule: AbstractSchedule, dim: int) -> Table:
         """:meth:`constant`, summed over ``dim`` dimensions, shape ``(num_steps,)``."""

@@ -127,5 +127,5 @@ def _figure(posterior: Posterior, observation: AbstractObservation, dataset: Dat
     if dataset.image_shape is None:
         return posterior.plot(title)
     drawn = posterior.resample(jax.random.key(0), IMAGES)
-    mean = observation.values if isinstance(observation, Inpainting) else posterior.mean
-    return plot_samples(drawn, np.asarray(mean)[None], dataset.image_shape, title)
+    name, image = ("observed pixels", observation.values) if isinstance(observation, Inpainting) else ("posterior mean", posterior.mean)
+    return plot_samples(drawn, np.asarray(image)[None], dataset.image_shape, title, (name, "samples of the posterior"))

@@ -23,7 +23,7 @@ from probdiff.diagnostics.tables import format_estimators
 from probdiff.diagnostics.z_scores import pairwise_z
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
-from probdiff.elbo.estimators import ESTIMATORS
+from probdiff.elbo.estimators import ESTIMATORS, suitable_estimators
 from probdiff.elbo.importance import khat_limit, log_mean_exp, pareto_khat
 from probdiff.elbo.terms import bits_per_dim
 from probdiff.programs.sites import Data
@@ -184,7 +184,7 @@ def compare_estimators(
         minutes: Time limit, compilation included, if ``num_draws`` is not given. The smallest number of draws from which errors can be estimated is
             made even if it takes longer, except for gradients of estimators that evaluate all steps, which are drawn if time is left. With several
             processes, whose clocks differ, only this smallest number is made.
-        estimators: Names out of :data:`~probdiff.ESTIMATORS`; all if not given.
+        estimators: Names out of :data:`~probdiff.ESTIMATORS`; all that suit the reverse kernel if not given.
         devices: Number of devices (or a list of them) that share the draws.
         progress: Show progress bars.
 
@@ -212,7 +212,7 @@ def compare_estimators(
         require(num_draws >= 2, "num_draws", "at least 2, for an error", num_draws)
     require(0 < minutes < np.inf, "minutes", "a positive number", minutes)
     require_key(key)
-    names = check_names(ESTIMATORS if estimators is None else estimators)
+    names = check_names(suitable_estimators(diffusion) if estimators is None else estimators)
     mesh = data_mesh(devices)
     diffusion, x, key = replicate((diffusion, jnp.asarray(x), key), mesh)
     measured = draw_estimators(

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     import probdiff.diagnostics.gap
 
-
 MOST_PAIRS = 6  # columns
 FEW_VALUES = 12  # distinct values of a column that are shown one by one
 
@@ -108,6 +107,7 @@ def plot_samples(
     data: Real[AnyArray, "datum dim"],
     image_shape: Sequence[int] | None = None,
     title: str = "",
+    names: tuple[str, str] = ("data", "samples from the model"),
 ) -> "matplotlib.figure.Figure":
     """Samples beside data: as images, or as points of a plane. For tables there are :func:`plot_marginals` and :func:`plot_pairs`.
 
@@ -115,7 +115,7 @@ def plot_samples(
         samples: Draws from the model, shape ``(sample, dim)``.
         data: Data, shape ``(datum, dim)``.
         image_shape: Shape of a datum as an image; None for points. If there are more than two dimensions, the first two are shown.
-        title: Title of the figure.
+        title, names: Titles of the figure, and of the panels of data and samples.
 
     Example:
         >>> import numpy as np, probdiff
@@ -124,7 +124,7 @@ def plot_samples(
         >>> len(figure.axes)
         2
     """
-    panels = (("data", np.asarray(data)), ("samples from the model", np.asarray(samples)))
+    panels = tuple(zip(names, (np.asarray(data), np.asarray(samples))))
     low, high = panels[0][1].min(0), panels[0][1].max(0)
     span = np.where(high > low, high - low, 1)
     margin = 0.1 * span

@@ -59,3 +59,8 @@ ESTIMATORS = {
     "mean_field": functools.partial(_numpyro, TraceMeanField_ELBO, "posterior_guide"),
     **{name: functools.partial(_analytic, preset) for name, preset in _PRESETS.items()},
 }
+
+
+def suitable_estimators(diffusion: Diffusion) -> list[str]:
+    """The names of the estimators for a model: those with ``points`` need a KL in closed form."""
+    return [name for name in ESTIMATORS if diffusion.kernel.closed_form or "points" not in _PRESETS.get(name, {})]

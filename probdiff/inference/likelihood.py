@@ -49,7 +49,7 @@ class _ConditionalLikelihood(dist.Distribution):
         self.count: int = int(count)
         # (For categories the chain has more dimensions than the data have columns.)
         datum = jax.eval_shape(diffusion.likelihood.decode, jnp.zeros(diffusion.dim))
-        super().__init__((num_rows(self.diffusion.context),), datum.shape, validate_args=False)
+        super().__init__((num_rows(self.diffusion.context),), datum.shape, validate_args=validate_args)
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Rows:
         """Draws from the model, shape ``(*sample_shape, datum, dim)``."""

@@ -103,7 +103,7 @@ class AbstractLikelihood(eqx.Module):
     def decode(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch dim"]:
         """Map the chain's :math:`x_0` to the user's units; the inverse of :meth:`encode`."""
 
-    def unrounded(self, x0: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    def unrounded(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch column"]:
         """:meth:`decode` without rounding to possible data, where the likelihood defines it; by default, :meth:`decode` itself."""
         return self.decode(x0)
 

@@ -102,7 +102,8 @@ class CategoricalLikelihood(AbstractLikelihood):
         """Refuse data with any value that is not a category."""
         if is_concrete(x):
             values = np.asarray(x)
-            bad = np.argwhere(~np.isin(values, np.asarray(self.values, values.dtype)))
+            precision = values.dtype if np.issubdtype(values.dtype, np.floating) else np.float64
+            bad = np.argwhere(~np.isin(values, np.asarray(self.values, precision)))
             if bad.size:
                 first = tuple(int(i) for i in bad[0])
                 expected = f"one of {', '.join(f'{value:g}' for value in self.values)}"

@@ -152,6 +152,10 @@ class ColumnLikelihood(AbstractLikelihood):
         """Map the chain's :math:`x_0` to the columns; the inverse of :meth:`encode`."""
         return _together([part.decode(piece) for part, piece in zip(self.parts, self._split(x0))], self.positions)
 
+    def unrounded(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch column"]:
+        """:meth:`decode` without rounding the columns on a grid."""
+        return _together([part.unrounded(piece) for part, piece in zip(self.parts, self._split(x0))], self.positions)
+
     def log_jacobian(self, dim: int) -> float:
         """The sum of the log-Jacobians of the parts, in nats."""
         return sum(part.log_jacobian(size) for part, size in zip(self.parts, self._sizes))

@@ -9,6 +9,7 @@ from cli_runs import small_run, unmistakable_runs
 
 import probdiff
 from probdiff import cli, inference
+from probdiff.cli import posterior as posterior_module
 from probdiff.cli.posterior import read_observation
 
 pytestmark = pytest.mark.xdist_group("cli")  # its tests share what is costly to make
@@ -23,8 +24,9 @@ def half_of_an_image(path):
 
 
 @pytest.mark.release
-def test_half_of_an_image(tmp_path, capsys):
-    run = small_run()[0]
+def test_half_of_an_image(tmp_path, capsys, monkeypatch):
+    run, titles, draw = small_run()[0], [], posterior_module.plot_samples
+    monkeypatch.setattr(posterior_module, "plot_samples", lambda *given: titles.extend(ax.get_title() for ax in draw(*given).axes) or draw(*given))
     image = half_of_an_image(tmp_path / "half.npy")
     assert cli.main(["posterior", str(run), "--observe", str(tmp_path / "half.npy"), "--particles", "8", "--runs", "2", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -34,6 +36,7 @@ def test_half_of_an_image(tmp_path, capsys):
     np.testing.assert_array_equal(found["samples"][:, :32], np.broadcast_to(image[:32], (16, 32)))
     assert document["log_evidence"] == pytest.approx(float(found["log_evidence"])) and document["ess"] == pytest.approx(found["ess"].tolist())
     assert (run / "posteriors" / "posterior-1.png").stat().st_size > 5_000
+    assert [title.split(" (")[0] for title in titles] == ["observed pixels", "samples of the posterior"]
     opened = probdiff.open_run(run).diffusion
     mask = np.arange(64) < 32
     expected = inference.smc(

@@ -17,7 +17,7 @@ from conftest import long_but, set_constant
 
 import probdiff
 from probdiff import cli
-from probdiff.diagnostics import z_scores
+from probdiff.diagnostics import compare_estimators, z_scores
 from probdiff.diagnostics.compare_models import ModelComparison
 from probdiff.diagnostics.cost_ratios import Variance, ratio_error
 from probdiff.elbo.estimators import ESTIMATORS
@@ -367,6 +367,21 @@ def test_a_model_without_parameters_and_one_estimator():
     result = probdiff.compare_estimators(diffusion, X, key=jax.random.key(0), num_draws=2, estimators="kl_marginal")
     assert np.isnan(result.table.loc["kl_marginal", "gradient_variance"]) and result.best("gradient_by_evaluations") is None
     assert "nan" not in str(result) and json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_without_names_those_that_suit_the_kernel_are_compared(monkeypatch):
+    """A mixture kernel has no KL in closed form, from which the noise could be averaged out."""
+    head = probdiff.networks.CategoricalHead(lambda z, n: jnp.zeros((*z.shape, 4)), 4)
+    levels = probdiff.DiscretizedNormalLikelihood(4)
+    diffusion = probdiff.Diffusion(SCHEDULE, head, levels, dim=2, kernel=probdiff.chain.MixtureKernel(4))
+    asked = []
+    monkeypatch.setattr(compare_estimators, "draw_estimators", lambda names, *_, **__: asked.extend(names) or {})
+    monkeypatch.setattr(compare_estimators, "_summarise", lambda *_: None)
+    for model, x, missing in ((diffusion, np.zeros((2, 2), int), {"kl_posterior_target"}), (make(), X, set())):
+        asked.clear()
+        probdiff.compare_estimators(model, x, key=jax.random.key(0))
+        assert set(ESTIMATORS) - set(asked) == missing
+        assert all(name in ESTIMATORS and ESTIMATORS[name](model) for name in asked)
 
 
 @pytest.mark.parametrize(
