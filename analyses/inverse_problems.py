@@ -320,13 +320,13 @@ def of_size(dim, observed):
     best = min((name for name in RIVALS if name.startswith("DPS")), key=lambda name: np.median([row.distance for row in found[name]]))
     kept = {name: rows for name, rows in found.items() if name == best or not name.startswith("DPS")}
     print(f"\ndim {dim}, {observed} observed, {len(kept['exact'])} problems: median [least, greatest]")
-    print(f"{'':18}{'distance / floor':>22}{'total variation':>26}{'|log Ẑ − log p(y)|':>26}{'ESS at the end':>18}{'ESS, worst step':>18}{'seconds':>9}")
+    print(f"{'':18}{'distance / floor':>22}{'total variation':>26}{'|log Ẑ − log p(y)|':>26}{'ESS at the end':>20}{'ESS, worst step':>20}{'seconds':>9}")
     for name, rows in kept.items():
         line = f"{name:18}{spread([row.distance for row in rows]):>22}{spread([row.variation for row in rows]):>26}"
         if rows[0].error is None:
-            line += " " * 62
+            line += " " * 66
         else:
-            line += f"{spread([abs(row.error) for row in rows]):>26}{spread([row.ess for row in rows]):>18}{spread([row.worst for row in rows]):>18}"
+            line += f"{spread([abs(row.error) for row in rows]):>26}{spread([row.ess for row in rows]):>20}{spread([row.worst for row in rows]):>20}"
         print(line + f"{np.median([row.seconds for row in rows]):9.2f}", flush=True)
     return {name.split(",")[0] if name == best else name: rows for name, rows in kept.items()}
 
