@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from probdiff._checks import AnyArray, PyTree, Whole, require, require_count, require_key, require_type
+from probdiff._checks import AnyArray, PyTree, Whole, is_concrete, require, require_count, require_key, require_type
 from probdiff._chunks import EVALUATIONS, blocks, filled, inputs_at_once
 from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.forward import prior_kl
@@ -305,8 +305,10 @@ def _in_blocks(
     mesh: Mesh | None,
     progress: bool,
 ) -> ELBOTerms | ELBOMoments:
-    """Blocks of draws, or of the steps of one draw, a second or so each, so that a progress bar can move and Ctrl-C is heard."""
+    """Evaluate in blocks of draws, or of the steps of one draw, of about a second each, so that a progress bar can move and Ctrl-C interrupts."""
     num_steps, at_once = diffusion.schedule.num_steps, EVALUATIONS // len(x)
+    if not all(map(is_concrete, jax.tree.leaves((diffusion, x, key, noise)))):  # in a larger program: a loop over all steps, not a copy for each block
+        at_once = max(at_once, num_steps)
     whole_draws = at_once // num_steps
     desc, found, sums = "terms of the bound, all steps", [], None
     for numbers in map(np.unique, blocks(num_draws, whole_draws, unit="draw", desc=desc, progress=progress and whole_draws > 0)):

@@ -97,6 +97,15 @@ class Callback:
         time.sleep(0)
 
 
+@pytest.fixture
+def ctrl_c_is_heard():
+    """SIGINT as in a terminal: a process that a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_in_a_callback_is_not_lost(patched, capsys):
     """JAX has a callback at each garbage collection, which is where a signal is heard that came in compiled code."""
 

@@ -108,6 +108,12 @@ def test_blocks_of_draws_and_of_steps_change_nothing(num_steps, largest, reduce,
     assert (f"{num_steps}/{num_steps}" if largest < 7 * num_steps else "3/3") in capfd.readouterr().err.split("terms of the bound")[-1]
 
 
+def test_a_program_that_contains_the_terms_does_not_grow_with_the_steps(monkeypatch):
+    monkeypatch.setattr(elbo_module, "EVALUATIONS", 7)
+    program = jax.make_jaxpr(lambda x: probdiff.elbo_terms(make(), x, key=jax.random.key(0)).elbo)(X)
+    assert str(program).count("name=_evaluate") == 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("schedule", [probdiff.cosine_schedule, probdiff.linear_schedule, probdiff.log_snr_schedule])
 @pytest.mark.parametrize("num_steps, gate", [(100, 5e-4), (1000, 3e-3), (10_000, 1.5e-2)])
