@@ -117,15 +117,10 @@ class Diffusion(AbstractDiffusion):
         self.dim = own_dim if dim is None else int(dim)
         self.kernel = named_kernel(reverse_variance, schedule, self.dim) if kernel is None else kernel
         require_type("kernel", self.kernel, AbstractKernel)
+        self.kernel.check_parts(network, likelihood)
+        if isinstance(network, AbstractHead):
+            network.check_likelihood(likelihood)
         self.training, self.frozen, self.context = True, False, None
-        self._with_parts_that_fit()
-
-    def _with_parts_that_fit(self) -> "Diffusion":
-        """This model, if network, kernel and likelihood suit each other."""
-        self.kernel.check_parts(self.network, self.likelihood)
-        if isinstance(self.network, AbstractHead):
-            self.network.check_likelihood(self.likelihood)
-        return self
 
     def __repr__(self) -> str:
         """The parts by name, and the number of parameters."""
@@ -139,12 +134,14 @@ class Diffusion(AbstractDiffusion):
         )
 
     def with_kernel(self, kernel: AbstractKernel) -> "Diffusion":
-        """This model with another reverse kernel."""
-        return self._replaced(kernel=kernel)._with_parts_that_fit()
+        """This model with another reverse kernel, which must suit the network and the likelihood (ValueError)."""
+        require_type("kernel", kernel, AbstractKernel)
+        kernel.check_parts(self.network, self.likelihood)
+        return self._replaced(kernel=kernel)
 
     def with_likelihood(self, likelihood: AbstractLikelihood) -> "Diffusion":
         """This model with another likelihood."""
-        return self._replaced(likelihood=likelihood)._with_parts_that_fit()
+        return self._replaced(likelihood=likelihood)
 
     @property
     def network(self) -> Network:
@@ -155,7 +152,7 @@ class Diffusion(AbstractDiffusion):
         """This model with another network."""
         require_pure(network)
         arrays, constants = eqx.partition(network, lambda leaf: isinstance(leaf, jax.Array))
-        return self._replaced(_arrays=arrays, _constants=Static(constants))._with_parts_that_fit()
+        return self._replaced(_arrays=arrays, _constants=Static(constants))
 
     @property
     def is_conditional(self) -> bool:

@@ -146,6 +146,14 @@ def test_a_table_that_cannot_be_is_refused(build, error, message):
         build()
 
 
+def test_a_part_of_the_model_of_a_table_is_replaced():
+    """As the audit does, by the likelihood of other units; and with arrays that are not the same objects as those of the head."""
+    model = probdiff.Diffusion(SCHEDULE, ColumnHead(lambda z, n: z, SMALL), SMALL, dim=4)
+    assert isinstance(model.with_likelihood(NormalLikelihood()).likelihood, NormalLikelihood)
+    copied = jax.tree.map(lambda leaf: leaf + 0, model)
+    assert copied.with_kernel(probdiff.chain.GaussianKernel("forward")).kernel.name == "forward"
+
+
 # Bounds. Two independent columns, of which the exact network is known; and two that have to do with each other.
 
 PRIOR = np.array([0.2, 0.7, 0.1])

@@ -160,7 +160,7 @@ def test_gradients_flow_through_the_arrays_of_a_bound_model():
     assert float(found.schedule.start) != 0 and float(jnp.abs(found.network.network.read.weight).max()) > 0
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_estimators_gradients_are_those_of_the_unbound_model_without_dropout():
     """All parameters of the bound model, those of the schedule too; a model that has no dropout at all gives the same."""
     dry = make(seed=10, dropout=0.0)

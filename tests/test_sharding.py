@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import release_but
 
 import probdiff
 from probdiff._sharding import data_mesh
@@ -50,9 +49,9 @@ def results(tmp_path_factory):
     return found
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.xdist_group("devices")
-@pytest.mark.parametrize("where", release_but(["four"], ["four", "two processes"]))
+@pytest.mark.parametrize("where", ["four", "two processes"])
 def test_the_result_is_that_of_one_device(results, where):
     """Losses of 200 updates and parameters; resumed on one device (in the script); evaluations: in float64, where a wrong row is no rounding."""
     found, one = results(where), results("one")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import long_but, set_constant
+from conftest import long_but, release_but, set_constant
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from tqdm import tqdm
 
@@ -62,13 +62,13 @@ def test_a_fit_reaches_the_best_bound_and_does_not_pass_it():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("elbo", [Trace_ELBO(), pytest.param(TraceMeanField_ELBO(), marks=pytest.mark.long), pytest.param(None, marks=pytest.mark.long)])
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), *(pytest.param(each, marks=pytest.mark.release) for each in (TraceMeanField_ELBO(), None))])
 def test_any_numpyro_objective(elbo):
     fit = probdiff.fit(make(5), X[:200], iterations=30, batch_size=64, elbo=elbo, progress=False)
     assert fit.losses[-5:].mean() < fit.losses[:5].mean()
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_loss_is_nats_per_datum():
     diffusion = make(5)
     losses = [
@@ -476,9 +476,12 @@ def test_after_ten_in_a_row_the_fit_stops_and_says_which_batch():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(checkpoint.state.svi.optim_state))
 
 
+CHANGES = [{"batch_size": 16}, {"iterations": 90}, {"weights": np.ones(len(X))}, {"learning_rate": 1e-2}, {"validation": X[:51]}, {"ema_decay": 0.9}]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "changed", [{"weights": np.ones(len(X))}, {"batch_size": 16}, {"iterations": 90}, {"learning_rate": 1e-2}, {"validation": X[:51]}, {"ema_decay": 0.9}]
+    "changed", release_but(CHANGES[:2], CHANGES)
 )
 def test_a_resumed_fit_must_be_asked_for_the_same(changed):
     arguments = dict(iterations=70, batch_size=32, learning_rate=1e-3, validation=X[:50], validate_every=20, progress=False)

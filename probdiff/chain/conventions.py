@@ -109,7 +109,7 @@ def vdm_schedule(gamma: Callable[[Float[np.ndarray, "num_steps"]], Any], num_ste
     """
     require_count("num_steps", num_steps)
     require(callable(gamma), "gamma", "a function of an array of times", type(gamma).__name__, TypeError)
-    require(num_steps >= 2, "num_steps", "at least 2, one more than T", num_steps)
+    require(num_steps >= 2, "num_steps", "at least 2, T + 1 for the T ≥ 1 steps of the paper", num_steps)
     values = np.asarray(gamma(np.linspace(0.0, 1.0, num_steps)), np.float64)
     require(values.shape == (num_steps,), "gamma", f"an array of shape ({num_steps},), as the times have", f"shape {values.shape}")
     return NoiseSchedule.from_log_snr(-values)

@@ -1,6 +1,6 @@
 r"""The forward chain in closed form, as NumPyro distributions.
 
-Everything here follows from :math:`q(z_n | z_{n-1}) = N(\sqrt{\alpha_n} z_{n-1}, \beta_n I)` and of
+Everything here follows from :math:`q(z_n | z_{n-1}) = N(\sqrt{\alpha_n} z_{n-1}, \beta_n I)` and
 :math:`z_0 = x_0`. Source: Ho et al. (2020), arXiv:2006.11239, eqs. 2, 4, 6 and 7. Steps are 1-based integers and
 may be arrays that broadcast against the batch; distributions have ``event_shape == (dim,)``.
 """
@@ -107,7 +107,7 @@ def forward_posterior(
 
 
 def prior_kl(schedule: AbstractSchedule, x0: Float[AnyArray, "*batch dim"]) -> Float[Array, "*batch"]:
-    r"""KL divergence of :math:`q(z_N | x_0)` from N(0, I), in nats, shape ``batch`` for ``x0`` of shape ``(*batch, dim)``.
+    r"""The prior KL, :math:`KL[q(z_N | x_0) \| N(0, I)]`, in nats, shape ``batch`` for ``x0`` of shape ``(*batch, dim)``.
 
     Example:
         >>> import jax.numpy as jnp, probdiff

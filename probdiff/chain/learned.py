@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from probdiff._checks import Number, Whole, require, require_count
 from probdiff.chain.schedules import AbstractSchedule, ScheduleTables
 
-KNOTS = 32  # at most, linear pieces of the log-SNR
+KNOTS = 32  # largest number of linear pieces of the log-SNR
 EVEN_SHARE = 0.05  # of the range of the log-SNR, spread evenly over the pieces for all parameters, so that no step vanishes
 
 
@@ -23,7 +23,8 @@ class LearnedSchedule(AbstractSchedule):
     :meth:`fixed` gives the :class:`~probdiff.NoiseSchedule` of the present parameters, which replaces the schedule outside training.
 
     With many steps the bound hardly depends on the shape, but the variance of a one-step estimate does:
-    see ``AnalyticELBO(…, schedule_loss="variance")``. Source: Kingma et al. (2021), arXiv:2107.00630, section 3.2 and appendix H.
+    see ``AnalyticELBO(…, schedule_loss="variance")``. Source: Kingma et al. (2021), arXiv:2107.00630: section 3.2 and appendix H for a
+    schedule that is learned (there by a monotonic network), section 5.1 and appendix I.2 for the bound and the variance.
 
     Args:
         num_steps: N, at least 2.

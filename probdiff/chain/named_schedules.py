@@ -74,8 +74,8 @@ def cosine_schedule(num_steps: Whole) -> NoiseSchedule:
 def log_snr_schedule(num_steps: Whole, log_snr_max: Number = 10.0, log_snr_min: Number = -8.0) -> NoiseSchedule:
     r"""Log-SNR falling linearly from ``log_snr_max`` at n = 1 to ``log_snr_min`` at n = N.
 
-    Of three fixed schedules that were compared, this one gave a one-step estimator of the bound the least variance: Kingma et al.
-    (2021), arXiv:2107.00630, fig. 4b. At N = 1 the only step is at ``log_snr_min``.
+    Of the three fixed schedules in fig. 4b of Kingma et al. (2021), arXiv:2107.00630, this one has the least variance of a one-step
+    estimate of the bound. At N = 1 the only step is at ``log_snr_min``.
 
     Args:
         num_steps: N, at least 1.

@@ -161,7 +161,7 @@ class AbstractSchedule(eqx.Module):
         return TabulatedSchedule(self.tables())
 
     def fixed(self) -> "NoiseSchedule":
-        """The :class:`NoiseSchedule` of the present log-SNR, which must be concrete, also inside a function that JAX is tracing."""
+        """The :class:`NoiseSchedule` of the present log-SNR. It can be called while JAX traces another function, but not with parameters that are traced."""
         with jax.ensure_compile_time_eval():
             log_snr = self.log_snr
         return NoiseSchedule.from_log_snr(np.asarray(log_snr, np.float64))

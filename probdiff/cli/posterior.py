@@ -127,5 +127,7 @@ def _figure(posterior: Posterior, observation: AbstractObservation, dataset: Dat
     if dataset.image_shape is None:
         return posterior.plot(title)
     drawn = posterior.resample(jax.random.key(0), IMAGES)
-    name, image = ("observed pixels", observation.values) if isinstance(observation, Inpainting) else ("posterior mean", posterior.mean)
-    return plot_samples(drawn, np.asarray(image)[None], dataset.image_shape, title, (name, "samples of the posterior"))
+    name, image = "posterior mean", np.asarray(posterior.mean)
+    if isinstance(observation, Inpainting):
+        name, image = "observed pixels", np.where(observation.mask, observation.values, np.nan)
+    return plot_samples(drawn, image[None], dataset.image_shape, title, (name, "samples of the posterior"))

@@ -167,7 +167,7 @@ def _log_prior(prior: Numbers, num_labels: int) -> Float[np.ndarray, "label"]:
 def _classified(
     terms: CommonTerms, data: Int[np.ndarray, "datum"], log_prior: Float[np.ndarray, "label"], key: PRNGKeyArray, most: int, error_level: float
 ) -> tuple[np.ndarray, ...]:
-    """For some data: log-odds against the best label, the probability that this label is wrong, whether the datum is decided, and the number of evaluations."""
+    """For some data: log-odds against the best label, an approximate upper bound on the probability that another label is better, whether the datum is decided, and the number of evaluations."""
     left = np.ones((len(data), len(log_prior)), bool)
     log_odds, better = np.zeros(left.shape), np.ones(left.shape)
     spent = np.zeros(len(data), int)

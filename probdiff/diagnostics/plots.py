@@ -115,7 +115,7 @@ def plot_samples(
         samples: Draws from the model, shape ``(sample, dim)``.
         data: Data, shape ``(datum, dim)``.
         image_shape: Shape of a datum as an image; None for points. If there are more than two dimensions, the first two are shown.
-        title, names: Titles of the figure, and of the panels of data and samples.
+        title, names: The title of the figure, and the titles of its two panels, that of the data first.
 
     Example:
         >>> import numpy as np, probdiff
@@ -133,9 +133,9 @@ def plot_samples(
     if image_shape is not None:
         figure.set_layout_engine("constrained", wspace=0.08)  # wider than the gaps between images
     for ax, (name, points) in zip(axes, panels):
-        ax.set_title(f"{name} (n = {len(points)})", fontsize="medium")
+        ax.set_title(name if len(points) == 1 else f"{name} (n = {len(points)})", fontsize="medium")
         if image_shape is not None:
-            ax.imshow(_tiled(points, image_shape), cmap="gray", vmin=low.min(), vmax=high.max())
+            ax.imshow(_tiled(points, image_shape), cmap="gray", vmin=np.nanmin(panels[0][1]), vmax=np.nanmax(panels[0][1]))
             ax.set_axis_off()
         else:
             ax.scatter(points[:, 0], points[:, 1], s=_marker_size(len(points)), alpha=0.5, lw=0)
@@ -188,7 +188,7 @@ def plot_marginals(samples: "pandas.DataFrame", data: "pandas.DataFrame", title:
 
 
 def plot_pairs(samples: "pandas.DataFrame", data: "pandas.DataFrame", title: str = "") -> "matplotlib.figure.Figure":
-    """Each column against each: data below the diagonal, as many samples (at least 200) above it, and the distributions of the column on the diagonal.
+    """Each column against each: data below the diagonal, up to as many samples, or 200 if there are fewer data, above it, and the distributions of the column on the diagonal.
 
     Args:
         samples: Draws from the model, a data frame as returned by :meth:`~probdiff.datasets.Dataset.to_frame`.

@@ -62,5 +62,5 @@ ESTIMATORS = {
 
 
 def suitable_estimators(diffusion: Diffusion) -> list[str]:
-    """The names of the estimators for a model: those with ``points`` need a KL in closed form."""
+    """The names of the estimators that suit a model: all, except those with ``points`` if the KL of the kernel is sampled."""
     return [name for name in ESTIMATORS if diffusion.kernel.closed_form or "points" not in _PRESETS.get(name, {})]

@@ -4,7 +4,7 @@ The bound of a data set is a mean over data whose bounds differ; a Monte Carlo e
 Therefore each datum is evaluated at some random steps and not at all N: with learned probabilities, and the steps of each datum spread evenly, so that
 most of the remaining variance comes from the noise. The prior KL is exact, and the reconstruction, of step 1, is always evaluated.
 
-Source: Kingma et al. (2021), arXiv:2107.00630, appendix I, for steps that are spread evenly.
+Source: Kingma et al. (2021), arXiv:2107.00630, appendix I.1, for steps that are spread evenly.
 """
 
 from typing import NamedTuple
@@ -76,7 +76,7 @@ class DataSetELBO(NamedTuple):
     """The bound of a data set from random steps, in nats.
 
     Attributes:
-        prior_kl: KL divergence of q(z_N | x_0) from N(0, I), shape ``(datum,)``; exact.
+        prior_kl: KL[q(z_N | x_0) ‖ N(0, I)], shape ``(datum,)``; exact.
         step_kls: Unbiased estimates of Σ step KL, shape ``(draw, datum)``.
         reconstructions: Unbiased estimates of E log p(x | z_1), shape ``(draw, datum)``.
         num_evaluations: Network evaluations for each datum in all draws together.

@@ -6,7 +6,7 @@ r"""The evidence lower bound, term by term, in closed form where there is one.
 
 in nats, summed over the dimensions of a datum. Source: Ho et al. (2020), arXiv:2006.11239, eq. 5. Each term needs
 only the marginal q(z_n | x_0), so that every step has its own noise and steps can be evaluated in any order:
-in chunks of network inputs, so that the working memory does not grow with N and the number of draws.
+in chunks of network inputs, so that the working memory does not grow with N or the number of draws.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class ELBOTerms(eqx.Module):
     """The terms of the bound, in nats, summed over the dimensions of each datum.
 
     Attributes:
-        prior_kl: KL of q(z_N | x_0) to N(0, I), shape ``(datum,)``; exact, no sampling.
+        prior_kl: KL[q(z_N | x_0) ‖ N(0, I)], shape ``(datum,)``; exact, no sampling.
         step_kl: KL of step n, shape ``(draw, step, datum)``, steps n = 2 … N ascending (N = 1: no steps).
         reconstruction: log p(x | z_1), shape ``(draw, datum)``.
         closed_form: Whether the KLs are computed in closed form given z_n; otherwise each is an unbiased sampled log-ratio.
@@ -305,21 +305,28 @@ def _in_blocks(
     mesh: Mesh | None,
     progress: bool,
 ) -> ELBOTerms | ELBOMoments:
-    """Evaluate in blocks of draws, or of the steps of one draw, of about a second each, so that a progress bar can move and Ctrl-C interrupts."""
+    """Evaluate in blocks of draws, or of the steps of one draw, so that a progress bar can move and Ctrl-C interrupts."""
     num_steps, at_once = diffusion.schedule.num_steps, EVALUATIONS // len(x)
-    if not all(map(is_concrete, jax.tree.leaves((diffusion, x, key, noise)))):  # in a larger program: a loop over all steps, not a copy for each block
+    if not all(map(is_concrete, jax.tree.leaves((diffusion, x, key, noise)))):  # in a larger program: one loop over all steps of a draw
         at_once = max(at_once, num_steps)
-    whole_draws = at_once // num_steps
-    desc, found, sums = "terms of the bound, all steps", [], None
-    for numbers in map(np.unique, blocks(num_draws, whole_draws, unit="draw", desc=desc, progress=progress and whole_draws > 0)):
-        draws, eps, parts = replicate(jnp.asarray(numbers), mesh), None if noise is None else noise[numbers], []
-        for each in blocks(num_steps, at_once // len(numbers), unit="step", desc=desc, progress=progress and whole_draws == 0):
-            steps = np.unique(each) + 1
-            later = replicate(jnp.asarray(steps[steps > 1]), mesh)
-            parts.append(jax.block_until_ready(_evaluate(diffusion, x, key, draws, later, bool(steps[0] == 1), eps, mesh)))
-        terms = parts[0] if len(parts) == 1 else eqx.tree_at(lambda terms: terms.step_kl, parts[0], jnp.concatenate([part.step_kl for part in parts], 1))
+    whole_draws, desc = at_once // num_steps, "terms of the bound, all steps"
+
+    def evaluate(draws: np.ndarray, steps: np.ndarray, first: bool = True) -> ELBOTerms:
+        numbers = replicate((jnp.asarray(draws), jnp.asarray(steps)), mesh)
+        eps = None if noise is None else noise[draws]
+        return jax.block_until_ready(_evaluate(diffusion, x, key, *numbers, first, eps, mesh))
+
+    def evaluate_by_steps(draw: int) -> ELBOTerms:
+        draws, of_draw = np.array([draw]), f"{desc}, draw {draw + 1} of {num_draws}"
+        steps = blocks(num_steps - 1, at_once, unit="step", desc=of_draw, progress=progress)
+        terms, kls = evaluate(draws, np.arange(0)), [evaluate(draws, 2 + each, first=False).step_kl for each in steps]
+        return _with_step_kl(terms, kls, num_steps - 1, mesh)
+
+    found, sums = [], None
+    for draws in map(np.unique, blocks(num_draws, whole_draws, unit="draw", desc=desc, progress=progress and whole_draws > 0)):
+        terms = evaluate(draws, np.arange(2, num_steps + 1)) if whole_draws or num_steps == 1 else evaluate_by_steps(int(draws[0]))
         if reduce:
-            sums = _added(sums, terms)
+            sums = _added(terms, sums, mesh)
         else:
             found.append(terms)
     if sums is not None:
@@ -333,15 +340,21 @@ def _in_blocks(
 
 
 @eqx.filter_jit
-def _added(sums: Any, terms: ELBOTerms) -> Any:
+def _with_step_kl(terms: ELBOTerms, parts: list[jax.Array], size: int, mesh: Mesh | None) -> ELBOTerms:
+    """The terms with the KLs of ``size`` steps, from parts of shape ``(draw, part, datum)``, the last of which may be too long."""
+    return gather(eqx.tree_at(lambda terms: terms.step_kl, terms, jnp.concatenate(parts, 1)[:, :size]), mesh)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _added(terms: ELBOTerms, sums: Any, mesh: Mesh | None) -> Any:
     """The number of draws, their means and their sums of squared deviations, with the draws of ``terms`` added (Chan et al. 1983, doi:10.1080/00031305.1983.10483115)."""
     values = terms.step_kl, terms.reconstruction, terms.elbo
     count, means = jnp.asarray(len(terms.reconstruction), terms.prior_kl.dtype), [value.mean(0) for value in values]
     squares = [jnp.square(value - mean).sum(0) for value, mean in zip(values, means)]
     if sums is None:
-        return count, means, squares
+        return gather((count, means, squares), mesh)
     seen, old_means, old_squares = sums
     total, changes = seen + count, [mean - old for mean, old in zip(means, old_means)]
     means = [old + change * count / total for old, change in zip(old_means, changes)]
     squares = [old + new + jnp.square(change) * seen * count / total for old, new, change in zip(old_squares, squares, changes)]
-    return total, means, squares
+    return gather((total, means, squares), mesh)

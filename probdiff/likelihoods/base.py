@@ -104,7 +104,7 @@ class AbstractLikelihood(eqx.Module):
         """Map the chain's :math:`x_0` to the user's units; the inverse of :meth:`encode`."""
 
     def unrounded(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch column"]:
-        """:meth:`decode` without rounding to possible data, where the likelihood defines it; by default, :meth:`decode` itself."""
+        """:meth:`decode` without rounding to possible data; :meth:`decode` itself for a likelihood that does not override this method."""
         return self.decode(x0)
 
     @abc.abstractmethod

@@ -102,7 +102,7 @@ class CategoricalLikelihood(AbstractLikelihood):
         """Refuse data with any value that is not a category."""
         if is_concrete(x):
             values = np.asarray(x)
-            precision = values.dtype if np.issubdtype(values.dtype, np.floating) else np.float64
+            precision = values.dtype if jnp.issubdtype(values.dtype, jnp.floating) else np.float64
             bad = np.argwhere(~np.isin(values, np.asarray(self.values, precision)))
             if bad.size:
                 first = tuple(int(i) for i in bad[0])

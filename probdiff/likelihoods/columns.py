@@ -153,7 +153,7 @@ class ColumnLikelihood(AbstractLikelihood):
         return _together([part.decode(piece) for part, piece in zip(self.parts, self._split(x0))], self.positions)
 
     def unrounded(self, x0: Float[Array, "*batch dim"]) -> Real[Array, "*batch column"]:
-        """:meth:`decode` without rounding the columns on a grid."""
+        """:meth:`decode` without rounding the columns on a grid; categories are still the nearest ones, with derivative 0."""
         return _together([part.unrounded(piece) for part, piece in zip(self.parts, self._split(x0))], self.positions)
 
     def log_jacobian(self, dim: int) -> float:

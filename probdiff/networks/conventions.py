@@ -177,7 +177,7 @@ def from_timesteps(network: Network, timesteps: Numbers | None = None) -> AtTime
 def from_vdm(network: Network) -> AtGamma:
     r"""The ε-network for a network of a variational diffusion model, which is told :math:`\gamma = -\log SNR`.
 
-    Source: Kingma et al. (2021), arXiv:2107.00630, section 3.3 and appendix A.
+    Source: Kingma et al. (2021), arXiv:2107.00630, section 3.4 and appendix A.
 
     Args:
         network: A callable ``network(z, gamma) -> eps_hat``; it may accept ``key=`` and ``context=`` by name.

@@ -102,7 +102,7 @@ def ctrl_c_is_heard():
     """SIGINT as in a terminal: a process that a shell starts in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
 @pytest.mark.usefixtures("ctrl_c_is_heard")

@@ -381,7 +381,8 @@ def test_without_names_those_that_suit_the_kernel_are_compared(monkeypatch):
         asked.clear()
         probdiff.compare_estimators(model, x, key=jax.random.key(0))
         assert set(ESTIMATORS) - set(asked) == missing
-        assert all(name in ESTIMATORS and ESTIMATORS[name](model) for name in asked)
+        for name in asked:
+            ESTIMATORS[name](model)  # which none of them refuses
 
 
 @pytest.mark.parametrize(

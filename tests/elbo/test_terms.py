@@ -97,21 +97,43 @@ def test_working_memory_does_not_grow_with_steps_or_draws():
 
 
 @pytest.mark.parametrize("reduce", [False, True])
-@pytest.mark.parametrize("num_steps, largest", [(1, 1), (6, 7), (6, 20), (6, 50), (6, 100)])
-def test_blocks_of_draws_and_of_steps_change_nothing(num_steps, largest, reduce, monkeypatch, capfd, float64):
-    """One step at a time, two, a draw, two draws; a bar shows which."""
-    diffusion, options = make(num_steps), {"key": jax.random.key(0), "num_draws": 3, "reduce": reduce, "progress": True}
-    expected = probdiff.elbo_terms(diffusion, X, **options)
+@pytest.mark.parametrize("num_steps, largest, num_draws, calls", [(1, 1, 3, 3), (6, 7, 1, 6), (6, 20, 3, 12), (6, 50, 3, 3), (6, 100, 3, 2)])
+def test_blocks_of_draws_and_of_steps_change_nothing(num_steps, largest, num_draws, calls, reduce, monkeypatch, float64):
+    """One step at a time, two, a draw, two draws: between two calls Ctrl-C is heard."""
+    noise = np.random.default_rng(0).normal(size=(num_draws, num_steps, *X.shape))
+    of_rows = lambda z, n, context: 0.5 * z + 0.1 * context * n[..., None]  # noqa: E731
+    conditional = probdiff.Diffusion(probdiff.log_snr_schedule(num_steps, 5.0, -4.0), of_rows).given(np.asarray(X, np.float64))
+    asked = [(make(num_steps), {"key": jax.random.key(0), "num_draws": num_draws}), (conditional, {"noise": noise})]
+
+    def results():
+        return [jax.tree.leaves(probdiff.elbo_terms(model, X, reduce=reduce, **options)) for model, options in asked]
+
+    expected, evaluate, counted = results(), elbo_module._evaluate, []
     monkeypatch.setattr(elbo_module, "EVALUATIONS", largest)
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(probdiff.elbo_terms(diffusion, X, **options)), strict=True):
+    monkeypatch.setattr(elbo_module, "_evaluate", lambda *given: counted.append(given) or evaluate(*given))
+    for a, b in zip(sum(expected, []), sum(results(), []), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
-    assert (f"{num_steps}/{num_steps}" if largest < 7 * num_steps else "3/3") in capfd.readouterr().err.split("terms of the bound")[-1]
+    assert len(counted) == 2 * calls
+
+
+def test_a_bar_says_which_draw_and_step(monkeypatch, capfd):
+    monkeypatch.setattr(elbo_module, "EVALUATIONS", 7)
+    probdiff.elbo_terms(make(), X, key=jax.random.key(0), num_draws=2, progress=True)
+    error = capfd.readouterr().err
+    assert "draw 1 of 2" in error and "draw 2 of 2" in error and "5/5" in error
+
+
+def test_the_moments_are_updated_in_place():
+    terms = probdiff.elbo_terms(make(), X, key=jax.random.key(0))
+    sums = elbo_module._added(terms, None, None)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(sums))
+    assert elbo_module._added.lower(terms, sums, None).compile().compiled.memory_analysis().alias_size_in_bytes >= size
 
 
 def test_a_program_that_contains_the_terms_does_not_grow_with_the_steps(monkeypatch):
     monkeypatch.setattr(elbo_module, "EVALUATIONS", 7)
-    program = jax.make_jaxpr(lambda x: probdiff.elbo_terms(make(), x, key=jax.random.key(0)).elbo)(X)
-    assert str(program).count("name=_evaluate") == 1
+    program = jax.make_jaxpr(lambda x: probdiff.elbo_terms(make(), x, key=jax.random.key(0), num_draws=2).elbo)(X)
+    assert str(program).count("name=_evaluate") == 2  # one for each draw
 
 
 @pytest.mark.long

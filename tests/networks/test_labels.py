@@ -109,8 +109,16 @@ def test_the_null_is_learned_and_only_where_it_is_used():
     assert np.all(gradient(0.9) != 0) and np.all(gradient(0.0) == 0)
 
 
+def alone(network):
+    return network
+
+
+def categorical(network):
+    return CategoricalHead(network, 5)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("head", [lambda n: n, probdiff.networks.VHead, lambda n: CategoricalHead(n, 5)], ids=["alone", "v", "categorical"])
+@pytest.mark.parametrize("head", release_but([alone], [alone, probdiff.networks.VHead, categorical]))
 def test_the_unconditional_model_has_the_null_everywhere(head):
     """It takes no context, and what is around the dropout stays."""
     inner = mlp(outputs=5) if isinstance(head(Echo()), CategoricalHead) else mlp()
@@ -184,7 +192,7 @@ SAMPLERS = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", release_but(["ancestral", "ode", "predictive"], SAMPLERS))
+@pytest.mark.parametrize("name", release_but(["ancestral", "predictive"], SAMPLERS))
 def test_every_sampler_takes_a_guided_model(name):
     """With weight 0 it is the model; with another its mean goes the way of the guided chain."""
     context = np.repeat(C, 100, 0)

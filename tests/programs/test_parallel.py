@@ -85,7 +85,7 @@ def test_either_encoding_can_be_the_guide_of_the_other(name, float64):
         np.testing.assert_allclose(*losses(jax.random.key(3)), rtol=1e-10)
 
 
-@pytest.mark.long
+@pytest.mark.release
 def test_the_gradient_is_that_of_the_scanned_programs(float64, patched):
     """In one call of the network, and in parts of which the last is smaller, computed again for the gradient."""
     schedule = probdiff.log_snr_schedule(7, 4.0, -2.0)
