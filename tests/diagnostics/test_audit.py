@@ -324,3 +324,13 @@ def test_the_document_is_json_and_the_figure_is_of_the_steps():
     assert document["terms"]["elbo"]["nats"] == pytest.approx(document["elbo"]["mean"], rel=1e-5) and document["bits_per_dim"] is None
     (axes,) = found.plot("title").axes
     np.testing.assert_allclose(axes.lines[0].get_ydata(), found.step_kl, rtol=1e-4)
+
+
+@pytest.mark.release
+def test_a_table_of_several_kinds_is_audited():
+    """Its head knows the likelihood, which the reading of other units replaces."""
+    parts = probdiff.likelihoods.ColumnLikelihood({0: probdiff.NormalLikelihood(), 1: probdiff.likelihoods.CategoricalLikelihood(3)})
+    network = probdiff.networks.ColumnHead(probdiff.MLP(4, key=KEY, hidden=8), parts)
+    x = np.column_stack([np.random.default_rng(0).normal(size=40), np.arange(40) % 3]).astype(np.float32)
+    result = probdiff.audit(probdiff.Diffusion(probdiff.log_snr_schedule(8, 5.0, -5.0), network, parts, "learned"), x, key=KEY)
+    assert np.isfinite(result.two_ways.analytic.mean) and result.two_ways.agree
