@@ -82,14 +82,18 @@ def release_but(kept, cases):
     return long_but(kept, cases, [each for each in cases if each not in kept])
 
 
-@pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Forget after a module what was compiled, when it has come to take half of the 65 530 memory maps of a process."""
-    yield
+    """Forget what was compiled, when it has come to take half of the 65 530 memory maps of a process."""
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_after_a_module():
+    yield
+    forget()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import long_but
+from conftest import forget, long_but
 
 import probdiff
 
@@ -143,6 +143,7 @@ def test_analyses_run_at_toy_size(name, tmp_path, monkeypatch, capsys):
         finally:
             jax.config.update("jax_enable_x64", False)
             plt.close("all")
+            forget()  # a script compiles hundreds of programs
     assert "nan" not in capsys.readouterr().out
     listed = (ROOT / "analyses" / "README.md").read_text()
     assert f"[{script.name}]" in listed
