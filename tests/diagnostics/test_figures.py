@@ -11,6 +11,7 @@ def test_images_have_gaps_between_them():
     """Five images of 2 × 3 pixels: four in a square, NaN between them and nowhere else."""
     images = np.arange(30).reshape(5, 6)
     left, right = probdiff.plots.plot_samples(images + 1, images, (2, 3)).axes
+    assert [ax.get_title().split(" (")[0] for ax in (left, right)] == ["data", "samples from the model"]
     nan = np.nan
     expected = [[0, 1, 2, nan, 6, 7, 8], [3, 4, 5, nan, 9, 10, 11], [nan] * 7, [12, 13, 14, nan, 18, 19, 20], [15, 16, 17, nan, 21, 22, 23]]
     np.testing.assert_array_equal(np.ma.filled(left.images[0].get_array().astype(float), nan), expected)
