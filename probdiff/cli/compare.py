@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from probdiff.storage.run import Run, open_run
 
 ITEMS = 64  # default number of items in a batch: as many as in a minibatch of a fit, or fewer
 MINUTES = 1.0
+LEAST_MINUTES = 1e-3
 MODEL_ROWS = 2**21
 
 
@@ -62,7 +64,9 @@ def _compare_estimators(arguments: argparse.Namespace, folder: Run, diffusion: D
     with usage():
         devices = check_devices(arguments.devices)
     print(f"probdiff: {len(items)} test items, N = {num_steps}", file=sys.stderr, flush=True)
-    options = {"num_draws": arguments.num_draws, "minutes": arguments.minutes or MINUTES, "estimators": arguments.estimators}
+    spent = (time.monotonic() - arguments.started) / 60  # the imports are a part of the minutes
+    minutes = max((arguments.minutes or MINUTES) - spent, LEAST_MINUTES)
+    options = {"num_draws": arguments.num_draws, "minutes": minutes, "estimators": arguments.estimators}
     result = compare_estimators(diffusion, items, context=context, key=jax.random.key(0), devices=devices, progress=True, **options)
     # The results are shown even if they cannot be written.
     try:

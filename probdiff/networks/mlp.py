@@ -122,6 +122,7 @@ class MLP(AbstractEmbeddedNetwork):
             "context_dim": self.context_dim,
         }
 
+    @eqx.filter_jit
     def __call__(
         self,
         z: Float[Array, "*batch dim"],
