@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 def is_frame(x: object) -> bool:
     """Whether ``x`` is a data frame of a library that narwhals knows."""
-    if hasattr(x, "dtype"):
-        return False
+    if hasattr(x, "dtype") or isinstance(x, str):
+        return False  # without the import of narwhals
     import narwhals
 
     return narwhals.dependencies.is_into_dataframe(x)

@@ -6,7 +6,7 @@ r"""The evidence lower bound, term by term, in closed form where there is one.
 
 in nats, summed over the dimensions of a datum. Source: Ho et al. (2020), arXiv:2006.11239, eq. 5. Each term needs
 only the marginal q(z_n | x_0), so that every step has its own noise and steps can be evaluated in any order:
-in chunks of network inputs, so that the working memory does not grow with N or the number of draws.
+in chunks of network inputs, so that beside arrays of the size of the result the memory does not grow with N or the number of draws.
 """
 
 from collections.abc import Callable

@@ -141,7 +141,6 @@ class AbstractImageNetwork(AbstractEmbeddedNetwork):
     ) -> Float[Array, "*batch height width output"]:
         """The outputs for each pixel."""
 
-    @eqx.filter_jit
     def __call__(
         self,
         z: Float[Array, "*batch dim"],

@@ -122,7 +122,6 @@ class MLP(AbstractEmbeddedNetwork):
             "context_dim": self.context_dim,
         }
 
-    @eqx.filter_jit
     def __call__(
         self,
         z: Float[Array, "*batch dim"],
