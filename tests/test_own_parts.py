@@ -174,7 +174,7 @@ def test_svi_and_fit_train_it(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", long_but(BOTH, MODELS))
+@pytest.mark.parametrize("name", release_but(BOTH, MODELS))
 def test_jit_takes_a_model(name):
     """Its leaves are JAX arrays alone: functions and tables are static, and two models of equal parts compile one program."""
     model, compiled = MODELS[name](), []

@@ -248,7 +248,7 @@ def test_every_check_has_a_bug():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name, bug", release_but([(name, next(iter(BUGS[name]))) for name in BUGS], [(name, bug) for name in BUGS for bug in BUGS[name]]))
+@pytest.mark.parametrize("name, bug", release_but([(name, next(iter(BUGS[name]))) for name in list(BUGS)[::2]], [(name, bug) for name in BUGS for bug in BUGS[name]]))
 def test_a_bug_is_found(name, bug, compiled_anew, patched, monkeypatch):
     *place, wrong = BUGS[name][bug]
     (patched if len(place) == 1 else monkeypatch.setitem)(*place, wrong)
