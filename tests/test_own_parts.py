@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import long_but, own_part, release_but
+from conftest import own_part, release_but
 from numpyro import distributions as dist
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
