@@ -37,15 +37,30 @@ QUICK = [
 ]
 
 
-# Which take several seconds each.
+# Which take seconds each.
 DEAR = [
-    "probdiff.diagnostics.findings",
     "probdiff.diagnostics.agreement",
+    "probdiff.diagnostics.compare_models",
+    "probdiff.diagnostics.findings",
     "probdiff.diagnostics.gap",
+    "probdiff.diagnostics.plots",
+    "probdiff.elbo.analytic",
     "probdiff.elbo.importance",
+    "probdiff.elbo.random_steps",
+    "probdiff.elbo.score_matching",
     "probdiff.flow",
     "probdiff.inference.likelihood",
+    "probdiff.inference.missing",
+    "probdiff.inference.particles",
     "probdiff.inference.twists",
+    "probdiff.inference.two_sided",
+    "probdiff.networks.context",
+    "probdiff.networks.level_heads",
+    "probdiff.networks.unet",
+    "probdiff.programs.parallel",
+    "probdiff.samplers",
+    "probdiff.storage.checkpoint",
+    "probdiff.training.fitting",
     "probdiff.training.optimiser",
 ]
 

@@ -106,7 +106,7 @@ def test_a_sample_depends_on_the_key_and_its_number_alone(name, constant, float6
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", long_but(["ancestral", "ode"], sampling.SAMPLERS))
+@pytest.mark.parametrize("name", release_but(["ancestral", "ode"], sampling.SAMPLERS))
 def test_samples_are_in_the_units_of_the_data(name):
     """Levels for data on a grid; for continuous data, those of the chain times the scale plus the shift."""
     schedule = probdiff.log_snr_schedule(4, 4.0, -4.0)

@@ -292,7 +292,7 @@ def test_draws_have_the_density(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", long_but(["moons"], ["moons", "checkerboard"]))
+@pytest.mark.parametrize("name", release_but(["moons"], ["moons", "checkerboard"]))
 def test_bound_of_the_exact_network_is_just_below_the_log_density(name):
     data = load(name)
     schedule = probdiff.log_snr_schedule(60, 8.0, -6.0)
