@@ -45,7 +45,7 @@ def test_the_examples_of_the_first_steps_run_as_they_stand():
 PAGES = [path for path in sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]) if blocks(path) and path.name != "start.md"]
 
 
-DEAR_PAGES = [path for path in PAGES if path.stem in ("arviz", "conditional", "data", "devices", "estimators", "foreign", "priors")]
+DEAR_PAGES = [path for path in PAGES if path.stem in ("arviz", "conditional", "data", "devices", "estimators", "foreign", "priors", "score")]
 
 
 @pytest.mark.long
