@@ -140,7 +140,7 @@ def _end_at_once(*_: object) -> None:
 
 
 def _compile_quickly() -> None:
-    """Let XLA optimise at level 2, not 3, unless the user has set a level: what is compiled gives the same and is as fast, after three quarters of the time."""
+    """Let XLA optimise at level 2, not 3, unless the user has set a level: programs give the same up to rounding and are as fast, and compile more quickly."""
     level, flags = "--xla_backend_optimization_level", os.environ.get("XLA_FLAGS", "")
     if level not in flags:  # XLA reads the flags when JAX is first used
         os.environ["XLA_FLAGS"] = f"{flags} {level}=2".lstrip()

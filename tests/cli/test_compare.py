@@ -60,6 +60,7 @@ def test_items_and_minutes_are_those_that_were_asked_for(patched):
         ([], 30, 1, None),
         (["--num-items", "7", "--minutes", "0.5"], 7, 0.5, None),
         (["--num-draws", "6"], 30, 1, 6),
+        (["--minutes", "0.1"], 30, 0.201, None),  # all were spent: the smallest number of draws
     ):
         assert cli.main(["compare", path, *options]) == 130
         np.testing.assert_array_equal(seen["x"], dataset.test[:items])
