@@ -25,6 +25,7 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
 
 import probdiff
+from probdiff._compilation import compiler_options
 from probdiff.networks.convolution import Convolution
 
 try:
@@ -475,8 +476,8 @@ if wanted("parallel"):
 # ## Compilation and working memory against N
 #
 # Seconds to compile, and bytes of working memory besides arguments and results, relative to N = 10: for a training step with one uniform step per datum, for
-# one on all steps, and for `elbo_terms` in its reduced form. Then, for the update of a default fit: XLA at backend level 2, which the commands set, against
-# level 3, its default.
+# one on all steps, and for `elbo_terms` in its reduced form. Then, for the update of a default fit: XLA with the options that a fit and the
+# commands set, against its defaults.
 
 
 # %%
@@ -498,29 +499,30 @@ def compiled(kind, num_steps):
     return time.perf_counter() - start, executable.memory_analysis().temp_size_in_bytes
 
 
-def updates_by_level(name):
-    """Seconds to compile an update of a default fit at levels 2 and 3, shape ``(repetition, 2)``, and milliseconds of the update, ``(2, repetition)``."""
+def updates_by_options(name):
+    """Seconds to compile an update of a default fit with probdiff's options of XLA and without, shape ``(repetition, 2)``, and milliseconds of the update,
+    ``(2, repetition)``."""
     dataset = probdiff.datasets.load(name)
     options = probdiff.presets.default_options(dataset)
     diffusion, x = probdiff.presets.default_diffusion(dataset, options["num_steps"]), dataset.train[: 8 if quick else options["batch_size"]]
     elbo = probdiff.AnalyticELBO(diffusion, "stratified_importance", points="batch")
     svi = SVI(diffusion.model, elbo.guide, OPTIMISER, elbo)
-    state, levels = jax.jit(svi.init)(KEY, x), [{"xla_backend_optimization_level": level} for level in (2, 3)]
+    state, choices = jax.jit(svi.init)(KEY, x), [compiler_options(), {}]
     times = []
     for _ in range(1 if quick else 3):
         jax.clear_caches()
-        programs = [jax.jit(svi.update).lower(state, x) for _ in levels]
-        times.append([seconds(program.compile, level) for program, level in zip(programs, levels)])
-    second, third = (functools.partial(program.compile(level), state, x) for program, level in zip(programs, levels))
-    updates = in_turns(second, third, third, second)  # the place in a turn counts
+        programs = [jax.jit(svi.update).lower(state, x) for _ in choices]
+        times.append([seconds(program.compile, options) for program, options in zip(programs, choices)])
+    with_options, without = (functools.partial(program.compile(options), state, x) for program, options in zip(programs, choices))
+    updates = in_turns(with_options, without, without, with_options)  # the place in a turn counts
     return np.array(times), (updates[[0, 3]].mean(0), updates[[1, 2]].mean(0))
 
 
 if wanted("compile"):
     for name in ("moons",) if quick else ("moons", "digits"):
-        times, updates = updates_by_level(name)
-        report("compile", f"update of {name}", *times.T, ("level 2", "level 3"), "s")
-        report("step", f"update of {name}", *updates, ("level 2", "level 3"))
+        times, updates = updates_by_options(name)
+        report("compile", f"update of {name}", *times.T, ("options", "none"), "s")
+        report("step", f"update of {name}", *updates, ("options", "none"))
     for kind in ("uniform",) if quick else ("uniform", "all", "elbo_terms"):
         for num_steps in (20,) if quick else (100, 1000, 10_000):
             pairs = np.array([(compiled(kind, num_steps), compiled(kind, 10)) for _ in range(1 if quick else 3)])

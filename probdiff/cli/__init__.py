@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from probdiff import __version__
+from probdiff._compilation import set_compiler_options
 
 TWISTS = ("none", "point", "tweedie")  # the names in probdiff.inference
 SAMPLERS = ("ancestral", "ddim", "langevin", "ode")  # the names in probdiff.samplers, whose import needs JAX
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     with _on_signals(_end_at_once):
-        _compile_quickly()
+        set_compiler_options()
         _keep_what_is_compiled()
         command = importlib.import_module(f"probdiff.cli.{arguments.command}")
     with _on_signals(_interrupt), _no_interrupt_lost():
@@ -137,13 +138,6 @@ def _end_at_once(*_: object) -> None:
     """End the process: during the import of a C extension, a KeyboardInterrupt leads to an ImportError or an abort."""
     os.write(2, b"\nprobdiff: interrupted\n")
     os._exit(130)
-
-
-def _compile_quickly() -> None:
-    """Let XLA optimise at level 2, not 3, unless the user has set a level: programs give the same up to rounding and are as fast, and compile more quickly."""
-    level, flags = "--xla_backend_optimization_level", os.environ.get("XLA_FLAGS", "")
-    if level not in flags:  # XLA reads the flags when JAX is first used
-        os.environ["XLA_FLAGS"] = f"{flags} {level}=2".lstrip()
 
 
 def _keep_what_is_compiled() -> None:

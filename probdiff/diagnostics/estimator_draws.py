@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from probdiff._checks import Number, PyTree, Whole
 from probdiff._chunks import MOST_NUMBERS, inputs_at_once, repeat, take
+from probdiff._compilation import compiler_options
 from probdiff._sharding import gather, replicate, shard
 from probdiff.diagnostics.cost_ratios import Variance
 from probdiff.diffusion import Diffusion
@@ -188,7 +189,7 @@ class _Estimator:
         """Start to compile and then to learn the state from repetitions of the data; most estimators have no state."""
         if self.state:
             keys = jax.random.split(key, LEARNING[0])
-            self.learning = pool.submit(jax.jit(self._learn).lower(self.state, keys).compile), keys
+            self.learning = pool.submit(jax.jit(self._learn).lower(self.state, keys).compile, compiler_options()), keys
 
     def learned(self) -> dict[str, Any]:
         """The learned state, by site."""
@@ -206,7 +207,7 @@ class _Estimator:
         turns = self._turns(is_gradient, num_draws)
         program = functools.partial(self._draws, is_gradient, self._together(is_gradient, rows))
         lowered = jax.jit(program).lower(self.state, _keys(draw_key, 0, turns.draws), blocks[0])
-        return _Program(turns, pool.submit(lowered.compile), blocks)
+        return _Program(turns, pool.submit(lowered.compile, compiler_options()), blocks)
 
     def collected(self, values: "_Kind", gradients: "_Kind | None" = None) -> EstimatorDraws:
         """The draws, with estimates of the variance and of the time."""

@@ -15,6 +15,7 @@ from numpyro.infer.elbo import ELBO
 
 from probdiff._checks import PyTree, Whole, require
 from probdiff._chunks import take
+from probdiff._compilation import compiler_options
 from probdiff._sharding import gather, replicate, shard
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
@@ -119,15 +120,16 @@ class Loop:
         guide, self.elbo = _guide_and_elbo(diffusion, elbo)
         model, guide = (handlers.scale(program, scale=1 / minibatches.size) for program in (diffusion.model, guide))
         self.svi: SVI = SVI(model, guide, optimiser, self.elbo)
-        self._bound = jax.jit(self._validation_bound)
-        self._advance = jax.jit(self._updates, static_argnames="guarded")
+        options = compiler_options()
+        self._bound = jax.jit(self._validation_bound, compiler_options=options)
+        self._advance = jax.jit(self._updates, static_argnames="guarded", compiler_options=options)
 
     def init(self, key: PRNGKeyArray, settings: dict[str, Any]) -> FitState:
         """The state before the first update."""
         init_key, *keys = jax.random.split(key, 3)
         # Compiled, so that only the state is computed.
         x, context = take(self.data, slice(self.minibatches.size))
-        svi = jax.jit(self.svi.init)(init_key, x, **_given(context))
+        svi = jax.jit(self.svi.init, compiler_options=compiler_options())(init_key, x, **_given(context))
         best_bound = jnp.full((), -jnp.inf, jnp.zeros(()).dtype)
         histories = np.zeros(0, best_bound.dtype), np.zeros((0, 2))
         return FitState(svi, tuple(keys), self.averaged(svi), best_bound, *histories, settings)

@@ -37,22 +37,6 @@ def test_what_is_compiled_is_kept_for_the_next_run(monkeypatch, tmp_path):
         jax.config.update(option, before)
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        (None, "--xla_backend_optimization_level=2"),
-        ("--xla_cpu_max_isa=AVX2", "--xla_cpu_max_isa=AVX2 --xla_backend_optimization_level=2"),
-        ("--xla_backend_optimization_level=3", "--xla_backend_optimization_level=3"),
-    ],
-)
-def test_a_command_compiles_at_level_2_unless_the_user_has_set_another(monkeypatch, before, after):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    if before is not None:
-        monkeypatch.setenv("XLA_FLAGS", before)
-    cli._compile_quickly()
-    assert os.environ["XLA_FLAGS"] == after
-
-
 SIGNALS = [("probdiff", signal.SIGINT), ("probdiff.cli", signal.SIGTERM)]
 
 
