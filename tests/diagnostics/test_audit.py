@@ -62,7 +62,7 @@ def test_a_fault_is_named_and_nothing_else(fault):
         assert finding.nats > SURE * finding.error
 
 
-@pytest.mark.parametrize("change", long_but(["[0, 1] for [−1, 1]", "not standardised"], RANGES, ["0 … 255 for [−1, 1]", "a shift"]))
+@pytest.mark.parametrize("change", long_but(["[0, 1] for [−1, 1]", "not standardised"], RANGES, ["0 … 255 for [−1, 1]", "a shift", "half"]))
 def test_another_range_of_the_data_is_named_with_its_numbers(change):
     """The network knows ``X``, of which the data are a multiple with a shift; on the whole, or in each dimension."""
     scale, shift = (np.float32(each) for each in RANGES[change])
