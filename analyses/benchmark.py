@@ -25,7 +25,7 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
 
 import probdiff
-from probdiff._compilation import compiler_options
+from probdiff._devices import compiler_options
 from probdiff.networks.convolution import Convolution
 
 try:

@@ -28,7 +28,7 @@ from numpyro import handlers
 
 from probdiff._checks import AnyArray, Number, PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import EACH, EVALUATIONS, blocks, joined, take
-from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
+from probdiff._devices import Devices, data_mesh, gather, replicate, shard
 from probdiff.chain.schedules import AbstractSchedule, at_step
 from probdiff.chain.score import score, vp_from_ve
 from probdiff.diffusion import Diffusion

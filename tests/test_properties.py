@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import probdiff
-from probdiff import _files as storage
 from probdiff.elbo.importance import log_mean_exp
 from probdiff.oracles import LinearNetwork, exact_log_prob, exact_terms
+from probdiff.storage import files as storage
 from probdiff.storage.checkpoint import load_tree, save_tree
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import probdiff
-from probdiff._sharding import data_mesh
+from probdiff._devices import data_mesh
 
 SCRIPT = Path(__file__).with_name("on_devices.py")
 FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
@@ -79,7 +79,7 @@ def test_the_work_is_shared():
     """A quarter of the arithmetic on each of four devices, for an update and for the terms of the bound."""
     code = """if True:
         import jax, jax.numpy as jnp, probdiff
-        from probdiff._sharding import data_mesh, replicate
+        from probdiff._devices import data_mesh, replicate
         from probdiff.elbo.terms import _evaluate
         from probdiff.training.loop import Loop
         from probdiff.training.minibatches import Minibatches

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from probdiff import __version__
-from probdiff._compilation import set_compiler_options
 
 TWISTS = ("none", "point", "tweedie")  # the names in probdiff.inference
 SAMPLERS = ("ancestral", "ddim", "langevin", "ode")  # the names in probdiff.samplers, whose import needs JAX
@@ -73,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     with _on_signals(_end_at_once):
+        from probdiff._devices import set_compiler_options  # which needs JAX
+
         set_compiler_options()
         _keep_what_is_compiled()
         command = importlib.import_module(f"probdiff.cli.{arguments.command}")

@@ -11,7 +11,7 @@ from jaxtyping import Real
 from numpyro.infer import Predictive
 
 from probdiff._checks import AnyArray, require
-from probdiff._sharding import data_mesh
+from probdiff._devices import data_mesh
 from probdiff.cli import UsageError
 from probdiff.datasets import Dataset
 from probdiff.datasets.covariates import Covariates

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from probdiff._checks import require
-from probdiff._sharding import wait_for_all
+from probdiff._devices import wait_for_all
 from probdiff.cli import parser
 from probdiff.cli.common import check_devices, draw_figures, flag, usage
 from probdiff.datasets import NAMES, Dataset, load

@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Real
 
 from probdiff._checks import require
-from probdiff._files import write_bytes
 from probdiff.cli.common import check_devices, read_contexts, usage
 from probdiff.datasets import Dataset
 from probdiff.datasets.files import read_rows
 from probdiff.diagnostics.plots import plot_samples
 from probdiff.inference import AbstractObservation, Inpainting, LinearGaussian, Posterior, smc
+from probdiff.storage.files import write_bytes
 from probdiff.storage.run import next_free, open_run
 
 if TYPE_CHECKING:

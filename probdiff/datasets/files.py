@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probdiff._checks import require
-from probdiff._files import MAX_BYTES, read_npy, read_npz
+from probdiff.datasets.arrays import MAX_BYTES, read_npy, read_npz
 from probdiff.datasets.images import is_idx, read_idx
 from probdiff.datasets.tables import Columns, Table, beside, chosen, listed, read_cells, read_frame, read_table
 

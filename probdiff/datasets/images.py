@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Integer, Real, UInt8
 
 from probdiff._checks import require
-from probdiff._files import MAX_BYTES
+from probdiff.datasets.arrays import MAX_BYTES
 from probdiff.datasets.covariates import Covariate, Covariates
 from probdiff.datasets.dataset import Dataset
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from probdiff._checks import PyTree, Whole, require, require_count, require_key, require_type
-from probdiff._sharding import Devices
+from probdiff._devices import Devices
 from probdiff.diagnostics.common_paths import CommonPaths, compare_on_common_paths
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate

@@ -16,7 +16,7 @@ from jaxtyping import PRNGKeyArray
 from scipy import special
 
 from probdiff._checks import Number, PyTree, Whole, require, require_count, require_key, require_type
-from probdiff._sharding import Devices, data_mesh, replicate
+from probdiff._devices import Devices, data_mesh, replicate
 from probdiff.diagnostics.cost_ratios import ratio_errors, tied_with_best
 from probdiff.diagnostics.estimator_draws import DIRECTIONS, EstimatorDraws, draw_estimators
 from probdiff.diagnostics.tables import format_estimators

@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from probdiff._checks import Number, PyTree, Whole
 from probdiff._chunks import MOST_NUMBERS, inputs_at_once, repeat, take
-from probdiff._compilation import compiler_options
-from probdiff._sharding import gather, replicate, shard
+from probdiff._devices import compiler_options, gather, replicate, shard
 from probdiff.diagnostics.cost_ratios import Variance
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimators import ESTIMATORS

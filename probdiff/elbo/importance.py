@@ -23,7 +23,7 @@ from scipy.special import logsumexp
 
 from probdiff._checks import Number, PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import EACH, MOST_NUMBERS, blocks, joined, take
-from probdiff._sharding import Devices, data_mesh, gather, replicate, shard
+from probdiff._devices import Devices, data_mesh, gather, replicate, shard
 from probdiff.diffusion import Diffusion
 from probdiff.programs.sites import Data
 

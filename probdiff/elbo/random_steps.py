@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from probdiff._checks import Number, PyTree, Whole, require, require_key, require_type
 from probdiff._chunks import blocks, joined, repeat
-from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
+from probdiff._devices import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import SampledStep
 from probdiff.chain.schedules import per_step

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from probdiff._checks import AnyArray, PyTree, Whole, is_concrete, require, require_count, require_key, require_type
 from probdiff._chunks import EVALUATIONS, blocks, filled, inputs_at_once
-from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
+from probdiff._devices import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import SampledStep
 from probdiff.diffusion import Diffusion

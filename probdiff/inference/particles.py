@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from probdiff._checks import PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import EVALUATIONS, even_chunk, inputs_at_once
-from probdiff._sharding import Devices, data_mesh, gather, replicate, shard, to_default_device
+from probdiff._devices import Devices, data_mesh, gather, replicate, shard, to_default_device
 from probdiff.diffusion import Diffusion
 from probdiff.inference.observations import AbstractObservation
 from probdiff.inference.posterior import Posterior

@@ -1,7 +1,7 @@
 """Trees of arrays as files, and checkpoints: the state of a fit, and the state saved before it.
 
 A file is a line of JSON that describes its contents, the leaves as serialised by equinox, and a checksum. The line is needed because
-equinox must know shapes and dtypes before it reads; the checksum and the renaming of :mod:`probdiff._files` are not in equinox.
+equinox must know shapes and dtypes before it reads; the checksum and the renaming of :mod:`probdiff.storage.files` are not in equinox.
 """
 
 import io
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff._checks import require
-from probdiff._files import is_intact, read_checked, replace, write_checked
+from probdiff.storage.files import is_intact, read_checked, replace, write_checked
 from probdiff.training import FitState
 
 

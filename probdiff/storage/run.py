@@ -31,10 +31,10 @@ import numpy as np
 
 from probdiff import datasets
 from probdiff._checks import Number, require, require_type
-from probdiff._files import MAX_BYTES, read_json, read_npy, replace, write_bytes, write_json
 from probdiff.chain.learned import LearnedSchedule
 from probdiff.chain.mixture import MixtureKernel
 from probdiff.chain.schedules import AbstractSchedule, NoiseSchedule
+from probdiff.datasets.arrays import MAX_BYTES, read_npy
 from probdiff.diagnostics.compare_estimators import EstimatorComparison
 from probdiff.diagnostics.datatree import from_datatree, to_datatree
 from probdiff.diagnostics.gap import GapDecomposition
@@ -44,6 +44,7 @@ from probdiff.programs.sites import PARAMS
 from probdiff.storage.checkpoint import Checkpoint, load_tree, save_tree
 from probdiff.storage.data import load_data, save_data
 from probdiff.storage.description import describe, make_likelihood, make_network
+from probdiff.storage.files import read_json, replace, write_bytes, write_json
 from probdiff.training import Fit
 
 if TYPE_CHECKING:  # imported where they are needed, as the imports are slow

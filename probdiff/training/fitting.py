@@ -21,8 +21,8 @@ from tqdm import tqdm
 from probdiff._checks import AnyArray, Number, Numbers, PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._chunks import take
 from probdiff._context import named
+from probdiff._devices import Devices, data_mesh, replicate, to_default_device
 from probdiff._frames import column_names
-from probdiff._sharding import Devices, data_mesh, replicate, to_default_device
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.reverse_variance import optimal_variance
 from probdiff.elbo.terms import bits_per_dim

@@ -15,8 +15,7 @@ from numpyro.infer.elbo import ELBO
 
 from probdiff._checks import PyTree, Whole, require
 from probdiff._chunks import take
-from probdiff._compilation import compiler_options
-from probdiff._sharding import gather, replicate, shard
+from probdiff._devices import compiler_options, gather, replicate, shard
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.estimators import ESTIMATORS

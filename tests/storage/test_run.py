@@ -19,8 +19,8 @@ import xarray as xr
 from conftest import release_but
 
 import probdiff
-from probdiff import _files as storage
 from probdiff.diagnostics.datatree import from_datatree
+from probdiff.storage import files as storage
 from probdiff.storage import run as runs
 from probdiff.storage.checkpoint import read_leaves, save_tree
 

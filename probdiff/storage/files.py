@@ -1,7 +1,7 @@
-"""Files that are complete or absent, and that are read without being trusted.
+"""Files that are complete or absent.
 
 A file is written under another name, flushed to the disk and renamed; no library that we use does this. Where every bit matters, the file ends
-with a SHA-256 checksum of its contents. Arrays are read by NumPy without pickle, so that no code is executed.
+with a SHA-256 checksum of its contents.
 """
 
 import hashlib
@@ -11,11 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from probdiff._checks import require
 
-MAX_BYTES = 2**32  # limit on arrays in a user's file or in the description of a model
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -70,34 +67,6 @@ def is_intact(path: Path) -> bool:
     except (ValueError, OSError):
         return False
     return True
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of any ``.npz`` file by name, compressed or not.
-
-    Raises:
-        ValueError: If it is damaged, or holds objects.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    except Exception as error:  # zipfile, zlib and NumPy each have their own errors for a damaged file
-        raise ValueError(f"{path}: Expected an intact .npz file; got: {error}") from None
-
-
-def read_npy(path: Path) -> np.ndarray:
-    """The array of a ``.npy`` file.
-
-    Raises:
-        ValueError: If it is damaged, or holds objects.
-    """
-    try:
-        with open(path, "rb") as file:
-            array = np.load(file, allow_pickle=False)
-            require(isinstance(array, np.ndarray) and not file.read(1), "file", "one array", "more")
-            return array
-    except Exception as error:  # as above
-        raise ValueError(f"{path}: Expected an intact .npy file; got: {error}") from None
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
-"""Several devices, of one process or of many: the data axis is divided among them, everything else is replicated.
+"""The devices of JAX: options of the compiler, and several devices, of one process or of many, among which the data axis is divided.
 
-The computation is the program of one device, which XLA's partitioner divides along the data. An element of random noise depends only on the key and
-on its position in the array, so that the noise does not depend on the number of devices, and results differ by rounding only.
+The computation on several devices is the program of one, which XLA's partitioner divides along the data; everything else is replicated. An element of random
+noise depends only on the key and on its position in the array, so that the noise does not depend on the number of devices, and results differ by rounding only.
 Processes are those of JAX (``jax.distributed.initialize``); all of them make the same calls with the same arguments.
 """
 
+import os
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -19,6 +20,22 @@ from probdiff._checks import AnyArray, Whole, require
 AXIS = "data"
 
 Devices = Whole | Sequence[jax.Device] | None
+
+# XLA on CPU: level 2, not 3, takes about 0.7 of the time to compile a program that is about 4 % slower; vectors of 512 bits, not 256, where the machine has them,
+# make up for that (docs/results/benchmark.md). Results are the same up to rounding.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 2, "xla_cpu_prefer_vector_width": 512}
+
+
+def compiler_options() -> dict[str, int]:
+    """Options for ``jax.jit``, or ``compile``, of a large program that is not part of another; those in ``XLA_FLAGS`` are kept."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in COMPILER_OPTIONS.items() if name not in flags}
+
+
+def set_compiler_options() -> None:
+    """Set the options for all programs of this process; XLA reads ``XLA_FLAGS`` when the first array is made."""
+    added = [f"--{name}={value}" for name, value in compiler_options().items()]
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *added]).strip()
 
 
 def data_mesh(devices: Devices) -> Mesh | None:
