@@ -41,10 +41,12 @@ QUICK = [
 DEAR = [
     "probdiff.chain.predicted",
     "probdiff.diagnostics.agreement",
+    "probdiff.diagnostics.audit_result",
     "probdiff.diagnostics.common_paths",
     "probdiff.diagnostics.compare_estimators",
     "probdiff.diagnostics.compare_models",
     "probdiff.diagnostics.datatree",
+    "probdiff.diagnostics.estimator_comparison",
     "probdiff.diagnostics.findings",
     "probdiff.diagnostics.gap",
     "probdiff.diagnostics.plots",
@@ -114,8 +116,8 @@ def test_every_public_name_has_an_example():
 
 
 # Modules whose names are defined by this package: data, results, files, figures, commands, and interfaces for parts of one's own.
-OWN = """cli datasets datasets.covariates datasets.dataset diagnostics.agreement diagnostics.common_paths diagnostics.compare_estimators
-    diagnostics.compare_models diagnostics.contexts diagnostics.datatree diagnostics.findings diagnostics.gap diagnostics.plots elbo.estimate
+OWN = """cli datasets datasets.covariates datasets.dataset diagnostics.agreement diagnostics.audit_result diagnostics.common_paths diagnostics.compare_estimators
+    diagnostics.compare_models diagnostics.contexts diagnostics.datatree diagnostics.estimator_comparison diagnostics.findings diagnostics.gap diagnostics.plots elbo.estimate
     elbo.variance_reduction inference.observations inference.posterior likelihoods.base likelihoods.categorical likelihoods.columns likelihoods.normal
     networks.adapters networks.base networks.context networks.host networks.unet oracles.closed_form presets programs.parallel storage.checkpoint
     storage.run training.fitting training.loop""".split()

@@ -6,13 +6,13 @@ Imports the bound and the packages below it. ``compare_estimators`` and ``compar
 """
 
 from probdiff.diagnostics.agreement import TwoWays, compute_both_ways
+from probdiff.diagnostics.audit_result import Audit, Finding
 from probdiff.diagnostics.classification import Classification
 from probdiff.diagnostics.common_paths import CommonPaths, compare_on_common_paths
-from probdiff.diagnostics.compare_estimators import EstimatorComparison
 from probdiff.diagnostics.compare_models import ModelComparison
 from probdiff.diagnostics.contexts import ContextDifference, compare_contexts
 from probdiff.diagnostics.datatree import arviz_dims, from_datatree, inspect_terms, to_datatree
-from probdiff.diagnostics.findings import Audit, Finding
+from probdiff.diagnostics.estimator_comparison import EstimatorComparison
 from probdiff.diagnostics.gap import GapDecomposition, gap_decomposition
 
 __all__ = [

@@ -5,7 +5,6 @@ differences are taken draw by draw. All figures are for these data, and errors a
 estimators that evaluate all steps are estimated from a few of the items if there are many.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,139 +16,19 @@ from scipy import special
 
 from probdiff._checks import Number, PyTree, Whole, require, require_count, require_key, require_type
 from probdiff._devices import Devices, data_mesh, replicate
-from probdiff.diagnostics.cost_ratios import ratio_errors, tied_with_best
+from probdiff.diagnostics.cost_ratios import ratio_errors
+from probdiff.diagnostics.estimator_comparison import COSTS, EstimatorComparison
 from probdiff.diagnostics.estimator_draws import DIRECTIONS, EstimatorDraws, draw_estimators
-from probdiff.diagnostics.tables import format_estimators
 from probdiff.diagnostics.z_scores import pairwise_z
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.estimators import ESTIMATORS, suitable_estimators
-from probdiff.elbo.importance import khat_limit, log_mean_exp, pareto_khat
+from probdiff.elbo.importance import log_mean_exp, pareto_khat
 from probdiff.elbo.terms import bits_per_dim
 from probdiff.programs.sites import Data
 
 REFERENCE = "kl_uniform"
 FAMILY_ERROR = 0.0027  # three standard errors, for all pairs together
-COSTS = [f"{kind}_by_{unit}" for kind in ("value", "gradient") for unit in ("evaluations", "seconds")]
-
-
-@dataclasses.dataclass(frozen=True)
-class EstimatorComparison:
-    """The result of :func:`~probdiff.compare_estimators`. It is printed as a verdict and two tables.
-
-    Attributes:
-        table: One row per estimator, a pandas DataFrame. ``elbo``, ``se`` (nats per datum; ``bits_per_dim``, ``bits_se`` if the data
-            are on a grid): of the first ``items`` data, by ``draws`` draws; ``value_variance``, its root ``sd``: of one draw of the
-            mean over *all* data; ``evaluations``: network evaluations per datum and draw; ``seconds``: of one draw of all data;
-            ``gradient_variance``: trace of the covariance of the gradient of the mean bound of all data in all parameters;
-            ``gradient_draws``; ``gradient_seconds``; four costs relative to ``kl_uniform`` (whose cost is 1; lower is better),
-            ``value_by_evaluations`` and ``value_by_seconds``, variance × cost, and the same for the gradient; and the standard error
-            of each, ``value_by_evaluations_error`` and so on (NaN if there are too few draws; for seconds, the error over repeated calls,
-            which does not include a constant load of the machine).
-        draws: The first draws of each estimator's bound, as many as every estimator has, nats, shape ``(estimator, draw, datum)``; NaN
-            for data that an estimator was not drawn for. For ``kl_posterior_target`` only the mean over data is an estimate of a bound.
-        projections: Gradients of the mean bound of the first ``items`` data along a few fixed random directions, a dict from estimator
-            to shape ``(draw, direction)``; empty if the model has no parameters.
-        value_z, gradient_z: Pairwise z-scores of the means, DataFrames; for gradients, the largest over the directions. Both means are over the
-            same items; NaN if that is impossible: for gradients, and for ``kl_posterior_target``, between batches of different size.
-        z_limit: The limit that the largest ``|z|`` of all pairs exceeds by chance with probability 0.27 % (family-wise error).
-        cost_errors: For each of the four costs, the standard errors of the log ratios of all pairs, DataFrames.
-        iwae: The importance-weighted bound on all paths of ``trace``, an ``Estimate``; None without ``trace``.
-        khat: Pareto k̂ of the weights of those paths, shape ``(item,)``; None without ``trace``.
-        dim: Number of dimensions, for bits/dim.
-
-    Example:
-        >>> import jax, probdiff
-        >>> diffusion = probdiff.Diffusion(probdiff.cosine_schedule(5), lambda z, n: 0 * z)
-        >>> x = jax.random.normal(jax.random.key(1), (4, 2))
-        >>> names = ["kl_uniform", "kl_stratified"]
-        >>> comparison = probdiff.compare_estimators(diffusion, x, key=jax.random.key(2), num_draws=2, estimators=names)
-        >>> comparison.agree, float(comparison.table.loc["kl_uniform", "value_by_evaluations"])
-        (True, 1.0)
-    """
-
-    table: Any
-    draws: np.ndarray
-    projections: dict[str, np.ndarray]
-    value_z: Any
-    gradient_z: Any
-    z_limit: float
-    cost_errors: dict[str, Any]
-    iwae: Estimate | None
-    khat: np.ndarray | None
-    dim: int
-
-    @property
-    def largest_z(self) -> float:
-        """The largest absolute pairwise z-score, of values and of gradients."""
-        scores = [self.value_z.values.ravel(), self.gradient_z.values.ravel()]
-        return float(np.nanmax(np.abs(np.concatenate([[0.0], *scores]))))
-
-    @property
-    def agree(self) -> bool:
-        """Whether all estimators agree, in values and in gradients."""
-        return self.largest_z <= self.z_limit
-
-    def best(self, cost: str) -> str | None:
-        """The estimator with the least cost, for a column of :attr:`table`; None if the cost is unknown for all."""
-        return next(iter(self.tied(cost)), None)
-
-    def tied(self, cost: str) -> list[str]:
-        """The estimators whose cost is within two standard errors of the least cost; the best comes first."""
-        return tied_with_best(self.table[cost], self.cost_errors[cost])
-
-    @property
-    def khat_limit(self) -> float | None:
-        """The limit that k̂ must not exceed for this number of paths (:func:`~probdiff.elbo.importance.khat_limit`); None without ``trace``."""
-        return None if self.khat is None else khat_limit(int(self.table.loc["trace", "draws"]))
-
-    def to_datatree(self) -> Any:
-        """A DataTree: the draws, ``posterior/elbo`` (chain, draw, estimator, datum), and the ``table`` (estimator)."""
-        import arviz as az
-        import xarray as xr
-
-        tree = az.from_dict(
-            {"posterior": {"elbo": np.moveaxis(self.draws, 0, 1)[None]}},
-            dims={"elbo": ["estimator", "datum"]},
-            coords={"estimator": list(self.table.index), "datum": np.arange(self.draws.shape[2])},
-        )
-        tree["table"] = xr.DataTree(xr.Dataset.from_dataframe(self.table.rename_axis("estimator")))
-        tree["posterior"]["elbo"].attrs.update(units="nats", long_name="estimate of the evidence lower bound")
-        return tree
-
-    def to_dict(self) -> dict[str, Any]:
-        """All results but the draws, a dict for JSON; unknown values are None."""
-        table = self.table.astype(object).where(self.table.notna(), None)
-        known = self.iwae and {k: v if np.isfinite(v) else None for k, v in self.iwae._asdict().items()}
-        return {
-            "estimators": {name: dict(row) for name, row in table.iterrows()},
-            "num_draws": self.draws.shape[1],
-            "num_items": self.draws.shape[2],
-            "value_z": _json_matrix(self.value_z),
-            "gradient_z": _json_matrix(self.gradient_z),
-            "z_limit": self.z_limit,
-            "agree": self.agree,
-            "best_for_values": self.best("value_by_evaluations"),
-            "best_for_gradients": self.best("gradient_by_evaluations"),
-            "tied": {cost: self.tied(cost) for cost in COSTS},
-            "iwae": known,
-            "khat_limit": self.khat_limit,
-            "khat": None if self.khat is None else [float(k) if np.isfinite(k) else None for k in self.khat],
-        }
-
-    def plot(self) -> Any:
-        """A figure: each estimator's bound with its error, and its costs relative to ``kl_uniform``."""
-        from probdiff.diagnostics.plots import plot_estimators
-
-        return plot_estimators(self.table, self.draws.shape[2])
-
-    def __repr__(self) -> str:
-        """The verdict, the costs of each estimator, and its estimates."""
-        return format_estimators(self)
-
-
-def _json_matrix(frame: Any) -> dict[str, Any]:
-    return {name: {k: v for k, v in row.items() if np.isfinite(v)} for name, row in frame.iterrows()}
 
 
 def compare_estimators(

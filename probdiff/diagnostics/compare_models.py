@@ -8,10 +8,9 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from probdiff._checks import PyTree, Whole, require, require_count, require_type
-from probdiff.diagnostics.tables import format_models
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
-from probdiff.elbo.terms import elbo_terms
+from probdiff.elbo.terms import bits_per_dim, elbo_terms
 from probdiff.programs.sites import Data
 
 
@@ -75,6 +74,23 @@ class ModelComparison:
     def __repr__(self) -> str:
         """The table."""
         return format_models(self)
+
+
+def format_models(comparison: ModelComparison) -> str:
+    """A :class:`ModelComparison` as text."""
+    table = comparison.table
+    width = 2 + max(len(str(name)) for name in table.index)
+    bits = f"{'bits/dim':>10}" if comparison.levels else ""
+    lines = [
+        f"The bound of {len(next(iter(comparison.elbo.values())))} items, mean per item in nats, "
+        f"{comparison.num_draws} draws each",
+        f"{'':{width}}{'rank':>5}{'ELBO':>12}{'± s.e.':>9}{'difference':>12}{'± paired':>10}{'MC error':>10}{bits}",
+    ]
+    for name, row in table.iterrows():
+        line = f"{name:{width}}{int(row['rank']):5d}{row['elbo']:12.4f}{row['se']:9.4f}{row['elbo_diff']:12.4f}"
+        line += f"{row['dse']:10.4f}{row['mc_error']:10.4f}"
+        lines.append(line + (f"{bits_per_dim(row['elbo'], comparison.dim):10.4f}" if comparison.levels else ""))
+    return "\n".join([*lines, "difference: the bound of the best model minus that of this one, paired item by item"])
 
 
 def compare_models(

@@ -6,9 +6,8 @@ finite, random or dependent on the batch and a context that is ignored are repor
 (:mod:`probdiff.diagnostics.readings`) are compared with each other; all other errors are measured under the best reading.
 """
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ from jaxtyping import Float, PRNGKeyArray
 from probdiff._checks import PyTree, Whole, require, require_count, require_key, require_type
 from probdiff.chain.forward import prior_kl
 from probdiff.chain.reverse import GaussianKernel
-from probdiff.chain.schedules import AbstractSchedule
 from probdiff.diagnostics.agreement import TwoWays, compute_both_ways
+from probdiff.diagnostics.audit_result import Audit, Finding
 from probdiff.diagnostics.datatree import inspect_terms, to_datatree
 from probdiff.diagnostics.equal_calls import compare_equal_calls
 from probdiff.diagnostics.readings import (
@@ -39,10 +38,8 @@ from probdiff.diagnostics.readings import (
     ReadingComparison,
     compare_readings,
 )
-from probdiff.diagnostics.tables import format_audit
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.estimate import Estimate
-from probdiff.elbo.terms import bits_per_dim
 from probdiff.programs.sites import Data
 
 RANDOM = "random output"
@@ -55,117 +52,6 @@ STEP_WORDS = {
     LATE: "The network is called with a step too low: called with n + 1 instead of n, it has the larger bound",
     REVERSED: "The network counts the steps from the noisy end: called with N + 1 − n instead of n, it has the larger bound",
 }
-
-
-class Finding(NamedTuple):
-    """An error in a model, found by an audit.
-
-    Attributes:
-        name: The kind of error, a fixed short text.
-        sentence: The measurement, in a sentence.
-        nats: The gain of the bound by the repair, nats per datum; infinite if there is no bound, 0 for an ignored context.
-        error: Standard error of the gain over data.
-
-    Example:
-        >>> from probdiff.diagnostics.findings import Finding
-        >>> Finding("off by a step", "The network counts the steps from 0", nats=0.4, error=0.02).name
-        'off by a step'
-    """
-
-    name: str
-    sentence: str
-    nats: float
-    error: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Audit:
-    """The result of :func:`~probdiff.audit`. It is printed as a table; values are in nats per datum.
-
-    Attributes:
-        findings: The errors found, a list of :class:`Finding`, the most costly first; empty if none was found.
-        two_ways: The bound by its terms and by ``Trace_ELBO``, :class:`TwoWays`.
-        step_kl, step_kl_error: KL of each step n = 2 … N and its standard error over data, shape ``(num_steps - 1,)``.
-        inspection: The summary of the terms by :func:`~probdiff.diagnostics.inspect_terms`.
-        readings: The gain of the bound by other readings of the network, a dict from :class:`Reading` to ``Estimate``; mostly negative. Empty
-            if the terms are not all finite or the kernel needs another prediction than the noise.
-        slopes: The best factor of ε̂, :class:`Slopes`; None in that case.
-        variance: The gain of the bound by the optimal reverse variances, an ``Estimate``; None in that case.
-        levels: Number of levels of data on a grid, so that bits/dim are defined; None for data with a density.
-        dim: Number of dimensions.
-        schedule: The noise schedule.
-
-    Example:
-        >>> import jax, numpy as np, probdiff
-        >>> normal, schedule = probdiff.oracles.GaussianOracle([0.0], [[0.2]]), probdiff.log_snr_schedule(10)
-        >>> diffusion = probdiff.Diffusion(schedule, normal.network(schedule), reverse_variance="forward")
-        >>> found = probdiff.audit(diffusion, normal.sample(np.random.default_rng(0), 16).astype(np.float32), key=jax.random.key(0), num_draws=2)
-        >>> found.findings, found.step_kl.shape
-        ([], (9,))
-    """
-
-    findings: list[Finding]
-    two_ways: TwoWays
-    step_kl: Float[np.ndarray, "step"]
-    step_kl_error: Float[np.ndarray, "step"]
-    inspection: dict[str, Any]
-    readings: dict[Reading, Estimate]
-    slopes: Any
-    variance: Estimate | None
-    levels: int | None
-    dim: int
-    schedule: AbstractSchedule
-
-    @property
-    def elbo(self) -> Estimate:
-        """The bound, nats per datum."""
-        return self.two_ways.analytic
-
-    @property
-    def bits_per_dim(self) -> Estimate | None:
-        """The code length in bits per dimension, of data on a grid."""
-        if self.levels is None:
-            return None
-        mean, *errors = (float(bits_per_dim(each, self.dim)) for each in self.elbo)
-        return Estimate(mean, *map(abs, errors))
-
-    @property
-    def sound(self) -> bool:
-        """Whether nothing was found, and the bound is the same both ways."""
-        return not self.findings and self.two_ways.agree
-
-    def plot(self, title: str = "") -> Any:
-        """A figure: the KL of each step."""
-        from probdiff.diagnostics.plots import plot_step_kl
-
-        return plot_step_kl(to_datatree(self.two_ways.terms), self.schedule, title)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All results, a dict for JSON."""
-        bits, (difference, error) = self.bits_per_dim, self.two_ways.difference
-        both = {"analytic": self.elbo._asdict(), "trace_elbo": self.two_ways.trace._asdict(), "difference": difference, "difference_error": error}
-        slopes = self.slopes and [{"steps": list(s), "slope": c, "error": e} for s, c, e in zip(*(list(each) for each in self.slopes))]
-        return {
-            "sound": self.sound,
-            "findings": [finding._asdict() for finding in self.findings],
-            "elbo": self.elbo._asdict(),
-            "bits_per_dim": bits and bits._asdict(),
-            "two_ways": both | {"agree": self.two_ways.agree},
-            "terms": self.inspection["table"].to_dict("index"),
-            "step_kl": self.step_kl.tolist(),
-            "step_kl_error": self.step_kl_error.tolist(),
-            "readings": [reading._asdict() | gain._asdict() for reading, gain in self.readings.items()],
-            "slopes": slopes,
-            "variance": self.variance and self.variance._asdict(),
-            "num_items": self.inspection["num_items"],
-            "num_draws": self.inspection["num_draws"],
-            "dim": self.dim,
-            "num_steps": self.schedule.num_steps,
-        }
-
-    def __repr__(self) -> str:
-        """The table, and the findings."""
-        return format_audit(self)
 
 
 def audit(

@@ -20,13 +20,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from probdiff._checks import PyTree, require, require_key, require_type
 from probdiff._chunks import EVALUATIONS, blocks, joined, over_steps, take
 from probdiff.chain.schedules import at_dims
-from probdiff.diagnostics.tables import format_gap
 from probdiff.diffusion import Diffusion
 from probdiff.elbo.analytic import AnalyticELBO
 from probdiff.elbo.estimate import Estimate
 from probdiff.elbo.terms import elbo_terms
 from probdiff.likelihoods import NormalLikelihood
 from probdiff.programs.sites import Data
+
+BLOCKS, DIGITS = 8, 4  # in the text: ranges of steps, and decimals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,31 @@ class GapDecomposition:
     def __repr__(self) -> str:
         """The decomposition as a table."""
         return format_gap(self)
+
+
+def format_gap(decomposition: GapDecomposition) -> str:
+    """A :class:`GapDecomposition` as text: parts that add up to the gap in the printed digits."""
+    parts = {
+        "irreducible gap, exact ε": decomposition.irreducible,
+        "added by the network": decomposition.network,
+        "rest: 0 but for its error": decomposition.residual,
+    }
+    nats = {name: round(part.mean, DIGITS) + 0.0 for name, part in parts.items()}  # no minus before a zero
+    lines = [
+        f"The gap of the bound taken apart, on {decomposition.num_items} data; log p(x) is exact, on average "
+        f"minus the entropy, {-decomposition.entropy[0]:.4f}",
+        f"{'':34}{'nats':>10}{'± s.e.':>9}",
+        *(f"{name:34}{nats[name]:10.4f}{part.error:9.4f}" for name, part in parts.items()),
+        f"{'gap: log p(x) − ELBO':34}{sum(nats.values()):10.4f}{decomposition.gap.error:9.4f}",
+    ]
+    per_step, num_steps = decomposition.network_per_step, len(decomposition.network_per_step)
+    edges = np.unique(np.linspace(0, num_steps, min(BLOCKS, num_steps) + 1).astype(int))
+    lines += ["", f"{'added by the network, by steps':34}{'log-SNR':>16}{'nats':>10}{'share':>8}"]
+    for first, last in zip(edges, edges[1:]):
+        added = per_step[first:last].sum()
+        span = f"{decomposition.log_snr[first]:.1f} … {decomposition.log_snr[last - 1]:.1f}"
+        lines.append(f"  n = {first + 1} … {last}".ljust(34) + f"{span:>16}{added:10.5f}" + (f"{added / per_step.sum():8.1%}" if per_step.any() else f"{'–':>8}"))
+    return "\n".join(lines)
 
 
 def gap_decomposition(

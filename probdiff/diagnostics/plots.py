@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
-    import probdiff.diagnostics.gap
-
 MOST_PAIRS = 6  # columns
 FEW_VALUES = 12  # distinct values of a column that are shown one by one
 
@@ -364,7 +362,7 @@ def plot_estimators(table: "pandas.DataFrame", num_items: int, title: str = "") 
     return figure
 
 
-def plot_gap(decomposition: "probdiff.diagnostics.gap.GapDecomposition", title: str = "") -> "matplotlib.figure.Figure":
+def plot_gap(decomposition: Any, title: str = "") -> "matplotlib.figure.Figure":
     """The part of the gap that the network adds: at each step, and summed from the first step on.
 
     Args:
