@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from probdiff._checks import require
 from probdiff._devices import wait_for_all
@@ -123,7 +124,10 @@ def _prepare(given: dict[str, Any], arguments: argparse.Namespace, first: bool) 
     options = {"data": name} | default_options(dataset) | given | columns
     if "minutes" in given:
         del options["iterations"]
-    diffusion = default_diffusion(dataset, options["num_steps"], options["seed"])
+    # The first bar, as the programs that draw the weights are compiled, too.
+    with tqdm(total=1, unit="model", desc="building the model", leave=False, disable=not first) as bar:
+        diffusion = default_diffusion(dataset, options["num_steps"], options["seed"])
+        bar.update()
     check_splits(diffusion, dataset)
     path = arguments.out or next_free(dataset.name)
     if first:

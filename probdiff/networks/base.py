@@ -345,6 +345,12 @@ def flattened(num_axes: int, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[num_axes:]), tree)
 
 
+def zero_linear(inputs: int, outputs: int) -> eqx.nn.Linear:
+    """A linear layer of zeros, for which no random numbers are drawn."""
+    layer = eqx.filter_eval_shape(eqx.nn.Linear, inputs, outputs, key=jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), layer)
+
+
 def along_last_axis(layer: Callable[[Array], Array], x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
     """Apply an equinox layer, which takes one vector, along the last axis of ``x``."""
     return jnp.vectorize(layer, signature="(i)->(o)")(x)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from probdiff._checks import Whole
-from probdiff.networks.base import MOST_BLOCKS, ContextEmbedding, LogSNREmbedding, along_last_axis
+from probdiff.networks.base import MOST_BLOCKS, ContextEmbedding, LogSNREmbedding, along_last_axis, zero_linear
 from probdiff.networks.convolution import AbstractImageNetwork, Block, Convolution, check_arguments
 
 
@@ -76,7 +76,7 @@ class ConvNet(AbstractImageNetwork):
         self.read = Convolution(1, channels, keys[1])
         self.place = jnp.zeros((*self.shape, channels))
         self.blocks = [Block(self.shape, channels, key) for key in keys[3:]]
-        self.write = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(channels, outputs or 1, key=keys[2]))
+        self.write = zero_linear(channels, outputs or 1)
         self.write_place = jnp.zeros((*self.shape, outputs or 1))
         self.dropout = dropout
         self.outputs = outputs

@@ -18,6 +18,7 @@ from probdiff.networks.base import (
     Prediction,
     along_last_axis,
     sinusoids,
+    zero_linear,
 )
 
 MOST_HARMONICS = 24  # the highest frequency is the limit of float32
@@ -104,9 +105,8 @@ class MLP(AbstractEmbeddedNetwork):
         inputs = dim * (1 + 2 * num_harmonics + (context_dim is not None))
         self.read = eqx.nn.Linear(inputs + (context_dim or 0), hidden, key=keys[1])
         self.blocks = [_Block(hidden, key) for key in keys[4:]]
-        self.write = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(hidden, dim * (outputs or 1), key=keys[2]))
-        skip = eqx.nn.Linear(EMBEDDING, inputs, key=keys[3])
-        self.skip = jax.tree.map(jnp.zeros_like, skip) if outputs is None else None
+        self.write = zero_linear(hidden, dim * (outputs or 1))
+        self.skip = zero_linear(EMBEDDING, inputs) if outputs is None else None
         self.dropout = dropout
 
     @property

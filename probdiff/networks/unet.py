@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from probdiff._checks import Whole, require
-from probdiff.networks.base import ContextEmbedding, LogSNREmbedding, along_last_axis, sinusoids
+from probdiff.networks.base import ContextEmbedding, LogSNREmbedding, along_last_axis, sinusoids, zero_linear
 from probdiff.networks.convolution import (
     PRODUCTS,
     AbstractImageNetwork,
@@ -115,7 +115,7 @@ class UNet(AbstractImageNetwork):
         self.join = eqx.nn.Linear(2 * channels, channels, key=next(keys))
         self.up = [Block(half, channels, next(keys)) for _ in range(num_blocks)]
         self.norm = eqx.nn.LayerNorm(channels)
-        self.write = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(channels, 4 * (self.outputs or 1), key=key))
+        self.write = zero_linear(channels, 4 * (self.outputs or 1))
         self.write_place = jnp.zeros((*self.shape, self.outputs or 1))
 
     @property

@@ -224,6 +224,19 @@ def test_the_fit_has_the_options(given):
 
 @pytest.mark.long
 @pytest.mark.usefixtures("small_networks")
+def test_a_bar_is_shown_before_the_weights_are_drawn(tmp_path, capsys, monkeypatch):
+    """Drawing them is the first that is compiled."""
+
+    def build(*_):
+        shown.append(capsys.readouterr().err)
+        raise KeyboardInterrupt
+
+    shown = []
+    monkeypatch.setattr(fit_command, "default_diffusion", build)
+    assert cli.main(["fit", "--out", str(tmp_path / "run"), *SMALL]) == 130
+    assert "building the model:   0%" in shown[0]
+
+
 def test_resume(tmp_path, capsys):
     path, _, _ = small_run()
     before = (path / "parameters.eqx").read_bytes()
