@@ -24,6 +24,7 @@ from probdiff.elbo.objective import LEARNED
 from probdiff.elbo.variance_reduction import LinearControl, RowNoise
 from probdiff.networks.base import predict_noise
 from probdiff.oracles import GaussianMixture, GaussianOracle, exact_terms
+from probdiff.programs.sites import PARAMS
 
 pytestmark = [pytest.mark.usefixtures("own_estimator"), pytest.mark.xdist_group("estimators")]  # its tests share what is costly to make
 
@@ -312,6 +313,37 @@ def test_posterior_noise_by_brute_force(float64):
         mean = weight @ eps
         np.testing.assert_allclose(moments.mean[0, k], mean, rtol=1e-10)
         np.testing.assert_allclose(moments.variance[0, k], weight @ (eps**2) - mean**2, rtol=1e-9)
+
+
+class GivenNoise(probdiff.elbo.AbstractNoise):
+    """The same noise for all terms and data."""
+
+    eps: jax.Array
+    copies = 1
+
+    def draw(self, key, schedule, x0):
+        return lambda rows: jnp.full((len(rows), *x0.shape), self.eps)
+
+
+def test_the_posterior_target_of_a_batch_has_the_gradient_of_the_bound_by_quadrature(float64):
+    """Whatever the data: the expected value and gradient of each are integrals over the noise, of smooth functions of one variable."""
+    x, schedule = jnp.array([[-0.5], [0.1], [1.2]]), probdiff.log_snr_schedule(6, 4.0, -4.0)
+    network = Tilted(jnp.array(1.2), jnp.array(0.3), GaussianOracle([0.2], [[0.4]]).network(schedule))
+    diffusion = probdiff.Diffusion(schedule, network)
+    nodes = jnp.linspace(-11, 11, 441)
+    weight = scipy.stats.norm.pdf(nodes) * float(nodes[1] - nodes[0])
+
+    def integrated(points):
+        def loss(params, eps):
+            elbo = probdiff.AnalyticELBO(diffusion, "all", noise=GivenNoise(eps), points=points)
+            return elbo.loss(jax.random.key(0), {PARAMS: params}, diffusion.model, diffusion.guide, x)
+
+        each = jax.vmap(jax.value_and_grad(loss), (None, 0))(diffusion.trainable(), nodes)
+        return each[0], [weight @ leaf for leaf in jax.tree.leaves(each)]
+
+    (of_batch, batch), (of_each, each) = integrated("batch"), integrated(None)
+    assert np.abs(of_batch - of_each).max() > 1  # for one noise the two differ
+    np.testing.assert_allclose(batch, each, rtol=1e-12)
 
 
 @pytest.mark.long
