@@ -222,8 +222,6 @@ def test_the_fit_has_the_options(given):
     assert {name: seen[name] for name in options} == options and seen["diffusion"].schedule.num_steps == 6
 
 
-@pytest.mark.long
-@pytest.mark.usefixtures("small_networks")
 def test_a_bar_is_shown_before_the_weights_are_drawn(tmp_path, capsys, monkeypatch):
     """Drawing them is the first that is compiled."""
 
@@ -237,6 +235,8 @@ def test_a_bar_is_shown_before_the_weights_are_drawn(tmp_path, capsys, monkeypat
     assert "building the model:   0%" in shown[0]
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("small_networks")
 def test_resume(tmp_path, capsys):
     path, _, _ = small_run()
     before = (path / "parameters.eqx").read_bytes()
