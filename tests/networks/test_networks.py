@@ -28,6 +28,13 @@ def test_any_batch_shape(batch, harmonics):
     np.testing.assert_allclose(out.reshape(-1, 3)[0], network(z.reshape(-1, 3)[0], jnp.asarray(2.0)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("build, dim", [(probdiff.MLP, 16), (probdiff.networks.ConvNet, (4, 4)), (probdiff.networks.UNet, (4, 4))])
+def test_an_untrained_network_predicts_0(build, dim):
+    """Whatever the input and the noise level: a fit begins at the bound of no noise predicted."""
+    network = eqx.filter_jit(build(dim, key=jax.random.key(0), num_blocks=1))
+    assert not np.any(network(jax.random.normal(jax.random.key(1), (2, 16)), jnp.array([-2.0, 3.0])))
+
+
 def test_it_is_told_the_log_snr_of_the_schedule():
     network, z = awake(probdiff.MLP(2, key=jax.random.key(0), hidden=8)), jnp.ones(2)
     a = probdiff.NoiseSchedule.from_betas([0.1, 0.2, 0.3])
