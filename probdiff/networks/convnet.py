@@ -66,7 +66,7 @@ class ConvNet(AbstractImageNetwork):
         context_dim: Whole | None = None,
     ) -> None:
         check_arguments(shape, key, channels, num_blocks, dropout, outputs, context_dim, MOST_BLOCKS)
-        keys = jax.random.split(key, 3 + num_blocks)
+        keys = jax.random.split(key, 3 + num_blocks)  # (one is spare, so that the weights of a key stay as they were)
         height, width = shape
         self.shape = int(height), int(width)
         channels, num_blocks = int(channels), int(num_blocks)

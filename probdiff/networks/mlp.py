@@ -91,7 +91,7 @@ class MLP(AbstractEmbeddedNetwork):
         require(harmonics, "num_harmonics", f"an integer, 0 to {MOST_HARMONICS}", repr(num_harmonics))
         require(isinstance(dropout, float | int) and 0 <= dropout < 1, "dropout", "0 <= dropout < 1", repr(dropout))
         require_key(key)
-        keys = jax.random.split(key, 4 + num_blocks)
+        keys = jax.random.split(key, 4 + num_blocks)  # (two are spare, so that the weights of a key stay as they were)
         dim, hidden, num_harmonics = int(dim), int(hidden), int(num_harmonics)
         outputs, context_dim = (None if size is None else int(size) for size in (outputs, context_dim))
         self.dim = dim

@@ -206,6 +206,13 @@ def test_a_run_has_the_splits_of_its_seed(given):
         assert not np.array_equal(getattr(same, name), getattr(other, name))
 
 
+def test_the_weights_and_the_noise_of_a_fit_are_those_of_its_seed(given):
+    seen, run, _ = given
+    same, other = (presets.default_diffusion(run.data, 6, seed).network for seed in (3, 0))
+    assert bool(eqx.tree_equal(seen["diffusion"].network, same)) and not bool(eqx.tree_equal(same, other))
+    assert seen["key"] == jax.random.split(jax.random.key(3))[0]
+
+
 @pytest.mark.long
 def test_the_model_that_is_fitted_is_the_one_on_disk(given):
     """Which a fit goes on with that is resumed: the same parameters, tables and structure."""
